@@ -1,0 +1,1 @@
+"""Bytes between ranks: all-reduce and all-gather behind one protocol."""

@@ -1,0 +1,1 @@
+"""Everything ahead of time: model graphs, sharding, kernels, the library and its manifest."""

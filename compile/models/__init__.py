@@ -1,0 +1,1 @@
+"""Model graphs in relax nn, one file for each Hugging Face `model_type`."""

@@ -1,0 +1,1 @@
+"""Schedules requests over workers; its gateway sub-package speaks HTTP and text."""

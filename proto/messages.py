@@ -1,0 +1,239 @@
+"""The step contract between coordinator and worker as plain data, and its protobuf form.
+
+Owns what `worker.proto` carries. Knows nothing of schedulers, tensors or transport.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from tpserve.proto.pb import common_pb2, worker_pb2
+
+
+class FinishReason(Enum):
+    """Why a sequence ended; values are those of `engine.proto`."""
+
+    STOP = 1
+    LENGTH = 2
+    ABORTED = 3
+    FAILED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token of one sequence is drawn from its logits."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Smallest set of tokens with this probability mass; 1 is off."""
+    top_k: int | None = None
+    """Only the k best; None is off."""
+    min_p: float = 0.0
+    """Drop tokens below this share of the best one's probability; 0 is off."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time the token stands in the output so far."""
+    presence_penalty: float = 0.0
+    """Subtracted once if the token stands in the output so far."""
+    seed: int = 0
+    """Key of the counter-based generator, 64 bits unsigned; the counter is the position."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, value) pairs added to the logits."""
+    num_logprobs: int | None = None
+    """None: no log-probabilities; k: the chosen token's and those of the k best."""
+
+    @property
+    def needs_output_history(self) -> bool:
+        """Whether the sampler counts output tokens for this sequence."""
+        return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    def to_pb(self) -> common_pb2.SamplingParams:
+        """Return the protobuf form."""
+        return common_pb2.SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k or 0,
+            min_p=self.min_p,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            seed=self.seed,
+            bias_token_ids=[token for token, _ in self.logit_bias],
+            bias_values=[value for _, value in self.logit_bias],
+            num_logprobs=self.num_logprobs,
+        )
+
+    @classmethod
+    def from_pb(cls, pb: common_pb2.SamplingParams) -> SamplingParams:
+        """Read the protobuf form."""
+        return cls(
+            temperature=pb.temperature,
+            top_p=pb.top_p,
+            top_k=pb.top_k or None,
+            min_p=pb.min_p,
+            frequency_penalty=pb.frequency_penalty,
+            presence_penalty=pb.presence_penalty,
+            seed=pb.seed,
+            logit_bias=tuple(zip(pb.bias_token_ids, pb.bias_values, strict=True)),
+            num_logprobs=pb.num_logprobs if pb.HasField("num_logprobs") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one sampled position."""
+
+    logprob: float
+    """Of the chosen token, after penalties and bias, before temperature and cuts."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), best first."""
+
+    def to_pb(self) -> common_pb2.TokenLogprobs:
+        """Return the protobuf form."""
+        return common_pb2.TokenLogprobs(
+            logprob=self.logprob,
+            top_token_ids=[token for token, _ in self.top],
+            top_logprobs=[value for _, value in self.top],
+        )
+
+    @classmethod
+    def from_pb(cls, pb: common_pb2.TokenLogprobs) -> TokenLogprobs:
+        """Read the protobuf form."""
+        return cls(pb.logprob, tuple(zip(pb.top_token_ids, pb.top_logprobs, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class SlotAdd:
+    """A sequence enters the worker's batch."""
+
+    slot: int
+    sampling: SamplingParams
+    page_ids: tuple[int, ...]
+    """Start of the page table: prefix-cache hits first, then fresh pages."""
+    output_token_ids: tuple[int, ...] = ()
+    """Tokens emitted before a preemption, given only when penalties count them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Known tokens [start, start + len(token_ids)) of one sequence, run in this step."""
+
+    slot: int
+    start: int
+    token_ids: tuple[int, ...]
+    sample: bool
+    """Last chunk: the next token is sampled and the slot decodes from the next step on."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step runs, as a diff against the worker's slots, applied in field order.
+
+    Every slot whose last chunk ran in an earlier step decodes one token in each step until it is
+    removed; so a pure decode step carries only its id and the pages appended.
+    """
+
+    step_id: int
+    removed_slots: tuple[int, ...] = ()
+    added_slots: tuple[SlotAdd, ...] = ()
+    appended_pages: tuple[tuple[int, int], ...] = ()
+    """(slot, page id) pairs, put at the end of the slot's page table."""
+    chunks: tuple[PromptChunk, ...] = ()
+    num_draft_tokens: int = 0
+
+    def to_pb(self) -> worker_pb2.StepPlan:
+        """Return the protobuf form."""
+        return worker_pb2.StepPlan(
+            step_id=self.step_id,
+            removed_slots=self.removed_slots,
+            added_slots=[
+                worker_pb2.SlotAdd(
+                    slot=added.slot,
+                    sampling=added.sampling.to_pb(),
+                    page_ids=added.page_ids,
+                    output_token_ids=added.output_token_ids,
+                )
+                for added in self.added_slots
+            ],
+            append_slots=[slot for slot, _ in self.appended_pages],
+            append_pages=[page for _, page in self.appended_pages],
+            chunks=[
+                worker_pb2.PromptChunk(
+                    slot=chunk.slot,
+                    start=chunk.start,
+                    token_ids=chunk.token_ids,
+                    sample=chunk.sample,
+                )
+                for chunk in self.chunks
+            ],
+            num_draft_tokens=self.num_draft_tokens,
+        )
+
+    @classmethod
+    def from_pb(cls, pb: worker_pb2.StepPlan) -> StepPlan:
+        """Read the protobuf form."""
+        return cls(
+            step_id=pb.step_id,
+            removed_slots=tuple(pb.removed_slots),
+            added_slots=tuple(
+                SlotAdd(
+                    slot=added.slot,
+                    sampling=SamplingParams.from_pb(added.sampling),
+                    page_ids=tuple(added.page_ids),
+                    output_token_ids=tuple(added.output_token_ids),
+                )
+                for added in pb.added_slots
+            ),
+            appended_pages=tuple(zip(pb.append_slots, pb.append_pages, strict=True)),
+            chunks=tuple(
+                PromptChunk(chunk.slot, chunk.start, tuple(chunk.token_ids), chunk.sample) for chunk in pb.chunks
+            ),
+            num_draft_tokens=pb.num_draft_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one rank says of one step. Rank 0 carries tokens, the others the id alone."""
+
+    step_id: int
+    rank: int = 0
+    slots: tuple[int, ...] = ()
+    """Slots sampled in this step, each once."""
+    token_ids: tuple[int, ...] = ()
+    """The sampled token of each slot, parallel to `slots`."""
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """By slot, for the slots that asked."""
+    step_us: int = 0
+    collective_us: int = 0
+    error: str = ""
+    """Set when the rank cannot go on; it names the cause."""
+
+    def to_pb(self) -> worker_pb2.StepResult:
+        """Return the protobuf form."""
+        return worker_pb2.StepResult(
+            step_id=self.step_id,
+            rank=self.rank,
+            slots=self.slots,
+            token_ids=self.token_ids,
+            logprobs=[
+                worker_pb2.SlotLogprobs(slot=slot, logprobs=value.to_pb()) for slot, value in self.logprobs.items()
+            ],
+            step_us=self.step_us,
+            collective_us=self.collective_us,
+            error=self.error,
+        )
+
+    @classmethod
+    def from_pb(cls, pb: worker_pb2.StepResult) -> StepResult:
+        """Read the protobuf form."""
+        return cls(
+            step_id=pb.step_id,
+            rank=pb.rank,
+            slots=tuple(pb.slots),
+            token_ids=tuple(pb.token_ids),
+            logprobs={item.slot: TokenLogprobs.from_pb(item.logprobs) for item in pb.logprobs},
+            step_us=pb.step_us,
+            collective_us=pb.collective_us,
+            error=pb.error,
+        )

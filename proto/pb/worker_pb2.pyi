@@ -1,0 +1,78 @@
+from tpserve.proto.pb import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class StepPlan(_message.Message):
+    __slots__ = ("step_id", "removed_slots", "added_slots", "append_slots", "append_pages", "chunks", "num_draft_tokens")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    ADDED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    APPEND_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    APPEND_PAGES_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    removed_slots: _containers.RepeatedScalarFieldContainer[int]
+    added_slots: _containers.RepeatedCompositeFieldContainer[SlotAdd]
+    append_slots: _containers.RepeatedScalarFieldContainer[int]
+    append_pages: _containers.RepeatedScalarFieldContainer[int]
+    chunks: _containers.RepeatedCompositeFieldContainer[PromptChunk]
+    num_draft_tokens: int
+    def __init__(self, step_id: _Optional[int] = ..., removed_slots: _Optional[_Iterable[int]] = ..., added_slots: _Optional[_Iterable[_Union[SlotAdd, _Mapping]]] = ..., append_slots: _Optional[_Iterable[int]] = ..., append_pages: _Optional[_Iterable[int]] = ..., chunks: _Optional[_Iterable[_Union[PromptChunk, _Mapping]]] = ..., num_draft_tokens: _Optional[int] = ...) -> None: ...
+
+class SlotAdd(_message.Message):
+    __slots__ = ("slot", "sampling", "page_ids", "output_token_ids")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    sampling: _common_pb2.SamplingParams
+    page_ids: _containers.RepeatedScalarFieldContainer[int]
+    output_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slot: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., page_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PromptChunk(_message.Message):
+    __slots__ = ("slot", "start", "token_ids", "sample")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    start: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    sample: bool
+    def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sample: _Optional[bool] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("step_id", "rank", "slots", "token_ids", "logprobs", "step_us", "collective_us", "error")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    STEP_US_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_US_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    rank: int
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedCompositeFieldContainer[SlotLogprobs]
+    step_us: int
+    collective_us: int
+    error: str
+    def __init__(self, step_id: _Optional[int] = ..., rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[SlotLogprobs, _Mapping]]] = ..., step_us: _Optional[int] = ..., collective_us: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+
+class SlotLogprobs(_message.Message):
+    __slots__ = ("slot", "logprobs")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    logprobs: _common_pb2.TokenLogprobs
+    def __init__(self, slot: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
