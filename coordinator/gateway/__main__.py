@@ -30,6 +30,9 @@ from tpserve.coordinator.gateway.tokenizer import ModelFilesError
 
 logger = logging.getLogger("tpserve.coordinator.gateway")
 
+IDLE_CONNECTION_S = 75
+"""Idle connections stay open longer than load balancers' usual 60 s, so that those close first."""
+
 DRAIN_GRACE_S = 2
 """Between telling clients that time is up and cutting their connections."""
 
@@ -40,6 +43,13 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen, and say so."""
+        await super().startup(sockets)
+        for bound in sockets or ():
+            host, port = bound.getsockname()[:2]
+            logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -113,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.error("%s", error)
         return 2
     logging.getLogger().setLevel(config.log_level.upper())
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and end are told here
     try:
         bound = bind(config.host, config.port)
     except OSError as error:
@@ -135,9 +146,9 @@ def main(argv: list[str] | None = None) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + DRAIN_GRACE_S,
         )
-        logger.info("listening on http://%s:%d", config.host, bound.getsockname()[1])
         Server(uvicorn_config, service).run(sockets=[bound])
     return 0
 

@@ -29,6 +29,20 @@ from tpserve.proto.messages import FinishReason, SamplingParams, TokenLogprobs
 SEED_MASK = 2**64 - 1
 
 
+async def tokenise(model: ServedModel, text: str, info: EngineInfo, *, add_special_tokens: bool) -> list[int]:
+    """Return the token ids of a prompt; one that cannot fit costs no time.
+
+    Raises
+    ------
+    ContextLengthExceeded
+        If `text` is so long that it must have more tokens than the context.
+    """
+    at_least = model.tokenizer.min_num_tokens(text)
+    if at_least >= info.max_model_len:
+        raise _too_long(f"at least {at_least}", info)
+    return await model.encode(text, add_special_tokens=add_special_tokens)
+
+
 def output_limit(num_prompt_tokens: int, requested: int | None, info: EngineInfo, default: int | None) -> int:
     """Return how many tokens each choice may have.
 
@@ -50,10 +64,7 @@ def output_limit(num_prompt_tokens: int, requested: int | None, info: EngineInfo
     if num_prompt_tokens == 0:
         raise InvalidRequest("The prompt has no tokens", param="prompt")
     if left < 1:
-        raise ContextLengthExceeded(
-            f"The prompt has {num_prompt_tokens} tokens and the model's context length is {info.max_model_len} tokens, "
-            "which must hold the output too: shorten the prompt"
-        )
+        raise _too_long(str(num_prompt_tokens), info)
     if requested is None:
         return left if default is None else min(default, left)
     if requested > left:
@@ -341,6 +352,13 @@ class Generation:
 
 
 _FINISH_NAMES = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+def _too_long(num_tokens: str, info: EngineInfo) -> ContextLengthExceeded:
+    return ContextLengthExceeded(
+        f"The prompt has {num_tokens} tokens and the model's context length is {info.max_model_len} tokens, "
+        "which must hold the output too: shorten the prompt"
+    )
 
 
 def _given(value: float | None, default: float) -> float:

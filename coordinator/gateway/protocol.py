@@ -16,6 +16,8 @@ from tpserve.coordinator.gateway.errors import InvalidRequest, UnsupportedFeatur
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_PROMPTS = 256
+MAX_TOTAL_CHOICES = 256
+"""Prompts times n."""
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(max_length=2**24)]
