@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tpserve.coordinator.gateway.errors import InvalidRequest
-from tpserve.coordinator.gateway.generation import Update, Usage, engine_request, tokenise
+from tpserve.coordinator.gateway.generation import Update, Usage
+from tpserve.coordinator.gateway.prepare import engine_request, tokenise
 from tpserve.coordinator.gateway.protocol import MAX_TOTAL_CHOICES, CompletionRequest, parse_body
 from tpserve.coordinator.gateway.service import AnswerHead, Service
 from tpserve.coordinator.gateway.stream import sse

@@ -1,7 +1,7 @@
 """The wire format: OpenAI request bodies, checked field by field.
 
 Unknown fields are ignored, as OpenAI's servers do; wrong types and absurd values are refused with the field's name.
-Knows nothing of the model: what depends on it (context length, vocabulary) is checked in `generation`.
+Knows nothing of the model: what depends on it (context length, vocabulary) is checked in `prepare`.
 """
 
 from __future__ import annotations
