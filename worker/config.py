@@ -1,0 +1,33 @@
+"""What one rank is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One rank of a tensor-parallel group. Sent by the coordinator when it starts the rank."""
+
+    rank: int
+    tp_size: int
+    model_dir: Path
+    """Hugging Face folder with the weights."""
+    artifact_dir: Path
+    """Compiled library and manifest."""
+    load_format: Literal["auto", "dummy"]
+    """dummy: seeded random weights in place of the checkpoint's."""
+    num_pages: int
+    """KV pages of this rank."""
+    max_num_seqs: int
+    """Slots."""
+    num_threads: int
+    """Threads of the kernels."""
+    group_name: str
+    """Unique name of the group, under which its ranks find each other's memory."""
+    collective_timeout_s: float
+    """A rank that is later than this in a collective ends the group."""
+    host: str = "127.0.0.1"
+    """Address to listen on for step plans."""
