@@ -39,17 +39,11 @@ def input_hash(config: ModelConfig, compile_config: CompileConfig) -> str:
         "model": dataclasses.asdict(config),
         "compile": dataclasses.asdict(compile_config),
         "sources": sources.hexdigest(),
-        "kernels": native.source_hash(_kernel_sources()),
+        "kernels": native.source_hash(native.CPU_KERNEL_SOURCES),
         "compiler": _versions(),
         "cpu": cpu_features(),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _kernel_sources() -> list[Path]:
-    """Return the llvm target's C++ sources: kernels, and the collectives that the graph calls."""
-    folders = [resources.files("tpserve.compile") / "kernels" / "cpu", resources.files("tpserve.collectives") / "kernels"]
-    return sorted(path for folder in folders for path in Path(str(folder)).glob("*.cc"))
 
 
 def _versions() -> dict[str, str]:
@@ -104,7 +98,7 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
 
 def _kernel_library(policy: CachePolicy) -> Path:
     """Return the kernels of this CPU, built once and shared by all models."""
-    sources = _kernel_sources()
+    sources = native.CPU_KERNEL_SOURCES
     key = hashlib.sha256(
         json.dumps([native.source_hash(sources), cpu_features(), native.compiler_version()]).encode()
     ).hexdigest()

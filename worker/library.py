@@ -51,19 +51,18 @@ class Library:
     Attributes
     ----------
     manifest : Manifest
-    kernels : module
-        Tuned kernels by bare name.
     step : callable
         The compiled graph (`LlamaForCausalLM.step`), parameters last.
     """
 
-    def __init__(self, artifact_dir: Path, manifest: Manifest, externs: dict[str, Callable[..., None]]) -> None:
-        """Load the libraries.
+    def __init__(self, artifact_dir: Path, manifest: Manifest, kernels: Any) -> None:
+        """Load the graph.
 
         Parameters
         ----------
-        externs
-            Functions of the graph that are not in the kernel library (collectives), by global name.
+        kernels
+            The artifact's kernel library, see `load_kernels`. Externs that are not in it (collectives) must have been
+            registered before.
 
         Raises
         ------
@@ -71,15 +70,16 @@ class Library:
             If the graph needs an extern that nobody gives.
         """
         self.manifest = manifest
-        self.kernels = tvm_ffi.load_module(str(artifact_dir / "kernels.so"))
         # Names are resolved when the VM is made, so all must be there before.
         for name in manifest.externs:
             if name.startswith(CPU_PREFIX):
-                function: Any = self.kernels[name.removeprefix(CPU_PREFIX)]
-            elif name in externs:
-                function = externs[name]
-            else:
-                raise LibraryError(f"the library needs {name}, which this worker does not have (it has {[*externs]})")
-            tvm_ffi.register_global_func(name, function, override=True)
+                tvm_ffi.register_global_func(name, kernels[name.removeprefix(CPU_PREFIX)], override=True)
+            elif tvm_ffi.get_global_func(name, allow_missing=True) is None:
+                raise LibraryError(f"the library needs {name}, which no backend has registered")
         self._vm = VirtualMachine(tvm.runtime.load_module(str(artifact_dir / "model.so")), tvm.cpu())
         self.step: Callable[..., Any] = self._vm["step"]
+
+
+def load_kernels(artifact_dir: Path) -> Any:
+    """Return the artifact's kernel library: functions by bare name."""
+    return tvm_ffi.load_module(str(artifact_dir / "kernels.so"))
