@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -45,14 +45,18 @@ class WorkerGroup:
     raises `RankLost` naming it.
     """
 
-    def __init__(self, addresses: Sequence[str], step_timeout_s: float) -> None:
+    def __init__(self, addresses: Sequence[str], step_timeout_s: float, on_lost: Callable[[], None]) -> None:
         """Open the streams.
 
         Parameters
         ----------
         addresses
             `host:port` by rank.
+        on_lost
+            Called once when a rank is lost.
         """
+        self._lost: RankLost | None = None
+        self._on_lost = on_lost
         self.ranks = [RankState(rank) for rank in range(len(addresses))]
         self._step_timeout_s = step_timeout_s
         self._sent_at: dict[int, float] = {}
@@ -71,7 +75,7 @@ class WorkerGroup:
             try:
                 await call.write(data)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-                self._results.put_nowait(RankLost(rank, f"does not take step {plan.step_id} ({_cause(error)})"))
+                self._lose(RankLost(rank, f"does not take step {plan.step_id} ({_cause(error)})"))
                 return
 
     async def next_result(self) -> StepResult:
@@ -87,6 +91,11 @@ class WorkerGroup:
             raise result
         return result
 
+    def raise_if_lost(self) -> None:
+        """Raise the RankLost that the group suffered, if it did."""
+        if self._lost is not None:
+            raise self._lost
+
     def oldest_step_age_s(self) -> float:
         """Return for how long the oldest step without a result has waited; 0 if there is none."""
         return time.monotonic() - min(self._sent_at.values()) if self._sent_at else 0.0
@@ -99,6 +108,13 @@ class WorkerGroup:
             call.cancel()
         await asyncio.gather(self._watchdog, *self._readers, return_exceptions=True)
         await asyncio.gather(*(channel.close() for channel in self._channels), return_exceptions=True)
+
+    def _lose(self, lost: RankLost) -> None:
+        """Remember the first loss; those that follow from it (others waiting in a collective) say less."""
+        if self._lost is None:
+            self._lost = lost
+            self._results.put_nowait(lost)
+            self._on_lost()
 
     async def _read(self, rank: int) -> None:
         call, state = self._calls[rank], self.ranks[rank]
@@ -121,7 +137,7 @@ class WorkerGroup:
                     self._results.put_nowait(result)
         except grpc.aio.AioRpcError as error:
             lost = RankLost(rank, _cause(error))
-        self._results.put_nowait(lost)
+        self._lose(lost)
 
     async def _watch(self) -> None:
         """Name the late rank when a step has missed its deadline."""
@@ -132,7 +148,7 @@ class WorkerGroup:
                 # stand at the same step, the group as a whole is late and rank 0 stands for it.
                 late = min(self.ranks, key=lambda state: state.last_step)
                 cause = f"missed the {self._step_timeout_s:g} s deadline of step {min(self._sent_at)}"
-                self._results.put_nowait(RankLost(late.rank, cause))
+                self._lose(RankLost(late.rank, cause))
                 return
 
 

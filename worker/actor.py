@@ -6,23 +6,11 @@ import logging
 import os
 import socket
 import sys
-from dataclasses import dataclass
 from typing import Any
 
-from tpserve.worker.config import WorkerConfig
+from tpserve.proto.rank import RankAddress, RankConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RankAddress:
-    """Where a started rank listens."""
-
-    rank: int
-    host: str
-    port: int
-    pid: int
-    node: str
 
 
 class Rank:
@@ -32,7 +20,7 @@ class Rank:
         self._server: Any = None
         self._runner: Any = None
 
-    def start(self, config: WorkerConfig) -> RankAddress:
+    def start(self, config: RankConfig) -> RankAddress:
         """Load the library and this rank's weights, join the group, listen.
 
         Raises

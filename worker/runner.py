@@ -9,9 +9,9 @@ from typing import Any
 
 from tpserve.collectives.cpu import SharedMemoryCommunicator
 from tpserve.proto.messages import StepPlan, StepResult
+from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import as_tensor
 from tpserve.worker.batch import Batch
-from tpserve.worker.config import WorkerConfig
 from tpserve.worker.errors import PlanError
 from tpserve.worker.kv_cache import KVCache
 from tpserve.worker.library import Library, check_manifest, load_kernels
@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 class Runner:
     """The compiled model with its weights, pages and batch, as one rank of its group."""
 
-    def __init__(self, config: WorkerConfig, progress: Progress) -> None:
+    def __init__(self, config: RankConfig, progress: Progress) -> None:
         """Join the group and load everything; returns when all ranks have come.
 
         Raises

@@ -1,4 +1,4 @@
-"""What one rank is started with."""
+"""How the coordinator starts a rank, and what the rank answers. Carried once by Ray; steps travel over gRPC."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """One rank of a tensor-parallel group. Sent by the coordinator when it starts the rank."""
+class RankConfig:
+    """One rank of a tensor-parallel group."""
 
     rank: int
     tp_size: int
@@ -31,3 +31,20 @@ class WorkerConfig:
     """A rank that is later than this in a collective ends the group."""
     host: str = "127.0.0.1"
     """Address to listen on for step plans."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankAddress:
+    """Where a started rank listens."""
+
+    rank: int
+    host: str
+    port: int
+    pid: int
+    node: str
+    """Host name, for the log."""
+
+    @property
+    def target(self) -> str:
+        """`host:port` for gRPC."""
+        return f"{self.host}:{self.port}"
