@@ -305,6 +305,7 @@ class Communicator {
     }
     while (header_->magic.load() != kMagic) {
       if (now_ns() > deadline) {
+        shm_unlink(name_.c_str());
         munmap(header_, size_);
         TVM_FFI_THROW(TimeoutError) << "rank " << rank_ << " waited " << seconds() << " s for rank 0 to fill " << name_;
       }
