@@ -32,7 +32,8 @@ def call(function: Any, *args: Any, out: tuple[int, ...]) -> Array:
     """Run a destination-passing kernel with one float32 output."""
     result = tensor(np.full(out, np.nan, np.float32))
     function(*(tensor(arg) if isinstance(arg, np.ndarray) else arg for arg in args), result)
-    return result.numpy()
+    values: Array = result.numpy()
+    return values
 
 
 def relative_error(actual: Array, expected: Array) -> float:
