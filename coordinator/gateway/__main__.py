@@ -1,0 +1,146 @@
+"""`python -m tpserve.coordinator.gateway CONFIG`: one gateway process.
+
+CONFIG is a JSON object with the fields of `GatewayConfig`; `-` reads it from standard input. SIGTERM and SIGINT drain:
+no new connections, running requests get `drain_timeout_s`, exit code 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from tpserve.coordinator.gateway.app import create_app
+from tpserve.coordinator.gateway.config import ConfigError, GatewayConfig
+from tpserve.coordinator.gateway.engine_client import EngineClient
+from tpserve.coordinator.gateway.errors import EngineUnavailable
+from tpserve.coordinator.gateway.metrics import HttpMetrics
+from tpserve.coordinator.gateway.model import ServedModel
+from tpserve.coordinator.gateway.service import Service
+from tpserve.coordinator.gateway.tokenizer import ModelFilesError
+
+logger = logging.getLogger("tpserve.coordinator.gateway")
+
+DRAIN_GRACE_S = 2
+"""Between telling clients that time is up and cutting their connections."""
+
+
+class Server(uvicorn.Server):
+    """Drains on SIGTERM and SIGINT and then returns, instead of dying by the signal."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Install the drain for as long as the server runs."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._drain, signum)
+        try:
+            yield
+        finally:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(signum)
+
+    def _drain(self, signum: int) -> None:
+        if self.should_exit:
+            return
+        timeout_s = self._service.config.drain_timeout_s
+        num_live = self._service.engine.num_live_requests
+        logger.info("%s: draining %d requests, at most %g s", signal.Signals(signum).name, num_live, timeout_s)
+        self.should_exit = True
+        asyncio.get_running_loop().call_later(
+            timeout_s, self._service.engine.fail_all, EngineUnavailable("The server is shutting down", retry_after_s=1)
+        )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a bound socket, not yet listening.
+
+    Raises
+    ------
+    OSError
+        If the address is not ours or the port is taken.
+    """
+    family, kind, proto, _, address = socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    bound = socket.socket(family, kind, proto)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def make_service(config: GatewayConfig) -> Service:
+    """Load the model's text side and prepare the engine session.
+
+    Raises
+    ------
+    ModelFilesError
+        If the model folder is not usable.
+    """
+    engine = EngineClient(
+        config.engine_address, rpc_timeout_s=config.rpc_timeout_s, session_timeout_s=config.session_timeout_s
+    )
+    return Service(config, ServedModel.load(Path(config.model_dir)), engine, HttpMetrics())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the gateway; return the exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="%(asctime)s %(levelname).1s gateway: %(message)s", level=logging.INFO)
+    if len(args) != 1:
+        logger.error("usage: python -m tpserve.coordinator.gateway CONFIG (a JSON object, or - for standard input)")
+        return 2
+    try:
+        config = GatewayConfig.from_json(sys.stdin.read() if args[0] == "-" else args[0])
+    except ConfigError as error:
+        logger.error("%s", error)
+        return 2
+    logging.getLogger().setLevel(config.log_level.upper())
+    try:
+        bound = bind(config.host, config.port)
+    except OSError as error:
+        logger.error("cannot listen on %s:%d: %s", config.host, config.port, error.strerror)
+        return 1
+    with bound:
+        # Prompts are tokenised one at a time, so the library's own threads would only cost.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            service = make_service(config)
+        except ModelFilesError as error:
+            logger.error("%s", error)
+            return 1
+        uvicorn_config = uvicorn.Config(
+            create_app(service),
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + DRAIN_GRACE_S,
+        )
+        logger.info("listening on http://%s:%d", config.host, bound.getsockname()[1])
+        Server(uvicorn_config, service).run(sockets=[bound])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

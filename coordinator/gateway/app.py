@@ -1,0 +1,129 @@
+"""The routes, and how errors become responses."""
+
+from __future__ import annotations
+
+import contextlib
+import http
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from tpserve.coordinator.gateway import chat, completions
+from tpserve.coordinator.gateway.edge import Edge
+from tpserve.coordinator.gateway.engine_types import EngineStatus
+from tpserve.coordinator.gateway.errors import ApiError, EngineUnavailable, error_object
+from tpserve.coordinator.gateway.metrics import CONTENT_TYPE
+from tpserve.coordinator.gateway.service import Service
+from tpserve.coordinator.gateway.stream import error_response, json_response
+
+
+def create_app(service: Service) -> ASGIApp:
+    """Return the application; its lifespan starts and closes the engine session."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        await service.engine.close()
+
+    app = FastAPI(title="tpserve", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    _add_openai_routes(app, service)
+    _add_operations_routes(app, service)
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    edge: ASGIApp = Edge(
+        app,
+        metrics=service.metrics,
+        routes=[path for route in app.routes if isinstance(path := getattr(route, "path", None), str)],
+        api_keys=service.config.api_keys,
+        max_body_bytes=service.config.max_body_bytes,
+    )
+    if service.config.allow_origins:
+        edge = CORSMiddleware(
+            edge,
+            allow_origins=service.config.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return edge
+
+
+def _add_openai_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await chat.create_chat_completion(service, request)
+
+    @app.post("/v1/completions")
+    async def text_completions(request: Request) -> Response:
+        return await completions.create_completion(service, request)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return json_response(
+            {"object": "list", "data": [_model_object(service, name) for name in service.config.served_model_names]}
+        )
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        return json_response(_model_object(service, service.resolve_model(name)))
+
+
+def _add_operations_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/")
+    async def root() -> Response:
+        return json_response(
+            {
+                "name": "tpserve",
+                "models": service.config.served_model_names,
+                "status": service.engine.state.status.value,
+            }
+        )
+
+    @app.get("/health")
+    async def health() -> Response:
+        state = service.engine.state
+        body = {"status": state.status.value, "detail": state.detail}
+        return json_response(body, 200 if state.status is EngineStatus.READY else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        try:
+            engine_text = await service.engine.metrics()
+        except EngineUnavailable:
+            engine_text = None  # tpserve_gateway_engine_up says so
+        return Response(service.metrics.render(engine_text), media_type=CONTENT_TYPE)
+
+    @app.get("/version")
+    async def version() -> Response:
+        return json_response({"version": service.engine.info.version})
+
+
+def _model_object(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "tpserve",
+        "max_model_len": service.engine.info.max_model_len,
+    }
+
+
+async def _on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Give the framework's refusals (unknown route, wrong method) OpenAI's form."""
+    assert isinstance(error, HTTPException)
+    reason = http.HTTPStatus(error.status_code).phrase
+    message = f"{reason}: {request.method} {request.url.path[:200]}"
+    code = {404: "unknown_route", 405: "method_not_allowed"}.get(error.status_code)
+    body = error_object(message, "invalid_request_error", code=code)
+    return json_response(body, error.status_code, dict(error.headers or {}))

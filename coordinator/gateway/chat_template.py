@@ -1,0 +1,120 @@
+"""Renders messages to prompt text with the model's own Jinja template, in a sandbox."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from tpserve.coordinator.gateway.errors import InvalidRequest
+from tpserve.coordinator.gateway.tokenizer import ModelFilesError, read_json
+
+
+class ChatTemplate:
+    """A compiled chat template and the special tokens it may write.
+
+    Parameters
+    ----------
+    source
+        Jinja text, as model folders ship it.
+    special_tokens
+        Variables such as `bos_token` and `eos_token`.
+
+    Raises
+    ------
+    ModelFilesError
+        If the template does not compile.
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ModelFilesError(f"the chat template does not compile: {error}") from None
+        self._special_tokens = special_tokens
+
+    @classmethod
+    def load(cls, model_dir: Path) -> ChatTemplate | None:
+        """Load `chat_template.jinja`, or `chat_template` of `tokenizer_config.json`; None if the model has neither.
+
+        Raises
+        ------
+        ModelFilesError
+            If a file is corrupt or the template does not compile.
+        """
+        config_path = model_dir / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.is_file() else {}
+        file = model_dir / "chat_template.jinja"
+        source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        if isinstance(source, list):  # several named templates
+            source = next((item["template"] for item in source if item.get("name") == "default"), None)
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise ModelFilesError(f"{config_path}: chat_template must be a string or a list of named templates")
+        return cls(source, special_tokens(config))
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """Return the prompt that ends where the assistant's answer begins.
+
+        Raises
+        ------
+        InvalidRequest
+            If the template refuses the messages.
+        """
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            # What the template is given comes from the client alone, so its failure is the request's.
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {error}", param="messages"
+            ) from None
+
+
+def special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """Return `bos_token`, `eos_token`, ... of tokenizer_config.json as plain strings."""
+    found = {}
+    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
+        value = tokenizer_config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """Accepts `{% generation %}`, which marks the assistant's text for training, and renders its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Return the statements up to `{% endgeneration %}`."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    """Unlike Jinja's own, leaves <, > and non-ASCII text as they are."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format_: str) -> str:
+    return datetime.now().strftime(format_)

@@ -1,0 +1,99 @@
+"""What one gateway process is started with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+class ConfigError(ValueError):
+    """The configuration is malformed; the message names the field and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Arguments of one gateway process, given as one JSON object."""
+
+    engine_address: str
+    """`host:port` of the coordinator's gRPC server."""
+    model_dir: str
+    """Folder with tokenizer.json, tokenizer_config.json and the Hugging Face configs."""
+    served_model_names: tuple[str, ...]
+    """Names that clients may use; the first is the one answers carry when the client named none."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free port; the log says which."""
+    api_keys: tuple[str, ...] = ()
+    """Any of them opens /v1; empty leaves it open."""
+    allow_origins: tuple[str, ...] = ()
+    """Origins for CORS; `*` is any; empty turns CORS off."""
+    max_body_bytes: int = 16 * 2**20
+    request_timeout_s: float = 3600.0
+    """From the last byte of the body to the last token."""
+    accept_timeout_s: float = 30.0
+    """The coordinator must accept or reject a request within this time."""
+    rpc_timeout_s: float = 5.0
+    """Deadline of unary calls to the coordinator, and period after which silence makes the gateway unhealthy."""
+    session_timeout_s: float = 30.0
+    """Silence of the coordinator after which the session is given up and its requests fail."""
+    drain_timeout_s: float = 30.0
+    """After SIGTERM, running requests get this long."""
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names:
+            raise ConfigError("served_model_names is empty: give at least one name")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}: it must lie in [0, 65535]")
+        if ":" not in self.engine_address:
+            raise ConfigError(f"engine_address is {self.engine_address!r}: it must be host:port")
+        if any(not key for key in self.api_keys):
+            raise ConfigError("api_keys holds an empty key: leave the list empty to serve without keys")
+        for name in ("max_body_bytes", "request_timeout_s", "accept_timeout_s", "rpc_timeout_s", "session_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be positive")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise ConfigError(f"log_level is {self.log_level!r}: it must be debug, info, warning or error")
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the JSON object; lists become tuples.
+
+        Raises
+        ------
+        ConfigError
+            If it is not an object, or a field is unknown, missing or of the wrong type.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"the configuration is not valid JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise ConfigError("the configuration must be one JSON object")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(raw) - set(fields)):
+            raise ConfigError(f"unknown fields: {', '.join(unknown)}; known are {', '.join(fields)}")
+        missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in raw]
+        if missing:
+            raise ConfigError(f"missing fields: {', '.join(missing)}")
+        values: dict[str, Any] = {name: _convert(name, str(fields[name].type), value) for name, value in raw.items()}
+        return cls(**values)
+
+
+def _convert(name: str, annotation: str, value: Any) -> object:
+    """Check one JSON value against the field's annotation."""
+    if annotation == "tuple[str, ...]":
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif annotation == "str":
+        if isinstance(value, str):
+            return value
+    elif isinstance(value, bool):
+        pass
+    elif annotation == "int" and isinstance(value, int):
+        return value
+    elif annotation == "float" and isinstance(value, int | float):
+        return float(value)
+    raise ConfigError(f"{name} is {value!r}: it must be {annotation}")

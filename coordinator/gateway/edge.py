@@ -1,0 +1,148 @@
+"""The outermost layer of each HTTP request: id, API key, body size, metrics, and the last resort for faults."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tpserve.coordinator.gateway.errors import (
+    ApiError,
+    BodyTooLarge,
+    ClientDisconnected,
+    InternalError,
+    InvalidApiKey,
+)
+from tpserve.coordinator.gateway.metrics import HttpMetrics
+from tpserve.coordinator.gateway.stream import error_response
+
+logger = logging.getLogger(__name__)
+
+QUIET_ROUTES = ("/health", "/metrics")
+"""Scraped all the time; logged at debug level."""
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Edge:
+    """ASGI middleware around the whole application.
+
+    Parameters
+    ----------
+    routes
+        Paths that metrics name; all others count as `other`, so that clients cannot grow the label set.
+    api_keys
+        Keys that open /v1; empty leaves it open.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: HttpMetrics,
+        routes: Iterable[str],
+        api_keys: tuple[str, ...],
+        max_body_bytes: int,
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._routes = frozenset(routes)
+        self._api_keys = [key.encode() for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; anything else (lifespan) passes through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin = time.perf_counter()
+        headers = dict(scope["headers"])
+        exchange = _Exchange(send, _request_id(headers))
+        path: str = scope["path"]
+        route = path if path in self._routes else "other"
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        self._metrics.begin(route)
+        try:
+            try:
+                if path.startswith("/v1/") and self._api_keys:
+                    self._check_key(headers)
+                await self._app(scope, self._limited(headers, receive), exchange.send)
+            except ClientDisconnect:
+                raise ClientDisconnected("The client closed the connection while sending the body") from None
+            except ApiError:
+                raise
+            except Exception as fault:
+                logger.exception("request %s: a fault of the gateway", exchange.request_id)
+                raise InternalError("The server failed on this request") from fault
+        except ApiError as error:
+            if exchange.status is None:
+                await error_response(error)(scope, receive, exchange.send)
+        finally:
+            duration_s = time.perf_counter() - begin
+            status = exchange.status or 499
+            self._metrics.end(route, status, duration_s)
+            logger.log(
+                logging.DEBUG if route in QUIET_ROUTES else logging.INFO,
+                "%s %s %d %.1f ms, request %s",
+                scope["method"],
+                route if route != "other" else repr(path[:100]),
+                status,
+                1000 * duration_s,
+                exchange.request_id,
+            )
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not given:
+            raise InvalidApiKey("An API key is needed: send it as 'Authorization: Bearer KEY'")
+        # Every key is compared in full, so that the time taken tells nothing.
+        if sum([hmac.compare_digest(given.strip(), key) for key in self._api_keys]) == 0:
+            raise InvalidApiKey("The API key is not known to this server")
+
+    def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+        """Return a channel that refuses a body over the limit, by its declared length or as it comes in."""
+        limit = self._max_body_bytes
+        too_large = BodyTooLarge(f"The body is larger than {limit} bytes")
+        declared = headers.get(b"content-length", b"")
+        if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
+            raise too_large
+        num_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > limit:
+                raise too_large
+            return message
+
+        return limited
+
+
+class _Exchange:
+    """Adds the request id to the response and remembers its status."""
+
+    __slots__ = ("_send", "request_id", "status")
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self.request_id = request_id
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message["headers"], (b"x-request-id", self.request_id.encode())]}
+        await self._send(message)
+
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    """Take the client's id, if it is fit for headers and logs."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,347 @@
+"""From a checked request to a stream of text: limits, sampling parameters, and the choices of one HTTP request.
+
+Knows nothing of HTTP or of how an answer is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tpserve.coordinator.gateway.engine_client import EngineClient
+from tpserve.coordinator.gateway.engine_types import EngineInfo, EngineRequest, Mailbox, TokenEvent
+from tpserve.coordinator.gateway.errors import (
+    ClientDisconnected,
+    ContextLengthExceeded,
+    EngineUnavailable,
+    InvalidRequest,
+    RequestTimeout,
+)
+from tpserve.coordinator.gateway.model import SamplingDefaults, ServedModel
+from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
+from tpserve.coordinator.gateway.stop import StopMatcher
+from tpserve.coordinator.gateway.tokenizer import Tokenizer
+from tpserve.proto.messages import FinishReason, SamplingParams, TokenLogprobs
+
+SEED_MASK = 2**64 - 1
+
+
+def output_limit(num_prompt_tokens: int, requested: int | None, info: EngineInfo, default: int | None) -> int:
+    """Return how many tokens each choice may have.
+
+    Parameters
+    ----------
+    requested
+        What the client asked for; None takes `default`, cut to what is left of the context.
+    default
+        None is all that is left.
+
+    Raises
+    ------
+    InvalidRequest
+        If the prompt is empty.
+    ContextLengthExceeded
+        If the prompt, or the prompt and what was asked for, do not fit.
+    """
+    left = info.max_model_len - num_prompt_tokens
+    if num_prompt_tokens == 0:
+        raise InvalidRequest("The prompt has no tokens", param="prompt")
+    if left < 1:
+        raise ContextLengthExceeded(
+            f"The prompt has {num_prompt_tokens} tokens and the model's context length is {info.max_model_len} tokens, "
+            "which must hold the output too: shorten the prompt"
+        )
+    if requested is None:
+        return left if default is None else min(default, left)
+    if requested > left:
+        raise ContextLengthExceeded(
+            f"The model's context length is {info.max_model_len} tokens, but {num_prompt_tokens + requested} were "
+            f"asked for ({num_prompt_tokens} in the prompt and {requested} of output): lower max_tokens to {left} "
+            "or less, or shorten the prompt",
+            param="max_tokens",
+        )
+    return requested
+
+
+def sampling_params(
+    request: ChatCompletionRequest | CompletionRequest,
+    defaults: SamplingDefaults,
+    info: EngineInfo,
+    num_logprobs: int | None,
+) -> SamplingParams:
+    """Return how the request's tokens are drawn; without a seed, a fresh random one.
+
+    Raises
+    ------
+    InvalidRequest
+        If `logit_bias` names a token outside the vocabulary.
+    """
+    bias = request.logit_bias or {}
+    if outside := [token for token in bias if token >= info.vocab_size]:
+        raise InvalidRequest(
+            f"logit_bias names token {outside[0]}, but the vocabulary has {info.vocab_size} tokens", param="logit_bias"
+        )
+    return SamplingParams(
+        temperature=_given(request.temperature, defaults.temperature),
+        top_p=_given(request.top_p, defaults.top_p),
+        top_k=defaults.top_k if request.top_k is None else request.top_k or None,
+        min_p=_given(request.min_p, defaults.min_p),
+        frequency_penalty=_given(request.frequency_penalty, 0.0),
+        presence_penalty=_given(request.presence_penalty, 0.0),
+        seed=secrets.randbits(64) if request.seed is None else request.seed & SEED_MASK,
+        logit_bias=tuple(bias.items()),
+        num_logprobs=num_logprobs,
+    )
+
+
+def engine_request(
+    request: ChatCompletionRequest | CompletionRequest,
+    prompt_token_ids: Sequence[int],
+    model: ServedModel,
+    info: EngineInfo,
+    *,
+    name: str,
+    requested: int | None,
+    default_limit: int | None,
+    num_logprobs: int | None,
+) -> EngineRequest:
+    """Return what the coordinator is asked for one prompt.
+
+    Raises
+    ------
+    InvalidRequest
+        If a limit of the model is exceeded.
+    """
+    stop_token_ids = set() if request.ignore_eos else {*model.stop_token_ids, *(request.stop_token_ids or ())}
+    return EngineRequest(
+        name=name,
+        prompt_token_ids=prompt_token_ids,
+        n=request.n or 1,
+        sampling=sampling_params(request, model.defaults, info, num_logprobs),
+        max_tokens=output_limit(len(prompt_token_ids), requested, info, default_limit),
+        stop_token_ids=sorted(stop_token_ids),
+    )
+
+
+@dataclass(slots=True)
+class Update:
+    """What is new in one choice."""
+
+    index: int
+    text: str
+    """May be empty, while a character or a stop string is open."""
+    token_ids: Sequence[int]
+    """Shown tokens, for log-probabilities; the end-of-sequence token is not among them."""
+    logprobs: Sequence[TokenLogprobs]
+    """Parallel to `token_ids`, or empty."""
+    offsets: Sequence[int]
+    """Characters before each token, parallel to `logprobs`."""
+    finish: str | None
+    """`stop` or `length`, in the choice's last update."""
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of one HTTP request."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int = 0
+    num_cached_tokens: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return OpenAI's usage object."""
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_completion_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
+        }
+
+
+class _Choice:
+    """The text of one choice so far, as far as it is still open."""
+
+    __slots__ = ("_detokenizer", "_matcher", "finished", "num_chars")
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+        self._detokenizer = tokenizer.detokenizer()
+        self._matcher = StopMatcher(stops) if stops else None
+        self.num_chars = 0
+        """Decoded so far, held back or not."""
+        self.finished = False
+
+    def push(self, token_ids: Sequence[int]) -> tuple[str, bool]:
+        """Take tokens; return the text to show and whether a stop string was completed."""
+        return self._match(self._detokenizer.push(token_ids))
+
+    def flush(self) -> tuple[str, bool]:
+        """Return the rest of the text at the end of the tokens, and whether it completes a stop string."""
+        text, stopped = self._match(self._detokenizer.flush())
+        if self._matcher is not None and not stopped:
+            text += self._matcher.flush()
+        return text, stopped
+
+    def _match(self, text: str) -> tuple[str, bool]:
+        self.num_chars += len(text)
+        return (text, False) if self._matcher is None else self._matcher.push(text)
+
+
+class Generation:
+    """All choices of one HTTP request, from submission to the last token.
+
+    Choices are numbered over all prompts: prompt p's choice c has index p * n + c.
+
+    Parameters
+    ----------
+    requests
+        One per prompt, all with the same `n`.
+    stops
+        Stop strings.
+    timeout_s
+        Time for the whole of it.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        requests: Sequence[EngineRequest],
+        *,
+        stops: tuple[str, ...],
+        timeout_s: float,
+    ) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._n = requests[0].n
+        self._choices = [_Choice(tokenizer, stops) for request in requests for _ in range(request.n)]
+        # Only with these does it matter which token of an event did what.
+        self._token_by_token = bool(stops) or requests[0].sampling.num_logprobs is not None
+        self._num_open = len(self._choices)
+        self._timeout_s = timeout_s
+        self._mailbox = Mailbox(len(requests))
+        self._first_index: dict[int, int] = {}
+        self._cached: dict[int, int] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.usage = Usage(sum(len(request.prompt_token_ids) for request in requests))
+
+    @property
+    def num_choices(self) -> int:
+        """Choices over all prompts."""
+        return len(self._choices)
+
+    async def start(self, receive: Callable[[], Awaitable[Mapping[str, Any]]], accept_timeout_s: float) -> None:
+        """Submit the requests and wait until all are accepted.
+
+        Parameters
+        ----------
+        receive
+            The ASGI channel, whose body has been read; a disconnect ends the generation.
+
+        Raises
+        ------
+        ApiError
+            If one is rejected or not answered in time. `close` must be called in any case.
+        """
+        self._watch = asyncio.create_task(self._watch_client(receive))
+        timeout = RequestTimeout(f"The request took longer than {self._timeout_s:g} s")
+        self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._mailbox.fail, timeout)
+        for number, request in enumerate(self._requests):
+            self._first_index[self._engine.submit(request, self._mailbox)] = number * self._n
+        try:
+            await asyncio.wait_for(self._mailbox.wait_accepted(), accept_timeout_s)
+        except TimeoutError:
+            raise EngineUnavailable(
+                f"The engine did not accept the request within {accept_timeout_s:g} s", retry_after_s=1
+            ) from None
+
+    async def updates(self) -> AsyncIterator[list[Update]]:
+        """Yield what is new, all that has arrived at once, until every choice has finished.
+
+        Raises
+        ------
+        ApiError
+            If the engine fails the request, the client leaves, or time is up.
+        """
+        while self._num_open:
+            updates = []
+            for event in await self._mailbox.take():
+                index = self._first_index[event.request_id] + event.choice
+                if not self._choices[index].finished:
+                    updates.append(self._update(index, event))
+            if updates:
+                yield updates
+
+    def close(self) -> None:
+        """Abort what still runs, and forget the requests."""
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        for request_id, first in self._first_index.items():
+            if not all(choice.finished for choice in self._choices[first : first + self._n]):
+                self._engine.abort(request_id)
+            self._engine.release(request_id)
+
+    async def _watch_client(self, receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._mailbox.fail(ClientDisconnected("The client closed the connection"))
+
+    def _update(self, index: int, event: TokenEvent) -> Update:
+        """Turn one event into text and count its tokens."""
+        if event.finish in (FinishReason.FAILED, FinishReason.ABORTED):
+            detail = event.detail or event.finish.name.lower()
+            raise EngineUnavailable(f"The engine could not finish the request: {detail}", retry_after_s=1)
+        choice = self._choices[index]
+        if event.num_cached_tokens:
+            self._count_cached(event)
+        ended = event.finish is not None
+        # The stop token is counted and not shown.
+        shown = event.token_ids[:-1] if event.finish is FinishReason.STOP else event.token_ids
+        stopped = False
+        offsets: list[int] = []
+        if self._token_by_token:
+            parts = []
+            for token in shown:
+                offsets.append(choice.num_chars)
+                text, stopped = choice.push((token,))
+                parts.append(text)
+                if stopped:
+                    break
+            text = "".join(parts)
+            num_shown = len(offsets)
+        else:
+            text, _ = choice.push(shown)
+            num_shown = len(shown)
+        if ended and not stopped:
+            rest, stopped = choice.flush()
+            text += rest
+            num_used = len(event.token_ids)
+        else:
+            num_used = num_shown
+        self.usage.num_completion_tokens += num_used
+        if ended or stopped:
+            choice.finished = True
+            self._num_open -= 1
+            if not ended:
+                self._engine.abort(event.request_id, event.choice)
+        finish = "stop" if stopped else _FINISH_NAMES[event.finish] if event.finish is not None else None
+        return Update(index, text, shown[:num_shown], event.logprobs[:num_shown], offsets, finish)
+
+    def _count_cached(self, event: TokenEvent) -> None:
+        """Count a prompt's cached tokens once, whichever choice reports them."""
+        known = self._cached.get(event.request_id, 0)
+        if event.num_cached_tokens > known:
+            self._cached[event.request_id] = event.num_cached_tokens
+            self.usage.num_cached_tokens += event.num_cached_tokens - known
+
+
+_FINISH_NAMES = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,278 @@
+"""The wire format: OpenAI request bodies, checked field by field.
+
+Unknown fields are ignored, as OpenAI's servers do; wrong types and absurd values are refused with the field's name.
+Knows nothing of the model: what depends on it (context length, vocabulary) is checked in `generation`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tpserve.coordinator.gateway.errors import InvalidRequest, UnsupportedFeature
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_PROMPTS = 256
+
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+Text = Annotated[str, Field(max_length=2**24)]
+
+
+class _Unsupported(ValueError):
+    """Raised by a validator for what OpenAI accepts and this server does not (yet)."""
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
+
+
+class ResponseFormat(_Wire):
+    """`response_format`; only plain text is served."""
+
+    type: str
+
+    @field_validator("type")
+    @classmethod
+    def _only_text(cls, value: str) -> str:
+        if value in ("json_object", "json_schema"):
+            raise _Unsupported(f"response_format {value!r} is not supported yet; only 'text' is")
+        if value != "text":
+            raise ValueError(f"{value!r} is not a response format")
+        return value
+
+
+class StreamOptions(_Wire):
+    """`stream_options`."""
+
+    include_usage: bool = False
+
+
+class ContentPart(_Wire):
+    """One part of a message's content list; only text is served."""
+
+    type: str
+    text: Text | None = None
+
+    @model_validator(mode="after")
+    def _only_text(self) -> Self:
+        if self.type in ("image_url", "input_audio", "file", "video_url"):
+            raise _Unsupported(f"content of type {self.type!r} is not supported by this model; only 'text' is")
+        if self.type not in ("text", "refusal"):
+            raise ValueError(f"{self.type!r} is not a content type")
+        if self.type == "text" and self.text is None:
+            raise ValueError("a part of type 'text' needs the field 'text'")
+        return self
+
+
+class FunctionCall(_Wire):
+    """The function of a tool call in the history."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Wire):
+    """A tool call in the history."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(_Wire):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"a {self.role} message needs the field 'content'")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only assistant messages may carry 'tool_calls'")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text or "" for part in self.content)
+
+
+class _Sampling(_Wire):
+    """What chat and completions share."""
+
+    model: str | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=4096)
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Extra, as in vLLM: only the k best; 0 or null is off."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Extra: drop tokens below this share of the best one's probability."""
+    ignore_eos: bool | None = None
+    """Extra, for benchmarks: run to max_tokens."""
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=128)
+    """Extra: further tokens that end the output."""
+    user: str | None = None
+    response_format: ResponseFormat | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _not_too_many_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and len(value) > MAX_STOPS:
+            raise ValueError(f"{len(value)} stop strings were given; at most {MAX_STOPS} are allowed")
+        if value is not None and max(map(len, [value] if isinstance(value, str) else value), default=0) > 1024:
+            raise ValueError("a stop string has more than 1024 characters")
+        return value
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("'stream_options' is only allowed when 'stream' is true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatCompletionRequest(_Sampling):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=2**16)
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """Newer name of max_tokens; it wins if both are given."""
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("'top_logprobs' is only allowed when 'logprobs' is true")
+        if (self.tools and self.tool_choice != "none") or self.functions:
+            raise _Unsupported("'tools' are not supported yet; leave them out or send tool_choice 'none'")
+        return self
+
+    @property
+    def output_limit(self) -> int | None:
+        """Output tokens per choice that the client asked for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives per token; None is no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(_Sampling):
+    """Body of POST /v1/completions."""
+
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    suffix: str | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_prompts(cls, value: str | list[Any]) -> str | list[Any]:
+        if isinstance(value, list):
+            if not value or any(item == [] for item in value):
+                raise ValueError("a prompt is empty")
+            if not isinstance(value[0], int) and len(value) > MAX_PROMPTS:
+                raise ValueError(f"{len(value)} prompts were given; at most {MAX_PROMPTS} are allowed in one request")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.suffix:
+            raise _Unsupported("'suffix' is not supported by this model")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise _Unsupported("'best_of' is only supported when it equals 'n'")
+        if self.echo and self.logprobs is not None:
+            raise _Unsupported("'echo' together with 'logprobs' is not supported: the prompt has no log-probabilities")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts as a list, of texts or of token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+Request = TypeVar("Request", ChatCompletionRequest, CompletionRequest)
+
+
+def parse_body(model: type[Request], body: bytes) -> Request:
+    """Read and check a request body.
+
+    Raises
+    ------
+    InvalidRequest
+        Naming the field and what is wrong with it.
+    """
+    try:
+        return model.model_validate_json(body)
+    except pydantic.ValidationError as error:
+        # Of a union's failed branches, the one that got furthest is the one that was meant.
+        details = max(error.errors(include_url=False), key=lambda item: len(item["loc"]))
+        param = _param(details["loc"])
+        cause = details.get("ctx", {}).get("error")
+        if details["type"] == "json_invalid":
+            raise InvalidRequest(
+                f"The body is not valid JSON: {details['ctx']['error']}", code="invalid_json"
+            ) from None
+        message = str(cause) if isinstance(cause, ValueError) else details["msg"]
+        if details["type"] != "missing" and isinstance(details["input"], int | float | str):
+            message += f" (got {_short(details['input'])})"
+        text = f"{param}: {message}" if param else message
+        kind = UnsupportedFeature if isinstance(cause, _Unsupported) else InvalidRequest
+        raise kind(text, param=param) from None
+
+
+def _param(loc: tuple[int | str, ...]) -> str | None:
+    """Write a location as OpenAI does (`messages[0].content`), without the names of union branches."""
+    path = ""
+    for item in loc:
+        if isinstance(item, int):
+            path += f"[{item}]"
+        elif item.isidentifier() and item not in ("str", "int", "float", "bool"):
+            path += f".{item}" if path else item
+    return path or None
+
+
+def _short(value: float | str) -> str:
+    """Return a value for a message, cut to a length that fits one line."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "an integer of many digits"
+    return text if len(text) <= 80 else text[:77] + "..."

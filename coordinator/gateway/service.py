@@ -1,0 +1,111 @@
+"""What the handlers share: the model, the engine, and the way from a checked request to a response."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tpserve.coordinator.gateway.config import GatewayConfig
+from tpserve.coordinator.gateway.engine_client import EngineClient
+from tpserve.coordinator.gateway.engine_types import EngineRequest
+from tpserve.coordinator.gateway.errors import ModelNotFound
+from tpserve.coordinator.gateway.generation import Generation, Update, Usage
+from tpserve.coordinator.gateway.metrics import HttpMetrics
+from tpserve.coordinator.gateway.model import ServedModel
+from tpserve.coordinator.gateway.stream import ChunkWriter, EventStream, json_response
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """What every part of an answer carries."""
+
+    id: str
+    created: int
+    """Unix time, seconds."""
+    model: str
+
+
+class Answer(Protocol):
+    """Collects a whole answer."""
+
+    def add(self, update: Update) -> None:
+        """Take what is new in a choice."""
+
+    def to_dict(self, usage: Usage) -> dict[str, Any]:
+        """Return the response body."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One gateway's parts."""
+
+    config: GatewayConfig
+    model: ServedModel
+    engine: EngineClient
+    metrics: HttpMetrics
+    created: int = field(default_factory=lambda: int(time.time()))
+    """When the models appeared, for /v1/models; Unix time, seconds."""
+
+    def resolve_model(self, name: str | None) -> str:
+        """Return the name that the answer carries.
+
+        Raises
+        ------
+        ModelNotFound
+            If `name` is not served.
+        """
+        names = self.config.served_model_names
+        if name is None:
+            return names[0]
+        if name not in names:
+            shown = name if len(name) <= 100 else name[:97] + "..."
+            raise ModelNotFound(
+                f"The model {shown!r} does not exist; this server has {', '.join(map(repr, names))}", param="model"
+            )
+        return name
+
+    async def respond(
+        self,
+        http: Request,
+        requests: list[EngineRequest],
+        *,
+        stops: tuple[str, ...],
+        writer: Callable[[Generation], ChunkWriter] | None,
+        answer: Callable[[], Answer],
+    ) -> Response:
+        """Run the engine requests and return their text.
+
+        Parameters
+        ----------
+        http
+            Its body has been read.
+        writer
+            Makes the writer of a streamed answer; None answers in one piece, by `answer`.
+
+        Raises
+        ------
+        ApiError
+            If nothing has been sent yet.
+        """
+        generation = Generation(
+            self.engine, self.model.tokenizer, requests, stops=stops, timeout_s=self.config.request_timeout_s
+        )
+        handed_over = False
+        try:
+            await generation.start(http.receive, self.config.accept_timeout_s)
+            if writer is not None:
+                handed_over = True
+                return EventStream(generation, writer(generation), self.metrics, requests[0].name)
+            whole = answer()
+            async for updates in generation.updates():
+                for update in updates:
+                    whole.add(update)
+            return json_response(whole.to_dict(generation.usage))
+        finally:
+            if not handed_over:
+                generation.close()

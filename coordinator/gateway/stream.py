@@ -1,0 +1,100 @@
+"""Writes answers: server-sent events, and JSON. Knows nothing of what the events say."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tpserve.coordinator.gateway.errors import ApiError, ClientDisconnected, InternalError, error_json
+from tpserve.coordinator.gateway.generation import Generation, Update
+from tpserve.coordinator.gateway.metrics import HttpMetrics
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ChunkWriter(Protocol):
+    """Writes one kind of streamed answer."""
+
+    def write(self, update: Update) -> bytes:
+        """Return the events for what is new in a choice; may be empty."""
+
+    def close(self) -> bytes:
+        """Return what comes after the last choice has finished, before [DONE]."""
+
+
+def sse(data: dict[str, Any]) -> bytes:
+    """Return one server-sent event."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a JSON response."""
+    return Response(orjson.dumps(data), status, headers, "application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """Return an error in OpenAI's form."""
+    return Response(error_json(error), error.status, error.headers, "application/json")
+
+
+class EventStream(Response):
+    """The response that streams a generation and closes it.
+
+    Headers are sent at once: the generation must have been accepted. What goes wrong later is sent as an event with
+    OpenAI's error object, which ends the stream in place of [DONE].
+
+    Parameters
+    ----------
+    generation
+        Started; it is closed when the response ends, for whatever reason.
+    name
+        Request id, for logs.
+    """
+
+    def __init__(self, generation: Generation, writer: ChunkWriter, metrics: HttpMetrics, name: str) -> None:
+        super().__init__(
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            media_type="text/event-stream",
+        )
+        del self.headers["content-length"]
+        self._generation = generation
+        self._writer = writer
+        self._metrics = metrics
+        self._name = name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all of it."""
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            last = await self._send_events(send)
+        finally:
+            self._generation.close()
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _send_events(self, send: Send) -> bytes:
+        """Send an event group per batch of updates; return what ends the stream."""
+        write = self._writer.write
+        try:
+            async for updates in self._generation.updates():
+                body = write(updates[0]) if len(updates) == 1 else b"".join(map(write, updates))
+                if body:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+        except ClientDisconnected as error:
+            self._metrics.stream_failed(error.status)
+            logger.info("request %s: the client left", self._name)
+            return b""
+        except ApiError as error:
+            self._metrics.stream_failed(error.status)
+            logger.warning("request %s failed while streaming: %s", self._name, error.message)
+            return sse(error.to_dict())
+        except Exception:
+            self._metrics.stream_failed(500)
+            logger.exception("request %s failed while streaming", self._name)
+            return sse(InternalError("The server failed on this request").to_dict())
+        return self._writer.close() + DONE

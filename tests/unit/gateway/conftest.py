@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+import httpx
+import openai
+import pytest
+import tokenizers
+import uvicorn
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tpserve.coordinator.gateway.__main__ import Server, bind, make_service
+from tpserve.coordinator.gateway.app import create_app
+from tpserve.coordinator.gateway.config import GatewayConfig
+from tpserve.coordinator.gateway.service import Service
+from tpserve.coordinator.gateway.tokenizer import Tokenizer
+from unit.gateway.scripted_engine import ScriptedEngine, seeded_script
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'tool' and not message.get('tool_call_id') %}"
+    "{{ raise_exception('a tool message needs tool_call_id') }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CORPUS = [
+    "Hello there, how are you today? The quick brown fox jumps over the lazy dog.",
+    "def main():\n    return {'key': [1, 2, 3]}\n",
+    "Grüße aus Köln, 你好世界, こんにちは, 👩‍👩‍👧 family, e\u0301 combining.",
+    "the the the and and user assistant system stop STOP end END",
+]
+
+
+def make_backend() -> tokenizers.Tokenizer:
+    """Train a small byte-level BPE, of the kind that llama 3, qwen and smollm use."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_tokens([tokenizers.AddedToken("<tool>", special=False), tokenizers.AddedToken("größe☃", special=False)])
+    return backend
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_backend().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir: Path) -> Tokenizer:
+    return Tokenizer.load(model_dir)
+
+
+class ReadyServer(Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config, service)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+
+@dataclass
+class Stack:
+    """A gateway on loopback in front of a scripted engine."""
+
+    engine: ScriptedEngine
+    engine_server: grpc.aio.Server
+    service: Service
+    server: ReadyServer
+    serving: asyncio.Task[None]
+    url: str
+    client: openai.AsyncOpenAI
+    http: httpx.AsyncClient
+
+    async def until_state(self, status: str) -> dict[str, str]:
+        """Poll /health until it says `status`."""
+        while True:
+            body: dict[str, str] = (await self.http.get("/health")).json()
+            if body["status"] == status:
+                return body
+
+
+StackFactory = Callable[..., contextlib.AbstractAsyncContextManager[Stack]]
+
+
+@pytest.fixture
+def make_stack(model_dir: Path, tokenizer: Tokenizer) -> StackFactory:
+    @contextlib.asynccontextmanager
+    async def make(engine: ScriptedEngine | None = None, **changes: object) -> AsyncIterator[Stack]:
+        engine = engine or ScriptedEngine(seeded_script(tokenizer.vocab_size), tokenizer.vocab_size)
+        engine_server, address = await engine.start()
+        config = GatewayConfig(
+            engine_address=address,
+            model_dir=str(model_dir),
+            served_model_names=("tiny", "gpt-4"),
+            port=0,
+        )
+        config = dataclasses.replace(config, **changes)  # type: ignore[arg-type]  # each test knows its fields
+        service = make_service(config)
+        bound = bind(config.host, 0)
+        uvicorn_config = uvicorn.Config(
+            create_app(service), loop="none", http="httptools", log_config=None, timeout_graceful_shutdown=1
+        )
+        server = ReadyServer(uvicorn_config, service)
+        serving = asyncio.create_task(server.serve(sockets=[bound]))
+        await server.ready.wait()
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        async with (
+            openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=20) as client,
+            httpx.AsyncClient(base_url=url, timeout=20) as http,
+        ):
+            stack = Stack(engine, engine_server, service, server, serving, url, client, http)
+            async with asyncio.timeout(20):
+                await stack.until_state(EXPECTED_STATES[engine.status])
+            yield stack
+        server.should_exit = True
+        await serving
+        await engine_server.stop(None)
+
+    return make
+
+
+EXPECTED_STATES = ["starting", "ready", "rebuilding", "draining", "stalled", "dead"]
