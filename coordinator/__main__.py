@@ -63,21 +63,8 @@ class CoordinatorConfig:
     drain_timeout_s: float = 30.0
 
 
-async def run(config: CoordinatorConfig) -> int:
-    """Serve until SIGTERM; return the exit code."""
-    manifest = Manifest.load(Path(config.artifact_dir), verify_files=False)
-    metrics = Metrics(config.model_name)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=manifest.max_model_len,
-            page_size=manifest.kv.page_size,
-            num_pages=config.num_pages,
-            max_num_queued_requests=config.max_num_queued_requests,
-            enable_prefix_cache=config.enable_prefix_cache,
-        )
-    )
+def make_cluster(config: CoordinatorConfig, manifest: Manifest) -> Cluster:
+    """Return the cluster for the ranks of `manifest`, not yet connected."""
     rank = RankConfig(
         rank=0,
         tp_size=manifest.tp_size,
@@ -90,38 +77,44 @@ async def run(config: CoordinatorConfig) -> int:
         group_name="",
         collective_timeout_s=config.collective_timeout_s,
     )
-    cluster = Cluster(ClusterConfig(rank, config.start_timeout_s, config.ray_address))
+    return Cluster(ClusterConfig(rank, config.start_timeout_s, config.ray_address))
+
+
+async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster) -> int:
+    """Serve until SIGTERM; return the exit code."""
+    metrics = Metrics(config.model_name)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=manifest.max_model_len,
+            page_size=manifest.kv.page_size,
+            num_pages=config.num_pages,
+            max_num_queued_requests=config.max_num_queued_requests,
+            enable_prefix_cache=config.enable_prefix_cache,
+        )
+    )
     engine_config = EngineConfig(step_timeout_s=config.step_timeout_s)
     engine = Engine(engine_config, scheduler, cluster, metrics, config.model_name)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     server = await _listen(config, manifest, engine, metrics)
-    serving = asyncio.create_task(_serve(cluster, engine))
+    serving = asyncio.create_task(engine.run())
     stopping = asyncio.create_task(stop.wait())
-    code = 0
     try:
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             serving.result()
         elif not await engine.drain(config.drain_timeout_s):
             logger.warning("requests still ran after %g s and are cut off", config.drain_timeout_s)
-    except ClusterError as error:
-        logger.error("%s", error)
-        code = 1
     finally:
         serving.cancel()
         stopping.cancel()
         with contextlib.suppress(asyncio.CancelledError, ClusterError):
             await serving
         await server.stop(grace=1)
-        await asyncio.to_thread(cluster.shutdown)
-    return code
-
-
-async def _serve(cluster: Cluster, engine: Engine) -> None:
-    await asyncio.to_thread(cluster.connect)
-    await engine.run()
+    return 0
 
 
 async def _listen(
@@ -154,7 +147,17 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s coordinator: %(message)s")
     config = CoordinatorConfig(**json.loads(sys.argv[1]))
     end_with_parent(config.parent_pid)
-    return asyncio.run(run(config))
+    manifest = Manifest.load(Path(config.artifact_dir), verify_files=False)
+    cluster = make_cluster(config, manifest)
+    try:
+        # Before the event loop: Ray forks its daemons, which must not happen beside running gRPC threads.
+        cluster.connect()
+        return asyncio.run(run(config, manifest, cluster))
+    except ClusterError as error:
+        logger.error("%s", error)
+        return 1
+    finally:
+        cluster.shutdown()
 
 
 if __name__ == "__main__":

@@ -93,9 +93,9 @@ class Cluster:
             self._placement = placement_group([{"CPU": 1}] * tp_size, strategy="STRICT_PACK")
             if not self._placement.wait(30):
                 raise ClusterError(f"no Ray node has {tp_size} free CPUs for {tp_size} ranks: free some, or lower --tp")
-        except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
-            if isinstance(error, ClusterError):
-                raise
+        except ClusterError:
+            raise
+        except Exception as error:  # Ray raises bare Exception when a daemon does not come up
             raise ClusterError(f"Ray cannot be started: {error}") from error
 
     async def start_ranks(self) -> Sequence[RankAddress]:

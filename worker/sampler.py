@@ -71,8 +71,8 @@ class Sampler:
 
         Parameters
         ----------
-        logits : tensor (R, vocab_size) float32
-            Changed in place.
+        logits : tensor (R, padded_vocab_size) float32
+            Changed in place; what is past the vocabulary is not read.
 
         Returns
         -------
@@ -83,6 +83,7 @@ class Sampler:
         ids = self._out_ids[:rows]
         self._kernel(
             logits,
+            self._vocab_size,
             as_tensor(arrays.sample_slots),
             as_tensor(arrays.sample_positions),
             *self._state,
@@ -123,8 +124,8 @@ class Sampler:
             floats["presence_penalty"],
             self._seed,
             self._bias_ids,
-            self._bias_count,
             self._bias_values,
+            self._bias_count,
             self._output_counts,
             self._num_logprobs,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvm.relax.frontend import nn
-from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn import Tensor
 
 from tpserve.compile.layers import DecoderLayer, GraphContext, Linear
 from tpserve.compile.operators import BatchInputs, all_gather
@@ -63,8 +63,8 @@ class LlamaForCausalLM(nn.Module):
 
         Returns
         -------
-        (R, vocab_size) float32
-            The same on every rank.
+        (R, padded vocabulary) float32
+            The same on every rank; columns past the vocabulary mean nothing.
         """
         config, operators = self._context.config, self._context.operators
         batch = BatchInputs(positions, token_slots, page_table, self.rope)
@@ -80,6 +80,4 @@ class LlamaForCausalLM(nn.Module):
         tp_size = self._context.sharding.tp_size
         if tp_size > 1:
             logits = all_gather(logits, tp_size)
-        if logits.shape[1] != config.vocab_size:
-            logits, _ = op.split(logits, [config.vocab_size], axis=-1)
         return logits

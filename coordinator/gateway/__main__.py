@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import math
 import os
@@ -27,6 +28,7 @@ from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
+from tpserve.coordinator.process import end_with_parent
 
 logger = logging.getLogger("tpserve.coordinator.gateway")
 
@@ -113,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
         logger.error("%s", error)
         return 2
     logging.getLogger().setLevel(config.log_level.upper())
+    if config.parent_pid is not None:
+        end_with_parent(config.parent_pid)
     try:
         bound = bind(config.host, config.port)
     except OSError as error:
@@ -137,7 +141,10 @@ def main(argv: list[str] | None = None) -> int:
             server_header=False,
             timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + DRAIN_GRACE_S,
         )
-        logger.info("listening on http://%s:%d", config.host, bound.getsockname()[1])
+        url = f"http://{config.host}:{bound.getsockname()[1]}"
+        logger.info("listening on %s", url)
+        sys.stdout.write(json.dumps({"url": url}) + "\n")
+        sys.stdout.flush()
         Server(uvicorn_config, service).run(sockets=[bound])
     return 0
 

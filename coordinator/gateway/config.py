@@ -41,6 +41,8 @@ class GatewayConfig:
     drain_timeout_s: float = 30.0
     """After SIGTERM, running requests get this long."""
     log_level: str = "info"
+    parent_pid: int | None = None
+    """The process that started this one; the gateway ends with it. None: it stands alone."""
 
     def __post_init__(self) -> None:
         if not self.served_model_names:
@@ -92,7 +94,7 @@ def _convert(name: str, annotation: str, value: Any) -> object:
             return value
     elif isinstance(value, bool):
         pass
-    elif annotation == "int" and isinstance(value, int):
+    elif annotation in ("int", "int | None") and isinstance(value, int):
         return value
     elif annotation == "float" and isinstance(value, int | float):
         return float(value)
