@@ -91,7 +91,8 @@ class KVPages:
             Holder of the pages.
         num_computed
             Tokens whose KV is written by the plans made so far. Later plans run after those, so they may read it.
-            A page whose tokens are not all confirmed yet waits for a later call.
+            A page whose tokens are not all confirmed yet waits for a later call; the last page of a sequence that
+            runs to its length may never get one, since its pages are freed ahead of its last results.
         """
         count = min(num_computed, len(sequence.tokens)) // self._page_size
         if self._cache is None or count <= sequence.num_committed_pages:
