@@ -74,6 +74,13 @@ class TestRequests:
         loop.run()
         check_texts(loop, request)
 
+    def test_a_prompt_that_fills_every_page_runs_alone(self) -> None:
+        loop = Loop(make_config(num_pages=12))
+        requests = [make_request(i, prompt=48, max_tokens=1) for i in (1, 2)]
+        loop.add(*requests)
+        loop.run()
+        check_texts(loop, *requests)
+
     def test_the_queue_is_bounded_in_requests_of_which_nothing_has_run(self) -> None:
         loop = Loop(make_config(max_num_queued_requests=2))
         loop.add(make_request(1, n=3), make_request(2))
@@ -266,13 +273,13 @@ class TestPrefixCache:
 class TestChoices:
     def test_the_others_wait_for_the_first_and_compute_only_the_tail(self, enable_prefix_cache: bool) -> None:
         loop = Loop(make_config(enable_prefix_cache=enable_prefix_cache))
-        request = make_request(1, prompt=40, n=3)
+        request = make_request(1, prompt=38, n=3)
         loop.add(request)
-        first, second, third = plan_of(loop), plan_of(loop), None
+        first, second = plan_of(loop), plan_of(loop)
         assert [len(plan.chunks) for plan in (first, second)] == [1, 1]
         loop.update()
         third = plan_of(loop)
-        assert [(chunk.start, len(chunk.token_ids)) for chunk in third.chunks] == [(36, 4), (36, 4)]
+        assert [(chunk.start, len(chunk.token_ids)) for chunk in third.chunks] == [(36, 2), (36, 2)]
         tables = [added.page_ids for plan in (first, third) for added in plan.added_slots]
         assert len({table[:9] for table in tables}) == 1
         assert len({table[9] for table in tables}) == 3
@@ -337,6 +344,19 @@ class TestPreemption:
         assert known.start + len(known.token_ids) > 9
         check_texts(loop, make_request(2, prompt=9, max_tokens=20))
 
+    def test_a_preempted_sequence_is_not_passed_on_its_way_back(self) -> None:
+        loop = Loop(make_config(num_pages=12))
+        loop.add(make_request(1, prompt=8, max_tokens=32), make_request(2, prompt=8, max_tokens=32))
+        while loop.scheduler.stats().num_preemptions == 0:
+            loop.step()
+        small = make_request(3, prompt=1, max_tokens=1)
+        loop.add(small)
+        while loop.output(1).finish is None:
+            loop.step()
+            assert loop.output(3).tokens == [] or loop.scheduler.num_waiting == 0
+        loop.run()
+        check_texts(loop, small)
+
     def test_a_request_is_not_admitted_if_running_ones_will_need_the_pages(self) -> None:
         loop = Loop(make_config(num_pages=6))
         loop.add(make_request(1, prompt=8, max_tokens=9), make_request(2, prompt=16, max_tokens=2))
@@ -372,6 +392,16 @@ class TestFairness:
         assert loop.output(1000).finish is FinishReason.LENGTH
         assert len(loop.plans) < 10 + 20 + 5
         assert loop.output(1).finish is FinishReason.LENGTH  # it passed
+
+    def test_the_way_is_free_again_once_who_barred_it_has_gone(self) -> None:
+        loop = Loop(make_config(num_pages=16, aging_steps=0))
+        loop.add(make_request(1, prompt=20, max_tokens=20))
+        loop.step()
+        loop.add(make_request(2, prompt=55), make_request(3, prompt=4, max_tokens=2))
+        loop.step()
+        assert loop.scheduler.num_waiting == 2
+        loop.scheduler.abort(2)
+        assert [len(chunk.token_ids) for chunk in plan_of(loop).chunks] == [4]
 
     def test_the_search_for_smaller_requests_is_bounded(self) -> None:
         loop = Loop(make_config(num_pages=16, max_passed_sequences=2))
@@ -436,6 +466,18 @@ class TestGroupLoss:
         assert len(plan.chunks[0].token_ids) == 6 + emitted
         loop.run()
         check_texts(loop, *requests)
+
+    def test_a_preempted_sequence_does_not_wait_for_results_that_are_lost(self) -> None:
+        loop = Loop(make_config(num_pages=8, max_in_flight_steps=4))
+        loop.add(make_request(1, prompt=9, max_tokens=20), make_request(2, prompt=9, max_tokens=20))
+        while loop.scheduler.stats().num_preemptions == 0:
+            if loop.plan() is None:
+                loop.update()
+        loop.scheduler.abort(1)
+        loop.lose_group()
+        plan_of(loop)
+        loop.run()
+        check_texts(loop, make_request(2, prompt=9, max_tokens=20))
 
     def test_a_sequence_whose_last_tokens_were_in_flight_runs_again(self) -> None:
         loop = Loop(make_config())
