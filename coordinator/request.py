@@ -52,7 +52,8 @@ class TokenEvent(NamedTuple):
     """Parallel to `token_ids`, or empty if none were asked for."""
     finish: FinishReason | None = None
     num_cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache when the sequence first ran; given in its first event."""
+    """Prompt tokens whose KV was there when the sequence first ran; given in its first event. Choices after the first
+    find most of the prompt computed by the first, so only choice 0 says what earlier requests have left."""
 
 
 class SequenceStatus(Enum):

@@ -54,9 +54,9 @@ class SchedulerStats:
     num_evictable_pages: int
     """Pages kept only for their content; they count as free."""
     num_prefix_query_tokens: int
-    """Prompt tokens looked up in the prefix cache."""
+    """Prompt tokens of sequences that have started."""
     num_prefix_hit_tokens: int
-    """Of those, found."""
+    """Of those, found computed: in the prefix cache, or by another choice of the request."""
     num_preemptions: int
     num_steps: int
     """Plans made."""
