@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tpserve.coordinator.page_pool import PagePool
 from tpserve.coordinator.prefix_cache import PrefixCache
-from tpserve.coordinator.request import Sequence, SequenceStatus
+from tpserve.coordinator.request import Sequence
 
 
 class KVPages:
@@ -51,14 +51,12 @@ class KVPages:
         return self._cache.match(sequence.page_keys[:count])
 
     def _match_sibling(self, sequence: Sequence) -> list[int]:
-        """Without a cache, the choices of one request share the prompt's pages while one of them runs."""
+        """Without a cache, the choices of one request share the prompt's pages while one of them runs.
+
+        Whoever runs has computed them: the scheduler asks only when nobody is the group's `prompt_leader`.
+        """
         count = self.num_shareable_pages(sequence.num_prompt_tokens)
-        for other in sequence.group.sequences:
-            if other.status is SequenceStatus.DECODING or (
-                other.status is SequenceStatus.PREFILLING and other.num_computed_tokens >= count * self._page_size
-            ):
-                return other.page_ids[:count]
-        return []
+        return next((other.page_ids[:count] for other in sequence.group.sequences if other.page_ids), [])
 
     def fits(self, sequence: Sequence, matched: list[int], headroom: int) -> bool:
         """Whether the sequence's tokens find room beside the matched pages, with `headroom` pages left over."""
@@ -91,7 +89,8 @@ class KVPages:
             Holder of the pages.
         num_computed
             Tokens whose KV is written by the plans made so far. Later plans run after those, so they may read it.
-            A page whose tokens are not all confirmed yet waits for a later call.
+            A page whose tokens are not all confirmed yet waits for a later call; the last page of a sequence that
+            runs to its length may never get one, since its pages are freed ahead of its last results.
         """
         count = min(num_computed, len(sequence.tokens)) // self._page_size
         if self._cache is None or count <= sequence.num_committed_pages:
@@ -106,7 +105,6 @@ class KVPages:
         """Give up the page table. The tail goes first, because a prefix is of use without its tail, not inversely."""
         self._pool.release(reversed(sequence.page_ids))
         sequence.page_ids = []
-        sequence.num_committed_pages = 0
 
     def _forget(self, page_id: int) -> None:
         assert self._cache is not None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
+from tpserve.coordinator.config import SchedulerConfig
 from tpserve.proto.messages import FinishReason, SamplingParams, TokenLogprobs
 
 _MASK_64 = (1 << 64) - 1
@@ -51,7 +52,8 @@ class TokenEvent(NamedTuple):
     """Parallel to `token_ids`, or empty if none were asked for."""
     finish: FinishReason | None = None
     num_cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache when the sequence first ran; given in its first event."""
+    """Prompt tokens whose KV was there when the sequence first ran; given in its first event. Choices after the first
+    find most of the prompt computed by the first, so only choice 0 says what earlier requests have left."""
 
 
 class SequenceStatus(Enum):
@@ -154,6 +156,36 @@ def make_group(request: Request, first_order: int, max_len: int, step: int) -> R
         for choice in range(request.n)
     )
     return group
+
+
+def checked_max_len(request: Request, config: SchedulerConfig) -> int:
+    """Return the number of tokens at which the request's sequences end.
+
+    Raises
+    ------
+    RequestInvalid
+        The request can never run; the message names the numbers.
+    """
+    num_prompt = len(request.prompt_token_ids)
+    if num_prompt == 0:
+        raise RequestInvalid("the prompt has no tokens; it needs at least one")
+    if request.n < 1:
+        raise RequestInvalid(f"n is {request.n}; it must be 1 or more")
+    if request.max_tokens < 1:
+        raise RequestInvalid(f"max_tokens is {request.max_tokens}; it must be 1 or more")
+    if num_prompt >= config.max_model_len:
+        raise RequestInvalid(
+            f"the prompt has {num_prompt} tokens; with one output token it exceeds the model's "
+            f"{config.max_model_len} tokens, so shorten it to {config.max_model_len - 1} or less"
+        )
+    max_len = min(num_prompt + request.max_tokens, config.max_model_len)
+    num_pages = -(-(max_len - 1) // config.page_size)  # the last token is sampled, but never fed back
+    if num_pages > config.num_pages:
+        raise RequestInvalid(
+            f"{num_prompt} prompt tokens and up to {max_len - num_prompt} output tokens need {num_pages} KV pages "
+            f"of {config.page_size} tokens; there are {config.num_pages}, so shorten the prompt or max_tokens"
+        )
+    return max_len
 
 
 def choice_seed(seed: int, choice: int) -> int:

@@ -28,10 +28,10 @@ from tpserve.coordinator.request import (
     QueueFull,
     Request,
     RequestGroup,
-    RequestInvalid,
     Sequence,
     SequenceStatus,
     TokenEvent,
+    checked_max_len,
     make_group,
 )
 from tpserve.coordinator.sequence_list import SequenceList
@@ -54,9 +54,9 @@ class SchedulerStats:
     num_evictable_pages: int
     """Pages kept only for their content; they count as free."""
     num_prefix_query_tokens: int
-    """Prompt tokens looked up in the prefix cache."""
+    """Prompt tokens of sequences that have started."""
     num_prefix_hit_tokens: int
-    """Of those, found."""
+    """Of those, found computed: in the prefix cache, or by another choice of the request."""
     num_preemptions: int
     num_steps: int
     """Plans made."""
@@ -157,7 +157,7 @@ class Scheduler:
         """
         if request.request_id in self._groups:
             raise ValueError(f"request id {request.request_id} is in use; ids of unfinished requests must differ")
-        max_len = self._checked_max_len(request)
+        max_len = checked_max_len(request, self._config)
         if self._num_queued >= self._config.max_num_queued_requests:
             raise QueueFull(f"{self._num_queued} requests wait already; try again later")
         group = make_group(request, self._next_order, max_len, self._next_step)
@@ -167,30 +167,6 @@ class Scheduler:
         for sequence in group.sequences:
             self._waiting.add(sequence)
         self._admission_open = True
-
-    def _checked_max_len(self, request: Request) -> int:
-        """Return the length at which the request's sequences end, or raise RequestInvalid."""
-        num_prompt = len(request.prompt_token_ids)
-        if num_prompt == 0:
-            raise RequestInvalid("the prompt has no tokens; it needs at least one")
-        if request.n < 1:
-            raise RequestInvalid(f"n is {request.n}; it must be 1 or more")
-        if request.max_tokens < 1:
-            raise RequestInvalid(f"max_tokens is {request.max_tokens}; it must be 1 or more")
-        if num_prompt >= self._config.max_model_len:
-            raise RequestInvalid(
-                f"the prompt has {num_prompt} tokens; with one output token it exceeds the model's "
-                f"{self._config.max_model_len} tokens, so shorten it to {self._config.max_model_len - 1} or less"
-            )
-        max_len = min(num_prompt + request.max_tokens, self._config.max_model_len)
-        num_pages = self._pages.num_pages_for(max_len - 1)  # the last token is sampled, but never fed back
-        if num_pages > self._config.num_pages:
-            raise RequestInvalid(
-                f"{num_prompt} prompt tokens and up to {max_len - num_prompt} output tokens need {num_pages} KV pages "
-                f"of {self._config.page_size} tokens; there are {self._config.num_pages}, so shorten the prompt or "
-                "max_tokens"
-            )
-        return max_len
 
     def abort(self, request_id: int, choice: int | None = None) -> None:
         """End a request, or one choice of it, without events.
@@ -226,7 +202,6 @@ class Scheduler:
             for sequence in group.sequences:
                 if sequence.status is not SequenceStatus.FINISHED:
                     sequence.page_ids = []
-                    sequence.num_committed_pages = 0
                     self._requeue(sequence, has_run=sequence.status is not SequenceStatus.WAITING)
 
     # ---- a step
@@ -243,7 +218,6 @@ class Scheduler:
         if self._slots.num_in_flight >= self._config.max_in_flight_steps:
             return None
         step = self._next_step
-        num_preemptions = self._num_preemptions
         appended = self._grow_page_tables(step)
         num_decoding = self._num_decoding
         budget = self._config.max_num_batched_tokens - num_decoding
@@ -254,8 +228,7 @@ class Scheduler:
             if budget == 0:
                 break
             budget -= self._run_chunk(sequence, budget, chunks, touched)
-        if num_preemptions == self._num_preemptions:  # who was preempted now must not be passed by somebody new
-            self._admit(step, budget, added, chunks, touched)
+        self._admit(step, budget, added, chunks, touched)
         if not chunks and not num_decoding:
             return None
         plan = StepPlan(step, self._slots.take_removed(), tuple(added), tuple(appended), tuple(chunks))

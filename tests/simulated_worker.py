@@ -148,7 +148,13 @@ class SimulatedWorker:
             )
             self.slots[added.slot] = _Slot(added.sampling, list(added.page_ids), list(added.output_token_ids))
         for number, page in plan.appended_pages:
-            self._slot(number).page_table.append(page)
+            slot = self._slot(number)
+            require(slot.last_token is not None, f"slot {number} gets a page before it decodes")
+            require(
+                slot.next_position == len(slot.page_table) * self.config.page_size,
+                f"slot {number} gets a page while it computes position {slot.next_position}",
+            )
+            slot.page_table.append(page)
         for number, slot in self.slots.items():
             table = slot.page_table
             require(len(set(table)) == len(table), f"slot {number} has a page twice: {table}")
