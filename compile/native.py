@@ -6,12 +6,14 @@ Owns the compiler flags, on which exactness depends. Knows tvm_ffi (headers and 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tvm_ffi.libinfo
@@ -32,7 +34,6 @@ _FLAGS = (
     "-ffp-contract=fast",
     "-fopenmp",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-psabi",  # vectors wider than the machine's registers stay inside inlined functions
@@ -71,24 +72,18 @@ def build_library(sources: Sequence[Path], out: Path, *, extra_flags: Sequence[s
     """
     compiler = _compiler()
     library = Path(tvm_ffi.libinfo.find_libtvm_ffi())
+    headers = [f"-isystem{path}" for path in tvm_ffi.libinfo.include_paths()]
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        objects = [Path(scratch) / f"{index}-{source.stem}.o" for index, source in enumerate(sources)]
+
+        def compile_one(source: Path, target: Path) -> None:
+            _run([compiler, *_FLAGS, *headers, *extra_flags, "-c", str(source), "-o", str(target)], source.name)
+
+        with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(compile_one, sources, objects))
         partial = Path(scratch) / out.name
-        command = [
-            compiler,
-            *_FLAGS,
-            *(f"-isystem{path}" for path in tvm_ffi.libinfo.include_paths()),
-            *extra_flags,
-            *map(str, sources),
-            f"-L{library.parent}",
-            f"-Wl,-rpath,{library.parent}",
-            "-ltvm_ffi",
-            "-o",
-            str(partial),
-        ]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if done.returncode != 0:
-            names = ", ".join(source.name for source in sources)
-            raise NativeBuildError(f"{compiler} failed with status {done.returncode} on {names}:\n{done.stdout}")
+        link = [f"-L{library.parent}", f"-Wl,-rpath,{library.parent}", "-ltvm_ffi", "-o", str(partial)]
+        _run([compiler, "-shared", *_FLAGS, *extra_flags, *map(str, objects), *link], out.name)
         partial.replace(out)
 
 
@@ -127,6 +122,12 @@ def source_hash(sources: Sequence[Path], *, extra_flags: Sequence[str] = ()) -> 
         digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
     digest.update("\0".join([*_FLAGS, *extra_flags, tvm_ffi.__version__]).encode())
     return digest.hexdigest()
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode != 0:
+        raise NativeBuildError(f"{command[0]} failed with status {done.returncode} on {what}:\n{done.stdout}")
 
 
 def _compiler() -> str:
