@@ -51,9 +51,7 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
 def compile_model(args: argparse.Namespace) -> dict[str, str]:
     """Resolve the model and build its artifact; return both folders."""
     policy = CachePolicy(args.jit_policy)
-    model_dir = resolve_model(
-        args.model, model_policy=policy, download_policy=CachePolicy(args.download_cache_policy)
-    )
+    model_dir = resolve_model(args.model, model_policy=policy, download_policy=CachePolicy(args.download_cache_policy))
     config = ModelConfig.from_hf(model_dir)
     if args.load_format == "auto":
         require_weights(model_dir)

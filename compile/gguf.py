@@ -44,7 +44,8 @@ _TOP_NAMES = {
 }
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _GPT4_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%d}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%d}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CONTROL, _USER_DEFINED = 3, 4
 """Token types of GGUF that become added tokens."""
@@ -67,9 +68,7 @@ def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     architecture = fields.get("general.architecture")
     if architecture not in _ARCHITECTURES:
-        raise CheckpointError(
-            f"{source}: architecture {architecture!r} is not one of {', '.join(_ARCHITECTURES)}"
-        )
+        raise CheckpointError(f"{source}: architecture {architecture!r} is not one of {', '.join(_ARCHITECTURES)}")
     try:
         config = _config(architecture, fields, {tensor.name for tensor in reader.tensors})
         _write_tokenizer(fields, folder)
@@ -131,9 +130,11 @@ def _weight(tensor: ReaderTensor, name: str, architecture: str, config: dict[str
     # GGUF lists dimensions fastest first.
     shape = tuple(int(size) for size in reversed(tensor.shape))
     try:
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
+        values: np.ndarray[Any, Any] = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
     except NotImplementedError:
-        raise CheckpointError(f"tensor {tensor.name!r} has type {tensor.tensor_type.name}, which is not readable") from None
+        raise CheckpointError(
+            f"tensor {tensor.name!r} has type {tensor.tensor_type.name}, which is not readable"
+        ) from None
     if architecture == "llama" and ".self_attn." in name and ("q_proj" in name or "k_proj" in name):
         heads = config["num_attention_heads"] if "q_proj" in name else config["num_key_value_heads"]
         # llama.cpp interleaves the halves that rotary embedding pairs, for this architecture only.
@@ -141,7 +142,8 @@ def _weight(tensor: ReaderTensor, name: str, architecture: str, config: dict[str
         values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(shape)
     if len(shape) == 1:
         return values
-    return values.astype(ml_dtypes.bfloat16)
+    narrowed: np.ndarray[Any, Any] = values.astype(ml_dtypes.bfloat16)
+    return narrowed
 
 
 def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:

@@ -51,9 +51,7 @@ def build_graph(config: ModelConfig, compile_config: CompileConfig) -> Graph:
     module, params = model.export_tvm({"step": step_spec})
     bounds = {"num_tokens": compile_config.max_num_batched_tokens, "num_rows": compile_config.max_num_seqs}
     module["step"] = (
-        module["step"]
-        .with_attr("tir_var_upper_bound", bounds)
-        .with_attr("relax.memory_plan_dynamic_func_output", True)
+        module["step"].with_attr("tir_var_upper_bound", bounds).with_attr("relax.memory_plan_dynamic_func_output", True)
     )
     specs = tuple(context.specs[id(parameter)] for _, parameter in params)
     return Graph(module, specs, sharding, _externs(module["step"]))

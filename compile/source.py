@@ -42,8 +42,12 @@ def resolve_model(model: str, *, model_policy: CachePolicy, download_policy: Cac
 def _from_hub(model: str, policy: CachePolicy) -> Path:
     # Imported here: a local model must not pay for the hub client.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from huggingface_hub.utils import HFValidationError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     name = model.removeprefix(HUB_PREFIX).strip("/")
     cache = cache_root() / "hub"
@@ -65,7 +69,9 @@ def _from_hub(model: str, policy: CachePolicy) -> Path:
     except LocalEntryNotFoundError as error:
         if policy is CachePolicy.READONLY:
             raise CacheError(f"{name} is not in {cache} and the download policy is READONLY") from None
-        raise CheckpointError(f"cannot download {name}: the hub is not reachable ({error.__cause__ or error})") from None
+        raise CheckpointError(
+            f"cannot download {name}: the hub is not reachable ({error.__cause__ or error})"
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"cannot download {name}: {error}") from None
 

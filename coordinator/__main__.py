@@ -117,9 +117,7 @@ async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster) -
     return 0
 
 
-async def _listen(
-    config: CoordinatorConfig, manifest: Manifest, engine: Engine, metrics: Metrics
-) -> grpc.aio.Server:
+async def _listen(config: CoordinatorConfig, manifest: Manifest, engine: Engine, metrics: Metrics) -> grpc.aio.Server:
     try:
         package_version = version("tpserve")
     except PackageNotFoundError:  # run from a source tree
@@ -134,7 +132,9 @@ async def _listen(
         version=package_version,
     )
     server = grpc.aio.server(options=_OPTIONS)
-    engine_pb2_grpc.add_EngineServicer_to_server(EngineService(engine, metrics, info), server)
+    engine_pb2_grpc.add_EngineServicer_to_server(  # type: ignore[no-untyped-call]  # generated
+        EngineService(engine, metrics, info), server
+    )
     port = server.add_insecure_port(f"{config.host}:{config.port}")
     await server.start()
     sys.stdout.write(json.dumps({"address": f"{config.host}:{port}"}) + "\n")

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -41,8 +42,8 @@ class RankState:
 class WorkerGroup:
     """Sends plans to all ranks and gives back rank 0's results, in order.
 
-    A rank whose stream ends, that reports an error, or that is later than `step_timeout_s` ends the group: `next_result`
-    raises `RankLost` naming it.
+    A rank whose stream ends, that reports an error, or that is later than `step_timeout_s` ends the group:
+    `next_result` raises `RankLost` naming it.
     """
 
     def __init__(self, addresses: Sequence[str], step_timeout_s: float, on_lost: Callable[[], None]) -> None:
@@ -63,7 +64,7 @@ class WorkerGroup:
         self._results: asyncio.Queue[StepResult | RankLost] = asyncio.Queue()
         self._channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for address in addresses]
         # Plans are serialised once and sent as bytes to every rank.
-        self._calls = [channel.stream_stream(_METHOD)() for channel in self._channels]
+        self._calls: list[Any] = [_open_stream(channel) for channel in self._channels]
         self._readers = [asyncio.create_task(self._read(rank)) for rank in range(len(addresses))]
         self._watchdog = asyncio.create_task(self._watch())
 
@@ -107,7 +108,7 @@ class WorkerGroup:
         for call in self._calls:
             call.cancel()
         await asyncio.gather(self._watchdog, *self._readers, return_exceptions=True)
-        await asyncio.gather(*(channel.close() for channel in self._channels), return_exceptions=True)
+        await asyncio.gather(*(channel.close(None) for channel in self._channels), return_exceptions=True)
 
     def _lose(self, lost: RankLost) -> None:
         """Remember the first loss; those that follow from it (others waiting in a collective) say less."""
@@ -122,7 +123,7 @@ class WorkerGroup:
         try:
             while True:
                 data = await call.read()
-                if data is grpc.aio.EOF:
+                if not isinstance(data, bytes):  # grpc.aio.EOF
                     lost = RankLost(rank, "ended its stream")
                     break
                 result = StepResult.from_pb(worker_pb2.StepResult.FromString(data))
@@ -150,6 +151,12 @@ class WorkerGroup:
                 cause = f"missed the {self._step_timeout_s:g} s deadline of step {min(self._sent_at)}"
                 self._lose(RankLost(late.rank, cause))
                 return
+
+
+def _open_stream(channel: grpc.aio.Channel) -> Any:
+    # Without serialisers gRPC carries bytes as they are; its stubs do not know that, nor the reading and writing calls.
+    untyped: Any = channel
+    return untyped.stream_stream(_METHOD)()
 
 
 def _cause(error: BaseException) -> str:

@@ -77,7 +77,7 @@ class Cluster:
         options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
         if self._config.ray_address is None:
             # A folder of our own, short because Ray's socket paths must fit 107 bytes; removed in `shutdown`.
-            self._temp_dir = Path(tempfile.mkdtemp(prefix="tpserve-ray-", dir="/tmp"))  # noqa: S108
+            self._temp_dir = Path(tempfile.mkdtemp(prefix="tpserve-ray-", dir="/tmp"))
             options |= {
                 "address": "local",
                 "num_cpus": max(tp_size, os.cpu_count() or 1),
@@ -123,9 +123,7 @@ class Cluster:
             asyncio.ensure_future(_result(actor.start.remote(replace(template, rank=rank, group_name=group_name))))
             for rank, actor in enumerate(self._actors)
         ]
-        _, late = await asyncio.wait(
-            starts, timeout=self._config.start_timeout_s, return_when=asyncio.FIRST_EXCEPTION
-        )
+        _, late = await asyncio.wait(starts, timeout=self._config.start_timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         # A rank's own failure says more than that of those which waited for it.
         failures = [
             (rank, start.exception()) for rank, start in enumerate(starts) if start.done() and start.exception()

@@ -255,7 +255,9 @@ class Engine:
             raise
         finally:
             give_up.cancel()
-        self._group = WorkerGroup([address.target for address in addresses], self._config.step_timeout_s, on_lost=self._wake.set)
+        self._group = WorkerGroup(
+            [address.target for address in addresses], self._config.step_timeout_s, on_lost=self._wake.set
+        )
         self._set_status(EngineStatus.DRAINING if self._draining else EngineStatus.READY, "")
 
     async def _end_group(self) -> None:

@@ -30,7 +30,9 @@ class MemoryPlan:
         return self.parameter_bytes + self.kv_bytes + self.workspace_bytes
 
 
-def plan_memory(manifest: Manifest, mode: str, max_num_seqs: int, utilization: float, available_bytes: int) -> MemoryPlan:
+def plan_memory(
+    manifest: Manifest, mode: str, max_num_seqs: int, utilization: float, available_bytes: int
+) -> MemoryPlan:
     """Decide the number of KV pages of each rank.
 
     Parameters

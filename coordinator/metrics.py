@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -13,12 +13,52 @@ from tpserve.coordinator.client import RankState
 from tpserve.coordinator.scheduler import SchedulerStats
 
 # vLLM's buckets, with the range of 1 to 20 ms made fine: a token of a fast engine falls there.
-_TTFT_BUCKETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5)
+_TTFT_BUCKETS: tuple[float, ...] = (
+    0.001,
+    0.0025,
+    0.005,
+    0.0075,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.15,
+    0.25,
+    0.5,
+)
 _TTFT_BUCKETS += (0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-_TPOT_BUCKETS = tuple(ms / 1000 for ms in (*range(1, 11), 12, 14, 16, 18, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300))
+_TPOT_BUCKETS: tuple[float, ...] = tuple(
+    ms / 1000 for ms in (*range(1, 11), 12, 14, 16, 18, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300)
+)
 _TPOT_BUCKETS += (0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
-_E2E_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
-_STEP_BUCKETS = tuple(ms / 1000 for ms in (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 75, 100, 200, 500, 1000, 5000))
+_E2E_BUCKETS = (
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+)
+_STEP_BUCKETS = tuple(
+    ms / 1000 for ms in (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 75, 100, 200, 500, 1000, 5000)
+)
 _TOKENS_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
@@ -47,7 +87,9 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Output tokens.").labels(model_name)
         self._requests = counter("requests", "Choices ended, by reason.", ["finish_reason"])
         self._rejections = counter("request_rejections", "Requests not accepted, by reason.", ["reason"])
-        self.rebuilds = counter("group_rebuilds", "Times that the TP group was rebuilt after a loss.").labels(model_name)
+        self.rebuilds = counter("group_rebuilds", "Times that the TP group was rebuilt after a loss.").labels(
+            model_name
+        )
         self._ranks_lost = counter("ranks_lost", "Ranks that died, failed or missed their deadline.", ["rank"])
         self.ttft = histogram("time_to_first_token_seconds", "From acceptance to the first token.", _TTFT_BUCKETS)
         self.tpot = histogram(
@@ -55,7 +97,9 @@ class Metrics:
             "(last token - first token) / (tokens - 1), one value for each choice of two tokens or more.",
             _TPOT_BUCKETS,
         )
-        self.e2e = histogram("e2e_request_latency_seconds", "From acceptance to the last token of a choice.", _E2E_BUCKETS)
+        self.e2e = histogram(
+            "e2e_request_latency_seconds", "From acceptance to the last token of a choice.", _E2E_BUCKETS
+        )
         self.step = histogram("step_seconds", "Wall time of one step on rank 0.", _STEP_BUCKETS)
         self.step_tokens = histogram("step_sampled_tokens", "Tokens sampled in one step.", _TOKENS_BUCKETS)
         self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS_BUCKETS)

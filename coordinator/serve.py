@@ -57,8 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-origins", nargs="*", default=[], help="origins for CORS")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     parser.add_argument("--ray-address", help="an existing Ray cluster (default: start Ray here)")
-    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds that running requests get at the end")
-    parser.add_argument("--step-timeout", type=float, default=30.0, help="seconds after which a step's late rank is lost")
+    parser.add_argument(
+        "--drain-timeout", type=float, default=30.0, help="seconds that running requests get at the end"
+    )
+    parser.add_argument(
+        "--step-timeout", type=float, default=30.0, help="seconds after which a step's late rank is lost"
+    )
     policies = ["ON", "OFF", "REDO", "READONLY"]
     parser.add_argument("--jit-policy", choices=policies, default=os.environ.get("TPSERVE_JIT_POLICY", "ON"))
     parser.add_argument(
@@ -237,7 +241,7 @@ class _Server:
                 if process is not None and process.poll() is not None:
                     raise ServeError(f"the {name} ended with status {process.returncode}")
             try:
-                with urllib.request.urlopen(f"{url}/health", timeout=5):  # noqa: S310 - our own address
+                with urllib.request.urlopen(f"{url}/health", timeout=5):
                     return
             except urllib.error.URLError:
                 time.sleep(_POLL_S)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import grpc.aio
 
-from tpserve.coordinator.engine import Engine, EngineStatus, OutputEvent, Unavailable
+from tpserve.coordinator.engine import Engine, OutputEvent, Unavailable
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.request import QueueFull, RequestInvalid
 from tpserve.proto.messages import SamplingParams
@@ -33,8 +33,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._metrics = metrics
         self._info = info
 
-    async def Session(  # noqa: N802 - name given by the schema
-        self, request_iterator: AsyncIterator[engine_pb2.GatewayMessage], context: grpc.aio.ServicerContext
+    async def Session(
+        self,
+        request_iterator: AsyncIterator[engine_pb2.GatewayMessage],
+        context: grpc.aio.ServicerContext[engine_pb2.GatewayMessage, engine_pb2.EngineMessage],
     ) -> AsyncIterator[engine_pb2.EngineMessage]:
         """Serve one gateway until its stream ends."""
         session = _Session(self._engine)
@@ -50,8 +52,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             reader.cancel()
             session.close()
 
-    async def Describe(  # noqa: N802
-        self, request: engine_pb2.DescribeRequest, context: grpc.aio.ServicerContext
+    async def Describe(
+        self,
+        request: engine_pb2.DescribeRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.DescribeRequest, engine_pb2.EngineInfo],
     ) -> engine_pb2.EngineInfo:
         """Say what is served and in which state."""
         info = engine_pb2.EngineInfo()
@@ -59,8 +63,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         info.state.CopyFrom(_state(self._engine))
         return info
 
-    async def Metrics(  # noqa: N802
-        self, request: engine_pb2.MetricsRequest, context: grpc.aio.ServicerContext
+    async def Metrics(
+        self,
+        request: engine_pb2.MetricsRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.MetricsRequest, engine_pb2.MetricsText],
     ) -> engine_pb2.MetricsText:
         """Give every metric of the coordinator."""
         return engine_pb2.MetricsText(text=self._metrics.text())
@@ -162,5 +168,4 @@ class _Session:
 
 def _state(engine: Engine) -> engine_pb2.EngineState:
     status, detail = engine.status
-    assert isinstance(status, EngineStatus)
-    return engine_pb2.EngineState(status=status.value, detail=detail)
+    return engine_pb2.EngineState(status=engine_pb2.EngineState.Status.Name(status.value), detail=detail)

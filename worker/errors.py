@@ -8,7 +8,7 @@ WorkerError
 
 
 class WorkerError(RuntimeError):
-    """This rank cannot go on."""
+    """The rank cannot go on."""
 
 
 class LibraryError(WorkerError):

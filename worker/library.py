@@ -41,7 +41,9 @@ def check_manifest(artifact_dir: Path, model_dir: Path, tp_size: int, max_num_se
     here = cpu_features()
     built = manifest.target["cpu_features"]
     if built != here:
-        raise LibraryError(f"{artifact_dir} was compiled for a CPU with [{built}], this one has [{here}]: compile again")
+        raise LibraryError(
+            f"{artifact_dir} was compiled for a CPU with [{built}], this one has [{here}]: compile again"
+        )
     return manifest
 
 

@@ -96,7 +96,9 @@ class Sampler:
         logprobs: dict[int, TokenLogprobs] = {}
         for row in np.flatnonzero(wanted >= 0):
             count = int(wanted[row])
-            top = zip(self._out_top_ids[row, :count].tolist(), self._out_top_logprobs[row, :count].tolist(), strict=True)
+            top = zip(
+                self._out_top_ids[row, :count].tolist(), self._out_top_logprobs[row, :count].tolist(), strict=True
+            )
             logprobs[int(arrays.sample_slots[row])] = TokenLogprobs(float(self._out_logprob[row]), tuple(top))
         return ids, logprobs
 

@@ -24,7 +24,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._runner = runner
         self._rank = rank
 
-    def Execute(  # noqa: N802 - name given by the schema
+    def Execute(
         self, request_iterator: Iterator[worker_pb2.StepPlan], context: grpc.ServicerContext
     ) -> Iterator[worker_pb2.StepResult]:
         """Run each plan as it comes."""
@@ -45,7 +45,9 @@ def serve(runner: Runner, rank: int, host: str) -> tuple[grpc.Server, int]:
     """Start the door on a free port; return the server and the port."""
     # One stream, one thread: plans run in order, and a second coordinator must wait.
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=1), options=_OPTIONS)
-    worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(runner, rank), server)
+    worker_pb2_grpc.add_WorkerServicer_to_server(  # type: ignore[no-untyped-call]  # generated
+        WorkerService(runner, rank), server
+    )
     port = server.add_insecure_port(f"{host}:0")
     server.start()
     return server, port

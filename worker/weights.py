@@ -1,4 +1,4 @@
-"""This rank's parameters: its shard of the checkpoint, in the layout that the library's kernels read.
+"""Parameters of one rank: its shard of the checkpoint, in the layout that the library's kernels read.
 
 The manifest says which blocks of which tensors make a parameter; safetensors are memory-mapped, so a rank reads only
 its own blocks.

@@ -1,7 +1,7 @@
 """Portable TVM kernels of the operators that relax cannot express: paged rope + append and paged attention.
 
 They run wherever TVM has a code generator, and are the plain twins that tuned kernels are compared with. Clear and
-slow: every loop is serial. Shapes: T tokens, S slots, P pages of a page table; KV layout as in `proto.manifest.KVLayout`.
+slow: every loop is serial. Shapes: T tokens, S slots, P pages of a table; `proto.manifest.KVLayout` has the pages.
 """
 
 # mypy: ignore-errors
