@@ -12,13 +12,11 @@ Plans are made ahead of results. A worker runs plans in order, so whatever plan 
 and slots are freed here as soon as it is decided that the next plan will remove their slot.
 
 A decode step touches only the sequences for which something changes: two calendars, keyed by step, name those that need
-a page and those that come to their end. Entries are not taken back; one that is out of date no longer agrees with the
-sequence's own `next_page_step` or `last_step`.
+a page and those that come to their end.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 from tpserve.coordinator.config import SchedulerConfig
@@ -36,6 +34,7 @@ from tpserve.coordinator.request import (
 )
 from tpserve.coordinator.sequence_list import SequenceList
 from tpserve.coordinator.slot_table import SlotTable
+from tpserve.coordinator.step_calendar import StepCalendar
 from tpserve.proto.messages import FinishReason, PromptChunk, SlotAdd, StepPlan, StepResult
 
 
@@ -73,8 +72,8 @@ class Scheduler:
         self._running = SequenceList()
         self._slots = SlotTable(config.max_num_seqs)
         self._pages = self._make_pages()
-        self._page_calendar: defaultdict[int, list[Sequence]] = defaultdict(list)
-        self._end_calendar: defaultdict[int, list[Sequence]] = defaultdict(list)
+        self._page_calendar = StepCalendar()
+        self._end_calendar = StepCalendar()
         self._next_step = 1
         self._last_result = 0
         self._next_order = 0
@@ -140,6 +139,8 @@ class Scheduler:
         check_sequences(
             self._groups.values(), self._waiting, self._prefilling, running, self._num_decoding, self._num_queued
         )
+        num_due = len(self._end_calendar), len(self._page_calendar)
+        assert num_due[0] == self._num_decoding >= num_due[1], f"{self._num_decoding} decode, {num_due} in calendars"
 
     # ---- requests come and go
 
@@ -237,10 +238,9 @@ class Scheduler:
         # From here on things count for the next plan: what this one computes may be shared, and who ends here leaves.
         for sequence in touched:
             self._after_chunk(sequence, step)
-        for sequence in self._end_calendar.pop(step, ()):
-            if sequence.status is SequenceStatus.DECODING and sequence.last_step == step:
-                self._vacate(sequence)
-                sequence.status = SequenceStatus.DRAINING
+        for sequence in self._end_calendar.pop(step):
+            self._vacate(sequence)
+            sequence.status = SequenceStatus.DRAINING
         return plan
 
     def _grow_page_tables(self, step: int) -> list[tuple[int, int]]:
@@ -251,9 +251,9 @@ class Scheduler:
         """
         appended: list[tuple[int, int]] = []
         # Oldest first: whoever has got its page here is older than the ones to come, hence never their victim.
-        for sequence in sorted(self._page_calendar.pop(step, ()), key=lambda sequence: sequence.order):
-            if sequence.status is not SequenceStatus.DECODING or sequence.next_page_step != step:
-                continue
+        for sequence in self._page_calendar.pop(step):
+            if sequence.status is not SequenceStatus.DECODING:
+                continue  # preempted in this loop
             self._pages.commit(sequence, sequence.num_computed_after(step - 1))
             while (page_id := self._pages.grow(sequence)) is None:
                 victim = self._running.latest
@@ -270,7 +270,7 @@ class Scheduler:
         num_tokens = len(sequence.page_ids) * self._config.page_size
         sequence.next_page_step = num_tokens - sequence.decode_base + 1  # the step that computes token `num_tokens`
         if sequence.next_page_step <= sequence.last_step:
-            self._page_calendar[sequence.next_page_step].append(sequence)
+            self._page_calendar.add(sequence.next_page_step, sequence)
 
     def _run_chunk(self, sequence: Sequence, budget: int, chunks: list[PromptChunk], touched: list[Sequence]) -> int:
         """Schedule the next known tokens of a sequence, at most `budget`; return how many."""
@@ -297,7 +297,7 @@ class Scheduler:
             sequence.status = SequenceStatus.DECODING
             sequence.decode_base = len(sequence.tokens) - step
             sequence.last_step = sequence.max_len - 1 - sequence.decode_base
-            self._end_calendar[sequence.last_step].append(sequence)
+            self._end_calendar.add(sequence.last_step, sequence)
             self._note_next_page(sequence)
 
     # ---- admission
@@ -384,6 +384,8 @@ class Scheduler:
         self._running.remove(sequence)
         if sequence.status is SequenceStatus.DECODING:
             self._num_decoding -= 1
+            self._page_calendar.discard(sequence.next_page_step, sequence)
+            self._end_calendar.discard(sequence.last_step, sequence)
         else:
             self._prefilling.remove(sequence)
             if sequence.group.prompt_leader is sequence:
