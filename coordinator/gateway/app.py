@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from tpserve.coordinator.gateway import chat, completions
 from tpserve.coordinator.gateway.edge import Edge
 from tpserve.coordinator.gateway.engine_types import EngineStatus
-from tpserve.coordinator.gateway.errors import ApiError, EngineUnavailable, error_object
+from tpserve.coordinator.gateway.errors import FAULT_MESSAGE, ApiError, EngineUnavailable, InternalError, error_object
 from tpserve.coordinator.gateway.metrics import CONTENT_TYPE
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.stream import error_response, json_response
@@ -36,6 +36,7 @@ def create_app(service: Service) -> ASGIApp:
     _add_operations_routes(app, service)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_fault)
     edge: ASGIApp = Edge(
         app,
         metrics=service.metrics,
@@ -117,6 +118,11 @@ def _model_object(service: Service, name: str) -> dict[str, Any]:
 async def _on_api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error_response(error)
+
+
+async def _on_fault(_: Request, __: Exception) -> Response:
+    """Answer; the framework raises the fault again, and `Edge` logs it."""
+    return error_response(InternalError(FAULT_MESSAGE))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tpserve.coordinator.gateway.errors import (
+    FAULT_MESSAGE,
     ApiError,
     BodyTooLarge,
     ClientDisconnected,
@@ -79,7 +80,7 @@ class Edge:
                 raise
             except Exception as fault:
                 logger.exception("request %s: a fault of the gateway", exchange.request_id)
-                raise InternalError("The server failed on this request") from fault
+                raise InternalError(FAULT_MESSAGE) from fault
         except ApiError as error:
             if exchange.status is None:
                 await error_response(error)(scope, receive, exchange.send)

@@ -20,6 +20,9 @@ from typing import Any, ClassVar
 
 import orjson
 
+FAULT_MESSAGE = "The server failed on this request"
+"""All that a client learns of a fault of ours; the log has the rest."""
+
 
 class ApiError(Exception):
     """A refusal with its HTTP status and OpenAI error object.

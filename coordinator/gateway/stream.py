@@ -9,7 +9,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tpserve.coordinator.gateway.errors import ApiError, ClientDisconnected, InternalError, error_json
+from tpserve.coordinator.gateway.errors import FAULT_MESSAGE, ApiError, ClientDisconnected, InternalError, error_json
 from tpserve.coordinator.gateway.generation import Generation, Update
 from tpserve.coordinator.gateway.metrics import HttpMetrics
 
@@ -96,5 +96,5 @@ class EventStream(Response):
         except Exception:
             self._metrics.stream_failed(500)
             logger.exception("request %s failed while streaming", self._name)
-            return sse(InternalError("The server failed on this request").to_dict())
+            return sse(InternalError(FAULT_MESSAGE).to_dict())
         return self._writer.close() + DONE

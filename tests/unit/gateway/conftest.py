@@ -75,10 +75,15 @@ class ReadyServer(Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config, service)
         self.ready = asyncio.Event()
+        self.draining = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.ready.set()
+
+    def _drain(self, signum: int) -> None:
+        super()._drain(signum)
+        self.draining.set()
 
 
 @dataclass
@@ -127,17 +132,19 @@ def make_stack(model_dir: Path, tokenizer: Tokenizer) -> StackFactory:
         serving = asyncio.create_task(server.serve(sockets=[bound]))
         await server.ready.wait()
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        async with (
-            openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=20) as client,
-            httpx.AsyncClient(base_url=url, timeout=20) as http,
-        ):
-            stack = Stack(engine, engine_server, service, server, serving, url, client, http)
-            async with asyncio.timeout(20):
-                await stack.until_state(EXPECTED_STATES[engine.status])
-            yield stack
-        server.should_exit = True
-        await serving
-        await engine_server.stop(None)
+        try:
+            async with (
+                openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=20) as client,
+                httpx.AsyncClient(base_url=url, timeout=20) as http,
+            ):
+                stack = Stack(engine, engine_server, service, server, serving, url, client, http)
+                async with asyncio.timeout(20):
+                    await stack.until_state(EXPECTED_STATES[engine.status])
+                yield stack
+        finally:
+            server.should_exit = True
+            await serving
+            await stack.engine_server.stop(None)
 
     return make
 

@@ -45,12 +45,17 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """While clear, no tokens flow after each choice's first."""
     submits: list[engine_pb2.Submit] = field(default_factory=list)
+    arrivals: asyncio.Queue[engine_pb2.Submit] = field(default_factory=asyncio.Queue)
     aborts: asyncio.Queue[engine_pb2.Abort] = field(default_factory=asyncio.Queue)
     sessions: asyncio.Queue[asyncio.Queue[engine_pb2.EngineMessage | None]] = field(default_factory=asyncio.Queue)
     """The outbox of each session opened; None ends the session."""
 
+    answering: asyncio.Event = field(default_factory=asyncio.Event)
+    """While clear, unary calls hang."""
+
     def __post_init__(self) -> None:
         self.gate.set()
+        self.answering.set()
 
     async def start(self, address: str = "127.0.0.1:0") -> tuple[grpc.aio.Server, str]:
         server = grpc.aio.server()
@@ -63,6 +68,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         return engine_pb2.EngineState(status=self.status, detail="scripted")
 
     async def Describe(self, _: object, context: object) -> engine_pb2.EngineInfo:
+        await self.answering.wait()
         return engine_pb2.EngineInfo(
             max_model_len=self.max_model_len, vocab_size=self.vocab_size, version="1.2.3", state=self.state()
         )
@@ -98,6 +104,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                     continue
                 submit = message.submit
                 self.submits.append(submit)
+                self.arrivals.put_nowait(submit)
                 running[submit.request_id] = asyncio.create_task(self._generate(submit, outbox))
         finally:
             for task in running.values():

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpserve.coordinator.gateway.chat_template import ChatTemplate
+from tpserve.coordinator.gateway.errors import InvalidRequest
+
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "<b>\u4f60 & 'you'"},
+]
+
+
+def test_blocks_leave_no_blank_lines_and_nothing_is_escaped() -> None:
+    source = """{{ bos_token }}
+    {% for message in messages %}
+        {% if message.role == 'system' %}
+            {% continue %}
+        {% endif %}
+[{{ message.role }}]{{ message.content }}
+    {% endfor %}
+{% if add_generation_prompt %}[assistant]{% endif %}"""
+    template = ChatTemplate(source, {"bos_token": "<s>"})
+    assert template.render(MESSAGES) == "<s>\n[user]<b>\u4f60 & 'you'\n[assistant]"
+
+
+def test_tojson_is_plain_json() -> None:
+    template = ChatTemplate("{{ messages[1] | tojson }}|{{ {'a': 1} | tojson(indent=2) }}", {})
+    assert template.render(MESSAGES) == '{"role": "user", "content": "<b>\u4f60 & \'you\'"}|{\n  "a": 1\n}'
+
+
+def test_generation_blocks_and_dates_render() -> None:
+    template = ChatTemplate("{% generation %}x{% endgeneration %} {{ strftime_now('%Y') | length }}", {})
+    assert template.render([]) == "x 4"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ messages[0].nothing.more }}",
+        "{{ ''.__class__.__mro__ }}{{ ''.__class__.mro() }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_failures_are_the_requests(source: str) -> None:
+    with pytest.raises(InvalidRequest, match="chat template") as caught:
+        ChatTemplate(source, {}).render(MESSAGES)
+    assert caught.value.param == "messages"
+
+
+def test_the_jinja_file_wins_and_named_templates_are_found(tmp_path: Path) -> None:
+    assert ChatTemplate.load(tmp_path) is None
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "named {{ eos_token }}"}]
+    config = {"chat_template": named, "eos_token": {"content": "</s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = ChatTemplate.load(tmp_path)
+    assert template is not None
+    assert template.render([]) == "named </s>"
+    (tmp_path / "chat_template.jinja").write_text("file {{ eos_token }}")
+    template = ChatTemplate.load(tmp_path)
+    assert template is not None
+    assert template.render([]) == "file </s>"
