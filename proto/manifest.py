@@ -67,7 +67,8 @@ class KVLayout:
     """Shape of the KV pages of one rank.
 
     The tensor is (num_layers, num_pages, num_kv_heads, 2, head_dim * page_size). Within a page K is stored
-    transposed, (head_dim, page_size), so that one vector holds one dimension of sixteen keys; V is (page_size, head_dim).
+    transposed, (head_dim, page_size), so that one vector holds one dimension of sixteen
+    keys; V is (page_size, head_dim).
     """
 
     page_size: int
@@ -116,6 +117,8 @@ class Manifest:
     """head_dim / 2 inverse frequencies, scaling applied."""
     splits: dict[str, SplitMap]
     params: tuple[ParamSpec, ...]
+    externs: tuple[str, ...]
+    """Global names that the graph calls: `tpserve.cpu.*` are in `kernels.so`, the others the worker gives."""
     compiler: dict[str, str]
     """Versions of what built it."""
     input_hash: str
@@ -191,6 +194,7 @@ def _decode(raw: dict[str, Any]) -> dict[str, Any]:
     out = dict(raw)
     out["kv"] = KVLayout(**raw["kv"])
     out["rope_inv_freq"] = tuple(raw["rope_inv_freq"])
+    out["externs"] = tuple(raw["externs"])
     out["splits"] = {
         name: SplitMap(split["block"], tuple(tuple(blocks) for blocks in split["ranks"]))
         for name, split in raw["splits"].items()

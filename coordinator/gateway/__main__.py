@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import math
 import os
@@ -27,6 +28,7 @@ from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
+from tpserve.coordinator.process import end_with_parent
 
 logger = logging.getLogger("tpserve.coordinator.gateway")
 
@@ -45,11 +47,14 @@ class Server(uvicorn.Server):
         self._service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen, and say so."""
+        """Start to listen, and say so: in the log, and as one JSON line on standard output for the parent."""
         await super().startup(sockets)
         for bound in sockets or ():
             host, port = bound.getsockname()[:2]
-            logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            logger.info("listening on %s", url)
+            sys.stdout.write(json.dumps({"url": url}) + "\n")
+            sys.stdout.flush()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -124,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     logging.getLogger().setLevel(config.log_level.upper())
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and end are told here
+    if config.parent_pid is not None:
+        end_with_parent(config.parent_pid)
     try:
         bound = bind(config.host, config.port)
     except OSError as error:

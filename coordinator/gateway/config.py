@@ -44,6 +44,8 @@ class GatewayConfig:
     drain_timeout_s: float = 30.0
     """After SIGTERM, running requests get this long."""
     log_level: str = "info"
+    parent_pid: int | None = None
+    """The process that started this one; the gateway ends with it. None: it stands alone."""
 
     def __post_init__(self) -> None:
         if not self.served_model_names:
@@ -55,8 +57,9 @@ class GatewayConfig:
         if any(not key for key in self.api_keys):
             raise ConfigError("api_keys holds an empty key: leave the list empty to serve without keys")
         for name in ("max_body_bytes", *(f.name for f in dataclasses.fields(self) if f.name.endswith("_s"))):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be positive and finite")
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (value == 0 and name != "drain_timeout_s"):
+                raise ConfigError(f"{name} is {value}: it must be positive and finite")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"log_level is {self.log_level!r}: it must be debug, info, warning or error")
 
@@ -95,7 +98,7 @@ def _convert(name: str, annotation: str, value: Any) -> object:
             return value
     elif isinstance(value, bool):
         pass
-    elif annotation == "int" and isinstance(value, int):
+    elif annotation in ("int", "int | None") and isinstance(value, int):
         return value
     elif annotation == "float" and isinstance(value, int | float):
         return float(value)

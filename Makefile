@@ -1,0 +1,56 @@
+# Two commands matter: `make serve` chats with a real model on this machine, `make test` runs every check.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+TP ?= 2
+
+.PHONY: serve test lint types unit integration test-gpu goldens proto clean help
+
+help:               ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
+
+serve: $(VENV)/.installed   ## serve the demo model with TP=2 workers on this machine
+	@model=$$($(BIN)/python deploy/fetch_demo_model.py) && \
+	  exec $(BIN)/tpserve serve "$$model" --tp $(TP) --port $(PORT) --max-num-seqs 8
+
+test: lint types unit integration   ## everything that needs no GPU
+
+lint: $(VENV)/.dev   ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev   ## strict types
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev   ## tests without processes or models
+	$(BIN)/pytest tests/unit
+
+integration: $(VENV)/.dev   ## tests of the real server with the demo model
+	TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest tests/integration
+
+test-gpu: $(VENV)/.dev   ## tests that need CUDA devices
+	$(BIN)/pytest tests/gpu -m gpu
+
+goldens: $(VENV)/.reference   ## make the committed reference outputs again, with transformers
+	$(BIN)/python tests/goldens/make_goldens.py --model $$($(BIN)/python deploy/fetch_demo_model.py)
+
+proto: $(VENV)/.dev   ## regenerate proto/pb
+	deploy/protoc.sh
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check "pip>=25.1"
+	$(BIN)/python -m pip install -c requirements.lock -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -c requirements.lock --group dev
+	touch $@
+
+$(VENV)/.reference: $(VENV)/.dev
+	$(BIN)/python -m pip install -c requirements.lock -e '.[reference]'
+	touch $@
+
+clean:   ## remove the environment and caches of this checkout
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,108 @@
+"""Commands `tpserve convert` and `tpserve compile`; `tpserve serve` runs the latter as a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from tpserve.compile.artifact import build_artifact
+from tpserve.compile.cache import CachePolicy
+from tpserve.compile.config import CompileConfig, ModelConfig
+from tpserve.compile.errors import CompileError
+from tpserve.compile.source import convert_to, require_weights, resolve_model, stored_quantization
+
+_POLICIES = [policy.value for policy in CachePolicy]
+DEFAULT_MAX_MODEL_LEN = 8192
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the cache policies, whose defaults come from the environment."""
+    parser.add_argument(
+        "--jit-policy",
+        choices=_POLICIES,
+        default=os.environ.get("TPSERVE_JIT_POLICY", "ON"),
+        help="cache of converted models and compiled libraries (TPSERVE_JIT_POLICY)",
+    )
+    parser.add_argument(
+        "--download-cache-policy",
+        choices=_POLICIES,
+        default=os.environ.get("TPSERVE_DOWNLOAD_CACHE_POLICY", "ON"),
+        help="cache of downloads from the hub (TPSERVE_DOWNLOAD_CACHE_POLICY)",
+    )
+
+
+def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what decides the compiled library."""
+    parser.add_argument("model", help="Hugging Face folder, GGUF file or HF://org/name")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel degree: 1, 2, 4 or 8")
+    parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16"], default="auto")
+    parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
+    parser.add_argument("--max-model-len", type=int, help="longest sequence, prompt and output, in tokens")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="most tokens in one step")
+    parser.add_argument("--max-num-seqs", type=int, default=4, help="most sequences that run at once")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
+    add_cache_arguments(parser)
+
+
+def compile_model(args: argparse.Namespace) -> dict[str, str]:
+    """Resolve the model and build its artifact; return both folders."""
+    policy = CachePolicy(args.jit_policy)
+    model_dir = resolve_model(args.model, model_policy=policy, download_policy=CachePolicy(args.download_cache_policy))
+    config = ModelConfig.from_hf(model_dir)
+    if args.load_format == "auto":
+        require_weights(model_dir)
+    max_model_len = args.max_model_len or min(config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
+    if max_model_len > config.max_position_embeddings:
+        raise CompileError(
+            f"--max-model-len {max_model_len} is longer than the model's {config.max_position_embeddings} positions"
+        )
+    if args.max_num_batched_tokens < args.max_num_seqs:
+        raise CompileError(
+            f"--max-num-batched-tokens {args.max_num_batched_tokens} is less than --max-num-seqs {args.max_num_seqs}: "
+            "each running sequence needs a token in each step"
+        )
+    compile_config = CompileConfig(
+        tp_size=args.tp,
+        quantization=stored_quantization(model_dir) if args.quantization == "auto" else args.quantization,
+        kernels=args.kernels,
+        target="llvm",
+        max_model_len=max_model_len,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_seqs=args.max_num_seqs,
+    )
+    artifact = build_artifact(config, compile_config, policy)
+    return {"model_dir": str(model_dir), "artifact_dir": str(artifact)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `convert` or `compile`; print the folders as one JSON line."""
+    parser = argparse.ArgumentParser(prog="tpserve", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_compile_arguments(commands.add_parser("compile", help="build the library of a model for one TP degree"))
+    convert = commands.add_parser("convert", help="write the Hugging Face form of a GGUF file")
+    convert.add_argument("model", type=Path)
+    convert.add_argument("--output", type=Path, required=True, help="folder to fill; must be empty or absent")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        if args.command == "convert":
+            if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+                raise CompileError(f"--output {args.output} is not an empty folder")
+            args.output.mkdir(parents=True, exist_ok=True)
+            convert_to(args.model, args.output)
+            folders = {"model_dir": str(args.output)}
+        else:
+            folders = compile_model(args)
+    except (CompileError, OSError) as error:
+        print(f"tpserve {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(folders))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

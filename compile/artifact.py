@@ -1,0 +1,108 @@
+"""Build one artifact folder: the compiled graph, the tuned kernels and the manifest that describes both."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+
+from tpserve.compile import native
+from tpserve.compile.cache import CachePolicy, cached_folder
+from tpserve.compile.config import CompileConfig, ModelConfig
+from tpserve.proto.host import cpu_features
+from tpserve.proto.manifest import KVLayout, Manifest, sha256_file
+
+logger = logging.getLogger(__name__)
+
+MODEL_LIBRARY = "model.so"
+KERNEL_LIBRARY = "kernels.so"
+
+
+def build_artifact(config: ModelConfig, compile_config: CompileConfig, policy: CachePolicy) -> Path:
+    """Return the artifact folder of a model, compiled now or taken from the cache."""
+    key = input_hash(config, compile_config)
+    return cached_folder("lib", key, policy, lambda folder: _build(folder, config, compile_config, key, policy))
+
+
+def input_hash(config: ModelConfig, compile_config: CompileConfig) -> str:
+    """Hash everything that decides what is built: both configurations, our sources, the toolchain, this CPU."""
+    sources = hashlib.sha256()
+    package = resources.files("tpserve.compile")
+    for path in sorted(Path(str(package)).rglob("*.py")):
+        sources.update(path.read_bytes())
+    inputs = {
+        "model": dataclasses.asdict(config),
+        "compile": dataclasses.asdict(compile_config),
+        "sources": sources.hexdigest(),
+        "kernels": native.source_hash(native.CPU_KERNEL_SOURCES),
+        "compiler": _versions(),
+        "cpu": cpu_features(),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")} | {"c++": native.compiler_version()}
+
+
+def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key: str, policy: CachePolicy) -> None:
+    # The compiler takes a second to import and starts threads: only a build pays for it.
+    import tvm
+
+    from tpserve.compile.pipeline import build_graph, lower
+
+    logger.info("Compiling %s for TP=%d", config.model_type, compile_config.tp_size)
+    graph = build_graph(config, compile_config)
+    executable, workspace_bytes = lower(graph.module, tvm.target.Target({"kind": compile_config.target}))
+    executable.export_library(str(folder / MODEL_LIBRARY))
+    kernels = _kernel_library(policy)
+    shutil.copyfile(kernels, folder / KERNEL_LIBRARY)
+    sharding = graph.sharding
+    Manifest(
+        model_type=config.model_type,
+        model_config_sha256=config.sha256,
+        tp_size=compile_config.tp_size,
+        quantization=compile_config.quantization,
+        target={"kind": compile_config.target, "cpu_features": cpu_features()},
+        kernels=compile_config.kernels,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=sharding.vocab_size * sharding.tp_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_q_heads=sharding.num_q_heads,
+        max_model_len=compile_config.max_model_len,
+        max_num_batched_tokens=compile_config.max_num_batched_tokens,
+        max_num_seqs=compile_config.max_num_seqs,
+        workspace_bytes=workspace_bytes,
+        kv=KVLayout(
+            page_size=compile_config.page_size,
+            num_layers=config.num_layers,
+            num_kv_heads=sharding.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype="float32",
+        ),
+        rope_inv_freq=config.rope_inv_freq(),
+        splits=sharding.splits,
+        params=graph.params,
+        externs=graph.externs,
+        compiler=_versions(),
+        input_hash=key,
+        files={name: sha256_file(folder / name) for name in (MODEL_LIBRARY, KERNEL_LIBRARY)},
+    ).save(folder)
+
+
+def _kernel_library(policy: CachePolicy) -> Path:
+    """Return the kernels of this CPU, built once and shared by all models."""
+    sources = native.CPU_KERNEL_SOURCES
+    key = hashlib.sha256(
+        json.dumps([native.source_hash(sources), cpu_features(), native.compiler_version()]).encode()
+    ).hexdigest()
+    # REDO means the model's own library: kernels of unchanged sources would come out the same.
+    kernel_policy = CachePolicy.ON if policy is CachePolicy.REDO else policy
+    build = lambda folder: native.build_library(sources, folder / KERNEL_LIBRARY)  # noqa: E731
+    return cached_folder("kernels", key, kernel_policy, build) / KERNEL_LIBRARY

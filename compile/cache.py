@@ -1,0 +1,80 @@
+"""Folders built once and kept: converted models and compiled libraries, named by the hash of what went in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+
+from tpserve.compile.errors import CacheError
+
+logger = logging.getLogger(__name__)
+
+
+class CachePolicy(Enum):
+    """What may be read from and written to the cache."""
+
+    ON = "ON"
+    """Use what is there, keep what is built."""
+    OFF = "OFF"
+    """Build every time, keep nothing (a temporary folder that the caller removes)."""
+    REDO = "REDO"
+    """Build again and replace what is there."""
+    READONLY = "READONLY"
+    """Use what is there, build nothing."""
+
+
+def cache_root() -> Path:
+    """Return TPSERVE_HOME, or the user's cache folder."""
+    home = os.environ.get("TPSERVE_HOME")
+    if home:
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpserve"
+
+
+def cached_folder(kind: str, key: str, policy: CachePolicy, build: Callable[[Path], None]) -> Path:
+    """Return the folder `kind`/`key`, building it if the policy asks for it.
+
+    A folder appears whole or not at all: it is built beside its place and renamed, so that a killed or concurrent
+    build never leaves a half one.
+
+    Parameters
+    ----------
+    build : callable
+        Fills the empty folder it is given.
+
+    Raises
+    ------
+    CacheError
+        If the policy is READONLY and the folder is missing.
+    """
+    parent = cache_root() / kind
+    folder = parent / key
+    if policy is CachePolicy.OFF:
+        fresh = Path(tempfile.mkdtemp(prefix=f"tpserve-{kind}-"))
+        build(fresh)
+        return fresh
+    if folder.is_dir() and policy is not CachePolicy.REDO:
+        logger.info("Using cached %s: %s", kind, folder)
+        return folder
+    if policy is CachePolicy.READONLY:
+        raise CacheError(f"{folder} is not in the cache and the cache policy is READONLY: use ON, or build it first")
+    parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=parent))
+    try:
+        build(fresh)
+        if policy is CachePolicy.REDO and folder.is_dir():
+            shutil.rmtree(folder)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else: another process built the same folder first
+                raise
+    finally:
+        if fresh.is_dir():
+            shutil.rmtree(fresh)
+    return folder

@@ -1,0 +1,255 @@
+"""What is compiled: the model's shape, read from Hugging Face's config.json, and how to compile it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from tpserve.compile.errors import ModelConfigError
+from tpserve.proto.manifest import sha256_file
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_TP_SIZES = (1, 2, 4, 8)
+
+# Keys of config.json that describe the checkpoint or training and change nothing in the graph.
+_IGNORED_KEYS = frozenset(
+    """architectures torch_dtype dtype transformers_version bos_token_id eos_token_id pad_token_id use_cache
+    initializer_range attention_dropout pretraining_tp _name_or_path is_llama_config rope_interleaved
+    transformers.js_config max_window_layers unk_token_id layer_types model_max_length
+    output_attentions output_hidden_states return_dict is_encoder_decoder chunk_size_feed_forward id2label label2id
+    problem_type _attn_implementation attn_implementation""".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Frequency scaling of rotary embeddings; `llama3` as in Llama 3.1, `linear` divides positions."""
+
+    kind: Literal["llama3", "linear"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape of a decoder-only transformer of the Llama family."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    """Biases on the q, k and v projections (qwen2, llama with attention_bias)."""
+    o_bias: bool
+    """Bias on the output projection (llama with attention_bias)."""
+    mlp_bias: bool
+    qk_norm: bool
+    """RMSNorm on each head of q and k before rotation (qwen3)."""
+    sliding_window: int | None
+    """Attend to this many latest positions only."""
+    sha256: str
+    """Of config.json."""
+
+    @classmethod
+    def from_hf(cls, model_dir: Path) -> Self:
+        """Read `config.json` of a Hugging Face folder.
+
+        Raises
+        ------
+        ModelConfigError
+            If the file is missing or malformed, or asks for something that this compiler would get wrong.
+        """
+        path = model_dir / "config.json"
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ModelConfigError(f"{path} is missing: give a Hugging Face model folder or a GGUF file") from None
+        except ValueError as error:
+            raise ModelConfigError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise ModelConfigError(f"{path} holds {type(raw).__name__}, expected an object")
+        return cls._from_dict(raw, path)
+
+    @classmethod
+    def _from_dict(cls, raw: dict[str, Any], path: Path) -> Self:
+        keys = dict(raw)
+        for key in _IGNORED_KEYS:
+            keys.pop(key, None)
+
+        def need(key: str) -> Any:
+            if key not in keys:
+                raise ModelConfigError(f"{path} has no {key!r}")
+            return keys.pop(key)
+
+        model_type = need("model_type")
+        if model_type not in MODEL_TYPES:
+            raise ModelConfigError(f"{path}: model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}")
+        activation = keys.pop("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise ModelConfigError(f"{path}: hidden_act {activation!r} is not supported, only silu")
+        if keys.pop("quantization_config", None) is not None:
+            raise ModelConfigError(f"{path}: quantization_config is not supported: give an unquantised checkpoint")
+        num_heads = need("num_attention_heads")
+        hidden_size = need("hidden_size")
+        theta, scaling = _read_rope(keys, path)
+        sliding_window = keys.pop("sliding_window", None)
+        if not keys.pop("use_sliding_window", model_type == "mistral"):
+            sliding_window = None
+        if sliding_window is not None and model_type not in ("mistral",):
+            raise ModelConfigError(f"{path}: sliding_window per layer of {model_type} is not supported")
+        attention_bias = bool(keys.pop("attention_bias", False))
+        mlp_bias = bool(keys.pop("mlp_bias", False))
+        if (attention_bias or mlp_bias) and model_type in ("qwen2", "mistral"):
+            raise ModelConfigError(f"{path}: attention_bias and mlp_bias are not keys of {model_type}")
+        head_dim = keys.pop("head_dim", None) or hidden_size // num_heads
+        config = cls(
+            model_type=model_type,
+            hidden_size=hidden_size,
+            intermediate_size=need("intermediate_size"),
+            num_layers=need("num_hidden_layers"),
+            num_attention_heads=num_heads,
+            num_kv_heads=keys.pop("num_key_value_heads", None) or num_heads,
+            head_dim=head_dim,
+            vocab_size=need("vocab_size"),
+            rms_norm_eps=float(need("rms_norm_eps")),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=need("max_position_embeddings"),
+            tie_word_embeddings=bool(keys.pop("tie_word_embeddings", False)),
+            qkv_bias=attention_bias or model_type == "qwen2",
+            o_bias=attention_bias,
+            mlp_bias=mlp_bias,
+            qk_norm=model_type == "qwen3",
+            sliding_window=sliding_window,
+            sha256=sha256_file(path),
+        )
+        if keys:
+            raise ModelConfigError(
+                f"{path} has keys that this compiler does not know: {', '.join(sorted(keys))}; "
+                "remove them if they change nothing"
+            )
+        config._check(path)
+        return config
+
+    def _check(self, path: Path) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_layers", "vocab_size", "max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value <= 0:
+                raise ModelConfigError(f"{path}: {name} is {value!r}, expected a positive integer")
+        if self.num_attention_heads % self.num_kv_heads:
+            raise ModelConfigError(
+                f"{path}: {self.num_attention_heads} attention heads are no multiple of {self.num_kv_heads} KV heads"
+            )
+        for name in ("head_dim", "hidden_size"):
+            if getattr(self, name) % 16:
+                raise ModelConfigError(f"{path}: {name} {getattr(self, name)} is no multiple of 16")
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, embeddings counted once when tied."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_kv_heads)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+    def rope_inv_freq(self) -> tuple[float, ...]:
+        """Return the head_dim / 2 inverse frequencies in float32, as transformers computes them.
+
+        The `llama3` rule is that of the Llama 3.1 release: long wavelengths are divided by `factor`, short ones kept,
+        and those between are interpolated.
+        """
+        exponent = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        inv_freq = (np.float32(1.0) / np.power(np.float32(self.rope_theta), exponent)).astype(np.float32)
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "linear":
+            inv_freq = inv_freq / np.float32(scaling.factor)
+        elif scaling is not None:
+            original = scaling.original_max_position_embeddings
+            wavelength = 2 * math.pi / inv_freq
+            smooth = (original / wavelength - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+            blended = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
+            inv_freq = np.where(
+                wavelength > original / scaling.low_freq_factor,
+                inv_freq / scaling.factor,
+                np.where(wavelength < original / scaling.high_freq_factor, inv_freq, blended),
+            ).astype(np.float32)
+        return tuple(float(value) for value in inv_freq)
+
+
+def _read_rope(keys: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
+    """Take rope_theta and scaling out of `keys`, in the form before or after transformers 5."""
+    scaling = keys.pop("rope_scaling", None)
+    parameters = keys.pop("rope_parameters", None)
+    theta = keys.pop("rope_theta", None)
+    if parameters is not None:
+        scaling = dict(parameters)
+        theta = scaling.pop("rope_theta", theta)
+    if theta is None:
+        raise ModelConfigError(f"{path} has no 'rope_theta'")
+    if scaling is None:
+        return float(theta), None
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind == "linear":
+        return float(theta), RopeScaling("linear", float(scaling["factor"]))
+    if kind == "llama3":
+        try:
+            return float(theta), RopeScaling(
+                "llama3",
+                float(scaling["factor"]),
+                float(scaling["low_freq_factor"]),
+                float(scaling["high_freq_factor"]),
+                int(scaling["original_max_position_embeddings"]),
+            )
+        except KeyError as error:
+            raise ModelConfigError(f"{path}: llama3 rope scaling has no {error}") from None
+    raise ModelConfigError(f"{path}: rope scaling {kind!r} is not supported, only linear and llama3")
+
+
+@dataclass(frozen=True, slots=True)
+class CompileConfig:
+    """How a model is compiled."""
+
+    tp_size: int
+    """Ranks of one tensor-parallel group: 1, 2, 4 or 8."""
+    quantization: Literal["q0f32", "q0bf16"]
+    """Storage of the weights."""
+    kernels: Literal["tuned", "portable"]
+    """tuned: the target's own kernels; portable: TVM's for every operator."""
+    target: Literal["llvm"]
+    max_model_len: int
+    """Longest sequence, prompt and output, in tokens."""
+    max_num_batched_tokens: int
+    """Most tokens in one step; memory is planned to it."""
+    max_num_seqs: int
+    page_size: int = 16
+    """Tokens of one KV page."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.tp_size not in _TP_SIZES:
+            raise ModelConfigError(f"--tp {self.tp_size} is not one of 1, 2, 4, 8")
+        for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "page_size"):
+            if getattr(self, name) < 1:
+                raise ModelConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.page_size != 16:
+            raise ModelConfigError(f"page_size {self.page_size} is not supported by the llvm kernels, only 16")

@@ -1,0 +1,157 @@
+"""Layers of the Llama family in relax nn, each declaring beside its weights how they are split over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor
+
+from tpserve.compile.config import ModelConfig
+from tpserve.compile.operators import AttentionShape, BatchInputs, Operators, all_reduce
+from tpserve.compile.sharding import PANEL_ROWS, Sharding
+from tpserve.proto.manifest import ParamSource, ParamSpec
+
+
+@dataclass(slots=True)
+class GraphContext:
+    """What every layer of one graph shares while it is built."""
+
+    config: ModelConfig
+    sharding: Sharding
+    operators: Operators
+    weight_dtype: str
+    page_size: int
+    specs: dict[int, ParamSpec] = field(default_factory=dict)
+    """By identity of the graph's parameter."""
+
+    def parameter(self, spec: ParamSpec) -> nn.Parameter:
+        """Make a parameter and remember how it is filled from the checkpoint."""
+        parameter = nn.Parameter(spec.shape, spec.dtype)
+        self.specs[id(parameter)] = spec
+        return parameter
+
+    def vector(self, name: str, size: int) -> nn.Parameter:
+        """(size,) float32, whole on each rank: a norm's weight."""
+        return self.parameter(ParamSpec(name, (size,), "float32", "plain", (ParamSource(name),)))
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Sum partial results over ranks."""
+        return all_reduce(x) if self.sharding.tp_size > 1 else x
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with W in panels of sixteen output rows.
+
+    Parameters
+    ----------
+    sources : tuple of ParamSource
+        Checkpoint weights, concatenated along their rows.
+    rows, columns : int
+        Per rank, after the split.
+    bias : tuple of ParamSource
+        Empty for none.
+    """
+
+    def __init__(
+        self,
+        context: GraphContext,
+        name: str,
+        sources: tuple[ParamSource, ...],
+        rows: int,
+        columns: int,
+        bias: tuple[ParamSource, ...] = (),
+    ) -> None:
+        self._operators = context.operators
+        shape = (rows // PANEL_ROWS, columns, PANEL_ROWS)
+        self.weight = context.parameter(ParamSpec(name, shape, context.weight_dtype, "panel16", sources))
+        self.bias = context.parameter(ParamSpec(f"{name}.bias", (rows,), "float32", "plain", bias)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, columns) -> (T, rows)."""
+        return self._operators.gemm(x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over paged KV: heads are split, the output projection's sum is reduced over ranks."""
+
+    def __init__(self, context: GraphContext, prefix: str) -> None:
+        config, sharding = context.config, context.sharding
+        self._context = context
+        self._shape = AttentionShape(
+            num_q_heads=sharding.num_q_heads,
+            num_kv_heads=sharding.num_kv_heads,
+            head_dim=config.head_dim,
+            page_size=context.page_size,
+            window=config.sliding_window or 0,
+        )
+        heads = {"q": "q_heads", "k": "kv_heads", "v": "kv_heads"}
+        self.qkv = Linear(
+            context,
+            f"{prefix}.qkv_proj",
+            tuple(ParamSource(f"{prefix}.{part}_proj.weight", 0, split) for part, split in heads.items()),
+            rows=(sharding.num_q_heads + 2 * sharding.num_kv_heads) * config.head_dim,
+            columns=config.hidden_size,
+            bias=tuple(ParamSource(f"{prefix}.{part}_proj.bias", 0, split) for part, split in heads.items())
+            if config.qkv_bias
+            else (),
+        )
+        self.o = Linear(
+            context,
+            f"{prefix}.o_proj",
+            (ParamSource(f"{prefix}.o_proj.weight", 1, "q_heads"),),
+            rows=config.hidden_size,
+            columns=sharding.num_q_heads * config.head_dim,
+            bias=(ParamSource(f"{prefix}.o_proj.bias", 0, "once"),) if config.o_bias else (),
+        )
+        if config.qk_norm:
+            self.q_norm = context.vector(f"{prefix}.q_norm.weight", config.head_dim)
+            self.k_norm = context.vector(f"{prefix}.k_norm.weight", config.head_dim)
+
+    def forward(self, x: Tensor, batch: BatchInputs, pages: Tensor) -> Tensor:
+        """(T, H) -> (T, H), summed over ranks; writes the tokens' K and V to `pages`."""
+        config, operators = self._context.config, self._context.operators
+        qk_norm = (self.q_norm, self.k_norm, config.rms_norm_eps) if config.qk_norm else None
+        q = operators.rope_append(self.qkv(x), qk_norm, batch, pages, self._shape)
+        return self._context.reduce(self.o(operators.attention(q, batch, pages, self._shape)))
+
+
+class MLP(nn.Module):
+    """Gated feed-forward layer: columns of gate and up are split, the down projection's sum is reduced over ranks."""
+
+    def __init__(self, context: GraphContext, prefix: str) -> None:
+        config, sharding = context.config, context.sharding
+        self._context = context
+        self.gate_up = Linear(
+            context,
+            f"{prefix}.gate_up_proj",
+            tuple(ParamSource(f"{prefix}.{part}_proj.weight", 0, "ffn") for part in ("gate", "up")),
+            rows=2 * sharding.intermediate_size,
+            columns=config.hidden_size,
+            bias=tuple(ParamSource(f"{prefix}.{part}_proj.bias", 0, "ffn") for part in ("gate", "up"))
+            if config.mlp_bias
+            else (),
+        )
+        self.down = Linear(
+            context,
+            f"{prefix}.down_proj",
+            (ParamSource(f"{prefix}.down_proj.weight", 1, "ffn"),),
+            rows=config.hidden_size,
+            columns=sharding.intermediate_size,
+            bias=(ParamSource(f"{prefix}.down_proj.bias", 0, "once"),) if config.mlp_bias else (),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, H) -> (T, H), summed over ranks."""
+        return self._context.reduce(self.down(self._context.operators.silu_mul(self.gate_up(x))))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP with their norms; the caller owns the residual stream."""
+
+    def __init__(self, context: GraphContext, prefix: str) -> None:
+        hidden = context.config.hidden_size
+        self.input_norm = context.vector(f"{prefix}.input_layernorm.weight", hidden)
+        self.attention = Attention(context, f"{prefix}.self_attn")
+        self.post_attention_norm = context.vector(f"{prefix}.post_attention_layernorm.weight", hidden)
+        self.mlp = MLP(context, f"{prefix}.mlp")

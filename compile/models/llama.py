@@ -1,0 +1,83 @@
+"""The decoder of the Llama family. llama, mistral, qwen2 and qwen3 differ only in what `ModelConfig` says."""
+
+from __future__ import annotations
+
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor
+
+from tpserve.compile.layers import DecoderLayer, GraphContext, Linear
+from tpserve.compile.operators import BatchInputs, all_gather
+from tpserve.proto.manifest import ParamSource, ParamSpec
+
+
+class LlamaForCausalLM(nn.Module):
+    """Token ids to logits over paged KV, for one rank."""
+
+    def __init__(self, context: GraphContext, max_model_len: int) -> None:
+        config, sharding = context.config, context.sharding
+        self._context = context
+        embedding = "model.embed_tokens.weight"
+        self.embed_tokens = context.parameter(
+            ParamSpec(
+                embedding,
+                (config.vocab_size, config.hidden_size),
+                context.weight_dtype,
+                "plain",
+                (ParamSource(embedding),),
+            )
+        )
+        self.rope = context.parameter(ParamSpec("rope", (max_model_len, config.head_dim), "float32", "rope_table"))
+        self.layers = nn.ModuleList([DecoderLayer(context, f"model.layers.{i}") for i in range(config.num_layers)])
+        self.norm = context.vector("model.norm.weight", config.hidden_size)
+        head = embedding if config.tie_word_embeddings else "lm_head.weight"
+        self.lm_head = Linear(
+            context,
+            "lm_head",
+            (ParamSource(head, 0, "vocab"),),
+            rows=sharding.vocab_size,
+            columns=config.hidden_size,
+        )
+
+    def step(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        token_slots: Tensor,
+        page_table: Tensor,
+        sample_rows: Tensor,
+        kv: list[Tensor],
+    ) -> Tensor:
+        """Run one step over a ragged batch.
+
+        Parameters
+        ----------
+        token_ids, positions, token_slots : (T,) int32
+            Each token with its position in its sequence and its slot. All K and V of the step are written before any
+            is read, so tokens of one sequence may stand in one step.
+        page_table : (S, P) int32
+            Page ids by slot.
+        sample_rows : (R,) int32
+            Tokens whose logits are wanted.
+        kv : list of (num_pages, num_kv_heads, 2, head_dim * page_size) float32
+            Pages by layer; written in place.
+
+        Returns
+        -------
+        (R, padded vocabulary) float32
+            The same on every rank; columns past the vocabulary mean nothing.
+        """
+        config, operators = self._context.config, self._context.operators
+        batch = BatchInputs(positions, token_slots, page_table, self.rope)
+        residual = operators.embed(token_ids, self.embed_tokens)
+        x = operators.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
+        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
+        for layer, pages, next_norm in zip(self.layers, kv, next_norms, strict=True):
+            x = layer.attention(x, batch, pages)
+            residual, x = operators.add_rms_norm(x, residual, layer.post_attention_norm, config.rms_norm_eps)
+            x = layer.mlp(x)
+            residual, x = operators.add_rms_norm(x, residual, next_norm, config.rms_norm_eps)
+        logits = self.lm_head(operators.take_rows(x, sample_rows))
+        tp_size = self._context.sharding.tp_size
+        if tp_size > 1:
+            logits = all_gather(logits, tp_size)
+        return logits

@@ -1,0 +1,137 @@
+"""Builds the C++ kernels of this machine into one shared library, and says what the machine can run.
+
+Owns the compiler flags, on which exactness depends. Knows tvm_ffi (headers and library to link) and no TVM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tvm_ffi.libinfo
+
+_PACKAGE = Path(__file__).parent.parent
+
+CPU_KERNEL_SOURCES: tuple[Path, ...] = tuple(
+    sorted(path for part in ("compile/kernels/cpu", "collectives/kernels") for path in (_PACKAGE / part).glob("*.cc"))
+)
+"""Everything a CPU artifact's `kernels.so` is made of."""
+
+_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    # Newer GCC avoids chains of FMAs on some cores, loop by loop: sums would then depend on which tile a row fell in.
+    "--param=avoid-fma-max-bits=0",
+    "-ffp-contract=fast",
+    "-fopenmp",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",  # vectors wider than the machine's registers stay inside inlined functions
+)
+
+# Instruction sets that -march=native may let the compiler use; the kernel reports many flags that do not matter.
+_ISA_FLAG = re.compile(
+    r"(sse|ssse|avx|amx|bmi|sha)\w*|pni|fma|fma4|f16c|abm|popcnt|movbe|adx|gfni|aes|vaes|pclmulqdq|vpclmulqdq|cx16|"
+    r"lahf_lm|rdrand|rdseed|rdpid|fsgsbase|clflushopt|clwb|cldemote|movdiri|movdir64b|serialize|tsxldtrk|xsave\w*|"
+    r"asimd\w*|sve\w*|sme\w*|fp|fphp|bf16|i8mm|atomics|crc32|pmull|sha1|sha2|sha3|sha512|lrcpc|dcpop"
+)
+
+
+class NativeBuildError(RuntimeError):
+    """The host compiler is missing or refused the sources."""
+
+
+def build_library(sources: Sequence[Path], out: Path, *, extra_flags: Sequence[str] = ()) -> None:
+    """Compile C++20 sources for this machine and link them into `out`.
+
+    The file appears at once and whole: a build that fails or is killed leaves an older `out` as it was.
+
+    Parameters
+    ----------
+    sources
+        `.cc` files; headers are found beside them.
+    out
+        Path of the shared library; its folder must exist.
+    extra_flags
+        Added after the standard flags.
+
+    Raises
+    ------
+    NativeBuildError
+        If g++ is not installed, or with its output if it fails.
+    """
+    compiler = _compiler()
+    library = Path(tvm_ffi.libinfo.find_libtvm_ffi())
+    headers = [f"-isystem{path}" for path in tvm_ffi.libinfo.include_paths()]
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        objects = [Path(scratch) / f"{index}-{source.stem}.o" for index, source in enumerate(sources)]
+
+        def compile_one(source: Path, target: Path) -> None:
+            _run([compiler, *_FLAGS, *headers, *extra_flags, "-c", str(source), "-o", str(target)], source.name)
+
+        with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(compile_one, sources, objects))
+        partial = Path(scratch) / out.name
+        link = [f"-L{library.parent}", f"-Wl,-rpath,{library.parent}", "-ltvm_ffi", "-o", str(partial)]
+        _run([compiler, "-shared", *_FLAGS, *extra_flags, *map(str, objects), *link], out.name)
+        partial.replace(out)
+
+
+def compiler_version() -> str:
+    """Return the first line of `g++ --version`, for the manifest.
+
+    Raises
+    ------
+    NativeBuildError
+        If g++ is not installed or does not run.
+    """
+    done = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise NativeBuildError(f"g++ --version failed with status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout.splitlines()[0]
+
+
+def cpu_features() -> str:
+    """Return a stable text of the instruction sets of this machine.
+
+    Code built with `-march=native` runs where this text is equal; a worker compares it with the manifest's.
+    """
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            names = sorted({name for name in value.split() if _ISA_FLAG.fullmatch(name)})
+            return " ".join([platform.machine(), *names])
+    return platform.machine()
+
+
+def source_hash(sources: Sequence[Path], *, extra_flags: Sequence[str] = ()) -> str:
+    """Return a hex digest of the sources, the headers beside them, the flags and the tvm_ffi version."""
+    digest = hashlib.sha256()
+    headers = {header for source in sources for header in source.parent.glob("*.h")}
+    for path in sorted({*sources, *headers}, key=lambda path: (path.name, str(path))):
+        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
+    digest.update("\0".join([*_FLAGS, *extra_flags, tvm_ffi.__version__]).encode())
+    return digest.hexdigest()
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode != 0:
+        raise NativeBuildError(f"{command[0]} failed with status {done.returncode} on {what}:\n{done.stdout}")
+
+
+def _compiler() -> str:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise NativeBuildError("g++ was not found on PATH: install it (Debian: apt-get install g++)")
+    return compiler

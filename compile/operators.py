@@ -1,0 +1,234 @@
+"""The operators a model graph is made of, with one implementation per kernel set.
+
+`TunedCpuOperators` calls named externs of `compile/kernels/cpu` (destination-passing, resolved by global name when the
+library is loaded); `PortableOperators` builds everything from TVM. Collectives are externs in both.
+Shapes: T tokens of the step, R sampled rows, S slots, P pages of a page table, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from tvm import relax, te
+from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn.core import wrap_nested
+
+from tpserve.compile.kernels import portable
+
+
+@dataclass(frozen=True, slots=True)
+class BatchInputs:
+    """The ragged batch of one step, as the graph's inputs."""
+
+    positions: Tensor
+    """(T,) int32: position of each token in its sequence."""
+    token_slots: Tensor
+    """(T,) int32: slot of each token."""
+    page_table: Tensor
+    """(S, P) int32: page ids of each slot."""
+    rope: Tensor
+    """(max_model_len, head_dim) float32: cosines, then sines."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Per-rank sizes of one attention layer."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    window: int
+    """Positions attended to; 0 is all."""
+
+    @property
+    def scale(self) -> float:
+        """Scores are multiplied by it."""
+        return float(self.head_dim**-0.5)
+
+
+class Operators(Protocol):
+    """What a graph may call. Activations are float32."""
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        """(T,) int32, (V, H) -> (T, H)."""
+
+    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(T, K), panels (N / 16, K, 16), (N,) -> (T, N)."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """(T, H), (H,) -> (T, H)."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return (x + residual, its norm)."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """(T, 2F), gate then up -> (T, F)."""
+
+    def rope_append(
+        self,
+        qkv: Tensor,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        batch: BatchInputs,
+        pages: Tensor,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """Rotate q and k, write k and v to `pages`; (T, (Hq + 2 Hkv) D) -> q (T, Hq, D)."""
+
+    def attention(self, q: Tensor, batch: BatchInputs, pages: Tensor, shape: AttentionShape) -> Tensor:
+        """(T, Hq, D) -> (T, Hq * D)."""
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """(T, H), (R,) int32 -> (R, H)."""
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Sum over ranks, in rank order."""
+    return op.extern("tpserve.all_reduce", [x], Tensor.placeholder(x.shape, x.dtype))
+
+
+def all_gather(x: Tensor, tp_size: int) -> Tensor:
+    """(R, C) on each rank -> (R, tp_size * C), rank 0's columns first."""
+    rows, columns = x.shape
+    return op.extern("tpserve.all_gather", [x], Tensor.placeholder((rows, tp_size * columns), x.dtype))
+
+
+class TunedCpuOperators:
+    """Externs of the llvm target's kernel library."""
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        """See Operators."""
+        return _extern("embed", [ids, table], (ids.shape[0], table.shape[1]))
+
+    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See Operators."""
+        out = (x.shape[0], weight.shape[0] * weight.shape[2])
+        if bias is None:
+            return _extern("gemm", [x, weight], out)
+        return _extern("gemm_bias", [x, weight, bias], out)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Operators."""
+        return _extern("rms_norm", [x, weight, eps], x.shape)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See Operators."""
+        # op.extern takes one output only.
+        args = [x._expr, residual._expr, weight._expr, relax.prim_value(eps)]
+        ty = Tensor.placeholder(x.shape, "float32")._expr.ty
+        outputs = relax.call_dps_packed("tpserve.cpu.add_rms_norm", args, out_ty=[ty, ty])
+        total, normed = wrap_nested(outputs, "add_rms_norm")
+        return total, normed
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See Operators."""
+        return _extern("silu_mul", [gate_up], (gate_up.shape[0], gate_up.shape[1] // 2))
+
+    def rope_append(
+        self,
+        qkv: Tensor,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        batch: BatchInputs,
+        pages: Tensor,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """See Operators."""
+        where = [batch.positions, batch.token_slots, batch.page_table, batch.rope, pages]
+        out = (qkv.shape[0], shape.num_q_heads, shape.head_dim)
+        if qk_norm is None:
+            return _extern("rope_append", [qkv, *where], out)
+        return _extern("qk_norm_rope_append", [qkv, *qk_norm, *where], out)
+
+    def attention(self, q: Tensor, batch: BatchInputs, pages: Tensor, shape: AttentionShape) -> Tensor:
+        """See Operators."""
+        args = [q, pages, batch.positions, batch.token_slots, batch.page_table, shape.scale, shape.window]
+        return _extern("attention", args, (q.shape[0], shape.num_q_heads * shape.head_dim))
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """See Operators."""
+        return _extern("take_rows", [x, rows], (rows.shape[0], x.shape[1]))
+
+
+class PortableOperators:
+    """TVM for everything: the twin that tuned kernels are compared with, and the start of any new target."""
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        """See Operators."""
+        return op.take(table, ids, axis=0).astype("float32")
+
+    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See Operators."""
+
+        def compute(x: te.Tensor, w: te.Tensor) -> te.Tensor:
+            k = te.reduce_axis((0, w.shape[1]), "k")
+            return te.compute(
+                (x.shape[0], w.shape[0] * w.shape[2]),
+                lambda m, n: te.sum(x[m, k] * w[n // w.shape[2], k, n % w.shape[2]].astype("float32"), axis=k),
+                name="gemm",
+            )
+
+        out = op.tensor_expr_op(compute, "gemm_panel16", [x, weight])
+        return out if bias is None else op.add(out, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Operators."""
+        return op.rms_norm(x, weight, axes=-1, epsilon=eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See Operators."""
+        total = op.add(x, residual)
+        return total, self.rms_norm(total, weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See Operators."""
+        gate, up = op.split(gate_up, 2, axis=-1)
+        return op.multiply(op.silu(gate), up)
+
+    def rope_append(
+        self,
+        qkv: Tensor,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        batch: BatchInputs,
+        pages: Tensor,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """See Operators."""
+        if qk_norm is not None:
+            qkv = self._norm_heads(qkv, qk_norm, shape)
+        func = portable.rope_append(shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size)
+        return op.tensor_ir_op(
+            func,
+            "rope_append",
+            [qkv, batch.positions, batch.token_slots, batch.page_table, batch.rope, pages],
+            Tensor.placeholder((qkv.shape[0], shape.num_q_heads, shape.head_dim), "float32"),
+        )
+
+    def _norm_heads(self, qkv: Tensor, qk_norm: tuple[Tensor, Tensor, float], shape: AttentionShape) -> Tensor:
+        q_weight, k_weight, eps = qk_norm
+        tokens = qkv.shape[0]
+        q_dim, kv_dim = shape.num_q_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        q, k, v = op.split(qkv, [q_dim, q_dim + kv_dim], axis=-1)
+        q = self.rms_norm(op.reshape(q, (tokens, shape.num_q_heads, shape.head_dim)), q_weight, eps)
+        k = self.rms_norm(op.reshape(k, (tokens, shape.num_kv_heads, shape.head_dim)), k_weight, eps)
+        return op.concat([op.reshape(q, (tokens, q_dim)), op.reshape(k, (tokens, kv_dim)), v], dim=-1)
+
+    def attention(self, q: Tensor, batch: BatchInputs, pages: Tensor, shape: AttentionShape) -> Tensor:
+        """See Operators."""
+        func = portable.attention(
+            shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size, shape.scale, shape.window
+        )
+        return op.tensor_ir_op(
+            func,
+            "attention",
+            [q, pages, batch.positions, batch.token_slots, batch.page_table],
+            Tensor.placeholder((q.shape[0], shape.num_q_heads * shape.head_dim), "float32"),
+        )
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """See Operators."""
+        return op.take(x, rows, axis=0)
+
+
+def _extern(name: str, args: list[Tensor | int | float], shape: tuple[object, ...]) -> Tensor:
+    return op.extern(f"tpserve.cpu.{name}", args, Tensor.placeholder(shape, "float32"))

@@ -1,0 +1,164 @@
+"""`python -m tpserve.coordinator CONFIG`: the coordinator process of one replica.
+
+CONFIG is a JSON object with the fields of `CoordinatorConfig`. Prints one JSON line with its address when it listens.
+SIGTERM drains and ends with 0; a group that cannot be started or rebuilt ends with 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import grpc.aio
+
+from tpserve.coordinator.cluster import Cluster, ClusterConfig
+from tpserve.coordinator.config import SchedulerConfig
+from tpserve.coordinator.engine import Engine, EngineConfig
+from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.metrics import Metrics
+from tpserve.coordinator.process import end_with_parent
+from tpserve.coordinator.scheduler import Scheduler
+from tpserve.coordinator.service import EngineService
+from tpserve.proto.manifest import Manifest
+from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
+from tpserve.proto.rank import RankConfig
+
+logger = logging.getLogger(__name__)
+
+_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)]
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """Arguments of the coordinator process."""
+
+    model_dir: str
+    artifact_dir: str
+    model_name: str
+    """Label of the metrics."""
+    num_pages: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_threads: int
+    """Threads of each rank."""
+    parent_pid: int
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_num_queued_requests: int = 1024
+    enable_prefix_cache: bool = True
+    ray_address: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0 takes a free one."""
+    start_timeout_s: float = 600.0
+    step_timeout_s: float = 30.0
+    collective_timeout_s: float = 20.0
+    drain_timeout_s: float = 30.0
+
+
+def make_cluster(config: CoordinatorConfig, manifest: Manifest) -> Cluster:
+    """Return the cluster for the ranks of `manifest`, not yet connected."""
+    rank = RankConfig(
+        rank=0,
+        tp_size=manifest.tp_size,
+        model_dir=Path(config.model_dir),
+        artifact_dir=Path(config.artifact_dir),
+        load_format=config.load_format,
+        num_pages=config.num_pages,
+        max_num_seqs=config.max_num_seqs,
+        num_threads=config.num_threads,
+        group_name="",
+        collective_timeout_s=config.collective_timeout_s,
+    )
+    return Cluster(ClusterConfig(rank, config.start_timeout_s, config.ray_address))
+
+
+async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster) -> int:
+    """Serve until SIGTERM; return the exit code."""
+    metrics = Metrics(config.model_name)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=manifest.max_model_len,
+            page_size=manifest.kv.page_size,
+            num_pages=config.num_pages,
+            max_num_queued_requests=config.max_num_queued_requests,
+            enable_prefix_cache=config.enable_prefix_cache,
+        )
+    )
+    engine_config = EngineConfig(step_timeout_s=config.step_timeout_s)
+    engine = Engine(engine_config, scheduler, cluster, metrics, config.model_name)
+    stop = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    server = await _listen(config, manifest, engine, metrics)
+    serving = asyncio.create_task(engine.run())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+        elif not await engine.drain(config.drain_timeout_s):
+            logger.warning("requests still ran after %g s and are cut off", config.drain_timeout_s)
+    finally:
+        serving.cancel()
+        stopping.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ClusterError):
+            await serving
+        await server.stop(grace=1)
+    return 0
+
+
+async def _listen(config: CoordinatorConfig, manifest: Manifest, engine: Engine, metrics: Metrics) -> grpc.aio.Server:
+    try:
+        package_version = version("tpserve")
+    except PackageNotFoundError:  # run from a source tree
+        package_version = "source"
+    info = engine_pb2.EngineInfo(
+        model_dir=config.model_dir,
+        max_model_len=manifest.max_model_len,
+        vocab_size=manifest.vocab_size,
+        max_num_seqs=config.max_num_seqs,
+        kv_capacity_tokens=config.num_pages * manifest.kv.page_size,
+        tp_size=manifest.tp_size,
+        version=package_version,
+    )
+    server = grpc.aio.server(options=_OPTIONS)
+    engine_pb2_grpc.add_EngineServicer_to_server(  # type: ignore[no-untyped-call]  # generated
+        EngineService(engine, metrics, info), server
+    )
+    port = server.add_insecure_port(f"{config.host}:{config.port}")
+    await server.start()
+    sys.stdout.write(json.dumps({"address": f"{config.host}:{port}"}) + "\n")
+    sys.stdout.flush()
+    return server
+
+
+def main() -> int:
+    """Run the coordinator; return the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s coordinator: %(message)s")
+    config = CoordinatorConfig(**json.loads(sys.argv[1]))
+    end_with_parent(config.parent_pid)
+    manifest = Manifest.load(Path(config.artifact_dir), verify_files=False)
+    cluster = make_cluster(config, manifest)
+    try:
+        # Before the event loop: Ray forks its daemons, which must not happen beside running gRPC threads.
+        cluster.connect()
+        return asyncio.run(run(config, manifest, cluster))
+    except ClusterError as error:
+        logger.error("%s", error)
+        return 1
+    finally:
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

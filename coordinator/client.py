@@ -1,0 +1,165 @@
+"""The wire to the ranks of one TP group: one gRPC stream each, every plan to all, with a deadline on each step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from tpserve.coordinator.errors import RankLost
+from tpserve.proto.messages import StepPlan, StepResult
+from tpserve.proto.pb import worker_pb2
+
+logger = logging.getLogger(__name__)
+
+_METHOD = "/tpserve.Worker/Execute"
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    # A lost rank must show at once, not after a name is resolved again.
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+@dataclass(slots=True)
+class RankState:
+    """What is known of one rank."""
+
+    rank: int
+    last_step: int = 0
+    """Latest step that it has finished."""
+    step_us: int = 0
+    collective_us: int = 0
+
+
+class WorkerGroup:
+    """Sends plans to all ranks and gives back rank 0's results, in order.
+
+    A rank whose stream ends, that reports an error, or that is later than `step_timeout_s` ends the group:
+    `next_result` raises `RankLost` naming it.
+    """
+
+    def __init__(self, addresses: Sequence[str], step_timeout_s: float, on_lost: Callable[[], None]) -> None:
+        """Open the streams.
+
+        Parameters
+        ----------
+        addresses
+            `host:port` by rank.
+        on_lost
+            Called once when a rank is lost.
+        """
+        self._lost: RankLost | None = None
+        self._on_lost = on_lost
+        self.ranks = [RankState(rank) for rank in range(len(addresses))]
+        self._step_timeout_s = step_timeout_s
+        self._sent_at: dict[int, float] = {}
+        self._results: asyncio.Queue[StepResult | RankLost] = asyncio.Queue()
+        self._channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for address in addresses]
+        # Plans are serialised once and sent as bytes to every rank.
+        self._calls: list[Any] = [_open_stream(channel) for channel in self._channels]
+        self._readers = [asyncio.create_task(self._read(rank)) for rank in range(len(addresses))]
+        self._watchdog = asyncio.create_task(self._watch())
+
+    async def send(self, plan: StepPlan) -> None:
+        """Send a plan to every rank."""
+        data = plan.to_pb().SerializeToString()
+        self._sent_at[plan.step_id] = time.monotonic()
+        for rank, call in enumerate(self._calls):
+            try:
+                await call.write(data)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                self._lose(RankLost(rank, f"does not take step {plan.step_id} ({_cause(error)})"))
+                return
+
+    async def next_result(self) -> StepResult:
+        """Wait for rank 0's next result.
+
+        Raises
+        ------
+        RankLost
+            If the group has lost a rank.
+        """
+        result = await self._results.get()
+        if isinstance(result, RankLost):
+            raise result
+        return result
+
+    def raise_if_lost(self) -> None:
+        """Raise the RankLost that the group suffered, if it did."""
+        if self._lost is not None:
+            raise self._lost
+
+    def oldest_step_age_s(self) -> float:
+        """Return for how long the oldest step without a result has waited; 0 if there is none."""
+        return time.monotonic() - min(self._sent_at.values()) if self._sent_at else 0.0
+
+    async def close(self) -> None:
+        """End the streams."""
+        for task in (self._watchdog, *self._readers):
+            task.cancel()
+        for call in self._calls:
+            call.cancel()
+        await asyncio.gather(self._watchdog, *self._readers, return_exceptions=True)
+        await asyncio.gather(*(channel.close(None) for channel in self._channels), return_exceptions=True)
+
+    def _lose(self, lost: RankLost) -> None:
+        """Remember the first loss; those that follow from it (others waiting in a collective) say less."""
+        if self._lost is None:
+            self._lost = lost
+            self._results.put_nowait(lost)
+            self._on_lost()
+
+    async def _read(self, rank: int) -> None:
+        call, state = self._calls[rank], self.ranks[rank]
+        lost: RankLost
+        try:
+            while True:
+                data = await call.read()
+                if not isinstance(data, bytes):  # grpc.aio.EOF
+                    lost = RankLost(rank, "ended its stream")
+                    break
+                result = StepResult.from_pb(worker_pb2.StepResult.FromString(data))
+                if result.error:
+                    lost = RankLost(rank, f"failed in step {result.step_id}: {result.error}")
+                    break
+                state.last_step = result.step_id
+                state.step_us = result.step_us
+                state.collective_us = result.collective_us
+                if rank == 0:
+                    self._sent_at.pop(result.step_id, None)
+                    self._results.put_nowait(result)
+        except grpc.aio.AioRpcError as error:
+            lost = RankLost(rank, _cause(error))
+        self._lose(lost)
+
+    async def _watch(self) -> None:
+        """Name the late rank when a step has missed its deadline."""
+        while True:
+            await asyncio.sleep(self._step_timeout_s / 8)
+            if self.oldest_step_age_s() > self._step_timeout_s:
+                # In a collective the others wait for the late one, so the least advanced rank is the suspect; if all
+                # stand at the same step, the group as a whole is late and rank 0 stands for it.
+                late = min(self.ranks, key=lambda state: state.last_step)
+                cause = f"missed the {self._step_timeout_s:g} s deadline of step {min(self._sent_at)}"
+                self._lose(RankLost(late.rank, cause))
+                return
+
+
+def _open_stream(channel: grpc.aio.Channel) -> Any:
+    # Without serialisers gRPC carries bytes as they are; its stubs do not know that, nor the reading and writing calls.
+    untyped: Any = channel
+    return untyped.stream_stream(_METHOD)()
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"connection lost: {error.code().name} {error.details()}"
+    return f"{type(error).__name__}: {error}"

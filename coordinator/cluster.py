@@ -1,0 +1,171 @@
+"""Ray places, starts and ends the ranks of one TP group. Steps do not travel through it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from tpserve.coordinator.errors import ClusterError
+from tpserve.proto.rank import RankAddress, RankConfig
+
+logger = logging.getLogger(__name__)
+
+_OBJECT_STORE_BYTES = 80 << 20
+"""Ray's smallest; nothing of ours is put there."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """How ranks are started."""
+
+    rank: RankConfig
+    """Template of every rank; `rank` and `group_name` are set for each."""
+    start_timeout_s: float
+    """Loading the library and the weights on every rank must take no longer."""
+    ray_address: str | None = None
+    """An existing Ray cluster; None starts one on this machine, which ends with this process."""
+
+
+class RankActor:
+    """Runs in the actor's process; finds the rank's code by name, as coordinator and worker meet only over `proto`."""
+
+    def __init__(self) -> None:
+        self._rank: Any = importlib.import_module("tpserve.worker.actor").Rank()
+
+    def start(self, config: RankConfig) -> RankAddress:
+        """Start the rank; see `tpserve.worker.actor`."""
+        address: RankAddress = self._rank.start(config)
+        return address
+
+    def stop(self) -> None:
+        """Stop the rank."""
+        self._rank.stop()
+
+
+class Cluster:
+    """The Ray side of one replica."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._temp_dir: Path | None = None
+        self._placement: Any = None
+        self._actors: list[Any] = []
+
+    def connect(self) -> None:
+        """Start or join Ray and reserve a place for each rank. Blocks for seconds.
+
+        Raises
+        ------
+        ClusterError
+            If Ray cannot be started or joined, or has no room for the group.
+        """
+        tp_size = self._config.rank.tp_size
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+        if self._config.ray_address is None:
+            # A folder of our own, short because Ray's socket paths must fit 107 bytes; removed in `shutdown`.
+            self._temp_dir = Path(tempfile.mkdtemp(prefix="tpserve-ray-", dir="/tmp"))
+            options |= {
+                "address": "local",
+                "num_cpus": max(tp_size, os.cpu_count() or 1),
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "include_dashboard": False,
+                "_temp_dir": str(self._temp_dir),
+            }
+        else:
+            options["address"] = self._config.ray_address
+        try:
+            ray.init(**options)
+            # All ranks on one node: they exchange activations in every layer.
+            self._placement = placement_group([{"CPU": 1}] * tp_size, strategy="STRICT_PACK")
+            if not self._placement.wait(30):
+                raise ClusterError(f"no Ray node has {tp_size} free CPUs for {tp_size} ranks: free some, or lower --tp")
+        except ClusterError:
+            raise
+        except Exception as error:  # Ray raises bare Exception when a daemon does not come up
+            raise ClusterError(f"Ray cannot be started: {error}") from error
+
+    async def start_ranks(self) -> Sequence[RankAddress]:
+        """Start every rank of a new group and return their addresses by rank.
+
+        Raises
+        ------
+        ClusterError
+            Naming the first rank that failed and why, or those that did not come in time.
+        """
+        template = self._config.rank
+        group_name = f"tpserve-{uuid.uuid4().hex}"
+        actor_class = ray.remote(RankActor)
+        strategy = PlacementGroupSchedulingStrategy(self._placement)
+        self._actors = [
+            actor_class.options(
+                num_cpus=1,
+                max_restarts=0,  # one lost rank ends the group; the engine rebuilds it whole
+                scheduling_strategy=strategy,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(template.num_threads)}},
+            ).remote()
+            for _ in range(template.tp_size)
+        ]
+        starts = [
+            asyncio.ensure_future(_result(actor.start.remote(replace(template, rank=rank, group_name=group_name))))
+            for rank, actor in enumerate(self._actors)
+        ]
+        _, late = await asyncio.wait(starts, timeout=self._config.start_timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        # A rank's own failure says more than that of those which waited for it.
+        failures = [
+            (rank, start.exception()) for rank, start in enumerate(starts) if start.done() and start.exception()
+        ]
+        for start in late:
+            start.cancel()
+        await asyncio.gather(*starts, return_exceptions=True)
+        if failures:
+            rank, error = min(failures, key=lambda failure: isinstance(failure[1], TimeoutError))
+            raise ClusterError(f"rank {rank} cannot start: {_root_cause(error)}")
+        if late:
+            ranks = ", ".join(str(rank) for rank, start in enumerate(starts) if start in late)
+            raise ClusterError(f"rank {ranks} did not start within {self._config.start_timeout_s:g} s")
+        addresses = [start.result() for start in starts]
+        for address in addresses:
+            logger.info("rank %d: pid %d on %s", address.rank, address.pid, address.node)
+        return addresses
+
+    async def kill_ranks(self) -> None:
+        """End every rank of the group at once."""
+        actors, self._actors = self._actors, []
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+
+    def shutdown(self) -> None:
+        """End the ranks, and Ray if it was started here; leave nothing behind. Blocks."""
+        if ray.is_initialized():
+            for actor in self._actors:
+                ray.kill(actor, no_restart=True)
+            if self._placement is not None:
+                remove_placement_group(self._placement)
+            ray.shutdown()
+        if self._temp_dir is not None:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+
+async def _result(ref: Any) -> RankAddress:
+    address: RankAddress = await ref
+    return address
+
+
+def _root_cause(error: BaseException | None) -> str:
+    """Return the remote exception's own words, without Ray's trace."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {cause}"

@@ -1,0 +1,61 @@
+"""Configuration of the coordinator, one frozen dataclass per concern, checked once when it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class ConfigError(ValueError):
+    """A configuration value cannot work; the message holds the value and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Bounds and policies of one replica's scheduler."""
+
+    max_num_seqs: int
+    """Slots of the worker's batch: how many sequences run at once."""
+    max_num_batched_tokens: int
+    """Token budget of one step, over decoding slots and prompt chunks."""
+    max_model_len: int
+    """Prompt and output tokens of one sequence."""
+    page_size: int
+    """Tokens in one KV page."""
+    num_pages: int
+    """KV pages of each rank."""
+    max_num_queued_requests: int = 1024
+    """Requests that may wait for their first step; one more is answered with `QueueFull`."""
+    max_in_flight_steps: int = 2
+    """Plans sent ahead of their results. 1 is the plain path: plan, wait, plan; 2 hides the host behind the device."""
+    enable_prefix_cache: bool = True
+    """Keep full pages of ended sequences for prompts that start alike."""
+    aging_steps: int = 256
+    """Steps after which a waiting sequence is passed by no later one any more."""
+    max_passed_sequences: int = 32
+    """Waiting sequences without room that one step looks past for smaller ones; bounds the search."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "page_size",
+            "num_pages",
+            "max_num_queued_requests",
+            "max_in_flight_steps",
+        ):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; set it to 1 or more")
+        for name in ("aging_steps", "max_passed_sequences"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ConfigError(f"{name} is {value}; set it to 0 or more")
+        if self.max_model_len < 2:
+            raise ConfigError(
+                f"max_model_len is {self.max_model_len}; set it to 2 or more: one prompt and one output token"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "
+                "one step could not decode every running sequence; raise the former or lower the latter"
+            )

@@ -1,0 +1,23 @@
+"""Errors of the coordinator outside the scheduler.
+
+CoordinatorError
+├── RankLost       a rank of the TP group died, failed or missed its deadline
+└── ClusterError   the TP group cannot be started
+"""
+
+
+class CoordinatorError(RuntimeError):
+    """The coordinator cannot do what was asked."""
+
+
+class RankLost(CoordinatorError):
+    """A rank is gone; its whole group is rebuilt."""
+
+    def __init__(self, rank: int, cause: str) -> None:
+        super().__init__(f"rank {rank}: {cause}")
+        self.rank = rank
+        self.cause = cause
+
+
+class ClusterError(CoordinatorError):
+    """The TP group cannot be started; the message names the rank and the cause."""

@@ -1,0 +1,80 @@
+"""How much memory a rank needs, and how many KV pages fit: the defaults of the engine's modes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpserve.coordinator.errors import ClusterError
+from tpserve.proto.manifest import Manifest
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+MODE_MAX_NUM_SEQS = {"local": 4, "interactive": 1, "server": 64}
+_LOCAL_KV_TOKENS = 8192
+"""KV capacity of mode local, if the model's length does not ask for more."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of one rank."""
+
+    parameter_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    num_pages: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything."""
+        return self.parameter_bytes + self.kv_bytes + self.workspace_bytes
+
+
+def plan_memory(
+    manifest: Manifest, mode: str, max_num_seqs: int, utilization: float, available_bytes: int
+) -> MemoryPlan:
+    """Decide the number of KV pages of each rank.
+
+    Parameters
+    ----------
+    mode
+        local: room for one sequence of the model's length, or 8192 tokens; interactive: one sequence; server: what
+        `utilization` of the memory leaves, at most what `max_num_seqs` sequences of full length can use.
+    available_bytes
+        Memory that one rank may count on.
+
+    Raises
+    ------
+    ClusterError
+        If not even one sequence of full length fits; names the numbers.
+    """
+    parameters = sum(math.prod(param.shape) * _ITEM_BYTES[param.dtype] for param in manifest.params)
+    page = manifest.kv.page_bytes
+    pages_per_seq = -(-manifest.max_model_len // manifest.kv.page_size)
+    budget = int(available_bytes * utilization) - parameters - manifest.workspace_bytes
+    if budget < pages_per_seq * page:
+        raise ClusterError(
+            f"one sequence of {manifest.max_model_len} tokens needs {_mb(pages_per_seq * page)} of KV cache, "
+            f"{_mb(max(budget, 0))} are left beside {_mb(parameters)} of parameters: "
+            "lower --max-model-len, or raise --gpu-memory-utilization or --tp"
+        )
+    if mode == "server":
+        num_pages = min(budget // page, max_num_seqs * pages_per_seq)
+    elif mode == "local":
+        num_pages = min(budget // page, max(pages_per_seq, _LOCAL_KV_TOKENS // manifest.kv.page_size))
+    else:
+        num_pages = pages_per_seq
+    return MemoryPlan(parameters, num_pages * page, manifest.workspace_bytes, num_pages)
+
+
+def available_host_bytes() -> int:
+    """Return the memory that processes of this host can still take without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    raise ClusterError("/proc/meminfo does not say MemAvailable: give the number of KV pages")
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MB"

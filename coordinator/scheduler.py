@@ -1,0 +1,455 @@
+"""Decides what each step runs: `schedule() -> StepPlan`, then `update(StepResult) -> token events`.
+
+Pure and deterministic: no clock, I/O, random numbers or asyncio; the same calls give the same plans. Owns the life of
+every sequence. Knows nothing of text, tensors or workers other than the contract in `worker.proto`.
+
+There is no prefill phase and no decode phase. Computed tokens of each sequence catch up with its tokens: a step gives
+one token to every decoding slot, and what is left of the token budget to chunks of known tokens, first of running
+sequences and then of waiting ones. "Known tokens" are the prompt and, after a preemption or the loss of the group, the
+tokens emitted so far.
+
+Plans are made ahead of results. A worker runs plans in order, so whatever plan k frees, plan k may hand out, and pages
+and slots are freed here as soon as it is decided that the next plan will remove their slot.
+
+A decode step touches only the sequences for which something changes: two calendars, keyed by step, name those that need
+a page and those that come to their end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tpserve.coordinator.config import SchedulerConfig
+from tpserve.coordinator.integrity import check_sequences
+from tpserve.coordinator.kv_pages import KVPages
+from tpserve.coordinator.request import (
+    QueueFull,
+    Request,
+    RequestGroup,
+    Sequence,
+    SequenceStatus,
+    TokenEvent,
+    checked_max_len,
+    make_group,
+)
+from tpserve.coordinator.sequence_list import SequenceList
+from tpserve.coordinator.slot_table import SlotTable
+from tpserve.coordinator.step_calendar import StepCalendar
+from tpserve.proto.messages import FinishReason, PromptChunk, SlotAdd, StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Gauges, and counters since the start."""
+
+    num_running: int
+    """Sequences with a slot."""
+    num_waiting: int
+    """Sequences without one that still have tokens to schedule."""
+    num_queued_requests: int
+    """Requests of which nothing has run."""
+    num_pages: int
+    num_held_pages: int
+    num_evictable_pages: int
+    """Pages kept only for their content; they count as free."""
+    num_prefix_query_tokens: int
+    """Prompt tokens of sequences that have started."""
+    num_prefix_hit_tokens: int
+    """Of those, found computed: in the prefix cache, or by another choice of the request."""
+    num_preemptions: int
+    num_steps: int
+    """Plans made."""
+
+
+class Scheduler:
+    """Continuous batching over paged KV, for one TP group."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._groups: dict[int, RequestGroup] = {}
+        self._waiting = SequenceList()
+        self._prefilling = SequenceList()
+        self._running = SequenceList()
+        self._slots = SlotTable(config.max_num_seqs)
+        self._pages = self._make_pages()
+        self._page_calendar = StepCalendar()
+        self._end_calendar = StepCalendar()
+        self._next_step = 1
+        self._last_result = 0
+        self._next_order = 0
+        self._num_decoding = 0
+        self._num_queued = 0
+        self._num_query_tokens = 0
+        self._num_hit_tokens = 0
+        self._num_preemptions = 0
+        # False once nobody who waits can run, until a slot, a page or a result comes in: spares the search.
+        self._admission_open = True
+
+    def _make_pages(self) -> KVPages:
+        return KVPages(self._config.num_pages, self._config.page_size, self._config.enable_prefix_cache)
+
+    # ---- state
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any sequence still owes an event with `finish`."""
+        return bool(self._groups)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a slot or for pages."""
+        return len(self._waiting)
+
+    @property
+    def num_in_flight_steps(self) -> int:
+        """Plans whose result has not come yet."""
+        return self._slots.num_in_flight
+
+    def stats(self) -> SchedulerStats:
+        """Return gauges and counters; costs nothing that grows."""
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_queued_requests=self._num_queued,
+            num_pages=self._config.num_pages,
+            num_held_pages=self._pages.num_held,
+            num_evictable_pages=self._pages.num_evictable,
+            num_prefix_query_tokens=self._num_query_tokens,
+            num_prefix_hit_tokens=self._num_hit_tokens,
+            num_preemptions=self._num_preemptions,
+            num_steps=self._next_step - 1,
+        )
+
+    def check_integrity(self) -> None:
+        """Compare every redundant piece of state; for tests, costs as much as there is.
+
+        Raises
+        ------
+        AssertionError
+            A page or a slot is leaked or owned twice, or the lists disagree; the message says which.
+        """
+        running = list(self._running)
+        self._pages.check_integrity(running)
+        self._slots.check_integrity(running)
+        check_sequences(
+            self._groups.values(), self._waiting, self._prefilling, running, self._num_decoding, self._num_queued
+        )
+        num_due = len(self._end_calendar), len(self._page_calendar)
+        assert num_due[0] == self._num_decoding >= num_due[1], f"{self._num_decoding} decode, {num_due} in calendars"
+
+    # ---- requests come and go
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises
+        ------
+        RequestInvalid
+            It can never run.
+        QueueFull
+            `max_num_queued_requests` wait already.
+        ValueError
+            The id belongs to an unfinished request.
+        """
+        if request.request_id in self._groups:
+            raise ValueError(f"request id {request.request_id} is in use; ids of unfinished requests must differ")
+        max_len = checked_max_len(request, self._config)
+        if self._num_queued >= self._config.max_num_queued_requests:
+            raise QueueFull(f"{self._num_queued} requests wait already; try again later")
+        group = make_group(request, self._next_order, max_len, self._next_step)
+        self._next_order += request.n
+        self._groups[request.request_id] = group
+        self._num_queued += 1
+        for sequence in group.sequences:
+            self._waiting.add(sequence)
+        self._admission_open = True
+
+    def abort(self, request_id: int, choice: int | None = None) -> None:
+        """End a request, or one choice of it, without events.
+
+        Its pages are free at once, its slots leave with the next plan, and tokens still in flight are dropped.
+        An unknown id is a request that has just finished, and is ignored.
+        """
+        group = self._groups.get(request_id)
+        if group is None:
+            return
+        for sequence in group.sequences:
+            if sequence.status is not SequenceStatus.FINISHED and choice in (None, sequence.choice):
+                self._finish(sequence)
+
+    def reset_after_group_loss(self) -> None:
+        """Start over on rebuilt workers, whose batch and KV are empty.
+
+        Plans in flight are forgotten and so is the prefix cache. Every unfinished sequence waits again, with its prompt
+        and the tokens emitted so far; a result that comes in late from the lost group must not be given to `update`.
+        Step ids go on.
+        """
+        self._slots.reset()
+        self._pages = self._make_pages()
+        self._page_calendar.clear()
+        self._end_calendar.clear()
+        self._running.clear()
+        self._prefilling.clear()
+        self._waiting.clear()
+        self._num_decoding = 0
+        self._last_result = self._next_step - 1
+        for group in self._groups.values():
+            group.prompt_leader = None
+            for sequence in group.sequences:
+                if sequence.status is not SequenceStatus.FINISHED:
+                    sequence.page_ids = []
+                    self._requeue(sequence, has_run=sequence.status is not SequenceStatus.WAITING)
+
+    # ---- a step
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step.
+
+        Returns
+        -------
+        StepPlan or None
+            None if there is nothing to run now, or if `max_in_flight_steps` plans wait for their results. Then a
+            result, a new request or nothing at all is to be waited for.
+        """
+        if self._slots.num_in_flight >= self._config.max_in_flight_steps:
+            return None
+        step = self._next_step
+        appended = self._grow_page_tables(step)
+        num_decoding = self._num_decoding
+        budget = self._config.max_num_batched_tokens - num_decoding
+        touched: list[Sequence] = []
+        chunks: list[PromptChunk] = []
+        added: list[SlotAdd] = []
+        for sequence in self._prefilling:
+            if budget == 0:
+                break
+            budget -= self._run_chunk(sequence, budget, chunks, touched)
+        self._admit(step, budget, added, chunks, touched)
+        if not chunks and not num_decoding:
+            return None
+        plan = StepPlan(step, self._slots.take_removed(), tuple(added), tuple(appended), tuple(chunks))
+        self._next_step += 1
+        self._slots.open_step(step, num_decoding + sum(chunk.sample for chunk in chunks))
+        # From here on things count for the next plan: what this one computes may be shared, and who ends here leaves.
+        for sequence in touched:
+            self._after_chunk(sequence, step)
+        for sequence in self._end_calendar.pop(step):
+            self._vacate(sequence)
+            sequence.status = SequenceStatus.DRAINING
+        return plan
+
+    def _grow_page_tables(self, step: int) -> list[tuple[int, int]]:
+        """Give a page to each decoding sequence that writes past its page table in this step.
+
+        Without a page left, the latest arrival is preempted, until there is one. The oldest running sequence is never
+        preempted, since alone it always has room: so somebody always advances.
+        """
+        appended: list[tuple[int, int]] = []
+        # Oldest first: whoever has got its page here is older than the ones to come, hence never their victim.
+        for sequence in self._page_calendar.pop(step):
+            if sequence.status is not SequenceStatus.DECODING:
+                continue  # preempted in this loop
+            self._pages.commit(sequence, sequence.num_computed_after(step - 1))
+            while (page_id := self._pages.grow(sequence)) is None:
+                victim = self._running.latest
+                self._preempt(victim, step)
+                if victim is sequence:
+                    break
+            else:
+                assert sequence.slot is not None
+                appended.append((sequence.slot, page_id))
+                self._note_next_page(sequence)
+        return appended
+
+    def _note_next_page(self, sequence: Sequence) -> None:
+        num_tokens = len(sequence.page_ids) * self._config.page_size
+        sequence.next_page_step = num_tokens - sequence.decode_base + 1  # the step that computes token `num_tokens`
+        if sequence.next_page_step <= sequence.last_step:
+            self._page_calendar.add(sequence.next_page_step, sequence)
+
+    def _run_chunk(self, sequence: Sequence, budget: int, chunks: list[PromptChunk], touched: list[Sequence]) -> int:
+        """Schedule the next known tokens of a sequence, at most `budget`; return how many."""
+        start = sequence.num_computed_tokens
+        tokens = tuple(sequence.tokens[start : start + budget])
+        sequence.num_computed_tokens = start + len(tokens)
+        assert sequence.slot is not None
+        sample = sequence.num_computed_tokens == len(sequence.tokens)
+        chunks.append(PromptChunk(sequence.slot, start, tokens, sample))
+        touched.append(sequence)
+        return len(tokens)
+
+    def _after_chunk(self, sequence: Sequence, step: int) -> None:
+        self._pages.commit(sequence, sequence.num_computed_tokens)
+        group = sequence.group
+        if group.prompt_leader is sequence:
+            num_pages = self._pages.num_shareable_pages(sequence.num_prompt_tokens)
+            if sequence.num_computed_tokens >= num_pages * self._config.page_size:
+                group.prompt_leader = None
+                self._admission_open = True
+        if sequence.num_computed_tokens == len(sequence.tokens):
+            self._prefilling.remove(sequence)
+            self._num_decoding += 1
+            sequence.status = SequenceStatus.DECODING
+            sequence.decode_base = len(sequence.tokens) - step
+            sequence.last_step = sequence.max_len - 1 - sequence.decode_base
+            self._end_calendar.add(sequence.last_step, sequence)
+            self._note_next_page(sequence)
+
+    # ---- admission
+
+    def _admit(
+        self, step: int, budget: int, added: list[SlotAdd], chunks: list[PromptChunk], touched: list[Sequence]
+    ) -> None:
+        """Let waiting sequences run while budget, slots and pages last.
+
+        In arrival order, but one without room may be passed by later ones that have it, unless it has waited
+        `aging_steps` or has run before: such a one bars the way until it fits, which it does at the latest when
+        nothing else runs.
+        """
+        if not self._admission_open:
+            return
+        num_passed = 0
+        for sequence in self._waiting:
+            if budget == 0 or self._slots.num_free == 0:
+                return
+            if sequence.group.prompt_leader is not None:
+                continue  # it waits for a choice of its own request, not for room
+            if sequence.resume_after_step <= self._last_result:
+                matched = self._pages.match(sequence)
+                # Each running sequence takes at most one page in the next page_size steps; with that much left over,
+                # nobody is preempted soon for the sake of the one admitted now.
+                if self._pages.fits(sequence, matched, headroom=len(self._running)):
+                    added.append(self._start(sequence, matched))
+                    budget -= self._run_chunk(sequence, budget, chunks, touched)
+                    continue
+            if sequence.has_run or step - sequence.waiting_since_step >= self._config.aging_steps:
+                break
+            num_passed += 1
+            if num_passed > self._config.max_passed_sequences:
+                break
+        self._admission_open = False
+
+    def _start(self, sequence: Sequence, matched: list[int]) -> SlotAdd:
+        """Move a waiting sequence into the batch."""
+        group = sequence.group
+        num_cached = len(matched) * self._config.page_size
+        if not sequence.has_run:
+            self._num_query_tokens += sequence.num_prompt_tokens
+            self._num_hit_tokens += num_cached
+            sequence.num_cached_tokens = num_cached
+        if not group.started:
+            group.started = True
+            self._num_queued -= 1
+        if len(group.sequences) > 1 and len(matched) < self._pages.num_shareable_pages(sequence.num_prompt_tokens):
+            group.prompt_leader = sequence
+        self._pages.take(sequence, matched)
+        self._waiting.remove(sequence)
+        self._running.add(sequence)
+        self._prefilling.add(sequence)
+        sequence.status = SequenceStatus.PREFILLING
+        sequence.num_computed_tokens = num_cached
+        output = sequence.tokens[sequence.num_prompt_tokens :] if sequence.sampling.needs_output_history else ()
+        return SlotAdd(self._slots.acquire(sequence), sequence.sampling, tuple(sequence.page_ids), tuple(output))
+
+    # ---- leaving
+
+    def _preempt(self, sequence: Sequence, step: int) -> None:
+        """Take slot and pages from a sequence before `step`; it computes its tokens again later.
+
+        Tokens of it still in flight are valid samples and will be credited. It does not run again before they are
+        known, so that none is sampled twice.
+        """
+        self._num_preemptions += 1
+        self._vacate(sequence)
+        sequence.resume_after_step = step - 1
+        self._requeue(sequence, has_run=True)
+
+    def _requeue(self, sequence: Sequence, has_run: bool) -> None:
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_computed_tokens = 0
+        sequence.has_run = sequence.has_run or has_run
+        self._waiting.add(sequence)
+        self._admission_open = True
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Take a running sequence out of its slot and its pages; the caller sets its new status."""
+        self._pages.commit(sequence, sequence.num_computed_after(self._next_step - 1))
+        self._pages.free(sequence)
+        self._slots.release(sequence)
+        self._running.remove(sequence)
+        if sequence.status is SequenceStatus.DECODING:
+            self._num_decoding -= 1
+            self._page_calendar.discard(sequence.next_page_step, sequence)
+            self._end_calendar.discard(sequence.last_step, sequence)
+        else:
+            self._prefilling.remove(sequence)
+            if sequence.group.prompt_leader is sequence:
+                sequence.group.prompt_leader = None
+        self._admission_open = True
+
+    def _finish(self, sequence: Sequence) -> None:
+        """End a sequence in whatever state it is, and its request with its last sequence."""
+        if sequence.status is SequenceStatus.WAITING:
+            self._waiting.remove(sequence)
+            self._admission_open = True  # it may have barred the way
+        elif sequence.status is not SequenceStatus.DRAINING:
+            self._vacate(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        group = sequence.group
+        group.num_unfinished -= 1
+        if group.num_unfinished == 0:
+            del self._groups[sequence.request_id]
+            if not group.started:
+                self._num_queued -= 1
+
+    # ---- results
+
+    def update(self, result: StepResult) -> list[TokenEvent]:
+        """Take in the tokens of the oldest step in flight.
+
+        Returns
+        -------
+        list of TokenEvent
+            One for each sequence that got a token. Tokens of sequences that ended meanwhile are dropped.
+
+        Raises
+        ------
+        ResultMismatch
+            The result is not the one that is due; the group cannot go on.
+        """
+        sequences = self._slots.close_step(result)
+        self._last_result = result.step_id
+        logprobs = result.logprobs
+        finished = SequenceStatus.FINISHED
+        events: list[TokenEvent] = []
+        for sequence, slot, token in zip(sequences, result.slots, result.token_ids, strict=True):
+            if sequence.status is finished:
+                continue
+            tokens = sequence.tokens
+            tokens.append(token)
+            finish = None
+            if token in sequence.stop_token_ids:
+                finish = FinishReason.STOP
+            elif len(tokens) == sequence.max_len:
+                finish = FinishReason.LENGTH
+            events.append(
+                TokenEvent(
+                    sequence.request_id,
+                    sequence.choice,
+                    (token,),
+                    (logprobs[slot],) if slot in logprobs else (),
+                    finish,
+                    sequence.num_cached_tokens,
+                )
+            )
+            sequence.num_cached_tokens = 0
+            if finish is not None:
+                self._finish(sequence)
+            elif sequence.status is SequenceStatus.WAITING:
+                self._admission_open = True  # preempted; these were the tokens it waited for
+        return events

@@ -1,0 +1,291 @@
+"""`tpserve serve MODEL`: prepare the model, then run coordinator and gateway as processes and watch over them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS, available_host_bytes, plan_memory
+from tpserve.proto.manifest import Manifest, ManifestError
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_KILL_AFTER_S = 10.0
+"""After its drain time a process that is still there is killed."""
+
+
+class ServeError(RuntimeError):
+    """The server cannot start or go on; one clear line for the user."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `tpserve serve`."""
+    parser.add_argument("model", help="Hugging Face folder, GGUF file or HF://org/name")
+    parser.add_argument("--tp", "--tensor-parallel-size", type=int, default=1, metavar="1|2|4|8")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--mode",
+        choices=sorted(MODE_MAX_NUM_SEQS),
+        default="local",
+        help="local: a few users; interactive: one; server: as many as memory allows",
+    )
+    parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16"], default="auto")
+    parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
+    parser.add_argument("--max-num-seqs", type=_positive, help="sequences that run at once (default: by mode)")
+    parser.add_argument("--max-num-batched-tokens", type=_positive, default=256, help="tokens of one step")
+    parser.add_argument("--max-model-len", type=_positive, help="prompt and output of one sequence, in tokens")
+    parser.add_argument("--max-num-queued-reqs", type=_positive, default=1024, help="more are answered with 429")
+    parser.add_argument("--gpu-memory-utilization", type=_share, default=0.85, help="share of memory to use (0-1]")
+    parser.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt whole")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
+    parser.add_argument("--served-model-name", nargs="+", help="names clients may use (default: the model's)")
+    parser.add_argument("--api-key", action="append", default=[], help="may be given several times")
+    parser.add_argument("--allow-origins", nargs="*", default=[], help="origins for CORS")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
+    parser.add_argument("--ray-address", help="an existing Ray cluster (default: start Ray here)")
+    parser.add_argument(
+        "--drain-timeout", type=float, default=30.0, help="seconds that running requests get at the end"
+    )
+    parser.add_argument(
+        "--step-timeout", type=float, default=30.0, help="seconds after which a step's late rank is lost"
+    )
+    policies = ["ON", "OFF", "REDO", "READONLY"]
+    parser.add_argument("--jit-policy", choices=policies, default=os.environ.get("TPSERVE_JIT_POLICY", "ON"))
+    parser.add_argument(
+        "--download-cache-policy", choices=policies, default=os.environ.get("TPSERVE_DOWNLOAD_CACHE_POLICY", "ON")
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Serve until a signal or a failure; return the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    server = _Server(args)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, server.on_signal)
+    try:
+        server.start()
+        return server.watch()
+    except (ServeError, ClusterError, ManifestError) as error:
+        # One clear line; what led to it is in the log above.
+        logger.error("tpserve serve: error: %s", error)
+        return 1
+    finally:
+        server.stop()
+
+
+class _Server:
+    """The processes of one replica and the order in which they come and go."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._stopping = False
+        self._coordinator: subprocess.Popen[str] | None = None
+        self._gateway: subprocess.Popen[str] | None = None
+
+    def on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Begin to stop; a second signal does not wait for running requests."""
+        if self._stopping:
+            for process in (self._gateway, self._coordinator):
+                if process is not None and process.poll() is None:
+                    process.kill()
+        self._stopping = True
+
+    def start(self) -> None:
+        """Bring everything up to the first healthy answer."""
+        args = self._args
+        if args.device == "cuda":
+            raise ServeError("--device cuda: this build compiles for llvm only; use --device cpu")
+        _require_free_port(args.host, args.port)
+        max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
+        folders = self._compile(max_num_seqs)
+        manifest = Manifest.load(Path(folders["artifact_dir"]))
+        memory = plan_memory(
+            manifest,
+            args.mode,
+            max_num_seqs,
+            args.gpu_memory_utilization,
+            available_host_bytes() // args.tp,
+        )
+        logger.info(
+            'Under mode "%s", max batch size will be set to %d, max KV cache token capacity will be set to %d, '
+            "prefill chunk size will be set to %d.",
+            args.mode,
+            max_num_seqs,
+            memory.num_pages * manifest.kv.page_size,
+            args.max_num_batched_tokens,
+        )
+        logger.info(
+            "Estimated total memory usage of each rank: %.1f MB (Parameters: %.1f MB. KVCache: %.1f MB. "
+            "Temporary buffer: %.1f MB)",
+            memory.total_bytes / 2**20,
+            memory.parameter_bytes / 2**20,
+            memory.kv_bytes / 2**20,
+            memory.workspace_bytes / 2**20,
+        )
+        names = args.served_model_name or [_model_name(args.model)]
+        engine_address = self._start_coordinator(folders, names[0], memory.num_pages, max_num_seqs)
+        url = self._start_gateway(folders, names, engine_address)
+        self._await_healthy(url)
+        if not self._stopping:
+            logger.info("Ready at %s\n\n%s\n", url, _curl(url, names[0], bool(args.api_key)))
+
+    def watch(self) -> int:
+        """Wait for a signal or for a process that ends on its own; return the exit code."""
+        while not self._stopping:
+            for name, process in (("gateway", self._gateway), ("coordinator", self._coordinator)):
+                if process is not None and process.poll() is not None:
+                    raise ServeError(f"the {name} ended with status {process.returncode}")
+            time.sleep(_POLL_S)
+        return 0
+
+    def stop(self) -> None:
+        """End the gateway, which drains, then the coordinator, which ends the ranks and Ray."""
+        self._stopping = True
+        for process in (self._gateway, self._coordinator):
+            if process is None or process.poll() is not None:
+                continue
+            process.terminate()
+            try:
+                process.wait(self._args.drain_timeout + _KILL_AFTER_S)
+            except subprocess.TimeoutExpired:
+                logger.warning("pid %d did not end and is killed", process.pid)
+                process.kill()
+                process.wait()
+
+    def _compile(self, max_num_seqs: int) -> dict[str, str]:
+        """Run the compiler as a process of its own, so that this one never loads it."""
+        args = self._args
+        command = [sys.executable, "-m", "tpserve.compile", "compile", args.model, "--tp", str(args.tp)]
+        command += ["--quantization", args.quantization, "--kernels", args.kernels, "--load-format", args.load_format]
+        command += ["--max-num-seqs", str(max_num_seqs), "--max-num-batched-tokens", str(args.max_num_batched_tokens)]
+        command += ["--jit-policy", args.jit_policy, "--download-cache-policy", args.download_cache_policy]
+        if args.max_model_len is not None:
+            command += ["--max-model-len", str(args.max_model_len)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            while process.poll() is None:
+                if self._stopping:
+                    process.terminate()
+                    raise ServeError("stopped while compiling")
+                time.sleep(_POLL_S)
+            assert process.stdout is not None
+            output = process.stdout.read()
+        if process.returncode != 0:
+            raise ServeError("the model could not be prepared")
+        folders: dict[str, str] = json.loads(output)
+        return folders
+
+    def _start_coordinator(self, folders: dict[str, str], model_name: str, num_pages: int, max_num_seqs: int) -> str:
+        args = self._args
+        config = {
+            **folders,
+            "model_name": model_name,
+            "num_pages": num_pages,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": args.max_num_batched_tokens,
+            "max_num_queued_requests": args.max_num_queued_reqs,
+            "enable_prefix_cache": not args.no_prefix_cache,
+            "num_threads": max(1, (os.cpu_count() or 1) // args.tp),
+            "load_format": args.load_format,
+            "ray_address": args.ray_address,
+            "drain_timeout_s": args.drain_timeout,
+            "step_timeout_s": args.step_timeout,
+            "collective_timeout_s": args.step_timeout * 2 / 3,
+            "parent_pid": os.getpid(),
+        }
+        self._coordinator = _spawn("tpserve.coordinator", config, stdout=subprocess.PIPE)
+        assert self._coordinator.stdout is not None
+        line = self._coordinator.stdout.readline()
+        if not line:
+            raise ServeError(f"the coordinator ended with status {self._coordinator.wait()}")
+        address: str = json.loads(line)["address"]
+        return address
+
+    def _start_gateway(self, folders: dict[str, str], names: list[str], engine_address: str) -> str:
+        args = self._args
+        config = {
+            "engine_address": engine_address,
+            "model_dir": folders["model_dir"],
+            "served_model_names": names,
+            "host": args.host,
+            "port": args.port,
+            "api_keys": args.api_key,
+            "allow_origins": args.allow_origins,
+            "drain_timeout_s": args.drain_timeout,
+            "parent_pid": os.getpid(),
+        }
+        self._gateway = _spawn("tpserve.coordinator.gateway", config, stdout=subprocess.PIPE)
+        assert self._gateway.stdout is not None
+        line = self._gateway.stdout.readline()
+        if not line:
+            raise ServeError(f"the gateway ended with status {self._gateway.wait()}")
+        url: str = json.loads(line)["url"]
+        return url
+
+    def _await_healthy(self, url: str) -> None:
+        while not self._stopping:
+            for name, process in (("gateway", self._gateway), ("coordinator", self._coordinator)):
+                if process is not None and process.poll() is not None:
+                    raise ServeError(f"the {name} ended with status {process.returncode}")
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=5):
+                    return
+            except urllib.error.URLError:
+                time.sleep(_POLL_S)
+
+
+def _spawn(module: str, config: dict[str, Any], stdout: int | None) -> subprocess.Popen[str]:
+    # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
+    command = [sys.executable, "-m", module, json.dumps(config)]
+    return subprocess.Popen(command, stdout=stdout, text=True, start_new_session=True)
+
+
+def _require_free_port(host: str, port: int) -> None:
+    """Fail before anything is built if the port is taken; the gateway binds it later."""
+    import socket
+
+    if not 0 <= port <= 65535:
+        raise ServeError(f"--port {port} is not in 0..65535")
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ServeError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
+
+
+def _model_name(model: str) -> str:
+    name = Path(model.removeprefix("HF://")).name
+    return name.removesuffix(".gguf")
+
+
+def _curl(url: str, model: str, with_key: bool) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if with_key else ""
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in (0, 1]")
+    return value

@@ -1,0 +1,35 @@
+"""The command `tpserve`: one entry for every part, each imported only when asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+_COMMANDS = {
+    "serve": "serve a model over the OpenAI API",
+    "compile": "build the library of a model for one TP degree",
+    "convert": "write the Hugging Face form of a GGUF file",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="tpserve", description="Tensor-parallel LLM serving.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(_COMMANDS))
+    serve = commands.add_parser("serve", help=_COMMANDS["serve"])
+    if args[:1] in (["compile"], ["convert"]):
+        from tpserve.compile.__main__ import main as compile_main
+
+        return compile_main(args)
+    for name in ("compile", "convert"):
+        commands.add_parser(name, help=_COMMANDS[name])
+    from tpserve.coordinator.serve import add_arguments
+    from tpserve.coordinator.serve import main as serve_main
+
+    add_arguments(serve)
+    return serve_main(parser.parse_args(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""A worker that executes step plans by the letter of `worker.proto`, with tokens in place of tensors.
+
+It is the oracle of the scheduler's tests. KV of a position is simulated as the pair (token, digest of all tokens up to
+it), as a real one depends on its whole prefix. Attention of a position reads every earlier position through the page
+table, and fails on a page that was never written, was overwritten, or belongs to another prefix. The sampled token is a
+function of what was read, so a sequence's text is right only if every read was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from tpserve.coordinator.config import SchedulerConfig
+from tpserve.coordinator.request import Request, choice_seed
+from tpserve.proto.messages import FinishReason, SamplingParams, StepPlan, StepResult, TokenLogprobs
+
+VOCAB_SIZE = 24
+_EMPTY = b"\0" * 8
+
+
+def extend_digest(digest: bytes, token: int) -> bytes:
+    """Digest of a prefix and one more token."""
+    return blake2b(digest + token.to_bytes(4, "little"), digest_size=8).digest()
+
+
+def sample_token(sampling: SamplingParams, digest: bytes, output: list[int]) -> int:
+    """The token after a prefix; it depends on the output so far only if penalties are on, as in a real sampler."""
+    penalised = bytes(sorted(output)) if sampling.needs_output_history else b""
+    key = sampling.seed.to_bytes(8, "little") + digest + penalised
+    return int.from_bytes(blake2b(key, digest_size=4).digest(), "little") % VOCAB_SIZE
+
+
+def expected_output(request: Request, choice: int, max_model_len: int) -> tuple[list[int], FinishReason]:
+    """Output tokens of one choice, computed alone."""
+    sampling = SamplingParams(
+        seed=choice_seed(request.sampling.seed, choice), frequency_penalty=request.sampling.frequency_penalty
+    )
+    digest = _EMPTY
+    for token in request.prompt_token_ids:
+        digest = extend_digest(digest, token)
+    output: list[int] = []
+    while True:
+        output.append(sample_token(sampling, digest, output))
+        if output[-1] in request.stop_token_ids:
+            return output, FinishReason.STOP
+        if len(output) == request.max_tokens or len(request.prompt_token_ids) + len(output) == max_model_len:
+            return output, FinishReason.LENGTH
+        digest = extend_digest(digest, output[-1])
+
+
+class ContractBroken(AssertionError):
+    """A plan asks for what the contract forbids, or reads what is not there."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ContractBroken unless the condition holds; unlike `assert`, says the same at any optimisation level."""
+    if not condition:
+        raise ContractBroken(message)
+
+
+@dataclass(slots=True)
+class _Slot:
+    sampling: SamplingParams
+    page_table: list[int]
+    output: list[int]
+    next_position: int | None = None
+    """First position not computed; None before the first chunk."""
+    last_token: int | None = None
+    """Sampled and not fed back yet; None while the prompt is incomplete."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What one slot computes in one step."""
+
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    token: int
+    digest: bytes
+
+
+@dataclass(slots=True)
+class SimulatedWorker:
+    """Rank 0 of a simulated group."""
+
+    config: SchedulerConfig
+    next_step: int
+    slots: dict[int, _Slot] = field(default_factory=dict)
+    kv: dict[tuple[int, int], _Cell] = field(default_factory=dict)
+    """(page, offset) -> what was written there last."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one plan and return the sampled tokens.
+
+        Raises
+        ------
+        ContractBroken
+            The plan is not one that a worker can run.
+        """
+        require(plan.step_id == self.next_step, f"plan {plan.step_id} after {self.next_step - 1}")
+        self.next_step += 1
+        self._apply_diff(plan)
+        work = [
+            _Work(number, slot.next_position, (slot.last_token,))
+            for number, slot in self.slots.items()
+            if slot.last_token is not None and slot.next_position is not None
+        ]
+        for chunk in plan.chunks:
+            slot = self._slot(chunk.slot)
+            require(slot.last_token is None, f"chunk for decoding slot {chunk.slot}")
+            require(len(chunk.token_ids) > 0, f"empty chunk for slot {chunk.slot}")
+            require(
+                slot.next_position in (None, chunk.start), f"chunk at {chunk.start}, slot is at {slot.next_position}"
+            )
+            work.append(_Work(chunk.slot, chunk.start, chunk.token_ids))
+        num_tokens = sum(len(item.tokens) for item in work)
+        require(num_tokens <= self.config.max_num_batched_tokens, f"{num_tokens} tokens in one step")
+        require(num_tokens > 0, "a step without tokens")
+        require(len({item.slot for item in work}) == len(work), "two chunks for one slot")
+        self._check_writes(work)
+        # Whatever this step reads was written by an earlier one: all reads come before any write.
+        prefixes = [self._read_prefix(item.slot, item.start) for item in work]
+        digests = {item.slot: self._run(item, prefix) for item, prefix in zip(work, prefixes, strict=True)}
+        sampled = [chunk.slot for chunk in plan.chunks if chunk.sample]
+        sampled += [number for number, slot in self.slots.items() if slot.last_token is not None]
+        return self._sample(plan.step_id, sampled, digests)
+
+    def _slot(self, number: int) -> _Slot:
+        require(number in self.slots, f"slot {number} is empty")
+        return self.slots[number]
+
+    def _apply_diff(self, plan: StepPlan) -> None:
+        for number in plan.removed_slots:
+            self._slot(number)
+            del self.slots[number]
+        for added in plan.added_slots:
+            require(added.slot not in self.slots, f"slot {added.slot} is taken")
+            require(0 <= added.slot < self.config.max_num_seqs, f"slot {added.slot} does not exist")
+            require(
+                added.sampling.needs_output_history or not added.output_token_ids, "output history nobody asked for"
+            )
+            self.slots[added.slot] = _Slot(added.sampling, list(added.page_ids), list(added.output_token_ids))
+        for number, page in plan.appended_pages:
+            slot = self._slot(number)
+            require(slot.last_token is not None, f"slot {number} gets a page before it decodes")
+            require(
+                slot.next_position == len(slot.page_table) * self.config.page_size,
+                f"slot {number} gets a page while it computes position {slot.next_position}",
+            )
+            slot.page_table.append(page)
+        for number, slot in self.slots.items():
+            table = slot.page_table
+            require(len(set(table)) == len(table), f"slot {number} has a page twice: {table}")
+            require(all(0 <= page < self.config.num_pages for page in table), f"slot {number} leaves the pool: {table}")
+
+    def _check_writes(self, work: list[_Work]) -> None:
+        """Require that nobody writes past its page table, or into a page that another slot holds."""
+        holders = Counter(page for slot in self.slots.values() for page in slot.page_table)
+        size = self.config.page_size
+        for item in work:
+            table = self.slots[item.slot].page_table
+            end = item.start + len(item.tokens)
+            require(end < self.config.max_model_len, f"slot {item.slot} computes position {end - 1}")
+            require(end <= len(table) * size, f"slot {item.slot} has no page for position {end - 1}")
+            for page in table[item.start // size : -(-end // size)]:
+                require(holders[page] == 1, f"slot {item.slot} writes to page {page}, held {holders[page]} times")
+
+    def _cell_key(self, slot: _Slot, position: int) -> tuple[int, int]:
+        index, offset = divmod(position, self.config.page_size)
+        return slot.page_table[index], offset
+
+    def _read_prefix(self, number: int, end: int) -> bytes:
+        """Attend to positions [0, end) and return their digest."""
+        slot = self.slots[number]
+        digest = _EMPTY
+        for position in range(end):
+            cell = self.kv.get(self._cell_key(slot, position))
+            require(cell is not None, f"slot {number} reads position {position}, which was never written")
+            assert cell is not None
+            digest = extend_digest(digest, cell.token)
+            require(cell.digest == digest, f"slot {number} reads position {position} of another prefix")
+        return digest
+
+    def _run(self, item: _Work, digest: bytes) -> bytes:
+        """Compute tokens behind the prefix with that digest, write their KV, and return the digest at the last one."""
+        slot = self.slots[item.slot]
+        for position, token in enumerate(item.tokens, item.start):
+            digest = extend_digest(digest, token)
+            self.kv[self._cell_key(slot, position)] = _Cell(token, digest)
+        slot.next_position = item.start + len(item.tokens)
+        return digest
+
+    def _sample(self, step_id: int, sampled: list[int], digests: dict[int, bytes]) -> StepResult:
+        logprobs = {}
+        for number in sampled:
+            slot = self.slots[number]
+            slot.last_token = sample_token(slot.sampling, digests[number], slot.output)
+            slot.output.append(slot.last_token)
+            if slot.sampling.num_logprobs is not None:
+                logprobs[number] = TokenLogprobs(-float(slot.last_token))
+        tokens = tuple(token for number in sampled if (token := self.slots[number].last_token) is not None)
+        return StepResult(step_id, slots=tuple(sampled), token_ids=tokens, logprobs=logprobs)

@@ -1,0 +1,219 @@
+"""The sampling kernel against the rules in plain numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tvm.runtime
+
+from tpserve.proto.messages import SamplingParams
+from tpserve.worker.reference_sampler import philox4x32, sample_reference
+
+Array = npt.NDArray[Any]
+Kernels = Callable[[str], Any]
+
+
+@dataclass(slots=True)
+class Sampled:
+    ids: Array
+    logprob: Array
+    top_ids: Array
+    top_logprobs: Array
+    counts: Array
+
+
+def run(
+    kernel: Any,
+    logits: Array,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    *,
+    counts: Array | None = None,
+    padding: int = 0,
+) -> Sampled:
+    """Sample row r for slot `num_slots - 1 - r`; `padding` columns of large logits follow the vocabulary."""
+    num_rows, vocab = logits.shape
+    num_slots = num_rows + 2
+    slots = num_slots - 1 - np.arange(num_rows, dtype=np.int32)
+    by_slot = [SamplingParams()] * 2 + list(reversed(params))
+    max_bias = max(1, *(len(p.logit_bias) for p in by_slot))
+    bias_ids, bias_values = np.zeros((num_slots, max_bias), np.int32), np.zeros((num_slots, max_bias), np.float32)
+    for slot, p in enumerate(by_slot):
+        for i, (token, value) in enumerate(p.logit_bias):
+            bias_ids[slot, i], bias_values[slot, i] = token, value
+    state_counts = np.zeros((0, vocab), np.int32)
+    if counts is not None:
+        state_counts = np.concatenate([np.zeros((2, vocab), np.int32), counts[::-1]])
+
+    def floats(field: str) -> Array:
+        return np.array([getattr(p, field) for p in by_slot], np.float32)
+
+    padded = np.concatenate([logits, np.full((num_rows, padding), 1e9, np.float32)], axis=1)
+    outputs = [
+        np.full(num_rows, -7, np.int32),
+        np.zeros(num_rows, np.float32),
+        np.zeros((num_rows, 20), np.int32),
+        np.zeros((num_rows, 20), np.float32),
+    ]
+    counts_tensor = tvm.runtime.tensor(np.ascontiguousarray(state_counts))
+    arguments = [
+        slots,
+        np.array(positions, np.int32),
+        floats("temperature"),
+        floats("top_p"),
+        np.array([p.top_k or 0 for p in by_slot], np.int32),
+        floats("min_p"),
+        floats("frequency_penalty"),
+        floats("presence_penalty"),
+        np.array([p.seed for p in by_slot], np.uint64).view(np.int64),
+        bias_ids,
+        bias_values,
+        np.array([len(p.logit_bias) for p in by_slot], np.int32),
+    ]
+    wanted = np.array([-1 if p.num_logprobs is None else p.num_logprobs for p in by_slot], np.int32)
+    results = [tvm.runtime.tensor(out) for out in outputs]
+    kernel(
+        tvm.runtime.tensor(padded),
+        vocab,
+        *map(tvm.runtime.tensor, arguments),
+        counts_tensor,
+        tvm.runtime.tensor(wanted),
+        *results,
+    )
+    ids, logprob, top_ids, top_logprobs = (result.numpy() for result in results)
+    return Sampled(ids, logprob, top_ids, top_logprobs, counts_tensor.numpy()[:1:-1])
+
+
+def random_params(rng: np.random.Generator, vocab: int) -> SamplingParams:
+    def maybe(value: Any, default: Any) -> Any:
+        return value if rng.random() < 0.5 else default
+
+    return SamplingParams(
+        temperature=float(maybe(rng.uniform(0.05, 3.0), rng.choice([0.0, 1.0]))),
+        top_p=float(maybe(rng.uniform(0.0, 1.0), 1.0)),
+        top_k=maybe(int(rng.integers(1, 2 * min(vocab, 6000))), None),
+        min_p=float(maybe(rng.uniform(0.0, 1.0) ** 3, 0.0)),
+        frequency_penalty=float(maybe(rng.uniform(-2, 2), 0.0)),
+        presence_penalty=float(maybe(rng.uniform(-2, 2), 0.0)),
+        seed=int(rng.integers(0, 2**64, dtype=np.uint64)),
+        logit_bias=tuple((int(rng.integers(vocab)), float(rng.uniform(-5, 5))) for _ in range(rng.integers(0, 4))),
+        num_logprobs=maybe(int(rng.integers(0, 21)), None),
+    )
+
+
+@pytest.mark.parametrize(
+    ("vocab", "num_rows", "spread"),
+    [
+        (1, 3, 1.0),
+        (5, 60, 1.0),
+        (37, 60, 3.0),
+        (1000, 60, 2.0),
+        (20_000, 24, 0.05),
+        (20_000, 24, 3.0),
+        (50_000, 12, 1.0),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_equal_to_the_reference(kernels: Kernels, vocab: int, num_rows: int, spread: float, tied: bool) -> None:
+    rng = np.random.default_rng([vocab, int(spread * 100), tied])
+    logits: Array = (rng.standard_normal((num_rows, vocab)) * spread).astype(np.float32)
+    if tied:
+        logits = np.round(logits * 2) / 2
+    logits[rng.random(logits.shape) < 0.1] = -np.inf
+    logits[:, rng.integers(vocab)] = 1.0
+    params = [random_params(rng, vocab) for _ in range(num_rows)]
+    counts = rng.poisson(0.3, (num_rows, vocab)).astype(np.int32)
+    positions = rng.integers(0, 2**31 - 1, num_rows)
+    out = run(kernels("sample"), logits, params, positions.tolist(), counts=counts, padding=11)
+    for row, p in enumerate(params):
+        expected = sample_reference(logits[row], p, int(positions[row]), counts[row])
+        assert out.ids[row] == expected.token_id, p
+        counts[row, expected.token_id] += p.needs_output_history
+        if expected.logprobs is None:
+            assert np.isnan(out.logprob[row])
+            continue
+        np.testing.assert_allclose(out.logprob[row], expected.logprobs.logprob, rtol=1e-5, atol=1e-5)
+        num_top = len(expected.logprobs.top)
+        assert out.top_ids[row, :num_top].tolist() == [token for token, _ in expected.logprobs.top]
+        values = [value for _, value in expected.logprobs.top]
+        np.testing.assert_allclose(out.top_logprobs[row, :num_top], values, rtol=1e-5, atol=1e-5)
+        assert (out.top_ids[row, num_top:] == -1).all()
+    np.testing.assert_array_equal(out.counts, counts)
+
+
+def test_a_row_draws_the_same_alone(kernels: Kernels) -> None:
+    rng = np.random.default_rng(5)
+    logits = rng.standard_normal((8, 3000)).astype(np.float32)
+    params = [dataclasses.replace(random_params(rng, 3000), frequency_penalty=0.0, presence_penalty=0.0)] * 8
+    positions = list(range(8))
+    together = run(kernels("sample"), logits, params, positions)
+    alone = [run(kernels("sample"), logits[r : r + 1], params[:1], positions[r : r + 1]).ids[0] for r in range(8)]
+    assert together.ids.tolist() == alone
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (SamplingParams(), [0.4, 0.3, 0.2, 0.1, 0.0]),
+        (SamplingParams(temperature=0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30, 0.0]),
+        (SamplingParams(top_k=2), [4 / 7, 3 / 7, 0, 0, 0]),
+        (SamplingParams(top_p=0.65), [4 / 7, 3 / 7, 0, 0, 0]),
+        (SamplingParams(min_p=0.45), [4 / 9, 3 / 9, 2 / 9, 0, 0]),
+        (SamplingParams(top_k=3, top_p=0.75), [4 / 7, 3 / 7, 0, 0, 0]),
+        (SamplingParams(logit_bias=((4, 100.0),)), [0, 0, 0, 0, 1.0]),
+    ],
+)
+def test_frequencies_follow_the_distribution(kernels: Kernels, params: SamplingParams, expected: list[float]) -> None:
+    num_draws = 20_000
+    with np.errstate(divide="ignore"):
+        row = np.log(np.array([0.4, 0.3, 0.2, 0.1, 0.0], np.float32))
+    if params.logit_bias:
+        row[4] = 0.0
+    logits = np.tile(row, (num_draws, 1))
+    ids = run(kernels("sample"), logits, [params] * num_draws, list(range(num_draws))).ids
+    observed = np.bincount(ids, minlength=5)
+    mean = np.array(expected) * num_draws
+    assert (observed[mean == 0] == 0).all()
+    chi_square = (((observed - mean) ** 2)[mean > 0] / mean[mean > 0]).sum()
+    assert chi_square < 18.5  # exceeded once in a thousand with 4 degrees of freedom; the draws are fixed
+
+
+def test_seeds_and_positions_give_different_draws(kernels: Kernels) -> None:
+    logits = np.zeros((64, 1000), np.float32)
+    by_position = run(kernels("sample"), logits, [SamplingParams(seed=9)] * 64, list(range(64))).ids
+    by_seed = run(kernels("sample"), logits, [SamplingParams(seed=s << 40) for s in range(64)], [0] * 64).ids
+    assert len(set(by_position.tolist())) > 55
+    assert len(set(by_seed.tolist())) > 55
+
+
+def test_philox_known_answers() -> None:
+    """Of Random123's kat_vectors."""
+    assert philox4x32(0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_logits_name_the_slot(kernels: Kernels, bad: float) -> None:
+    logits = np.zeros((3, 50), np.float32)
+    logits[1, 49] = bad
+    with pytest.raises(ValueError, match="logits of slot 3 at position 8 have a NaN or no finite maximum"):
+        run(kernels("sample"), logits, [SamplingParams()] * 3, [7, 8, 9])
+
+
+def test_bad_parameters_name_the_slot(kernels: Kernels) -> None:
+    logits = np.zeros((1, 50), np.float32)
+    cases = [
+        (SamplingParams(temperature=-1.0), "temperature of slot 2 is -1"),
+        (SamplingParams(min_p=2.0), "min_p of slot 2 is 2"),
+        (SamplingParams(num_logprobs=21), "slot 2 asks for 21 log-probabilities"),
+        (SamplingParams(presence_penalty=1.0), "slot 2 has penalties, but output_counts has no rows"),
+        (SamplingParams(logit_bias=((50, 1.0),)), r"bias_ids of a slot\[0\] is 50, expected 0 to 49"),
+    ]
+    for params, message in cases:
+        with pytest.raises((ValueError, IndexError), match=message):
+            run(kernels("sample"), logits, [params], [0])

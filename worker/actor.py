@@ -1,0 +1,57 @@
+"""A Ray actor is one rank. Ray places, starts and watches it; steps travel over gRPC."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from typing import Any
+
+from tpserve.proto.rank import RankAddress, RankConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Rank:
+    """The actor's class. Made by the coordinator through Ray, by name."""
+
+    def __init__(self) -> None:
+        self._server: Any = None
+        self._runner: Any = None
+
+    def start(self, config: RankConfig) -> RankAddress:
+        """Load the library and this rank's weights, join the group, listen.
+
+        Raises
+        ------
+        WorkerError
+            If the artifact or the weights cannot be used.
+        TimeoutError
+            If a rank of the group does not come in time; names it.
+        """
+        logging.basicConfig(
+            level=logging.INFO,
+            format=f"%(levelname)s rank {config.rank}: %(message)s",
+            stream=sys.stderr,
+            force=True,
+        )
+        # Imported here: the actor's process loads TVM, the coordinator that pickles this class by name does not.
+        from tpserve.worker.runner import Runner
+        from tpserve.worker.service import serve
+
+        self._runner = Runner(config, _log_progress)
+        self._server, port = serve(self._runner, config.rank, config.host)
+        return RankAddress(config.rank, config.host, port, os.getpid(), socket.gethostname())
+
+    def stop(self) -> None:
+        """Leave the group and stop listening."""
+        if self._server is not None:
+            self._server.stop(grace=None).wait(5)
+        if self._runner is not None:
+            self._runner.close()
+
+
+def _log_progress(done: int, total: int) -> None:
+    if done == total:
+        logger.info("loaded %d parameters", total)

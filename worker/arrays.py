@@ -1,0 +1,38 @@
+"""Host arrays as the compiled library sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import tvm_ffi
+
+Array = npt.NDArray[Any]
+
+_ALIGNMENT = 64
+"""Bytes; TVM's generated code assumes it for every tensor."""
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """Return an uninitialised array whose data TVM may load with aligned vectors."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """Return a zeroed array whose data TVM may load with aligned vectors."""
+    array = aligned_empty(shape, dtype)
+    array.fill(0)
+    return array
+
+
+def as_tensor(array: Array) -> Any:
+    """Return a TVM tensor over the same memory; writes through either are seen by both."""
+    if array.dtype == ml_dtypes.bfloat16:  # DLPack has it, numpy's export does not
+        return tvm_ffi.from_dlpack(array.view(np.uint16))._create_view(array.shape, dtype="bfloat16")
+    return tvm_ffi.from_dlpack(array)

@@ -1,0 +1,87 @@
+"""Load a compiled artifact: check it against this host and configuration, register its externs, make the VM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Only the runtime: the compiler is not needed to serve, and takes seconds to load. Read when tvm is imported.
+os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+
+import tvm
+import tvm_ffi
+from tvm.runtime.vm import VirtualMachine
+
+from tpserve.proto.host import cpu_features
+from tpserve.proto.manifest import Manifest, ManifestError, sha256_file
+from tpserve.worker.errors import LibraryError
+
+CPU_PREFIX = "tpserve.cpu."
+
+
+def check_manifest(artifact_dir: Path, model_dir: Path, tp_size: int, max_num_seqs: int) -> Manifest:
+    """Read an artifact's manifest and compare it with this host and what the rank was started with.
+
+    Raises
+    ------
+    LibraryError
+        Naming each difference with both values.
+    """
+    try:
+        manifest = Manifest.load(artifact_dir)
+        manifest.require(tp_size=tp_size, model_config_sha256=sha256_file(model_dir / "config.json"))
+    except (ManifestError, OSError) as error:
+        raise LibraryError(str(error)) from None
+    if max_num_seqs > manifest.max_num_seqs:
+        raise LibraryError(
+            f"max_num_seqs {max_num_seqs} is more than the library's {manifest.max_num_seqs}: compile again"
+        )
+    here = cpu_features()
+    built = manifest.target["cpu_features"]
+    if built != here:
+        raise LibraryError(
+            f"{artifact_dir} was compiled for a CPU with [{built}], this one has [{here}]: compile again"
+        )
+    return manifest
+
+
+class Library:
+    """A loaded artifact.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    step : callable
+        The compiled graph (`LlamaForCausalLM.step`), parameters last.
+    """
+
+    def __init__(self, artifact_dir: Path, manifest: Manifest, kernels: Any) -> None:
+        """Load the graph.
+
+        Parameters
+        ----------
+        kernels
+            The artifact's kernel library, see `load_kernels`. Externs that are not in it (collectives) must have been
+            registered before.
+
+        Raises
+        ------
+        LibraryError
+            If the graph needs an extern that nobody gives.
+        """
+        self.manifest = manifest
+        # Names are resolved when the VM is made, so all must be there before.
+        for name in manifest.externs:
+            if name.startswith(CPU_PREFIX):
+                tvm_ffi.register_global_func(name, kernels[name.removeprefix(CPU_PREFIX)], override=True)
+            elif tvm_ffi.get_global_func(name, allow_missing=True) is None:
+                raise LibraryError(f"the library needs {name}, which no backend has registered")
+        self._vm = VirtualMachine(tvm.runtime.load_module(str(artifact_dir / "model.so")), tvm.cpu())
+        self.step: Callable[..., Any] = self._vm["step"]
+
+
+def load_kernels(artifact_dir: Path) -> Any:
+    """Return the artifact's kernel library: functions by bare name."""
+    return tvm_ffi.load_module(str(artifact_dir / "kernels.so"))

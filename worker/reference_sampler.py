@@ -1,0 +1,107 @@
+"""The sampling rules in plain numpy, float64, one row at a time: what the sampling kernels must do.
+
+Owns the rules' meaning. Slow on purpose; only tests use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tpserve.proto.messages import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceSample:
+    """One drawn token."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    """None if the parameters ask for none."""
+
+
+def sample_reference(
+    logits: npt.NDArray[np.float32],
+    params: SamplingParams,
+    position: int,
+    output_counts: npt.NDArray[np.int32] | None = None,
+) -> ReferenceSample:
+    """Draw the token at `position`.
+
+    Parameters
+    ----------
+    logits
+        (vocab_size,) float32; not changed.
+    params
+        Fractions are taken as float32, as kernels hold them.
+    position
+        Of the token being drawn; the counter of the generator.
+    output_counts
+        (vocab_size,) how often each token stands in the output so far; needed with penalties.
+
+    Raises
+    ------
+    ValueError
+        If the adjusted logits hold a NaN or have no finite maximum, or counts are missing.
+    """
+    adjusted = _adjust(logits, params, output_counts)
+    best = adjusted.max()
+    if not np.isfinite(best):
+        raise ValueError("logits have a NaN or no finite maximum")
+    ranking = np.lexsort((np.arange(len(adjusted)), -adjusted))  # by logit, then by lower id
+    token_id = int(ranking[0]) if params.temperature == 0.0 else _draw(adjusted, ranking, params, position)
+    if params.num_logprobs is None:
+        return ReferenceSample(token_id, None)
+    logprobs = adjusted - best - np.log(np.exp(adjusted - best).sum())
+    top = tuple((int(i), float(logprobs[i])) for i in ranking[: params.num_logprobs])
+    return ReferenceSample(token_id, TokenLogprobs(float(logprobs[token_id]), top))
+
+
+def uniform(seed: int, counter: int) -> float:
+    """Return the number in [0, 1) of Philox4x32-10 for a 64-bit key and counter (Salmon et al., SC'11)."""
+    words = philox4x32(seed, counter)
+    return (words[0] << 21 | words[1] >> 11) * 2.0**-53
+
+
+def philox4x32(key: int, counter: int) -> tuple[int, int, int, int]:
+    """Return the four words of Philox4x32-10."""
+    mask = 0xFFFFFFFF
+    x = (counter & mask, counter >> 32 & mask, 0, 0)
+    low, high = key & mask, key >> 32 & mask
+    for _ in range(10):
+        a, b = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
+        x = ((b >> 32) ^ x[1] ^ low, b & mask, (a >> 32) ^ x[3] ^ high, a & mask)
+        low, high = (low + 0x9E3779B9) & mask, (high + 0xBB67AE85) & mask
+    return x
+
+
+def _adjust(
+    logits: npt.NDArray[np.float32], params: SamplingParams, output_counts: npt.NDArray[np.int32] | None
+) -> npt.NDArray[np.float64]:
+    adjusted = logits.copy()
+    for token, value in params.logit_bias:
+        adjusted[token] += np.float32(value)
+    if params.needs_output_history:
+        if output_counts is None:
+            raise ValueError("penalties need output_counts")
+        frequency, presence = np.float32(params.frequency_penalty), np.float32(params.presence_penalty)
+        adjusted -= frequency * output_counts.astype(np.float32) + presence * (output_counts > 0)
+    return adjusted.astype(np.float64)
+
+
+def _draw(adjusted: npt.NDArray[np.float64], ranking: npt.NDArray[np.int64], params: SamplingParams, at: int) -> int:
+    weights = np.exp((adjusted - adjusted.max()) / float(np.float32(params.temperature)))
+    kept = ranking
+    if params.top_k is not None:
+        kept = kept[: params.top_k]
+    top_p = float(np.float32(params.top_p))
+    if top_p < 1.0:
+        running = np.cumsum(weights[kept])
+        reached = running >= top_p * weights[kept].sum()
+        kept = kept[: int(np.argmax(reached)) + 1 if reached.any() else len(kept)]
+    kept = np.sort(kept[weights[kept] >= float(np.float32(params.min_p))])
+    running = np.cumsum(weights[kept])
+    above = running > uniform(params.seed, at) * running[-1]
+    return int(kept[np.argmax(above)] if above.any() else kept[weights[kept] > 0.0][-1])

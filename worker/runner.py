@@ -1,0 +1,119 @@
+"""Executes step plans on one rank: plan -> arrays -> compiled graph -> sampler -> result. Decides nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tpserve.collectives.cpu import SharedMemoryCommunicator
+from tpserve.proto.messages import StepPlan, StepResult
+from tpserve.proto.rank import RankConfig
+from tpserve.worker.arrays import as_tensor
+from tpserve.worker.batch import Batch
+from tpserve.worker.errors import PlanError
+from tpserve.worker.kv_cache import KVCache
+from tpserve.worker.library import Library, check_manifest, load_kernels
+from tpserve.worker.sampler import Sampler
+from tpserve.worker.weights import dummy_parameters, load_parameters
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (parameters loaded, parameters in all)."""
+
+
+class Runner:
+    """The compiled model with its weights, pages and batch, as one rank of its group."""
+
+    def __init__(self, config: RankConfig, progress: Progress) -> None:
+        """Join the group and load everything; returns when all ranks have come.
+
+        Raises
+        ------
+        WorkerError
+            If the artifact or the weights cannot be used.
+        TimeoutError
+            If a rank of the group does not come in time; names it.
+        """
+        manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
+        self._rank = config.rank
+        self._num_threads = config.num_threads
+        kernels = load_kernels(config.artifact_dir)
+        self._communicator: SharedMemoryCommunicator | None = None
+        if config.tp_size > 1:
+            self._communicator = SharedMemoryCommunicator(
+                kernels, config.group_name, config.rank, config.tp_size, timeout_s=config.collective_timeout_s
+            )
+            self._communicator.register()
+        self._set_num_threads = kernels["set_num_threads"]
+        library = Library(config.artifact_dir, manifest, kernels)
+        self._step = library.step
+        if config.load_format == "dummy":
+            arrays = dummy_parameters(manifest, config.rank)
+        else:
+            arrays = load_parameters(manifest, config.model_dir, config.rank)
+        self._params: list[Any] = []
+        for array in arrays:
+            self._params.append(as_tensor(array))
+            progress(len(self._params), len(manifest.params))
+        self._kv = KVCache(manifest.kv, config.num_pages)
+        page_size = manifest.kv.page_size
+        max_pages = -(-manifest.max_model_len // page_size)
+        self._batch = Batch(config.max_num_seqs, manifest.max_num_batched_tokens, max_pages, page_size)
+        self._sampler = Sampler(kernels["sample"], config.max_num_seqs, manifest.vocab_size)
+        self._next_step_id: int | None = None
+
+    def enter_thread(self) -> None:
+        """Prepare the calling thread for `execute`: the size of a thread team belongs to the thread that starts it."""
+        self._set_num_threads(self._num_threads)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step.
+
+        Raises
+        ------
+        PlanError
+            If the plan contradicts the batch, or comes out of order.
+        RuntimeError
+            From a collective, naming the late rank; from a kernel, naming the slot whose logits are not finite.
+        """
+        started = time.perf_counter()
+        if self._next_step_id is not None and plan.step_id != self._next_step_id:
+            raise PlanError(f"step {plan.step_id} came where {self._next_step_id} was due")
+        if plan.num_draft_tokens:
+            raise PlanError(f"step {plan.step_id} asks for {plan.num_draft_tokens} draft tokens: no draft is loaded")
+        self._next_step_id = plan.step_id + 1
+        collective_us = self._collective_us()
+        self._batch.apply(plan)
+        for added in plan.added_slots:
+            self._sampler.add(added)
+        arrays = self._batch.prepare(plan)
+        if not len(arrays.token_ids):
+            return StepResult(plan.step_id, self._rank)
+        inputs = (arrays.token_ids, arrays.positions, arrays.token_slots, self._batch.page_table, arrays.sample_rows)
+        logits = self._step(*map(as_tensor, inputs), self._kv.layers, self._params)
+        token_ids, logprobs = self._sampler.sample(logits, arrays)
+        self._batch.commit(arrays, token_ids)
+        step_us = int((time.perf_counter() - started) * 1e6)
+        collective_us = self._collective_us() - collective_us
+        if self._rank != 0:
+            return StepResult(plan.step_id, self._rank, step_us=step_us, collective_us=collective_us)
+        return StepResult(
+            step_id=plan.step_id,
+            rank=self._rank,
+            slots=tuple(arrays.sample_slots.tolist()),
+            token_ids=tuple(token_ids.tolist()),
+            logprobs=logprobs,
+            step_us=step_us,
+            collective_us=collective_us,
+        )
+
+    def _collective_us(self) -> int:
+        return 0 if self._communicator is None else int(self._communicator.stats().busy_us)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._communicator is not None:
+            self._communicator.close()
