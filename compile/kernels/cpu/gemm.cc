@@ -20,7 +20,7 @@ constexpr int kMaxRows = 4;  // sixteen lanes take two AVX2 or four NEON registe
 #endif
 constexpr int64_t kBlockK = 256;  // 2 panels * 256 * 64 bytes = 32 KiB, within a first-level cache of 48 KiB
 constexpr int64_t kChunkElements = 1 << 18;  // of packed rows: 1 MiB, within a second-level cache of 2 MiB
-constexpr int64_t kPrefetchBytes = 3072;
+constexpr int64_t kPrefetchBytes = 3072;  // best of 768 to 12288 for eight rows in benchmarks/cpu_kernels.py
 
 /// Panels per tile: enough independent chains to hide the latency of an FMA (4 cycles on 2 ports).
 constexpr int panels_for(int rows) { return rows <= 6 && kMaxRows > 4 ? 4 : 2; }
