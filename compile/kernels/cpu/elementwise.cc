@@ -1,12 +1,10 @@
 // Activation, norms, and row copies. Each row is one task and its sums have one order.
-#include <type_traits>
-
 #include "common.h"
 
 namespace tpserve {
 namespace {
 
-/// Calls body(std::integral_constant width, i) over [0, size): sixteen at a time, then one at a time.
+/// Covers [0, size): `vector(i)` for sixteen elements at i, then `scalar(i)` for each that is left.
 template <typename Vector, typename Scalar>
 TPSERVE_INLINE void sweep(int64_t size, Vector&& vector, Scalar&& scalar) {
   int64_t i = 0;

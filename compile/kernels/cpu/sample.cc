@@ -156,7 +156,7 @@ class Drawer {
   /// Collects the keys of the tokens near the best until they must hold all that the cuts can keep.
   void gather(const float* logits, int64_t size, float best, const Rule& rule, bool cuts_k, double total) {
     constexpr double kAll = std::numeric_limits<double>::infinity();
-    for (const double distance : {6.0, 18.0, 54.0, kAll}) {  // in temperatures: e^-54 of the best weight is nothing
+    for (const double distance : {5.0, 8.0, 11.0, 15.0, 20.0, kAll}) {  // in temperatures
       const float low = static_cast<float>(best - distance * rule.temperature);
       keys_.clear();
       double held = 0.0;
