@@ -1,4 +1,4 @@
-// What every CPU kernel shares: sixteen-lane vectors, checked views of tensors, exp, and the thread policy.
+// What every CPU kernel shares: sixteen-lane vectors, checked views of tensors, and exp.
 //
 // Vectors are GCC vector extensions, so the compiler lowers them to AVX-512, two AVX2 halves, or four NEON quarters.
 // Every sum runs in an order fixed by the shapes of one row alone: results do not depend on the number of rows, on
@@ -8,7 +8,6 @@
 #if defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
-#include <omp.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
@@ -17,6 +16,8 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+
+#include "parallel.h"
 
 #define TPSERVE_INLINE inline __attribute__((always_inline))
 
@@ -185,13 +186,6 @@ inline void check_indices(const char* name, const int32_t* values, int64_t count
       TVM_FFI_THROW(IndexError) << name << "[" << i << "] is " << values[i] << ", expected 0 to " << limit - 1;
     }
   }
-}
-
-/// Threads for a kernel of `work` scalar operations over `tasks` tasks: waking a team costs a few microseconds.
-inline int num_threads(int64_t work, int64_t tasks) {
-  if (work < 50'000 || tasks < 2) return 1;
-  const int64_t available = omp_get_max_threads();
-  return static_cast<int>(available < tasks ? available : tasks);
 }
 
 }  // namespace tpserve

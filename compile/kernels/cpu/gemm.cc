@@ -19,6 +19,7 @@ constexpr int kMaxRows = 14;  // 14 x 2 sums, 2 weights, 1 broadcast: 31 of 32 r
 constexpr int kMaxRows = 4;  // sixteen lanes take two AVX2 or four NEON registers each
 #endif
 constexpr int64_t kBlockK = 256;  // 2 panels * 256 * 64 bytes = 32 KiB, within a first-level cache of 48 KiB
+constexpr int64_t kPiecesPerThread = 4;  // fine enough to share when a thread is off its core, benchmarks/cpu_kernels.py
 constexpr int64_t kChunkElements = 1 << 18;  // of packed rows: 1 MiB, within a second-level cache of 2 MiB
 constexpr int64_t kPrefetchBytes = 3072;  // best of 768 to 12288 for eight rows in benchmarks/cpu_kernels.py
 
@@ -171,25 +172,22 @@ void multiply(const float* x, const W* w, float* out, int64_t num_m, int64_t num
   float* const buffer = scratch.data();
   const float* const packed = num_m > 1 ? buffer : x;
   const int threads = num_threads(num_m * num_n * num_k, num_panels);
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
-    if (num_m > 1) {
-      for (int64_t i = id; i < tiles.count; i += team) {
-        pack_rows(x, num_k, tiles.begin(i), tiles.begin(i + 1), buffer + tiles.begin(i) * num_k);
-      }
-#pragma omp barrier
-    }
-    // Cut at multiples of four panels so that only one thread meets the narrow tail.
-    const int64_t groups = (num_panels + 3) / 4;
-    const int64_t first = std::min(num_panels, groups * id / team * 4);
-    const int64_t last = std::min(num_panels, groups * (id + 1) / team * 4);
+  if (num_m > 1) {
+    parallel_for(tiles.count, threads, [&](int64_t i) {
+      pack_rows(x, num_k, tiles.begin(i), tiles.begin(i + 1), buffer + tiles.begin(i) * num_k);
+    });
+  }
+  // Pieces are whole groups of four panels, so that only the last one meets the narrow tail.
+  const int64_t groups = (num_panels + 3) / 4;
+  const int64_t piece = std::max<int64_t>(1, groups / (kPiecesPerThread * threads));
+  parallel_pieces(groups, piece, threads, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * 4, last = std::min(num_panels, end * 4);
     if (tiles.count <= 2) {
       stream_panels(packed, tiles, w, first, last, num_k, out, num_n, bias);
     } else {
       block_panels(packed, tiles, w, first, last, num_k, out, num_n, bias);
     }
-  }
+  });
 }
 
 void run(const TensorView& x, const TensorView& w, const TensorView& out, const float* bias) {

@@ -1,4 +1,4 @@
-// What the library says of itself, and the size of its thread team.
+// What the library says of itself, and how many threads it may use.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/string.h>
 
@@ -13,10 +13,10 @@ tvm::ffi::Array<tvm::ffi::String> kernel_names() {
           "rms_norm",     "rope_append", "sample", "silu_mul", "take_rows"};
 }
 
-/// For calls from the calling thread; ranks that share a machine divide its cores.
+/// For the whole process; ranks that share a machine divide its cores.
 void set_num_threads(int64_t count) {
   if (count < 1) TVM_FFI_THROW(ValueError) << "the number of threads is " << count << ", expected 1 or more";
-  omp_set_num_threads(static_cast<int>(count));
+  set_max_threads(static_cast<int>(count));
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kernel_names, kernel_names);
