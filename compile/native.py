@@ -32,7 +32,7 @@ _FLAGS = (
     # Newer GCC avoids chains of FMAs on some cores, loop by loop: sums would then depend on which tile a row fell in.
     "--param=avoid-fma-max-bits=0",
     "-ffp-contract=fast",
-    "-fopenmp",
+    "-pthread",
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
@@ -82,7 +82,7 @@ def build_library(sources: Sequence[Path], out: Path, *, extra_flags: Sequence[s
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
             list(pool.map(compile_one, sources, objects))
         partial = Path(scratch) / out.name
-        link = [f"-L{library.parent}", f"-Wl,-rpath,{library.parent}", "-ltvm_ffi", "-o", str(partial)]
+        link = ["-Wl,-z,nodelete", f"-L{library.parent}", f"-Wl,-rpath,{library.parent}", "-ltvm_ffi", "-o", str(partial)]
         _run([compiler, "-shared", *_FLAGS, *extra_flags, *map(str, objects), *link], out.name)
         partial.replace(out)
 

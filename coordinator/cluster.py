@@ -115,7 +115,6 @@ class Cluster:
                 num_cpus=1,
                 max_restarts=0,  # one lost rank ends the group; the engine rebuilds it whole
                 scheduling_strategy=strategy,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(template.num_threads)}},
             ).remote()
             for _ in range(template.tp_size)
         ]

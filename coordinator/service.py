@@ -39,7 +39,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         context: grpc.aio.ServicerContext[engine_pb2.GatewayMessage, engine_pb2.EngineMessage],
     ) -> AsyncIterator[engine_pb2.EngineMessage]:
         """Serve one gateway until its stream ends."""
-        session = _Session(self._engine)
+        session = Session(self._engine)
         unwatch = self._engine.watch_status(session.send_state)
         session.send_state()
         reader = asyncio.create_task(session.read(request_iterator))
@@ -72,13 +72,13 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         return engine_pb2.MetricsText(text=self._metrics.text())
 
 
-class _Session:
+class Session:
     """Requests of one gateway, and what is to be sent to it."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._keys: dict[int, int] = {}  # the gateway's request id -> the engine's key
-        self._open: dict[int, int] = {}  # the gateway's request id -> choices without their last event
+        self._open: dict[int, set[int]] = {}  # the gateway's request id -> choices without their last event
         self.outbox: asyncio.Queue[engine_pb2.EngineMessage | None] = asyncio.Queue()
 
     async def read(self, messages: AsyncIterator[engine_pb2.GatewayMessage]) -> None:
@@ -107,7 +107,7 @@ class _Session:
         try:
             key = self._engine.submit(
                 submit.request_id,
-                self._deliver,
+                self.deliver,
                 tuple(submit.prompt_token_ids),
                 submit.n,
                 SamplingParams.from_pb(submit.sampling),
@@ -122,7 +122,7 @@ class _Session:
             self._reject(submit, engine_pb2.Rejected.UNAVAILABLE, str(error))
         else:
             self._keys[submit.request_id] = key
-            self._open[submit.request_id] = submit.n
+            self._open[submit.request_id] = set(range(submit.n))
             accepted = engine_pb2.Accepted(request_id=submit.request_id)
             self.outbox.put_nowait(engine_pb2.EngineMessage(accepted=accepted))
 
@@ -137,12 +137,12 @@ class _Session:
             return  # it ended while the message was on its way
         if abort.HasField("choice"):
             self._engine.abort(key, abort.choice)
-            self._close_choices(abort.request_id, 1)
+            self._close_choice(abort.request_id, abort.choice)
         else:
             self._engine.abort(key)
-            self._close_choices(abort.request_id, self._open[abort.request_id])
+            del self._open[abort.request_id], self._keys[abort.request_id]
 
-    def _deliver(self, outputs: Sequence[OutputEvent]) -> None:
+    def deliver(self, outputs: Sequence[OutputEvent]) -> None:
         """Queue one step's events; called by the engine."""
         batch = engine_pb2.TokenBatch()
         for output in outputs:
@@ -157,12 +157,14 @@ class _Session:
                 num_cached_tokens=event.num_cached_tokens,
             )
             if event.finish is not None:
-                self._close_choices(output.client_id, 1)
+                self._close_choice(output.client_id, event.choice)
         self.outbox.put_nowait(engine_pb2.EngineMessage(tokens=batch))
 
-    def _close_choices(self, request_id: int, count: int) -> None:
-        self._open[request_id] -= count
-        if self._open[request_id] <= 0:
+    def _close_choice(self, request_id: int, choice: int) -> None:
+        """Forget a choice; an abort of it may have crossed its own end, so it may be gone already."""
+        choices = self._open[request_id]
+        choices.discard(choice)
+        if not choices:
             del self._open[request_id], self._keys[request_id]
 
 

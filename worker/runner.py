@@ -39,7 +39,6 @@ class Runner:
         """
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
         self._rank = config.rank
-        self._num_threads = config.num_threads
         kernels = load_kernels(config.artifact_dir)
         self._communicator: SharedMemoryCommunicator | None = None
         if config.tp_size > 1:
@@ -47,7 +46,7 @@ class Runner:
                 kernels, config.group_name, config.rank, config.tp_size, timeout_s=config.collective_timeout_s
             )
             self._communicator.register()
-        self._set_num_threads = kernels["set_num_threads"]
+        kernels["set_num_threads"](config.num_threads)
         library = Library(config.artifact_dir, manifest, kernels)
         self._step = library.step
         if config.load_format == "dummy":
@@ -64,10 +63,6 @@ class Runner:
         self._batch = Batch(config.max_num_seqs, manifest.max_num_batched_tokens, max_pages, page_size)
         self._sampler = Sampler(kernels["sample"], config.max_num_seqs, manifest.vocab_size)
         self._next_step_id: int | None = None
-
-    def enter_thread(self) -> None:
-        """Prepare the calling thread for `execute`: the size of a thread team belongs to the thread that starts it."""
-        self._set_num_threads(self._num_threads)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step.

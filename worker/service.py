@@ -28,7 +28,6 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request_iterator: Iterator[worker_pb2.StepPlan], context: grpc.ServicerContext
     ) -> Iterator[worker_pb2.StepResult]:
         """Run each plan as it comes."""
-        self._runner.enter_thread()
         for message in request_iterator:
             try:
                 result = self._runner.execute(StepPlan.from_pb(message))

@@ -32,6 +32,9 @@ from tpserve.coordinator.process import end_with_parent
 
 logger = logging.getLogger("tpserve.coordinator.gateway")
 
+IDLE_CONNECTION_S = 75
+"""Idle connections stay open longer than load balancers' usual 60 s, so that those close first."""
+
 DRAIN_GRACE_S = 2
 """Between telling clients that time is up and cutting their connections."""
 
@@ -42,6 +45,16 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen, and say so: in the log, and as one JSON line on standard output for the parent."""
+        await super().startup(sockets)
+        for bound in sockets or ():
+            host, port = bound.getsockname()[:2]
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            logger.info("listening on %s", url)
+            sys.stdout.write(json.dumps({"url": url}) + "\n")
+            sys.stdout.flush()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -115,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.error("%s", error)
         return 2
     logging.getLogger().setLevel(config.log_level.upper())
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and end are told here
     if config.parent_pid is not None:
         end_with_parent(config.parent_pid)
     try:
@@ -139,12 +153,9 @@ def main(argv: list[str] | None = None) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + DRAIN_GRACE_S,
         )
-        url = f"http://{config.host}:{bound.getsockname()[1]}"
-        logger.info("listening on %s", url)
-        sys.stdout.write(json.dumps({"url": url}) + "\n")
-        sys.stdout.flush()
         Server(uvicorn_config, service).run(sockets=[bound])
     return 0
 

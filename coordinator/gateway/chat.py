@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tpserve.coordinator.gateway.errors import InvalidRequest
-from tpserve.coordinator.gateway.generation import Update, Usage, engine_request
+from tpserve.coordinator.gateway.generation import Update, Usage
+from tpserve.coordinator.gateway.prepare import engine_request, tokenise
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, Message, parse_body
 from tpserve.coordinator.gateway.service import AnswerHead, Service
 from tpserve.coordinator.gateway.stream import sse
@@ -35,7 +36,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     prompt = template.render([_template_message(message) for message in request.messages])
     to_engine = engine_request(
         request,
-        await service.model.encode(prompt, add_special_tokens=False),
+        await tokenise(service.model, prompt, info, add_special_tokens=False),
         service.model,
         info,
         name=http.scope["state"]["request_id"],

@@ -10,8 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tpserve.coordinator.gateway.errors import InvalidRequest
-from tpserve.coordinator.gateway.generation import Update, Usage, engine_request
-from tpserve.coordinator.gateway.protocol import MAX_CHOICES, CompletionRequest, parse_body
+from tpserve.coordinator.gateway.generation import Update, Usage
+from tpserve.coordinator.gateway.prepare import engine_request, tokenise
+from tpserve.coordinator.gateway.protocol import MAX_TOTAL_CHOICES, CompletionRequest, parse_body
 from tpserve.coordinator.gateway.service import AnswerHead, Service
 from tpserve.coordinator.gateway.stream import sse
 from tpserve.coordinator.gateway.tokenizer import Tokenizer
@@ -33,16 +34,19 @@ async def create_completion(service: Service, http: Request) -> Response:
     info = service.engine.info
     model = service.model
     n = request.n or 1
-    if n * len(request.prompts) > MAX_CHOICES * 2:
+    if n * len(request.prompts) > MAX_TOTAL_CHOICES:
         raise InvalidRequest(
             f"{len(request.prompts)} prompts with n = {n} make {n * len(request.prompts)} choices; "
-            f"at most {MAX_CHOICES * 2} are allowed in one request",
+            f"at most {MAX_TOTAL_CHOICES} are allowed in one request",
             param="n",
         )
     to_engine = []
     echoes: list[str] = []
     for prompt in request.prompts:
-        token_ids = await model.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            token_ids = await tokenise(model, prompt, info, add_special_tokens=True)
+        else:
+            token_ids = prompt
         if max(token_ids, default=0) >= info.vocab_size:
             raise InvalidRequest(
                 f"The prompt has token {max(token_ids)}, but the vocabulary has {info.vocab_size} tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -38,6 +39,8 @@ class GatewayConfig:
     """Deadline of unary calls to the coordinator, and period after which silence makes the gateway unhealthy."""
     session_timeout_s: float = 30.0
     """Silence of the coordinator after which the session is given up and its requests fail."""
+    keep_alive_s: float = 15.0
+    """A stream with nothing to say sends a comment this often, so that proxies keep it open."""
     drain_timeout_s: float = 30.0
     """After SIGTERM, running requests get this long."""
     log_level: str = "info"
@@ -53,9 +56,10 @@ class GatewayConfig:
             raise ConfigError(f"engine_address is {self.engine_address!r}: it must be host:port")
         if any(not key for key in self.api_keys):
             raise ConfigError("api_keys holds an empty key: leave the list empty to serve without keys")
-        for name in ("max_body_bytes", "request_timeout_s", "accept_timeout_s", "rpc_timeout_s", "session_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be positive")
+        for name in ("max_body_bytes", *(f.name for f in dataclasses.fields(self) if f.name.endswith("_s"))):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (value == 0 and name != "drain_timeout_s"):
+                raise ConfigError(f"{name} is {value}: it must be positive and finite")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"log_level is {self.log_level!r}: it must be debug, info, warning or error")
 

@@ -194,6 +194,9 @@ class EngineClient:
                     reason = f"{error.code().name}: {error.details()}"
                 except _SessionSilent as error:
                     reason = str(error)
+                except Exception as fault:  # no message may keep the gateway from a new session
+                    logger.exception("the session with the coordinator failed")
+                    reason = repr(fault)
                 finally:
                     self._lose_session()
             logger.warning("no session with the coordinator at %s (%s)", self._address, reason)
@@ -258,11 +261,10 @@ class EngineClient:
             try:
                 info = await stub.Describe(engine_pb2.DescribeRequest(), timeout=self._rpc_timeout_s)
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-                    raise
+                # A lost connection is the reader's to see; here it is only that no good answer came.
                 self._responsive = False
                 silent_s = loop.time() - last_answer
-                logger.warning("the coordinator has not answered for %.1f s", silent_s)
+                logger.warning("the coordinator has not answered for %.1f s (%s)", silent_s, error.code().name)
                 if silent_s > self._session_timeout_s:
                     raise _SessionSilent(f"the coordinator has not answered for {silent_s:.1f} s") from None
             else:

@@ -1,7 +1,7 @@
 """The wire format: OpenAI request bodies, checked field by field.
 
 Unknown fields are ignored, as OpenAI's servers do; wrong types and absurd values are refused with the field's name.
-Knows nothing of the model: what depends on it (context length, vocabulary) is checked in `generation`.
+Knows nothing of the model: what depends on it (context length, vocabulary) is checked in `prepare`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from tpserve.coordinator.gateway.errors import InvalidRequest, UnsupportedFeatur
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_PROMPTS = 256
+MAX_TOTAL_CHOICES = 256
+"""Prompts times n."""
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(max_length=2**24)]

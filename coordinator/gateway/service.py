@@ -100,7 +100,13 @@ class Service:
             await generation.start(http.receive, self.config.accept_timeout_s)
             if writer is not None:
                 handed_over = True
-                return EventStream(generation, writer(generation), self.metrics, requests[0].name)
+                return EventStream(
+                    generation,
+                    writer(generation),
+                    self.metrics,
+                    name=requests[0].name,
+                    keep_alive_s=self.config.keep_alive_s,
+                )
             whole = answer()
             async for updates in generation.updates():
                 for update in updates:

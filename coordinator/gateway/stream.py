@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from tpserve.coordinator.gateway.metrics import HttpMetrics
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients of server-sent events ignore."""
 
 
 class ChunkWriter(Protocol):
@@ -55,9 +58,13 @@ class EventStream(Response):
         Started; it is closed when the response ends, for whatever reason.
     name
         Request id, for logs.
+    keep_alive_s
+        Silence after which a comment is sent.
     """
 
-    def __init__(self, generation: Generation, writer: ChunkWriter, metrics: HttpMetrics, name: str) -> None:
+    def __init__(
+        self, generation: Generation, writer: ChunkWriter, metrics: HttpMetrics, *, name: str, keep_alive_s: float
+    ) -> None:
         super().__init__(
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
             media_type="text/event-stream",
@@ -67,15 +74,27 @@ class EventStream(Response):
         self._writer = writer
         self._metrics = metrics
         self._name = name
+        self._keep_alive_s = keep_alive_s
+        self._num_sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all of it."""
+        keeper = asyncio.create_task(self._keep_alive(send))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             last = await self._send_events(send)
         finally:
+            keeper.cancel()
             self._generation.close()
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Break silences; headers go out well within the first period."""
+        while True:
+            num_sent = self._num_sent
+            await asyncio.sleep(self._keep_alive_s)
+            if num_sent == self._num_sent:
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
 
     async def _send_events(self, send: Send) -> bytes:
         """Send an event group per batch of updates; return what ends the stream."""
@@ -84,6 +103,7 @@ class EventStream(Response):
             async for updates in self._generation.updates():
                 body = write(updates[0]) if len(updates) == 1 else b"".join(map(write, updates))
                 if body:
+                    self._num_sent += 1
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         except ClientDisconnected as error:
             self._metrics.stream_failed(error.status)

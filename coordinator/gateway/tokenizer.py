@@ -57,6 +57,7 @@ class Tokenizer:
         self._special = {item["id"] for item in spec["added_tokens"] if item["special"]}
         self._decoder = _decoder_kind(spec.get("decoder"))
         self._pieces: dict[int, bytes] = {}
+        self._max_token_bytes = self._longest_token(spec)
 
     @classmethod
     def load(cls, model_dir: Path) -> Tokenizer:
@@ -96,6 +97,12 @@ class Tokenizer:
         """
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def min_num_tokens(self, text: str) -> int:
+        """Return a lower bound of the tokens in `text`, without the work of tokenising; 0 if none can be told."""
+        if self._max_token_bytes is None:
+            return 0
+        return -(-len(text.encode()) // self._max_token_bytes)
+
     def piece(self, token_id: int) -> bytes:
         """Return the bytes a token adds to the text; special and unknown tokens add none."""
         piece = self._pieces.get(token_id)
@@ -123,6 +130,17 @@ class Tokenizer:
         """Return the text of `token_ids`, special tokens left out."""
         stream = self.detokenizer()
         return stream.push(token_ids) + stream.flush()
+
+    def _longest_token(self, spec: dict[str, Any]) -> int | None:
+        """Return how many bytes of input one token can stand for; None if the tokenizer may drop input."""
+        normalizer = spec.get("normalizer")
+        drops_spaces = any(item["lstrip"] or item["rstrip"] for item in spec["added_tokens"])
+        if not isinstance(self._decoder, _ByteLevel) or drops_spaces:
+            return None
+        if normalizer is not None and normalizer["type"] != "NFC":
+            return None
+        longest = max(len(token.encode()) for token in self._backend.get_vocab(with_added_tokens=True))
+        return longest if normalizer is None else 3 * longest  # NFC makes one Hangul syllable of three letters
 
     def _token(self, token_id: int) -> str | None:
         added = self._added.get(token_id)

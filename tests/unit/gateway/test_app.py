@@ -68,7 +68,18 @@ async def test_refusals(
     assert len(error["message"]) < 400
 
 
-async def test_too_long_names_the_numbers(make_stack: StackFactory, tokenizer: Tokenizer) -> None:
+async def test_far_too_long_is_refused_without_tokenising(
+    make_stack: StackFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make_stack() as stack:
+        monkeypatch.setattr(type(stack.service.model.tokenizer), "encode", lambda *_, **__: 1 / 0)
+        body = {"messages": [{"role": "user", "content": "x" * 3_000_000}]}
+        reply = await stack.http.post(CHAT, json=body)
+    assert (reply.status_code, error_of(reply)["code"]) == (400, "context_length_exceeded")
+    assert "at least" in error_of(reply)["message"]
+
+
+async def test_too_long_names_the_numbers(make_stack: StackFactory) -> None:
     async with make_stack() as stack:
         with pytest.raises(openai.BadRequestError) as caught:
             await stack.client.chat.completions.create(
@@ -211,6 +222,19 @@ async def test_disconnect_aborts(make_stack: StackFactory, stream: bool) -> None
         stack.engine.gate.set()
         assert (await stack.http.post(CHAT, json={"messages": [USER], "max_tokens": 1})).status_code == 200
         assert stack.service.engine.num_live_requests == 0
+
+
+async def test_silence_is_broken(make_stack: StackFactory) -> None:
+    async with make_stack(keep_alive_s=0.02) as stack:
+        stack.engine.gate.clear()
+        body = {"messages": [USER], "max_tokens": 3, "stream": True}
+        async with stack.http.stream("POST", CHAT, json=body) as reply:
+            lines = reply.aiter_lines()
+            while await anext(lines) != ": keep-alive":
+                pass
+            stack.engine.gate.set()
+            rest = [line async for line in lines]
+        assert [line for line in rest if line][-1] == "data: [DONE]"
 
 
 async def test_request_timeout(make_stack: StackFactory) -> None:

@@ -144,6 +144,7 @@ def test_missing_model_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixt
         ({"served_model_names": []}, "served_model_names is empty"),
         ({"engine_address": "here"}, "host:port"),
         ({"rpc_timeout_s": 0}, "rpc_timeout_s is 0"),
+        ({"drain_timeout_s": -1}, "drain_timeout_s is -1"),
         ({"log_level": "loud"}, "loud"),
     ],
 )
@@ -162,6 +163,6 @@ def test_config_that_is_no_object(text: str) -> None:
 
 
 def test_config_reads_lists_and_numbers() -> None:
-    config = GatewayConfig.from_json(json.dumps({**REQUIRED, "api_keys": ["a", "b"], "drain_timeout_s": 5}))
+    config = GatewayConfig.from_json(json.dumps({**REQUIRED, "api_keys": ["a", "b"], "drain_timeout_s": 0}))
     assert config.api_keys == ("a", "b")
-    assert config.drain_timeout_s == 5.0
+    assert config.drain_timeout_s == 0.0

@@ -90,6 +90,13 @@ def test_shown_names_bytes_and_special_tokens() -> None:
     assert BYTE_FALLBACK_TOKENIZER.shown(3 + 0xE4) == ("\ufffd", b"\xe4")
 
 
+@given(TEXTS)
+def test_lower_bound_of_tokens(text: str) -> None:
+    num_tokens = len(BYTE_LEVEL_TOKENIZER.encode(text, add_special_tokens=False))
+    assert BYTE_LEVEL_TOKENIZER.min_num_tokens(text) <= num_tokens
+    assert BYTE_LEVEL_TOKENIZER.min_num_tokens(text * 100) > 0 or not text
+
+
 def test_special_text_in_a_prompt_is_one_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("<|im_start|>", add_special_tokens=False) == [1]
 
