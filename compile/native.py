@@ -82,7 +82,14 @@ def build_library(sources: Sequence[Path], out: Path, *, extra_flags: Sequence[s
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
             list(pool.map(compile_one, sources, objects))
         partial = Path(scratch) / out.name
-        link = ["-Wl,-z,nodelete", f"-L{library.parent}", f"-Wl,-rpath,{library.parent}", "-ltvm_ffi", "-o", str(partial)]
+        link = [
+            "-Wl,-z,nodelete",
+            f"-L{library.parent}",
+            f"-Wl,-rpath,{library.parent}",
+            "-ltvm_ffi",
+            "-o",
+            str(partial),
+        ]
         _run([compiler, "-shared", *_FLAGS, *extra_flags, *map(str, objects), *link], out.name)
         partial.replace(out)
 

@@ -216,7 +216,6 @@ def _serve(pipe: Connection) -> None:
             answer: object = None
             if kind == "load":
                 runner = Runner(what, lambda done, total: None)
-                runner.enter_thread()
             elif runner is None:
                 raise AssertionError(f"{kind} before load")
             elif kind == "close":
