@@ -161,9 +161,7 @@ class Server:
 
     @classmethod
     @contextmanager
-    def running(
-        cls, model: str | Path, *flags: str, folder: Path, environ: Mapping[str, str] = {}
-    ) -> Iterator[Self]:
+    def running(cls, model: str | Path, *flags: str, folder: Path, environ: Mapping[str, str] = {}) -> Iterator[Self]:
         """Start, wait until healthy, and stop as Ctrl-C does; then nothing may be left."""
         server = cls(model, *flags, folder=folder, environ=environ)
         try:
@@ -237,7 +235,9 @@ class Server:
         samples = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()) if key != "model_name")
+                labels = ",".join(
+                    f"{key}={value}" for key, value in sorted(sample.labels.items()) if key != "model_name"
+                )
                 samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return samples
 

@@ -17,6 +17,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
+
 from server import MODEL_NAME, Server, chat_request, chat_text
 
 PROMPTS = [

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
 from server import MODEL_NAME, Server, chat_text
 
 CHAT = "/v1/chat/completions"
@@ -139,7 +140,10 @@ def test_bad_body(http: httpx.Client, route: str, name: str, body: bytes) -> Non
 
 
 def test_too_long_prompts_have_their_own_code(http: httpx.Client) -> None:
-    for route, fields in ((CHAT, {"messages": [{"role": "user", "content": "word " * 9000}]}), (TEXT, {"prompt": [5] * 8192})):
+    for route, fields in (
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 9000}]}),
+        (TEXT, {"prompt": [5] * 8192}),
+    ):
         error = error_of(http.post(route, json=fields), 400)
         assert error["code"] == "context_length_exceeded"
         assert "8192" in error["message"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
 from server import Outcome, json_line, run_cli
 
 QUICK_S = 60
