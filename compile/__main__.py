@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 from tpserve.compile.artifact import build_artifact
 from tpserve.compile.cache import CachePolicy
@@ -16,6 +17,7 @@ from tpserve.compile.errors import CompileError
 from tpserve.compile.source import convert_to, require_weights, resolve_model, stored_quantization
 
 _POLICIES = [policy.value for policy in CachePolicy]
+_TARGETS: dict[str, Literal["llvm", "cuda"]] = {"cpu": "llvm", "cuda": "cuda", "cuda:sm_90a": "cuda"}
 DEFAULT_MAX_MODEL_LEN = 8192
 
 
@@ -39,6 +41,7 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what decides the compiled library."""
     parser.add_argument("model", help="Hugging Face folder, GGUF file or HF://org/name")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel degree: 1, 2, 4 or 8")
+    parser.add_argument("--device", choices=sorted(_TARGETS), default="cpu", help="cuda:sm_90a builds without a GPU")
     parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16"], default="auto")
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-model-len", type=int, help="longest sequence, prompt and output, in tokens")
@@ -65,11 +68,14 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
             f"--max-num-batched-tokens {args.max_num_batched_tokens} is less than --max-num-seqs {args.max_num_seqs}: "
             "each running sequence needs a token in each step"
         )
+    quantization = args.quantization
+    if quantization == "auto":
+        quantization = "q0bf16" if _TARGETS[args.device] == "cuda" else stored_quantization(model_dir)
     compile_config = CompileConfig(
         tp_size=args.tp,
-        quantization=stored_quantization(model_dir) if args.quantization == "auto" else args.quantization,
+        quantization=quantization,
         kernels=args.kernels,
-        target="llvm",
+        target=_TARGETS[args.device],
         max_model_len=max_model_len,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,

@@ -58,9 +58,9 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
 
     logger.info("Compiling %s for TP=%d", config.model_type, compile_config.tp_size)
     graph = build_graph(config, compile_config)
-    executable, workspace_bytes = lower(graph.module, tvm.target.Target({"kind": compile_config.target}))
+    executable, workspace_bytes = lower(graph.module, _tvm_target(compile_config))
     executable.export_library(str(folder / MODEL_LIBRARY))
-    kernels = _kernel_library(policy)
+    kernels = _kernel_library(compile_config.target, policy)
     shutil.copyfile(kernels, folder / KERNEL_LIBRARY)
     sharding = graph.sharding
     Manifest(
@@ -68,7 +68,7 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
         model_config_sha256=config.sha256,
         tp_size=compile_config.tp_size,
         quantization=compile_config.quantization,
-        target={"kind": compile_config.target, "cpu_features": cpu_features()},
+        target=_target_facts(compile_config),
         kernels=compile_config.kernels,
         vocab_size=config.vocab_size,
         padded_vocab_size=sharding.vocab_size * sharding.tp_size,
@@ -78,13 +78,14 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
         max_model_len=compile_config.max_model_len,
         max_num_batched_tokens=compile_config.max_num_batched_tokens,
         max_num_seqs=compile_config.max_num_seqs,
+        attention_window=config.sliding_window or 0,
         workspace_bytes=workspace_bytes,
         kv=KVLayout(
             page_size=compile_config.page_size,
             num_layers=config.num_layers,
             num_kv_heads=sharding.num_kv_heads,
             head_dim=config.head_dim,
-            dtype="float32",
+            dtype="bfloat16" if compile_config.target == "cuda" else "float32",
         ),
         rope_inv_freq=config.rope_inv_freq(),
         splits=sharding.splits,
@@ -96,13 +97,37 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
     ).save(folder)
 
 
-def _kernel_library(policy: CachePolicy) -> Path:
-    """Return the kernels of this CPU, built once and shared by all models."""
-    sources = native.CPU_KERNEL_SOURCES
-    key = hashlib.sha256(
-        json.dumps([native.source_hash(sources), cpu_features(), native.compiler_version()]).encode()
-    ).hexdigest()
+def _tvm_target(compile_config: CompileConfig) -> tvm.target.Target:
+    import tvm
+
+    if compile_config.target == "llvm":
+        return tvm.target.Target({"kind": "llvm"})
+    limits = {"max_num_threads": 1024, "max_shared_memory_per_block": 49152}
+    return tvm.target.Target({"kind": "cuda", "arch": native_cuda.ARCH, **limits}, host="llvm")
+
+
+def _target_facts(compile_config: CompileConfig) -> dict[str, str]:
+    """Return what a worker compares with its host."""
+    if compile_config.target == "llvm":
+        return {"kind": "llvm", "cpu_features": cpu_features()}
+    return {"kind": "cuda", "arch": native_cuda.ARCH}
+
+
+def _kernel_library(target: str, policy: CachePolicy) -> Path:
+    """Return the kernels of a target, built once and shared by all models."""
+    facts: list[str]
+    if target == "llvm":
+        facts = [native.source_hash(native.CPU_KERNEL_SOURCES), cpu_features(), native.compiler_version()]
+    else:
+        facts = [native_cuda.source_hash(native_cuda.CUDA_KERNEL_SOURCES), native_cuda.compiler_version()]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def build(folder: Path) -> None:
+        if target == "llvm":
+            native.build_library(native.CPU_KERNEL_SOURCES, folder / KERNEL_LIBRARY)
+        else:
+            native_cuda.build_library(native_cuda.CUDA_KERNEL_SOURCES, folder / KERNEL_LIBRARY)
+
     # REDO means the model's own library: kernels of unchanged sources would come out the same.
     kernel_policy = CachePolicy.ON if policy is CachePolicy.REDO else policy
-    build = lambda folder: native.build_library(sources, folder / KERNEL_LIBRARY)  # noqa: E731
     return cached_folder("kernels", key, kernel_policy, build) / KERNEL_LIBRARY

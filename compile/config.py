@@ -252,7 +252,8 @@ class CompileConfig:
     """Storage of the weights."""
     kernels: Literal["tuned", "portable"]
     """tuned: the target's own kernels; portable: TVM's for every operator."""
-    target: Literal["llvm"]
+    target: Literal["llvm", "cuda"]
+    """llvm: this machine's CPU, float32 activations; cuda: sm_90a, bfloat16 activations and KV pages."""
     max_model_len: int
     """Longest sequence, prompt and output, in tokens."""
     max_num_batched_tokens: int
@@ -269,4 +270,9 @@ class CompileConfig:
             if getattr(self, name) < 1:
                 raise ModelConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.page_size != 16:
-            raise ModelConfigError(f"page_size {self.page_size} is not supported by the llvm kernels, only 16")
+            raise ModelConfigError(f"page_size {self.page_size} is not supported by the kernels, only 16")
+        if self.target == "cuda" and (self.kernels, self.quantization) != ("tuned", "q0bf16"):
+            raise ModelConfigError(
+                f"target cuda has tuned kernels for q0bf16 only, not {self.kernels} for {self.quantization}: "
+                "use --kernels tuned --quantization q0bf16"
+            )

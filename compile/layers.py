@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor
@@ -22,6 +23,7 @@ class GraphContext:
     operators: Operators
     weight_dtype: str
     page_size: int
+    weight_layout: Literal["panel16", "sm90"]
     specs: dict[int, ParamSpec] = field(default_factory=dict)
     """By identity of the graph's parameter."""
 
@@ -63,8 +65,9 @@ class Linear(nn.Module):
         bias: tuple[ParamSource, ...] = (),
     ) -> None:
         self._operators = context.operators
-        shape = (rows // PANEL_ROWS, columns, PANEL_ROWS)
-        self.weight = context.parameter(ParamSpec(name, shape, context.weight_dtype, "panel16", sources))
+        layout = context.weight_layout
+        shape = (rows // PANEL_ROWS, columns, PANEL_ROWS) if layout == "panel16" else (rows, columns)
+        self.weight = context.parameter(ParamSpec(name, shape, context.weight_dtype, layout, sources))
         self.bias = context.parameter(ParamSpec(f"{name}.bias", (rows,), "float32", "plain", bias)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The operators a model graph is made of, with one implementation per kernel set.
 
-`TunedCpuOperators` calls named externs of `compile/kernels/cpu` (destination-passing, resolved by global name when the
+`TunedOperators` calls named externs of `compile/kernels/<target>` (destination-passing, resolved by global name when the
 library is loaded); `PortableOperators` builds everything from TVM. Collectives are externs in both.
 Shapes: T tokens of the step, R sampled rows, S slots, P pages of a page table, H hidden size.
 """
@@ -29,6 +29,10 @@ class BatchInputs:
     """(S, P) int32: page ids of each slot."""
     rope: Tensor
     """(max_model_len, head_dim) float32: cosines, then sines."""
+    plan: Tensor
+    """(words,) int32: how attention of this step is cut into pieces of work, made once a step; empty on a CPU."""
+    workspace: Tensor
+    """(floats,) float32 for partial sums of attention; empty on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Operators(Protocol):
         """(T,) int32, (V, H) -> (T, H)."""
 
     def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(T, K), panels (N / 16, K, 16), (N,) -> (T, N)."""
+        """(T, K), panels (N / 16, K, 16) or (N, K) in the target's order, (N,) -> (T, N)."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """(T, H), (H,) -> (T, H)."""
@@ -94,36 +98,50 @@ def all_gather(x: Tensor, tp_size: int) -> Tensor:
     return op.extern("tpserve.all_gather", [x], Tensor.placeholder((rows, tp_size * columns), x.dtype))
 
 
-class TunedCpuOperators:
-    """Externs of the llvm target's kernel library."""
+class TunedOperators:
+    """Externs of a target's kernel library.
+
+    Parameters
+    ----------
+    target
+        `cpu` or `cuda`: the part of the externs' names.
+    dtype
+        Of activations.
+    """
+
+    def __init__(self, target: str, dtype: str) -> None:
+        self._target = target
+        self._prefix = f"tpserve.{target}."
+        self._dtype = dtype
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         """See Operators."""
-        return _extern("embed", [ids, table], (ids.shape[0], table.shape[1]))
+        return self._extern("embed", [ids, table], (ids.shape[0], table.shape[1]))
 
     def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See Operators."""
-        out = (x.shape[0], weight.shape[0] * weight.shape[2])
+        rows = weight.shape[0] if weight.ndim == 2 else weight.shape[0] * weight.shape[2]  # panels of rows
+        out = (x.shape[0], rows)
         if bias is None:
-            return _extern("gemm", [x, weight], out)
-        return _extern("gemm_bias", [x, weight, bias], out)
+            return self._extern("gemm", [x, weight], out)
+        return self._extern("gemm_bias", [x, weight, bias], out)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See Operators."""
-        return _extern("rms_norm", [x, weight, eps], x.shape)
+        return self._extern("rms_norm", [x, weight, eps], x.shape)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See Operators."""
         # op.extern takes one output only.
         args = [x._expr, residual._expr, weight._expr, relax.prim_value(eps)]
-        ty = Tensor.placeholder(x.shape, "float32")._expr.ty
-        outputs = relax.call_dps_packed("tpserve.cpu.add_rms_norm", args, out_ty=[ty, ty])
+        ty = Tensor.placeholder(x.shape, self._dtype)._expr.ty
+        outputs = relax.call_dps_packed(f"{self._prefix}add_rms_norm", args, out_ty=[ty, ty])
         total, normed = wrap_nested(outputs, "add_rms_norm")
         return total, normed
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See Operators."""
-        return _extern("silu_mul", [gate_up], (gate_up.shape[0], gate_up.shape[1] // 2))
+        return self._extern("silu_mul", [gate_up], (gate_up.shape[0], gate_up.shape[1] // 2))
 
     def rope_append(
         self,
@@ -137,17 +155,23 @@ class TunedCpuOperators:
         where = [batch.positions, batch.token_slots, batch.page_table, batch.rope, pages]
         out = (qkv.shape[0], shape.num_q_heads, shape.head_dim)
         if qk_norm is None:
-            return _extern("rope_append", [qkv, *where], out)
-        return _extern("qk_norm_rope_append", [qkv, *qk_norm, *where], out)
+            return self._extern("rope_append", [qkv, *where], out)
+        return self._extern("qk_norm_rope_append", [qkv, *qk_norm, *where], out)
 
     def attention(self, q: Tensor, batch: BatchInputs, pages: Tensor, shape: AttentionShape) -> Tensor:
         """See Operators."""
-        args = [q, pages, batch.positions, batch.token_slots, batch.page_table, shape.scale, shape.window]
-        return _extern("attention", args, (q.shape[0], shape.num_q_heads * shape.head_dim))
+        if self._target == "cuda":
+            args = [q, pages, batch.page_table, batch.plan, shape.scale, shape.window, batch.workspace]
+        else:
+            args = [q, pages, batch.positions, batch.token_slots, batch.page_table, shape.scale, shape.window]
+        return self._extern("attention", args, (q.shape[0], shape.num_q_heads * shape.head_dim))
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """See Operators."""
-        return _extern("take_rows", [x, rows], (rows.shape[0], x.shape[1]))
+        return self._extern("take_rows", [x, rows], (rows.shape[0], x.shape[1]))
+
+    def _extern(self, name: str, args: list[Tensor | int | float], shape: tuple[object, ...]) -> Tensor:
+        return op.extern(self._prefix + name, args, Tensor.placeholder(shape, self._dtype))
 
 
 class PortableOperators:
@@ -228,7 +252,3 @@ class PortableOperators:
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """See Operators."""
         return op.take(x, rows, axis=0)
-
-
-def _extern(name: str, args: list[Tensor | int | float], shape: tuple[object, ...]) -> Tensor:
-    return op.extern(f"tpserve.cpu.{name}", args, Tensor.placeholder(shape, "float32"))

@@ -11,7 +11,7 @@ from tvm.relax.frontend.nn import spec
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.layers import GraphContext
 from tpserve.compile.models.llama import LlamaForCausalLM
-from tpserve.compile.operators import Operators, PortableOperators, TunedCpuOperators
+from tpserve.compile.operators import Operators, PortableOperators, TunedOperators
 from tpserve.compile.sharding import Sharding, shard
 from tpserve.proto.manifest import ParamSpec
 
@@ -33,18 +33,30 @@ class Graph:
 def build_graph(config: ModelConfig, compile_config: CompileConfig) -> Graph:
     """Write the model in relax: one function `step` (see `LlamaForCausalLM.step`)."""
     sharding = shard(config, compile_config.tp_size)
-    operators: Operators = TunedCpuOperators() if compile_config.kernels == "tuned" else PortableOperators()
-    weight_dtype = WEIGHT_DTYPES[compile_config.quantization]
-    context = GraphContext(config, sharding, operators, weight_dtype, compile_config.page_size)
+    on_gpu = compile_config.target == "cuda"
+    dtype = "bfloat16" if on_gpu else "float32"
+    operators: Operators = PortableOperators()
+    if compile_config.kernels == "tuned":
+        operators = TunedOperators("cuda" if on_gpu else "cpu", dtype)
+    context = GraphContext(
+        config,
+        sharding,
+        operators,
+        WEIGHT_DTYPES[compile_config.quantization],
+        compile_config.page_size,
+        "sm90" if on_gpu else "panel16",
+    )
     model = LlamaForCausalLM(context, compile_config.max_model_len)
     page_values = config.head_dim * compile_config.page_size
-    page = spec.Tensor(["num_pages", sharding.num_kv_heads, 2, page_values], "float32")
+    page = spec.Tensor(["num_pages", sharding.num_kv_heads, 2, page_values], dtype)
     step_spec = {
         "token_ids": spec.Tensor(["num_tokens"], "int32"),
         "positions": spec.Tensor(["num_tokens"], "int32"),
         "token_slots": spec.Tensor(["num_tokens"], "int32"),
         "page_table": spec.Tensor(["num_slots", "max_pages"], "int32"),
         "sample_rows": spec.Tensor(["num_rows"], "int32"),
+        "plan": spec.Tensor(["plan_words"], "int32"),
+        "workspace": spec.Tensor(["workspace_floats"], "float32"),
         "kv": [page] * config.num_layers,
         "$": {"param_mode": "packed", "effect_mode": "none"},
     }

@@ -56,7 +56,7 @@ class ParamSpec:
     shape: tuple[int, ...]
     """Per rank, after packing."""
     dtype: str
-    layout: Literal["plain", "panel16", "rope_table"]
+    layout: Literal["plain", "panel16", "sm90", "rope_table"]
     """plain: as in the checkpoint. panel16: (rows / 16, columns, 16), sixteen output rows side by side for each
     input column, so a GEMM reads weights once and in order. rope_table: (max_model_len, head_dim) float32, cosines
     then sines, computed from `Manifest.rope_inv_freq`."""
@@ -78,6 +78,10 @@ class KVLayout:
     num_kv_heads: int
     head_dim: int
     dtype: str
+
+    def layer_shape(self, num_pages: int) -> tuple[int, ...]:
+        """Return the shape of one layer's pages."""
+        return (num_pages, self.num_kv_heads, 2, self.head_dim * self.page_size)
 
     @property
     def page_bytes(self) -> int:
@@ -112,6 +116,8 @@ class Manifest:
     max_num_batched_tokens: int
     """Upper bound of tokens in one step, to which memory was planned."""
     max_num_seqs: int
+    attention_window: int
+    """Positions that a token attends to; 0 is all."""
     workspace_bytes: int
     """Temporary buffers of one step at the upper bounds."""
     kv: KVLayout

@@ -31,6 +31,8 @@ class RankConfig:
     """A rank that is later than this in a collective ends the group."""
     host: str = "127.0.0.1"
     """Address to listen on for step plans."""
+    device: int | None = None
+    """GPU of this rank; None computes on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,10 +37,16 @@ class Rank:
             force=True,
         )
         # Imported here: the actor's process loads TVM, the coordinator that pickles this class by name does not.
-        from tpserve.worker.runner import Runner
         from tpserve.worker.service import serve
 
-        self._runner = Runner(config, _log_progress)
+        if config.device is None:
+            from tpserve.worker.runner import Runner
+
+            self._runner = Runner(config, _log_progress)
+        else:
+            from tpserve.worker.device_runner import DeviceRunner
+
+            self._runner = DeviceRunner(config, _log_progress)
         self._server, port = serve(self._runner, config.rank, config.host)
         return RankAddress(config.rank, config.host, port, os.getpid(), socket.gethostname())
 

@@ -35,11 +35,23 @@ class StepArrays:
 class Batch:
     """Slots of one rank.
 
+    With `tokens_on_device`, sampled tokens never come to the host in time: decoding rows carry token id -1, for the
+    device to fill in.
+
     A slot decodes when its prompt has been sampled; decoding slots are kept as one array that changes only when a slot
     comes or goes, so a pure decode step costs a few vector operations.
     """
 
-    def __init__(self, max_num_seqs: int, max_num_tokens: int, max_pages_per_seq: int, page_size: int) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        max_pages_per_seq: int,
+        page_size: int,
+        *,
+        tokens_on_device: bool = False,
+    ) -> None:
+        self._tokens_on_device = tokens_on_device
         self._page_size = page_size
         self._max_num_tokens = max_num_tokens
         self.page_table = aligned_zeros((max_num_seqs, max_pages_per_seq), np.int32)
@@ -56,14 +68,20 @@ class Batch:
         self._sample_slots = aligned_empty(token_shape, np.int32)
         self._sample_positions = aligned_empty(token_shape, np.int32)
 
-    def apply(self, plan: StepPlan) -> None:
+    def apply(self, plan: StepPlan) -> list[tuple[int, int, int]]:
         """Take a plan's removals, additions and pages.
+
+        Returns
+        -------
+        list of (slot, index, page)
+            What changed in the page table, for a copy of it elsewhere.
 
         Raises
         ------
         PlanError
             If a slot is removed or grown that is free, added while taken, or given more pages than a table holds.
         """
+        changed: list[tuple[int, int, int]] = []
         if plan.removed_slots:
             for slot in plan.removed_slots:
                 self._require(self._occupied[slot], f"step {plan.step_id} removes slot {slot}, which is free")
@@ -77,10 +95,11 @@ class Batch:
             self._occupied[slot] = True
             self._num_tokens[slot] = 0
             for page in added.page_ids:
-                self._append(slot, page)
+                changed.append((slot, self._append(slot, page), page))
         for slot, page in plan.appended_pages:
             self._require(self._occupied[slot], f"step {plan.step_id} gives a page to slot {slot}, which is free")
-            self._append(slot, page)
+            changed.append((slot, self._append(slot, page), page))
+        return changed
 
     def prepare(self, plan: StepPlan) -> StepArrays:
         """Lay out the tokens of a step: decoding slots first, then the plan's chunks.
@@ -97,7 +116,7 @@ class Batch:
             f"step {plan.step_id} has {num_tokens} tokens, the library takes {self._max_num_tokens}",
         )
         slots = self._decoding
-        self._token_ids[:num_decodes] = self._last_token[slots]
+        self._token_ids[:num_decodes] = -1 if self._tokens_on_device else self._last_token[slots]
         self._positions[:num_decodes] = self._num_tokens[slots] - 1
         self._token_slots[:num_decodes] = slots
         self._sample_rows[:num_decodes] = np.arange(num_decodes, dtype=np.int32)
@@ -133,20 +152,29 @@ class Batch:
             sample_positions=self._sample_positions[:num_rows],
         )
 
-    def commit(self, arrays: StepArrays, token_ids: Array) -> None:
-        """Take the sampled tokens: they are the next step's inputs, and newly sampled slots decode from then on."""
+    def commit(self, arrays: StepArrays, token_ids: Array | None) -> None:
+        """Take the sampled tokens: they are the next step's inputs, and newly sampled slots decode from then on.
+
+        Parameters
+        ----------
+        token_ids : (R,) int32 or None
+            None if they stay on the device.
+        """
         slots = arrays.sample_slots
-        self._last_token[slots] = token_ids
+        if token_ids is not None:
+            self._last_token[slots] = token_ids
         self._num_tokens[slots] = arrays.sample_positions + 1
         num_decodes = len(self._decoding)
         if len(slots) > num_decodes:
             self._decoding = np.concatenate([self._decoding, slots[num_decodes:]])
 
-    def _append(self, slot: int, page: int) -> None:
-        count = self._num_pages[slot]
+    def _append(self, slot: int, page: int) -> int:
+        """Put a page at the end of a slot's table; return its index."""
+        count = int(self._num_pages[slot])
         self._require(count < self.page_table.shape[1], f"slot {slot} has more pages than its table's {count}")
         self.page_table[slot, count] = page
         self._num_pages[slot] = count + 1
+        return count
 
     @staticmethod
     def _require(condition: bool | np.bool_, message: str) -> None:

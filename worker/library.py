@@ -14,7 +14,8 @@ from tpserve.proto.host import cpu_features
 from tpserve.proto.manifest import Manifest, ManifestError, sha256_file
 from tpserve.worker.errors import LibraryError
 
-CPU_PREFIX = "tpserve.cpu."
+KERNEL_PREFIXES = ("tpserve.cpu.", "tpserve.cuda.")
+"""Externs of these names are in the artifact's kernel library, under the rest of the name."""
 
 
 def _import_tvm_runtime() -> Any:
@@ -55,7 +56,7 @@ def check_manifest(artifact_dir: Path, model_dir: Path, tp_size: int, max_num_se
             f"max_num_seqs {max_num_seqs} is more than the library's {manifest.max_num_seqs}: compile again"
         )
     here = cpu_features()
-    built = manifest.target["cpu_features"]
+    built = manifest.target.get("cpu_features", here)
     if built != here:
         raise LibraryError(
             f"{artifact_dir} was compiled for a CPU with [{built}], this one has [{here}]: compile again"
@@ -73,7 +74,7 @@ class Library:
         The compiled graph (`LlamaForCausalLM.step`), parameters last.
     """
 
-    def __init__(self, artifact_dir: Path, manifest: Manifest, kernels: Any) -> None:
+    def __init__(self, artifact_dir: Path, manifest: Manifest, kernels: Any, device: Any = None) -> None:
         """Load the graph.
 
         Parameters
@@ -81,6 +82,8 @@ class Library:
         kernels
             The artifact's kernel library, see `load_kernels`. Externs that are not in it (collectives) must have been
             registered before.
+        device
+            TVM device of the graph; the host if not given.
 
         Raises
         ------
@@ -90,11 +93,12 @@ class Library:
         self.manifest = manifest
         # Names are resolved when the VM is made, so all must be there before.
         for name in manifest.externs:
-            if name.startswith(CPU_PREFIX):
-                tvm_ffi.register_global_func(name, kernels[name.removeprefix(CPU_PREFIX)], override=True)
+            if name.startswith(KERNEL_PREFIXES):
+                tvm_ffi.register_global_func(name, kernels[name.rpartition(".")[2]], override=True)
             elif tvm_ffi.get_global_func(name, allow_missing=True) is None:
                 raise LibraryError(f"the library needs {name}, which no backend has registered")
-        self._vm = tvm.runtime.vm.VirtualMachine(tvm.runtime.load_module(str(artifact_dir / "model.so")), tvm.cpu())
+        model = tvm.runtime.load_module(str(artifact_dir / "model.so"))
+        self._vm = tvm.runtime.vm.VirtualMachine(model, device or tvm.cpu())
         self.step: Callable[..., Any] = self._vm["step"]
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from tpserve.collectives.cpu import SharedMemoryCommunicator
 from tpserve.proto.messages import StepPlan, StepResult, TokenLogprobs
 from tpserve.proto.rank import RankConfig
-from tpserve.worker.arrays import Array, as_tensor
+from tpserve.worker.arrays import Array, aligned_zeros, as_tensor
 from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.errors import PlanError
 from tpserve.worker.kv_cache import KVCache
@@ -22,6 +25,17 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (parameters loaded, parameters in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoneStep:
+    """A step on a CPU is done when it is submitted."""
+
+    result: StepResult
+
+    def wait(self) -> StepResult:
+        """Return the result."""
+        return self.result
 
 
 class Runner:
@@ -58,11 +72,17 @@ class Runner:
             self._params.append(as_tensor(array))
             progress(len(self._params), len(manifest.params))
         self._kv = KVCache(manifest.kv, config.num_pages)
+        # Attention on a CPU needs neither a plan nor room for partial sums.
+        self._no_workspace = (as_tensor(aligned_zeros((0,), np.int32)), as_tensor(aligned_zeros((0,), np.float32)))
         page_size = manifest.kv.page_size
         max_pages = -(-manifest.max_model_len // page_size)
         self._batch = Batch(config.max_num_seqs, manifest.max_num_batched_tokens, max_pages, page_size)
         self._sampler = Sampler(kernels["sample"], config.max_num_seqs, manifest.vocab_size)
         self._next_step_id: int | None = None
+
+    def submit(self, plan: StepPlan) -> DoneStep:
+        """Run one step; see `execute`."""
+        return DoneStep(self.execute(plan))
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step.
@@ -120,7 +140,7 @@ class Runner:
         if not len(arrays.token_ids):
             return arrays, None
         inputs = (arrays.token_ids, arrays.positions, arrays.token_slots, self._batch.page_table, arrays.sample_rows)
-        return arrays, self._step(*map(as_tensor, inputs), self._kv.layers, self._params)
+        return arrays, self._step(*map(as_tensor, inputs), *self._no_workspace, self._kv.layers, self._params)
 
     def sample(self, arrays: StepArrays, logits: Any) -> tuple[Array, dict[int, TokenLogprobs]]:
         """Sample what `forward` returned, and make it the next step's input; see `Sampler.sample`."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import queue
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 from typing import Protocol
@@ -17,15 +19,25 @@ logger = logging.getLogger(__name__)
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)]
 
 
-class PlanRunner(Protocol):
-    """What executes plans: `worker.runner.Runner` in service."""
+class PendingResult(Protocol):
+    """A step that was submitted."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step."""
+    def wait(self) -> StepResult:
+        """Block until it is done."""
+
+
+class PlanRunner(Protocol):
+    """What executes plans: `runner.Runner` on a CPU, `device_runner.DeviceRunner` on a GPU."""
+
+    def submit(self, plan: StepPlan) -> PendingResult:
+        """Run one step behind those before it, now or on the device."""
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """Executes the plans of one stream in order; after an error the rank is of no more use and says so."""
+    """Executes the plans of one stream in order; after an error the rank is of no more use and says so.
+
+    One thread submits plans as they come, another waits for results, so a device always has its next step.
+    """
 
     def __init__(self, runner: PlanRunner, rank: int) -> None:
         self._runner = runner
@@ -35,16 +47,38 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request_iterator: Iterator[worker_pb2.StepPlan], context: grpc.ServicerContext
     ) -> Iterator[worker_pb2.StepResult]:
         """Run each plan as it comes."""
-        for message in request_iterator:
+        submitted: queue.SimpleQueue[tuple[int, PendingResult | Exception] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._submit_all, args=(request_iterator, submitted), daemon=True).start()
+        while (item := submitted.get()) is not None:
+            step_id, pending = item
             try:
-                result = self._runner.execute(StepPlan.from_pb(message))
+                if isinstance(pending, Exception):
+                    raise pending
+                result = pending.wait()
             except Exception as error:
                 # Whatever it was, this rank's state is unknown now: report the cause and end the group.
-                logger.exception("step %d failed", message.step_id)
+                logger.exception("step %d failed", step_id)
                 cause = f"{type(error).__name__}: {error}"
-                yield StepResult(message.step_id, self._rank, error=cause).to_pb()
+                yield StepResult(step_id, self._rank, error=cause).to_pb()
                 return
             yield result.to_pb()
+
+    def _submit_all(
+        self,
+        messages: Iterator[worker_pb2.StepPlan],
+        submitted: queue.SimpleQueue[tuple[int, PendingResult | Exception] | None],
+    ) -> None:
+        try:
+            for message in messages:
+                try:
+                    submitted.put((message.step_id, self._runner.submit(StepPlan.from_pb(message))))
+                except Exception as error:
+                    submitted.put((message.step_id, error))
+                    return
+        except grpc.RpcError:
+            logger.info("the coordinator has ended the stream")
+        finally:
+            submitted.put(None)
 
 
 def serve(runner: PlanRunner, rank: int, host: str) -> tuple[grpc.Server, int]:

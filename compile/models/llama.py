@@ -45,6 +45,8 @@ class LlamaForCausalLM(nn.Module):
         token_slots: Tensor,
         page_table: Tensor,
         sample_rows: Tensor,
+        plan: Tensor,
+        workspace: Tensor,
         kv: list[Tensor],
     ) -> Tensor:
         """Run one step over a ragged batch.
@@ -58,6 +60,8 @@ class LlamaForCausalLM(nn.Module):
             Page ids by slot.
         sample_rows : (R,) int32
             Tokens whose logits are wanted.
+        plan : (words,) int32, workspace : (floats,) float32
+            For attention on a GPU; empty on a CPU.
         kv : list of (num_pages, num_kv_heads, 2, head_dim * page_size) float32
             Pages by layer; written in place.
 
@@ -67,7 +71,7 @@ class LlamaForCausalLM(nn.Module):
             The same on every rank; columns past the vocabulary mean nothing.
         """
         config, operators = self._context.config, self._context.operators
-        batch = BatchInputs(positions, token_slots, page_table, self.rope)
+        batch = BatchInputs(positions, token_slots, page_table, self.rope, plan, workspace)
         residual = operators.embed(token_ids, self.embed_tokens)
         x = operators.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]

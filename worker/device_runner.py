@@ -1,0 +1,340 @@
+"""Executes step plans on one GPU: one captured CUDA graph per bucket, from token ids to sampled ids, host never waiting.
+
+A plan becomes one copy of a few hundred bytes and one graph launch. Sampled tokens stay on the device, where the next
+step finds them; the host learns them later. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+import tvm_ffi
+
+from tpserve.collectives.nccl import NcclCommunicator
+from tpserve.proto.messages import StepPlan, StepResult
+from tpserve.proto.rank import RankConfig
+from tpserve.worker.arrays import Array
+from tpserve.worker.batch import Batch, StepArrays
+from tpserve.worker.device_sampler import DeviceSampler
+from tpserve.worker.errors import PlanError, WorkerError
+from tpserve.worker.library import Library, check_manifest, load_kernels, tvm
+from tpserve.worker.weights import dummy_parameters, load_parameters
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (parameters loaded, parameters in all)."""
+
+_NUM_STAGING = 4
+"""Pinned copies of a step's inputs and outputs: more than plans can be in flight."""
+_DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256)
+_MIXED_BUCKETS = (96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+_MAX_PAGE_UPDATES = 4096
+"""Page-table entries that one step may change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sizes of one captured graph; a step runs in the smallest that holds it, padded."""
+
+    num_tokens: int
+    num_rows: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of token_ids, positions, token_slots, sample_rows, sample_slots and sample_positions."""
+        return (self.num_tokens,) * 3 + (self.num_rows,) * 3
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each of them begins in a step's inputs: kernels read at multiples of 16 bytes."""
+        starts = [0]
+        for size in self.sizes:
+            starts.append(starts[-1] + -(-size // 4) * 4)
+        return tuple(starts[:-1])
+
+    @property
+    def num_inputs(self) -> int:
+        """Integers of a step's inputs."""
+        return self.starts[-1] + self.num_rows
+
+
+def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
+    """Return the buckets, smallest first: pure decodes, where each token is sampled, then mixed steps."""
+    rows = [size for size in _DECODE_BUCKETS if size < max_num_seqs] + [max_num_seqs]
+    tokens = [size for size in _MIXED_BUCKETS if max_num_seqs < size < max_num_batched_tokens]
+    mixed = [Bucket(size, max_num_seqs) for size in [*tokens, max_num_batched_tokens] if size > max_num_seqs]
+    return [Bucket(size, size) for size in rows] + mixed
+
+
+class _CapturedStep:
+    """One bucket's graph with the device buffer of its inputs."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.inputs = cupy.zeros(bucket.num_inputs, cupy.int32)
+        self.graph: Any = None
+        parts = [self.inputs[start : start + size] for start, size in zip(bucket.starts, bucket.sizes, strict=True)]
+        parts[2].fill(-1)
+        parts[4].fill(-1)
+        self.tensors = [tvm_ffi.from_dlpack(part) for part in parts]
+        """token_ids, positions, token_slots, sample_rows, sample_slots, sample_positions."""
+        self.plan: Any = None
+
+
+class PendingStep:
+    """A step on its way; `wait` blocks until the device has done it."""
+
+    def __init__(self, runner: DeviceRunner, plan: StepPlan, slots: Array | None, staging: int) -> None:
+        self._runner = runner
+        self._plan = plan
+        self._slots = slots
+        self._staging = staging
+
+    def wait(self) -> StepResult:
+        """Return the result.
+
+        Raises
+        ------
+        WorkerError
+            If the device has not done the step within the deadline of a collective.
+        """
+        return self._runner.finish(self._plan, self._slots, self._staging)
+
+
+class DeviceRunner:
+    """The compiled model with its weights, pages and batch on one GPU, as one rank of its group."""
+
+    def __init__(self, config: RankConfig, progress: Progress) -> None:
+        """Join the group, load everything and capture every bucket; returns when all ranks have come.
+
+        Raises
+        ------
+        WorkerError
+            If the artifact or the weights cannot be used.
+        TimeoutError
+            If a rank of the group does not come in time.
+        """
+        manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
+        self._config = config
+        self._rank = config.rank
+        self._timeout_s = config.collective_timeout_s
+        cupy.cuda.Device(config.device).use()
+        self._device = tvm.cuda(config.device)
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._kernels = load_kernels(config.artifact_dir)
+        self._communicator: NcclCommunicator | None = None
+        if config.tp_size > 1:
+            self._communicator = NcclCommunicator(
+                config.group_name, config.rank, config.tp_size, timeout_s=config.collective_timeout_s
+            )
+            self._communicator.register()
+        library = Library(config.artifact_dir, manifest, self._kernels, self._device)
+        self._step = library.step
+        self._params = self._load(manifest, progress)
+        kv = manifest.kv
+        self._kv = [
+            as_device_tensor(cupy.zeros(kv.layer_shape(config.num_pages), cupy.uint16), kv.dtype)
+            for _ in range(kv.num_layers)
+        ]
+        max_pages = -(-manifest.max_model_len // kv.page_size)
+        self._batch = Batch(
+            config.max_num_seqs, manifest.max_num_batched_tokens, max_pages, kv.page_size, tokens_on_device=True
+        )
+        self._page_table = tvm_ffi.from_dlpack(cupy.zeros((config.max_num_seqs, max_pages), cupy.int32))
+        self._page_updates = cupy.zeros((_MAX_PAGE_UPDATES, 3), cupy.int32)
+        self._last_token = tvm_ffi.from_dlpack(cupy.zeros(config.max_num_seqs, cupy.int32))
+        self._sampler = DeviceSampler(self._kernels, config.max_num_seqs, manifest.vocab_size, _NUM_STAGING)
+        self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
+        self._window = manifest.attention_window
+        num_tokens = manifest.max_num_batched_tokens
+        floats = self._kernels["attention_workspace_size"](num_tokens, *self._heads, kv.head_dim)
+        self._plan = cupy.zeros(self._plan_words(num_tokens), cupy.int32)
+        self._workspace = tvm_ffi.from_dlpack(cupy.zeros(max(1, floats), cupy.float32))
+        buckets = make_buckets(config.max_num_seqs, manifest.max_num_batched_tokens)
+        size = max(bucket.num_inputs for bucket in buckets)
+        self._input_staging = [_pinned(size, np.int32) for _ in range(_NUM_STAGING)]
+        self._update_staging = [_pinned(3 * _MAX_PAGE_UPDATES, np.int32) for _ in range(_NUM_STAGING)]
+        self._events = [cupy.cuda.Event(block=True, disable_timing=True) for _ in range(_NUM_STAGING)]
+        self._next_staging = 0
+        self._next_step_id: int | None = None
+        self._last_finish = time.perf_counter()
+        self._captured = self._capture(buckets)
+
+    def _load(self, manifest: Any, progress: Progress) -> list[Any]:
+        config = self._config
+        if config.load_format == "dummy":
+            arrays = dummy_parameters(manifest, config.rank)
+        else:
+            arrays = load_parameters(manifest, config.model_dir, config.rank)
+        params = []
+        for spec, array in zip(manifest.params, arrays, strict=True):
+            raw = array.view(np.uint16) if spec.dtype == "bfloat16" else array
+            params.append(as_device_tensor(cupy.asarray(raw), spec.dtype))
+            progress(len(params), len(manifest.params))
+        return params
+
+    # ---- capture
+
+    def _capture(self, buckets: list[Bucket]) -> list[_CapturedStep]:
+        """Capture one graph for each bucket, largest first so that the allocator's pool has room for all."""
+        started = time.perf_counter()
+        captured = []
+        with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
+            for bucket in sorted(buckets, key=lambda bucket: -bucket.num_tokens):
+                step = _CapturedStep(bucket)
+                step.plan = tvm_ffi.from_dlpack(self._plan[: self._plan_words(bucket.num_tokens)])
+                for _ in range(2):  # the pool must be warm: nothing may be allocated while capturing
+                    self._run(step)
+                self._stream.synchronize()
+                self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+                self._run(step)
+                step.graph = self._stream.end_capture()
+                step.graph.upload(self._stream)
+                captured.append(step)
+            self._stream.synchronize()
+        logger.info("captured %d graphs in %.1f s", len(captured), time.perf_counter() - started)
+        return captured[::-1]
+
+    def _run(self, step: _CapturedStep) -> None:
+        """Queue everything that one step does on the device."""
+        token_ids, positions, token_slots, sample_rows, sample_slots, sample_positions = step.tensors
+        self._kernels["load_last_tokens"](token_slots, self._last_token, token_ids)
+        self._kernels["attention_plan"](positions, token_slots, *self._heads, self._window, step.plan)
+        logits = self._step(
+            token_ids,
+            positions,
+            token_slots,
+            self._page_table,
+            sample_rows,
+            step.plan,
+            self._workspace,
+            self._kv,
+            self._params,
+        )
+        ids = self._sampler.queue(logits, sample_slots, sample_positions)
+        self._kernels["store_last_tokens"](ids, sample_slots, self._last_token)
+
+    # ---- steps
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """Queue one step behind those before it; returns at once.
+
+        Raises
+        ------
+        PlanError
+            If the plan contradicts the batch, or comes out of order.
+        """
+        if self._next_step_id is not None and plan.step_id != self._next_step_id:
+            raise PlanError(f"step {plan.step_id} came where {self._next_step_id} was due")
+        if plan.num_draft_tokens:
+            raise PlanError(f"step {plan.step_id} asks for {plan.num_draft_tokens} draft tokens: no draft is loaded")
+        self._next_step_id = plan.step_id + 1
+        staging, self._next_staging = self._next_staging, (self._next_staging + 1) % _NUM_STAGING
+        updates = self._batch.apply(plan)
+        arrays = self._batch.prepare(plan)
+        with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
+            if updates:
+                self._update_pages(updates, staging)
+            if plan.added_slots:
+                self._sampler.add(plan.added_slots, staging, self._stream)
+            if not len(arrays.token_ids):
+                return PendingStep(self, plan, None, staging)
+            step = self._bucket_for(arrays)
+            self._fill(step.bucket, arrays, self._input_staging[staging])
+            step.inputs.data.copy_from_host_async(
+                self._input_staging[staging].ctypes.data, step.inputs.nbytes, self._stream
+            )
+            step.graph.launch(self._stream)
+            self._sampler.fetch(len(arrays.sample_slots), arrays.sample_slots, staging, self._stream)
+            self._events[staging].record(self._stream)
+        slots = arrays.sample_slots.copy()
+        self._batch.commit(arrays, None)
+        return PendingStep(self, plan, slots, staging)
+
+    def finish(self, plan: StepPlan, slots: Array | None, staging: int) -> StepResult:
+        """Wait for a submitted step; see `PendingStep.wait`."""
+        if slots is None:
+            return StepResult(plan.step_id, self._rank)
+        deadline = time.monotonic() + self._timeout_s
+        event = self._events[staging]
+        if self._communicator is None:
+            event.synchronize()
+        else:
+            while not event.done:  # a rank that is late must not block this one for ever
+                if time.monotonic() > deadline:
+                    raise WorkerError(f"step {plan.step_id} is not done after {self._timeout_s:g} s in the device")
+                time.sleep(20e-6)
+        now = time.perf_counter()
+        step_us, self._last_finish = int((now - self._last_finish) * 1e6), now
+        if self._rank != 0:
+            return StepResult(plan.step_id, self._rank, step_us=step_us)
+        token_ids, logprobs = self._sampler.results(slots, staging)
+        return StepResult(
+            plan.step_id,
+            self._rank,
+            slots=tuple(slots.tolist()),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            step_us=step_us,
+        )
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._communicator is not None:
+            self._communicator.close()
+
+    def _plan_words(self, num_tokens: int) -> int:
+        num_slots, _, num_kv_heads = self._heads
+        return int(self._kernels["attention_plan_size"](num_tokens, num_slots, num_kv_heads))
+
+    def _bucket_for(self, arrays: StepArrays) -> _CapturedStep:
+        num_tokens, num_rows = len(arrays.token_ids), len(arrays.sample_rows)
+        for step in self._captured:
+            if step.bucket.num_tokens >= num_tokens and step.bucket.num_rows >= num_rows:
+                return step
+        raise PlanError(f"no bucket holds {num_tokens} tokens of which {num_rows} are sampled")
+
+    @staticmethod
+    def _fill(bucket: Bucket, arrays: StepArrays, target: Array) -> None:
+        """Lay out a step's inputs, padded to the bucket: padded tokens and rows have slot -1."""
+        parts = (
+            (arrays.token_ids, 0),
+            (arrays.positions, 0),
+            (arrays.token_slots, -1),
+            (arrays.sample_rows, 0),
+            (arrays.sample_slots, -1),
+            (arrays.sample_positions, 0),
+        )
+        for (values, padding), start, size in zip(parts, bucket.starts, bucket.sizes, strict=True):
+            target[start : start + len(values)] = values
+            target[start + len(values) : start + size] = padding
+
+    def _update_pages(self, updates: list[tuple[int, int, int]], staging: int) -> None:
+        for first in range(0, len(updates), _MAX_PAGE_UPDATES):
+            part = updates[first : first + _MAX_PAGE_UPDATES]
+            host = self._update_staging[staging]
+            if first:
+                self._stream.synchronize()  # rare: one step changes more entries than the buffer holds
+            host[: 3 * len(part)] = np.asarray(part, np.int32).reshape(-1)
+            self._page_updates.data.copy_from_host_async(host.ctypes.data, 12 * len(part), self._stream)
+            self._kernels["scatter_pages"](tvm_ffi.from_dlpack(self._page_updates[: len(part)]), self._page_table)
+
+
+def as_device_tensor(array: Any, dtype: str) -> Any:
+    """Return a TVM tensor over a CuPy array; bfloat16 is stored as uint16 there."""
+    tensor = tvm_ffi.from_dlpack(array)
+    if dtype == "bfloat16":
+        return tensor._create_view(array.shape, dtype="bfloat16")
+    return tensor
+
+
+def _pinned(size: int, dtype: Any) -> Array:
+    memory = cupy.cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize)
+    return np.frombuffer(memory, dtype, size)

@@ -1,0 +1,142 @@
+"""Sampling state of every slot on a GPU, at addresses that captured graphs keep, and the copies that change it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+import tvm_ffi
+
+from tpserve.proto.messages import SlotAdd, TokenLogprobs
+from tpserve.worker.arrays import Array
+from tpserve.worker.errors import PlanError
+from tpserve.worker.sampler import MAX_LOGPROBS
+
+MAX_BIAS = 512
+"""Entries of logit_bias that one sequence may have: graphs need a fixed size."""
+_FLOATS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty")
+
+
+class DeviceSampler:
+    """Parameters by slot, in one block that is copied whole when a slot is added.
+
+    Parameters
+    ----------
+    kernels
+        The artifact's kernel library.
+    num_staging
+        Pinned copies, so that the host may prepare steps ahead.
+    """
+
+    def __init__(self, kernels: Any, max_num_seqs: int, vocab_size: int, num_staging: int) -> None:
+        self._sample = kernels["sample"]
+        self._max_num_seqs = max_num_seqs
+        self._vocab_size = vocab_size
+        size = -(-max_num_seqs // 4) * 4  # every array begins at a multiple of 16 bytes
+        self._stride = size
+        # 8-byte seeds first, then everything of 4 bytes.
+        self._block_bytes = 8 * size + 4 * size * (len(_FLOATS) + 3)
+        self._host = np.zeros(self._block_bytes, np.uint8)
+        self._device = cupy.zeros(self._block_bytes, cupy.uint8)
+        self._staging = [_pinned(self._block_bytes, np.uint8) for _ in range(num_staging)]
+        self._host_views = self._views(self._host)
+        views = self._views(self._device)
+        self._host_views["num_logprobs"][:] = -1
+        self._bias_ids = cupy.zeros((size, MAX_BIAS), cupy.int32)
+        self._bias_values = cupy.zeros((size, MAX_BIAS), cupy.float32)
+        self._output_counts = cupy.zeros((size, vocab_size), cupy.int32)
+        state = (
+            views["temperature"],
+            views["top_p"],
+            views["top_k"],
+            views["min_p"],
+            views["frequency_penalty"],
+            views["presence_penalty"],
+            views["seed"],
+            self._bias_ids,
+            self._bias_values,
+            views["bias_count"],
+            self._output_counts,
+            views["num_logprobs"],
+        )
+        self._state = tuple(tvm_ffi.from_dlpack(array) for array in state)
+        self._out = (
+            cupy.zeros(size, cupy.int32),
+            cupy.zeros(size, cupy.float32),
+            cupy.zeros((size, MAX_LOGPROBS), cupy.int32),
+            cupy.zeros((size, MAX_LOGPROBS), cupy.float32),
+        )
+        self._results = [
+            [_pinned(array.size, array.dtype).reshape(array.shape) for array in self._out] for _ in range(num_staging)
+        ]
+
+    def _views(self, block: Any) -> dict[str, Any]:
+        size, used = self._stride, self._max_num_seqs
+        views = {"seed": block[: 8 * size].view(np.int64)[:used]}
+        start = 8 * size
+        for name in (*_FLOATS, "top_k", "num_logprobs", "bias_count"):
+            dtype = np.float32 if name in _FLOATS else np.int32
+            views[name] = block[start : start + 4 * size].view(dtype)[:used]
+            start += 4 * size
+        return views
+
+    def add(self, added_slots: Sequence[SlotAdd], staging: int, stream: Any) -> None:
+        """Take the parameters of sequences that enter slots, in order with the steps on `stream`."""
+        views = self._host_views
+        for added in added_slots:
+            slot, sampling = added.slot, added.sampling
+            for name in _FLOATS:
+                views[name][slot] = getattr(sampling, name)
+            views["top_k"][slot] = sampling.top_k or 0
+            views["seed"][slot] = np.uint64(sampling.seed).astype(np.int64)
+            views["num_logprobs"][slot] = -1 if sampling.num_logprobs is None else sampling.num_logprobs
+            count = len(sampling.logit_bias)
+            if count > MAX_BIAS:
+                raise PlanError(f"slot {slot} has {count} logit_bias entries, this device takes {MAX_BIAS}")
+            views["bias_count"][slot] = count
+            if count:
+                ids = np.asarray([token for token, _ in sampling.logit_bias], np.int32)
+                values = np.asarray([value for _, value in sampling.logit_bias], np.float32)
+                self._bias_ids[slot, :count].set(ids, stream)
+                self._bias_values[slot, :count].set(values, stream)
+            if sampling.needs_output_history:
+                counts = np.zeros(self._vocab_size, np.int32)
+                np.add.at(counts, np.asarray(added.output_token_ids, np.int64), 1)
+                self._output_counts[slot].set(counts, stream)
+        self._staging[staging][:] = self._host
+        self._device.data.copy_from_host_async(self._staging[staging].ctypes.data, self._block_bytes, stream)
+
+    def queue(self, logits: Any, slots: Any, positions: Any) -> Any:
+        """Queue the sampling kernel; return the tensor of sampled ids, (R,) int32."""
+        rows = slots.shape[0]
+        out = [tvm_ffi.from_dlpack(array[:rows]) for array in self._out]
+        self._sample(logits, self._vocab_size, slots, positions, *self._state, *out)
+        return out[0]
+
+    def fetch(self, num_rows: int, slots: Array, staging: int, stream: Any) -> None:
+        """Queue the copies of a step's results to the host."""
+        wanted = bool((self._host_views["num_logprobs"][slots] >= 0).any())
+        for device, host in zip(self._out, self._results[staging], strict=True):
+            size = num_rows * device[:1].nbytes
+            if size:
+                device.data.copy_to_host_async(host.ctypes.data, size, stream)
+            if not wanted:
+                break
+
+    def results(self, slots: Array, staging: int) -> tuple[tuple[int, ...], dict[int, TokenLogprobs]]:
+        """Return a finished step's token ids, and log-probabilities of the slots that asked."""
+        ids, chosen, top_ids, top_values = self._results[staging]
+        logprobs: dict[int, TokenLogprobs] = {}
+        wanted = self._host_views["num_logprobs"][slots]
+        for row in np.flatnonzero(wanted >= 0):
+            count = int(wanted[row])
+            top = zip(top_ids[row, :count].tolist(), top_values[row, :count].tolist(), strict=True)
+            logprobs[int(slots[row])] = TokenLogprobs(float(chosen[row]), tuple(top))
+        return tuple(ids[: len(slots)].tolist()), logprobs
+
+
+def _pinned(size: int, dtype: Any) -> Array:
+    memory = cupy.cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize)
+    return np.frombuffer(memory, dtype, size)
