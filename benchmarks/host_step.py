@@ -35,6 +35,7 @@ from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.messages import SamplingParams, StepPlan, StepResult
 from tpserve.proto.pb import worker_pb2
+from tpserve.worker.service import DoneStep
 
 PARTS = ("schedule", "plan_to_bytes", "channel", "bytes_to_result", "update", "total")
 TARGETS_MS = {64: 1.0, 1024: 5.0}
@@ -170,14 +171,14 @@ class ModelFreeRunner:
         model_len = PROMPT_TOKENS + num_steps + WARMUP_STEPS + 256
         self._batch = Batch(num_running, 2048 + num_running, model_len // PAGE_SIZE + 2, PAGE_SIZE)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> DoneStep:
         """Do what a runner does around the model."""
         self._batch.apply(plan)
         arrays = self._batch.prepare(plan)
         token_ids = arrays.sample_slots * 0 + 7
         self._batch.commit(arrays, token_ids)
         slots = tuple(arrays.sample_slots.tolist())
-        return StepResult(plan.step_id, slots=slots, token_ids=tuple(token_ids.tolist()), step_us=1)
+        return DoneStep(StepResult(plan.step_id, slots=slots, token_ids=tuple(token_ids.tolist()), step_us=1))
 
 
 def serve_rank(connection: Connection, num_running: int, num_steps: int) -> None:

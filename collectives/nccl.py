@@ -63,7 +63,7 @@ class NcclCommunicator:
 
 
 def _meeting_place(name: str) -> Path:
-    return Path("/dev/shm") / f"{name}.nccl"  # noqa: S108 - memory of this machine, removed when all have met
+    return Path("/dev/shm") / f"{name}.nccl"
 
 
 def _exchange_id(name: str, rank: int, timeout_s: float) -> tuple[int, ...]:

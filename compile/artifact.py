@@ -10,8 +10,9 @@ import shutil
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from tpserve.compile import native
+from tpserve.compile import native, native_cuda
 from tpserve.compile.cache import CachePolicy, cached_folder
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.proto.host import cpu_features
@@ -39,21 +40,28 @@ def input_hash(config: ModelConfig, compile_config: CompileConfig) -> str:
         "model": dataclasses.asdict(config),
         "compile": dataclasses.asdict(compile_config),
         "sources": sources.hexdigest(),
-        "kernels": native.source_hash(native.CPU_KERNEL_SOURCES),
-        "compiler": _versions(),
-        "cpu": cpu_features(),
+        "kernels": _kernel_facts(compile_config.target),
+        "compiler": _versions(compile_config.target),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")} | {"c++": native.compiler_version()}
+def _versions(target: str) -> dict[str, str]:
+    versions = {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
+    if target == "llvm":
+        return versions | {"c++": native.compiler_version()}
+    return versions | {"nvcc": native_cuda.nvcc_version()}
+
+
+def _kernel_facts(target: str) -> list[str]:
+    """List what decides a target's kernel library."""
+    if target == "llvm":
+        return [native.source_hash(native.CPU_KERNEL_SOURCES), cpu_features(), native.compiler_version()]
+    return [native_cuda.cuda_source_hash(native_cuda.CUDA_KERNEL_SOURCES)]
 
 
 def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key: str, policy: CachePolicy) -> None:
     # The compiler takes a second to import and starts threads: only a build pays for it.
-    import tvm
-
     from tpserve.compile.pipeline import build_graph, lower
 
     logger.info("Compiling %s for TP=%d", config.model_type, compile_config.tp_size)
@@ -91,13 +99,13 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
         splits=sharding.splits,
         params=graph.params,
         externs=graph.externs,
-        compiler=_versions(),
+        compiler=_versions(compile_config.target),
         input_hash=key,
         files={name: sha256_file(folder / name) for name in (MODEL_LIBRARY, KERNEL_LIBRARY)},
     ).save(folder)
 
 
-def _tvm_target(compile_config: CompileConfig) -> tvm.target.Target:
+def _tvm_target(compile_config: CompileConfig) -> Any:
     import tvm
 
     if compile_config.target == "llvm":
@@ -115,18 +123,13 @@ def _target_facts(compile_config: CompileConfig) -> dict[str, str]:
 
 def _kernel_library(target: str, policy: CachePolicy) -> Path:
     """Return the kernels of a target, built once and shared by all models."""
-    facts: list[str]
-    if target == "llvm":
-        facts = [native.source_hash(native.CPU_KERNEL_SOURCES), cpu_features(), native.compiler_version()]
-    else:
-        facts = [native_cuda.source_hash(native_cuda.CUDA_KERNEL_SOURCES), native_cuda.compiler_version()]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(_kernel_facts(target)).encode()).hexdigest()
 
     def build(folder: Path) -> None:
         if target == "llvm":
             native.build_library(native.CPU_KERNEL_SOURCES, folder / KERNEL_LIBRARY)
         else:
-            native_cuda.build_library(native_cuda.CUDA_KERNEL_SOURCES, folder / KERNEL_LIBRARY)
+            native_cuda.build_cuda_library(native_cuda.CUDA_KERNEL_SOURCES, folder / KERNEL_LIBRARY)
 
     # REDO means the model's own library: kernels of unchanged sources would come out the same.
     kernel_policy = CachePolicy.ON if policy is CachePolicy.REDO else policy

@@ -1,7 +1,7 @@
 """The operators a model graph is made of, with one implementation per kernel set.
 
-`TunedOperators` calls named externs of `compile/kernels/<target>` (destination-passing, resolved by global name when the
-library is loaded); `PortableOperators` builds everything from TVM. Collectives are externs in both.
+`TunedOperators` calls named externs of `compile/kernels/<target>` (destination-passing, resolved by global name when
+the library is loaded); `PortableOperators` builds everything from TVM. Collectives are externs in both.
 Shapes: T tokens of the step, R sampled rows, S slots, P pages of a page table, H hidden size.
 """
 

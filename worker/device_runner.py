@@ -1,4 +1,4 @@
-"""Executes step plans on one GPU: one captured CUDA graph per bucket, from token ids to sampled ids, host never waiting.
+"""Executes step plans on one GPU: one captured CUDA graph per bucket, token ids to sampled ids, host never waiting.
 
 A plan becomes one copy of a few hundred bytes and one graph launch. Sampled tokens stay on the device, where the next
 step finds them; the host learns them later. Decides nothing.
@@ -23,7 +23,7 @@ from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.errors import PlanError, WorkerError
-from tpserve.worker.library import Library, check_manifest, load_kernels, tvm
+from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, load_kernels, tvm
 from tpserve.worker.weights import dummy_parameters, load_parameters
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,7 @@ class DeviceRunner:
         self._rank = config.rank
         self._timeout_s = config.collective_timeout_s
         cupy.cuda.Device(config.device).use()
+        load_cuda_runtime()
         self._device = tvm.cuda(config.device)
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._kernels = load_kernels(config.artifact_dir)

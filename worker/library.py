@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from collections.abc import Callable
@@ -100,6 +101,11 @@ class Library:
         model = tvm.runtime.load_module(str(artifact_dir / "model.so"))
         self._vm = tvm.runtime.vm.VirtualMachine(model, device or tvm.cpu())
         self.step: Callable[..., Any] = self._vm["step"]
+
+
+def load_cuda_runtime() -> None:
+    """Make TVM's CUDA devices known; CuPy must have loaded the CUDA runtime before."""
+    ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"), ctypes.RTLD_GLOBAL)
 
 
 def load_kernels(artifact_dir: Path) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,23 +18,13 @@ from tpserve.worker.errors import PlanError
 from tpserve.worker.kv_cache import KVCache
 from tpserve.worker.library import Library, check_manifest, load_kernels
 from tpserve.worker.sampler import Sampler
+from tpserve.worker.service import DoneStep
 from tpserve.worker.weights import dummy_parameters, load_parameters
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (parameters loaded, parameters in all)."""
-
-
-@dataclass(frozen=True, slots=True)
-class DoneStep:
-    """A step on a CPU is done when it is submitted."""
-
-    result: StepResult
-
-    def wait(self) -> StepResult:
-        """Return the result."""
-        return self.result
 
 
 class Runner:

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
@@ -24,6 +25,17 @@ class PendingResult(Protocol):
 
     def wait(self) -> StepResult:
         """Block until it is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoneStep:
+    """A step on a CPU is done when it is submitted."""
+
+    result: StepResult
+
+    def wait(self) -> StepResult:
+        """Return the result."""
+        return self.result
 
 
 class PlanRunner(Protocol):

@@ -1,0 +1,131 @@
+"""Decode steps of a model on one GPU or a group of GPUs, without a server: the device's side of TPOT.
+
+Regime: C equal requests (256 tokens in, 129 out) decoding together, greedy, prefix cache off: the `step` column of the
+peer's table. The real scheduler drives the real device runner with two plans in flight; weights are random. Floor:
+weights once through memory at 4.70 TB/s. Prints one line per point and, last, one JSON object.
+
+Run on a host with GPUs: python benchmarks/gpu_decode.py --artifact FOLDER --model FOLDER [--concurrency 1 8 ...].
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import statistics
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from tpserve.coordinator.config import SchedulerConfig
+from tpserve.coordinator.request import Request
+from tpserve.coordinator.scheduler import Scheduler
+from tpserve.proto.manifest import Manifest
+from tpserve.proto.messages import SamplingParams
+from tpserve.proto.rank import RankConfig
+
+BYTES_PER_S = 4.70e12
+PROMPT_TOKENS, OUTPUT_TOKENS = 256, 129
+
+
+def make_scheduler(manifest: Manifest, num_pages: int) -> Scheduler:
+    """Return one scheduler for all points: the runner wants steps numbered on."""
+    return Scheduler(
+        SchedulerConfig(
+            max_num_seqs=manifest.max_num_seqs,
+            max_num_batched_tokens=manifest.max_num_batched_tokens,
+            max_model_len=manifest.max_model_len,
+            page_size=manifest.kv.page_size,
+            num_pages=num_pages,
+            enable_prefix_cache=False,
+        )
+    )
+
+
+def decode(
+    runner: Any, scheduler: Scheduler, vocab_size: int, concurrency: int, first_id: int
+) -> tuple[list[float], float]:
+    """Return the times between results of pure decode steps, and the whole time."""
+    for i in range(concurrency):
+        prompt = tuple((first_id + i * 7919 + j * 31) % vocab_size for j in range(PROMPT_TOKENS))
+        scheduler.add_request(Request(first_id + i, prompt, SamplingParams(temperature=0.0), OUTPUT_TOKENS))
+    pending: deque[Any] = deque()
+    gaps, started, last = [], time.perf_counter(), 0.0
+    while scheduler.has_unfinished:
+        while (plan := scheduler.schedule()) is not None:
+            pending.append((runner.submit(plan), bool(plan.chunks)))
+        step, mixed = pending.popleft()
+        events = scheduler.update(step.wait())
+        now = time.perf_counter()
+        if not mixed and last and len(events) == concurrency:
+            gaps.append(now - last)
+        last = now
+    while pending:
+        scheduler.update(pending.popleft()[0].wait())
+    return gaps, time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--artifact", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16, 32, 64])
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="dummy")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    from tpserve.worker.device_runner import DeviceRunner
+
+    manifest = Manifest.load(args.artifact)
+    num_pages = max(args.concurrency) * math.ceil((PROMPT_TOKENS + OUTPUT_TOKENS + 16) / manifest.kv.page_size)
+    loading = time.perf_counter()
+    config = RankConfig(
+        rank=0,
+        tp_size=1,
+        model_dir=args.model,
+        artifact_dir=args.artifact,
+        load_format=args.load_format,
+        num_pages=num_pages,
+        max_num_seqs=manifest.max_num_seqs,
+        num_threads=1,
+        group_name="benchmark",
+        collective_timeout_s=60.0,
+        device=0,
+    )
+    runner = DeviceRunner(config, lambda done, total: None)
+    ready_s = time.perf_counter() - loading
+    weight_bytes = sum(2 * math.prod(param.shape) for param in manifest.params if param.layout == "sm90")
+    floor_ms = weight_bytes / BYTES_PER_S * 1e3
+    points, next_id = {}, 0
+    scheduler = make_scheduler(manifest, num_pages)
+    for concurrency in [args.concurrency[0], *args.concurrency]:  # the first once more: a warm-up
+        gaps, total_s = decode(runner, scheduler, manifest.vocab_size, concurrency, next_id)
+        next_id += concurrency
+        step_ms = statistics.median(gaps) * 1e3
+        points[concurrency] = {
+            "step_ms": step_ms,
+            "step_p99_ms": sorted(gaps)[int(0.99 * len(gaps))] * 1e3,
+            "tokens_per_s": concurrency * OUTPUT_TOKENS / total_s,
+            "ratio_to_floor": step_ms / floor_ms,
+        }
+        ratio = step_ms / floor_ms
+        print(f"C={concurrency}: step {step_ms:.3f} ms, {ratio:.2f} x the floor of {floor_ms:.2f} ms", flush=True)
+    result = {
+        "benchmark": "gpu_decode",
+        "model": args.model.name,
+        "tp": 1,
+        "weights": "random",
+        "ready_s": ready_s,
+        "floor_ms": floor_ms,
+        "points": points,
+    }
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
