@@ -91,7 +91,7 @@ def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[
             for source, part in zip(spec.sources, parts, strict=True):
                 if part.shape[1:] != expected[1:]:
                     raise WeightsError(
-                        f"{source.name}: the checkpoint gives {part.shape}, the library takes {expected[1:]} in each row"
+                        f"{source.name}: the checkpoint gives {part.shape}, the library takes rows of {expected[1:]}"
                     )
             yield pack(spec, np.concatenate(parts))
     finally:

@@ -9,12 +9,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from tpserve.compile.config import ModelConfig
+from tpserve.compile.config import ModelConfig, RopeScaling
 from tpserve.compile.errors import CheckpointError
 from tpserve.compile.gguf import convert_gguf
 
@@ -27,7 +27,7 @@ TYPES = [CONTROL, CONTROL, *[NORMAL] * (len(TOKENS) - 3), USER_DEFINED]
 MERGES = ["h e", "he l", "\u0120 1", "1 2"]
 
 
-def tensors(*, biases: bool = False, untied: bool = False) -> dict[str, Any]:
+def tensors(*, biases: bool = False, all_biases: bool = False, untied: bool = False) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     shapes = {
         "token_embd.weight": (len(TOKENS), HIDDEN),
@@ -42,8 +42,11 @@ def tensors(*, biases: bool = False, untied: bool = False) -> dict[str, Any]:
         "blk.0.ffn_up.weight": (FFN, HIDDEN),
         "blk.0.ffn_down.weight": (HIDDEN, FFN),
     }
-    if biases:
-        shapes |= {f"blk.0.attn_{part}.bias": (shapes[f"blk.0.attn_{part}.weight"][0],) for part in "qkv"}
+    if biases or all_biases:
+        parts = ["attn_q", "attn_k", "attn_v"]
+        if all_biases:
+            parts += ["attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+        shapes |= {f"blk.0.{part}.bias": (shapes[f"blk.0.{part}.weight"][0],) for part in parts}
     if untied:
         shapes["output.weight"] = shapes["token_embd.weight"]
     return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
@@ -58,6 +61,7 @@ def write(
     model: str = "gpt2",
     quantization: GGMLQuantizationType | None = None,
     omit: str = "",
+    more: dict[str, Any] | None = None,
 ) -> Path:
     writer = GGUFWriter(path, arch)
     fields = {
@@ -78,7 +82,7 @@ def write(
         "add_bos_token_id": 1,
         "add_chat_template": "{{ messages }}",
     }
-    for method, value in fields.items():
+    for method, value in (fields | (more or {})).items():
         if method != omit:
             getattr(writer, method)(value)
     for name, values in weights.items():
@@ -162,7 +166,7 @@ def test_qwen2_keeps_the_order_of_rows_and_has_biases(tmp_path: Path) -> None:
 
 
 def test_llama_biases_are_interleaved_like_their_rows(tmp_path: Path) -> None:
-    weights = tensors(biases=True)
+    weights = tensors(all_biases=True)
     stored = weights | {
         f"blk.0.attn_{part}.bias": interleaved(weights[f"blk.0.attn_{part}.bias"], heads)
         for part, heads in (("q", HEADS), ("k", KV_HEADS))
@@ -172,7 +176,22 @@ def test_llama_biases_are_interleaved_like_their_rows(tmp_path: Path) -> None:
         np.testing.assert_array_equal(
             converted[f"model.layers.0.self_attn.{part}_proj.bias"], weights[f"blk.0.attn_{part}.bias"]
         )
-    assert ModelConfig.from_hf(tmp_path / "hf").qkv_bias
+    config = ModelConfig.from_hf(tmp_path / "hf")
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, True)
+    np.testing.assert_array_equal(converted["model.layers.0.self_attn.o_proj.bias"], weights["blk.0.attn_output.bias"])
+
+
+def test_rope_scaling_is_kept_or_refused(tmp_path: Path) -> None:
+    def add(kind: str, factor: float) -> dict[str, Any]:
+        return {"add_rope_scaling_type": RopeScalingType(kind), "add_rope_scaling_factor": factor}
+
+    convert(write(tmp_path / "l.gguf", tensors(), more=add("linear", 4.0)), tmp_path / "linear")
+    assert ModelConfig.from_hf(tmp_path / "linear").rope_scaling == RopeScaling("linear", 4.0)
+    with pytest.raises(CheckpointError, match="rope scaling 'yarn' of a GGUF file is not supported, only linear"):
+        convert(write(tmp_path / "y.gguf", tensors(), more=add("yarn", 4.0)), tmp_path / "yarn")
+    factors = {"rope_freqs.weight": np.array([1, 1, 1, 2, 4, 8, 8, 8], np.float32)}
+    with pytest.raises(CheckpointError, match="scales rotary frequencies: give the Hugging Face folder"):
+        convert(write(tmp_path / "f.gguf", tensors() | factors), tmp_path / "factors")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "F16", "BF16"])
@@ -224,7 +243,7 @@ def test_smollm_parts_digits_of_every_script(tmp_path: Path) -> None:
         ({"omit": "add_eos_token_id"}, r"has no field 'tokenizer\.ggml\.eos_token_id'"),
     ],
 )
-def test_unknown_kinds_are_refused(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+def test_unknown_kinds_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         convert(write(tmp_path / "m.gguf", tensors(), **changes), tmp_path / "hf")
 

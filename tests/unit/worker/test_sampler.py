@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tvm_ffi
 
-from tpserve.compile import native
+from rank_group import Artifacts
+from tiny_models import MODELS
 from tpserve.proto.messages import SamplingParams, SlotAdd, TokenLogprobs
 from tpserve.worker.arrays import aligned_zeros, as_tensor
 from tpserve.worker.batch import StepArrays
+from tpserve.worker.library import load_kernels
 from tpserve.worker.sampler import Sampler
 
 VOCAB = 50
@@ -23,10 +23,10 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    path: Path = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    native.build_library(native.CPU_KERNEL_SOURCES, path)
-    function: Callable[..., None] = tvm_ffi.load_module(str(path))["sample"]
+def kernel(tmp_path_factory: pytest.TempPathFactory, artifacts: Artifacts) -> Callable[..., None]:
+    folder = tmp_path_factory.mktemp("model")
+    MODELS["llama_4q_2kv"].write(folder)
+    function: Callable[..., None] = load_kernels(artifacts.build(folder, 1))["sample"]
     return function
 
 
@@ -97,7 +97,8 @@ def test_logprobs_come_for_the_slots_that_asked(kernel: Callable[..., None]) -> 
     assert sorted(logprobs) == [1, 2]
     logits = falling_logits(1)[0, :VOCAB].astype(np.float64)
     expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
-    assert logprobs[1] == TokenLogprobs(pytest.approx(expected[0], abs=1e-5), ())
+    assert logprobs[1].logprob == pytest.approx(expected[0], abs=1e-5)
+    assert logprobs[1].top == ()
     assert [token for token, _ in logprobs[2].top] == [0, 1, 2]
     np.testing.assert_allclose([value for _, value in logprobs[2].top], expected[:3], atol=1e-5)
 
