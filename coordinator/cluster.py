@@ -73,7 +73,6 @@ class Cluster:
             If Ray cannot be started or joined, or has no room for the group.
         """
         tp_size = self._config.rank.tp_size
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
         if self._config.ray_address is None:
             # A folder of our own, short because Ray's socket paths must fit 107 bytes; removed in `shutdown`.

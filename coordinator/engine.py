@@ -290,7 +290,6 @@ class Engine:
     def _observe(self, result: StepResult) -> None:
         self._metrics.step.observe(result.step_us / 1e6)
         self._metrics.step_tokens.observe(len(result.slots))
-        self._metrics.generation_tokens.inc(len(result.slots))
 
     def _publish(self, events: Sequence[TokenEvent]) -> None:
         """Give each session its events of a step, and account for them."""
@@ -305,6 +304,8 @@ class Engine:
                 active.first_token_at[event.choice] = now
                 self._metrics.ttft.observe(now - active.accepted_at)
             active.num_tokens[event.choice] += len(event.token_ids)
+            # Not as sampled: a step that was sent before a stop was known runs over it, and that token is nobody's.
+            self._metrics.generation_tokens.inc(len(event.token_ids))
             if event.finish is not None:
                 self._close_choice(event.request_id, active, event, now)
         for sink, batch in by_sink.items():

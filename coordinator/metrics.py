@@ -84,7 +84,7 @@ class Metrics:
 
         self._model_name = model_name
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.").labels(model_name)
-        self.generation_tokens = counter("generation_tokens", "Output tokens.").labels(model_name)
+        self.generation_tokens = counter("generation_tokens", "Output tokens sent to clients.").labels(model_name)
         self._requests = counter("requests", "Choices ended, by reason.", ["finish_reason"])
         self._rejections = counter("request_rejections", "Requests not accepted, by reason.", ["reason"])
         self.rebuilds = counter("group_rebuilds", "Times that the TP group was rebuilt after a loss.").labels(

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from server import json_line, run_cli
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+"""Shape of a model that starts fast."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for the whole session, so that kernels are built once; TPSERVE_HOME if it is set."""
+    home = os.environ.setdefault("TPSERVE_HOME", str(tmp_path_factory.mktemp("home")))
+    return Path(home)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The GGUF file of the demo model."""
+    value = os.environ.get("TPSERVE_DEMO_MODEL")
+    assert value, "set TPSERVE_DEMO_MODEL to the file that deploy/fetch_demo_model.py prints"
+    path = Path(value)
+    assert path.is_file(), f"TPSERVE_DEMO_MODEL is {value}, which is not a file"
+    return path.resolve()
+
+
+@pytest.fixture(scope="session")
+def demo_folder(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("demo")
+    outcome = run_cli("convert", demo_model, "--output", folder, folder=folder.parent)
+    assert outcome.code == 0, outcome.stderr
+    assert json_line(outcome.stdout) == {"model_dir": str(folder)}
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model without weights: the demo model's text side on a small graph."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).symlink_to(demo_folder / name)
+    config = json.loads((demo_folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | TINY))
+    return folder

@@ -1,0 +1,150 @@
+"""A server that cannot start says why in one line, ends with a non-zero exit code and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from server import Outcome, json_line, run_cli
+
+QUICK_S = 60
+"""No failure may take longer, on a busy machine."""
+
+
+def serve(folder: Path, *arguments: str | Path, **environ: str) -> Outcome:
+    return run_cli("serve", *arguments, "--port", "0", folder=folder, environ=environ, within_s=QUICK_S)
+
+
+def linked(source: Path, target: Path, *names: str) -> Path:
+    """Make a model folder with some files of another."""
+    target.mkdir()
+    for name in names:
+        (target / name).symlink_to(source / name)
+    return target
+
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    error = serve(tmp_path, "nowhere/model.gguf").only_error()
+    assert "'nowhere/model.gguf' does not exist" in error
+
+
+def test_corrupt_gguf(tmp_path: Path, demo_model: Path) -> None:
+    data = demo_model.read_bytes()
+    for name, content in {
+        "noise": bytes(range(256)) * 64,
+        "empty": b"",
+        "header": data[:1000],
+        "cut": data[: len(data) // 2],
+    }.items():
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(content)
+        assert path.name in serve(tmp_path, path).only_error()
+
+
+def test_corrupt_safetensors(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = linked(tiny_folder, tmp_path / "model", "config.json", *TEXT_FILES)
+    assert "model.safetensors is missing" in serve(tmp_path, folder).only_error()
+    (folder / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not a header at all")
+    assert "model.safetensors is corrupt" in serve(tmp_path, folder).only_error()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"model_type": "lla', "not valid JSON"),
+        ("[]", "expected an object"),
+        ('{"model_type": "mamba"}', "'mamba' is not one of llama, mistral, qwen2, qwen3"),
+        ('{"model_type": "llama"}', "has no 'num_attention_heads'"),
+    ],
+)
+def test_config_that_cannot_be_served(tmp_path: Path, tiny_folder: Path, content: str, reason: str) -> None:
+    folder = linked(tiny_folder, tmp_path / "model", *TEXT_FILES)
+    (folder / "config.json").write_text(content)
+    assert reason in serve(tmp_path, folder, "--load-format", "dummy").only_error()
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in serve(tmp_path, tmp_path / "empty").only_error()
+
+
+def test_folder_without_a_tokenizer(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = linked(tiny_folder, tmp_path / "model", "config.json")
+    assert "tokenizer.json" in serve(tmp_path, folder, "--load-format", "dummy").only_error()
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--tp", "3"), "3"),
+        (("--max-model-len", "513"), "--max-model-len 513 is longer than the model's 512 positions"),
+        (("--max-num-seqs", "16", "--max-num-batched-tokens", "8"), "--max-num-batched-tokens 8 is less"),
+        (("--gpu-memory-utilization", "0.00001"), "raise --gpu-memory-utilization"),
+        (("--gpu-memory-utilization", "0"), "0.0 is not in (0, 1]"),
+        (("--max-num-seqs", "0"), "0 is not 1 or more"),
+        (("--port", "70000"), "--port 70000 is not in 0..65535"),
+        (("--host", "203.0.113.7"), "cannot listen on 203.0.113.7:0"),
+        (("--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid:0"),
+        (("--device", "cuda"), "--device cuda"),
+    ],
+)
+def test_flags_that_cannot_work(tmp_path: Path, tiny_folder: Path, flags: tuple[str, ...], reason: str) -> None:
+    outcome = run_cli("serve", tiny_folder, "--load-format", "dummy", "--port", "0", *flags, folder=tmp_path)
+    assert reason in outcome.only_error()
+
+
+def test_busy_port(tmp_path: Path, tiny_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        outcome = run_cli("serve", tiny_folder, "--load-format", "dummy", "--port", str(port), folder=tmp_path)
+    assert f"cannot listen on 127.0.0.1:{port}" in outcome.only_error()
+    assert outcome.duration_s < 15, "a busy port is seen before anything is built"
+
+
+def test_tampered_artifact(tmp_path: Path, tiny_folder: Path, cache_home: Path) -> None:
+    home = tmp_path / "home"
+    (home / "lib").mkdir(parents=True)
+    compiled = run_cli("compile", tiny_folder, "--load-format", "dummy", folder=tmp_path)
+    original = Path(json_line(compiled.stdout)["artifact_dir"])
+    artifact = home / "lib" / original.name
+    manifest = json.loads((original / "manifest.json").read_text())
+    flags = (tiny_folder, "--load-format", "dummy", "--max-num-batched-tokens", "512")
+
+    def outcome() -> str:
+        return serve(tmp_path, *flags, TPSERVE_HOME=str(home)).only_error()
+
+    shutil.copytree(original, artifact)
+    (artifact / "model.so").write_bytes((original / "model.so").read_bytes() + b"\0")
+    assert "model.so has sha256" in outcome()
+    shutil.copyfile(original / "model.so", artifact / "model.so")
+    (artifact / "manifest.json").write_text(json.dumps(manifest | {"tp_size": 2}))
+    error = outcome()
+    assert "tp_size is 2 in the library and 1 in the configuration" in error
+    (artifact / "manifest.json").write_text(json.dumps(manifest | {"format_version": 999}))
+    assert "format version 999" in outcome()
+    (artifact / "manifest.json").write_text("{")
+    assert "manifest.json is not valid JSON" in outcome()
+    (artifact / "kernels.so").unlink()
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    assert "kernels.so is missing" in outcome()
+
+
+def test_worker_that_cannot_start(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = linked(tiny_folder, tmp_path / "model", "config.json", *TEXT_FILES)
+    weights = {"model.embed_tokens.weight": np.zeros((49152, 64), np.float32)}
+    save_file(weights, folder / "model.safetensors")
+    error = serve(tmp_path, folder, "--tp", "2").only_error()
+    assert "cannot start" in error
+    assert "the checkpoint has no tensor" in error
+    weights["model.embed_tokens.weight"] = np.zeros((49152, 32), np.float32)
+    save_file(weights, folder / "model.safetensors")
+    assert "the checkpoint gives" in serve(tmp_path, folder).only_error()

@@ -1,0 +1,329 @@
+"""The real server, started as a user starts it, watched from outside, and stopped with proof that nothing is left.
+
+Everything that a server starts inherits one environment variable, by which its processes are found whatever became of
+their parents.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import httpx
+import openai
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL_NAME = "demo"
+START_TIMEOUT_S = 240.0
+"""The first start in an empty cache compiles kernels and graph."""
+_MARK = "TPSERVE_TEST_SERVER"
+_POLL_S = 0.05
+
+T = TypeVar("T")
+
+
+def until(probe: Callable[[], T], *, within_s: float, what: str) -> T:
+    """Return the first truthy value of `probe`; fail if there is none in time."""
+    deadline = time.monotonic() + within_s
+    while not (value := probe()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within_s:g} s: {what} (last seen: {value!r})")
+        time.sleep(_POLL_S)
+    return value
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port: int = bound.getsockname()[1]
+        return port
+
+
+def environment(mark: str, changes: Mapping[str, str] = {}) -> dict[str, str]:
+    """Return the environment of a server: tpserve is found without installation, its processes by `mark`."""
+    package = str(REPOSITORY / "deploy/python")
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, _MARK: mark, **changes}
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "tpserve.cli", *map(str, arguments)]
+
+
+def processes_of(mark: str) -> list[psutil.Process]:
+    """Return the living processes that inherited `mark`."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # gone meanwhile, or not ours to look at
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARK) == mark:
+                found.append(process)
+    return found
+
+
+@dataclass(slots=True)
+class Footprint:
+    """What a server holds on this machine besides memory."""
+
+    mark: str
+    ports: set[int] = field(default_factory=set)
+    folders: set[Path] = field(default_factory=set)
+    shared_memory: set[Path] = field(default_factory=set)
+    ray_folder_was_there: bool = field(default_factory=lambda: Path("/tmp/ray").exists())
+
+    def look(self) -> None:
+        """Add what the living processes hold now."""
+        for process in processes_of(self.mark):
+            with suppress(psutil.Error, OSError):
+                text = " ".join(process.cmdline())
+                self.folders.update(map(Path, re.findall(r"/tmp/tpserve-[\w-]+", text)))
+                self.ports.update(
+                    connection.laddr.port
+                    for connection in process.net_connections("inet")
+                    if connection.status == psutil.CONN_LISTEN
+                )
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
+                self.shared_memory.update(map(Path, re.findall(r"/dev/shm/\S+", maps)))
+
+    def remains(self) -> list[str]:
+        """Say what is still there."""
+        found = [f"pid {process.pid}: {' '.join(_cmdline(process))[:200]}" for process in processes_of(self.mark)]
+        found += [str(path) for path in (*self.folders, *self.shared_memory) if path.exists()]
+        if not self.ray_folder_was_there and Path("/tmp/ray").exists():
+            found.append("/tmp/ray")
+        if not found:  # a port may belong to somebody else by now, but not to nobody
+            found = [f"port {port}" for port in self.ports if not _can_bind(port)]
+        return found
+
+    def assert_gone(self, within_s: float) -> None:
+        deadline = time.monotonic() + within_s
+        while remains := self.remains():
+            assert time.monotonic() < deadline, f"{within_s:g} s after the end there is still: {remains}"
+            time.sleep(_POLL_S)
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def _can_bind(port: int) -> bool:
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            return True
+    except OSError:
+        return False
+
+
+class Server:
+    """One `tpserve serve` process with all that it starts. Its output goes to a file.
+
+    Parameters
+    ----------
+    flags
+        Flags of `tpserve serve`; a free port and the model name `demo` are added.
+    """
+
+    def __init__(self, model: str | Path, *flags: str, folder: Path, environ: Mapping[str, str] = {}) -> None:
+        self.mark = uuid.uuid4().hex
+        self.footprint = Footprint(self.mark)
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.api_key = flags[flags.index("--api-key") + 1] if "--api-key" in flags else "none"
+        self.log_path = folder / f"server-{self.mark[:8]}.log"
+        names = () if "--served-model-name" in flags else ("--served-model-name", MODEL_NAME)
+        arguments = command("serve", model, "--port", str(self.port), *names, *flags)
+        self.started_at = time.monotonic()
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(self.mark, environ),
+                cwd=folder,  # not the repository: nothing may be found by the working directory
+                start_new_session=True,
+            )
+
+    @classmethod
+    @contextmanager
+    def running(cls, model: str | Path, *flags: str, folder: Path, environ: Mapping[str, str] = {}) -> Iterator[Self]:
+        """Start, wait until healthy, and stop as Ctrl-C does; then nothing may be left."""
+        server = cls(model, *flags, folder=folder, environ=environ)
+        try:
+            server.wait_ready()
+            yield server
+            assert server.process.poll() is None, server.report("the server ended on its own")
+            server.interrupt()
+            assert server.process.wait(60) == 0, server.report("the exit code of a stopped server is not 0")
+            server.footprint.assert_gone(within_s=1)
+        finally:
+            server.kill_all()
+
+    @property
+    def log(self) -> str:
+        """Everything written so far, without colours."""
+        return re.sub(r"\x1b\[[0-9;]*m", "", self.log_path.read_text(errors="replace"))
+
+    def report(self, what: str) -> str:
+        return f"{what}; its log:\n{self.log[-6000:]}"
+
+    def wait_ready(self, within_s: float = START_TIMEOUT_S) -> None:
+        def ready() -> bool:
+            assert self.process.poll() is None, self.report("the server ended while it started")
+            return "Ready at" in self.log
+
+        try:
+            until(ready, within_s=within_s, what="ready")
+        except AssertionError as error:
+            raise AssertionError(self.report(str(error))) from None
+        self.footprint.look()
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C."""
+        self.footprint.look()
+        self.process.send_signal(signal.SIGINT)
+
+    def kill_all(self) -> None:
+        """End whatever a failed test left, so that it disturbs no other."""
+        for process in processes_of(self.mark):
+            with suppress(psutil.Error):
+                process.kill()
+        self.process.wait(30)
+        for folder in self.footprint.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    # ---- what a client sees
+
+    def client(self) -> openai.OpenAI:
+        """Return the official client, which must not retry on its own here."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=120)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        """Like `client`, for many requests at once."""
+        limits = httpx.Limits(max_connections=None)
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1",
+            api_key=self.api_key,
+            max_retries=0,
+            timeout=120,
+            http_client=httpx.AsyncClient(limits=limits, timeout=120),
+        )
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        reply = httpx.get(f"{self.url}/health", timeout=10)
+        body: dict[str, Any] = reply.json()
+        return reply.status_code, body
+
+    def metrics(self) -> dict[str, float]:
+        """Return every sample by name, labels other than the model's name in braces."""
+        text = httpx.get(f"{self.url}/metrics", timeout=10).text
+        samples = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels = ",".join(
+                    f"{key}={value}" for key, value in sorted(sample.labels.items()) if key != "model_name"
+                )
+                samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return samples
+
+    def metric(self, name: str) -> float:
+        return self.metrics()[f"tpserve_{name}"]
+
+    # ---- what its log says
+
+    def rank_pids(self) -> dict[int, int]:
+        """Return the pids of the latest group by rank."""
+        return {int(rank): int(pid) for rank, pid in re.findall(r"rank (\d+): pid (\d+) on", self.log)}
+
+    def process_pid(self, module: str) -> int:
+        """Return the pid of the process that runs a module."""
+        (pid,) = (process.pid for process in processes_of(self.mark) if ["-m", module] == _cmdline(process)[1:3])
+        return pid
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a command."""
+
+    code: int
+    stdout: str
+    stderr: str
+    duration_s: float
+
+    def only_error(self) -> str:
+        """Return the one line that says what is wrong; there must be exactly one and no traceback."""
+        assert self.code != 0, f"the command succeeded:\n{self.stdout}{self.stderr}"
+        assert "Traceback" not in self.stderr, self.stderr
+        lines = [line for line in self.stderr.splitlines() if "error: " in line]
+        assert len(lines) == 1, f"{len(lines)} lines with an error:\n{self.stderr}"
+        return lines[0]
+
+
+def run_cli(
+    *arguments: str | Path, folder: Path, environ: Mapping[str, str] = {}, within_s: float = START_TIMEOUT_S
+) -> Outcome:
+    """Run a command to its end; nothing of it may be left."""
+    mark = uuid.uuid4().hex
+    footprint = Footprint(mark)
+    started_at = time.monotonic()
+    with subprocess.Popen(
+        command(*arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(mark, environ),
+        cwd=folder,
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = _communicate(process, footprint, started_at + within_s)
+        finally:
+            for left in processes_of(mark) if process.poll() is None else []:
+                with suppress(psutil.Error):
+                    left.kill()
+    duration_s = time.monotonic() - started_at
+    footprint.assert_gone(within_s=2)
+    return Outcome(process.returncode, stdout, stderr, duration_s)
+
+
+def _communicate(process: subprocess.Popen[str], footprint: Footprint, deadline: float) -> tuple[str, str]:
+    while True:
+        try:
+            return process.communicate(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            footprint.look()
+            assert time.monotonic() < deadline, f"{process.args!r} did not end in time"
+
+
+def json_line(text: str) -> dict[str, str]:
+    """Return the one line of JSON that a command prints."""
+    (line,) = text.splitlines()
+    value: dict[str, str] = json.loads(line)
+    return value
+
+
+def chat_text(client: openai.OpenAI, prompt: str, **options: Any) -> str:
+    """Return the text of a chat of one message, greedy unless said otherwise."""
+    reply = client.chat.completions.create(**chat_request(prompt, **options))
+    return reply.choices[0].message.content or ""
+
+
+def chat_request(prompt: str, **options: Any) -> dict[str, Any]:
+    messages: Sequence[Mapping[str, str]] = [{"role": "user", "content": prompt}]
+    return {"model": MODEL_NAME, "messages": messages, "temperature": 0, "max_tokens": 24, **options}
