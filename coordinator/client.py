@@ -25,6 +25,7 @@ _OPTIONS = [
     # A lost rank must show at once, not after a name is resolved again.
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
 ]
 
 

@@ -6,8 +6,6 @@ import asyncio
 import importlib
 import logging
 import os
-import shutil
-import tempfile
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.process import make_ray_temp_dir, remove_folder
 from tpserve.proto.rank import RankAddress, RankConfig
 
 logger = logging.getLogger(__name__)
@@ -37,12 +36,16 @@ class ClusterConfig:
     """Loading the library and the weights on every rank must take no longer."""
     ray_address: str | None = None
     """An existing Ray cluster; None starts one on this machine, which ends with this process."""
+    temp_dir: Path | None = None
+    """Folder for a Ray started here, removed in the end; None makes one."""
 
 
 class RankActor:
     """Runs in the actor's process; finds the rank's code by name, as coordinator and worker meet only over `proto`."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int) -> None:
+        # Before the rank's libraries are loaded, and so without a Ray runtime_env, which costs two seconds.
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
         self._rank: Any = importlib.import_module("tpserve.worker.actor").Rank()
 
     def start(self, config: RankConfig) -> RankAddress:
@@ -60,7 +63,7 @@ class Cluster:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._temp_dir: Path | None = None
+        self._temp_dir = config.temp_dir
         self._placement: Any = None
         self._actors: list[Any] = []
 
@@ -76,8 +79,8 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
         if self._config.ray_address is None:
-            # A folder of our own, short because Ray's socket paths must fit 107 bytes; removed in `shutdown`.
-            self._temp_dir = Path(tempfile.mkdtemp(prefix="tpserve-ray-", dir="/tmp"))
+            if self._temp_dir is None:
+                self._temp_dir = make_ray_temp_dir()
             options |= {
                 "address": "local",
                 "num_cpus": max(tp_size, os.cpu_count() or 1),
@@ -115,8 +118,7 @@ class Cluster:
                 num_cpus=1,
                 max_restarts=0,  # one lost rank ends the group; the engine rebuilds it whole
                 scheduling_strategy=strategy,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(template.num_threads)}},
-            ).remote()
+            ).remote(template.num_threads)
             for _ in range(template.tp_size)
         ]
         starts = [
@@ -157,7 +159,7 @@ class Cluster:
                 remove_placement_group(self._placement)
             ray.shutdown()
         if self._temp_dir is not None:
-            shutil.rmtree(self._temp_dir, ignore_errors=True)
+            remove_folder(self._temp_dir)
 
 
 async def _result(ref: Any) -> RankAddress:

@@ -161,9 +161,7 @@ class Server:
 
     @classmethod
     @contextmanager
-    def running(
-        cls, model: str | Path, *flags: str, folder: Path, environ: Mapping[str, str] = {}
-    ) -> Iterator[Self]:
+    def running(cls, model: str | Path, *flags: str, folder: Path, environ: Mapping[str, str] = {}) -> Iterator[Self]:
         """Start, wait until healthy, and stop as Ctrl-C does; then nothing may be left."""
         server = cls(model, *flags, folder=folder, environ=environ)
         try:
@@ -198,7 +196,7 @@ class Server:
     def interrupt(self) -> None:
         """Press Ctrl-C."""
         self.footprint.look()
-        self.process.send_signal(signal.SIGINT)
+        os.killpg(self.process.pid, signal.SIGINT)  # a terminal signals the whole foreground group
 
     def kill_all(self) -> None:
         """End whatever a failed test left, so that it disturbs no other."""
@@ -217,14 +215,7 @@ class Server:
 
     def async_client(self) -> openai.AsyncOpenAI:
         """Like `client`, for many requests at once."""
-        limits = httpx.Limits(max_connections=None)
-        return openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1",
-            api_key=self.api_key,
-            max_retries=0,
-            timeout=120,
-            http_client=httpx.AsyncClient(limits=limits, timeout=120),
-        )
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=120)
 
     def health(self) -> tuple[int, dict[str, Any]]:
         reply = httpx.get(f"{self.url}/health", timeout=10)
@@ -237,7 +228,9 @@ class Server:
         samples = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()) if key != "model_name")
+                labels = ",".join(
+                    f"{key}={value}" for key, value in sorted(sample.labels.items()) if key != "model_name"
+                )
                 samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return samples
 

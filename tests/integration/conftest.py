@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from server import run_cli, json_line
+
+from server import json_line, run_cli
 
 TINY = {
     "hidden_size": 64,

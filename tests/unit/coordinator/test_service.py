@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from builders import make_config
-
 from tpserve.coordinator.cluster import Cluster, ClusterConfig
 from tpserve.coordinator.engine import Engine, EngineConfig, OutputEvent
 from tpserve.coordinator.metrics import Metrics
