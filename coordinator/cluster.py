@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import os
+import signal
+import socket
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +69,8 @@ class Cluster:
         self._temp_dir = config.temp_dir
         self._placement: Any = None
         self._actors: list[Any] = []
+        self._pidfds: list[int] = []
+        """Of the ranks that run on this machine."""
 
     def connect(self) -> None:
         """Start or join Ray and reserve a place for each rank. Blocks for seconds.
@@ -142,10 +147,23 @@ class Cluster:
         addresses = [start.result() for start in starts]
         for address in addresses:
             logger.info("rank %d: pid %d on %s", address.rank, address.pid, address.node)
+            if address.node == socket.gethostname():
+                with contextlib.suppress(OSError):  # it died just now, or lives in a container: then Ray ends it alone
+                    self._pidfds.append(os.pidfd_open(address.pid))
         return addresses
 
     async def kill_ranks(self) -> None:
         """End every rank of the group at once."""
+        self._end_ranks()
+
+    def _end_ranks(self) -> None:
+        # Ray asks a process to end before it kills it. One that hangs does not answer, and would keep its place, which
+        # the next group needs, for seconds more.
+        pidfds, self._pidfds = self._pidfds, []
+        for pidfd in pidfds:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
         actors, self._actors = self._actors, []
         for actor in actors:
             ray.kill(actor, no_restart=True)
@@ -153,8 +171,7 @@ class Cluster:
     def shutdown(self) -> None:
         """End the ranks, and Ray if it was started here; leave nothing behind. Blocks."""
         if ray.is_initialized():
-            for actor in self._actors:
-                ray.kill(actor, no_restart=True)
+            self._end_ranks()
             if self._placement is not None:
                 remove_placement_group(self._placement)
             ray.shutdown()
