@@ -1,7 +1,7 @@
 """`python -m tpserve.coordinator CONFIG`: the coordinator process of one replica.
 
 CONFIG is a JSON object with the fields of `CoordinatorConfig`. Prints one JSON line with its address when it listens.
-SIGTERM drains and ends with 0; a group that cannot be started or rebuilt ends with 1.
+SIGTERM drains and ends with 0; a group that cannot be started or rebuilt ends with 1 and a JSON line with the error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.engine import Engine, EngineConfig
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.metrics import Metrics
-from tpserve.coordinator.process import end_with_parent
+from tpserve.coordinator.process import end_with_parent, tell_parent
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.coordinator.service import EngineService
 from tpserve.proto.manifest import Manifest
@@ -55,6 +55,8 @@ class CoordinatorConfig:
     max_num_queued_requests: int = 1024
     enable_prefix_cache: bool = True
     ray_address: str | None = None
+    ray_temp_dir: str | None = None
+    """Empty folder for a Ray that is started here; see `ClusterConfig`."""
     host: str = "127.0.0.1"
     port: int = 0
     """0 takes a free one."""
@@ -78,7 +80,8 @@ def make_cluster(config: CoordinatorConfig, manifest: Manifest) -> Cluster:
         group_name="",
         collective_timeout_s=config.collective_timeout_s,
     )
-    return Cluster(ClusterConfig(rank, config.start_timeout_s, config.ray_address))
+    temp_dir = None if config.ray_temp_dir is None else Path(config.ray_temp_dir)
+    return Cluster(ClusterConfig(rank, config.start_timeout_s, config.ray_address, temp_dir))
 
 
 async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster) -> int:
@@ -100,7 +103,8 @@ async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster) -
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    server = await _listen(config, manifest, engine, metrics)
+    service = EngineService(engine, metrics, _info(config, manifest))
+    server = await _listen(config, service)
     serving = asyncio.create_task(engine.run())
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -114,16 +118,17 @@ async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster) -
         stopping.cancel()
         with contextlib.suppress(asyncio.CancelledError, ClusterError):
             await serving
+        service.close()
         await server.stop(grace=1)
     return 0
 
 
-async def _listen(config: CoordinatorConfig, manifest: Manifest, engine: Engine, metrics: Metrics) -> grpc.aio.Server:
+def _info(config: CoordinatorConfig, manifest: Manifest) -> engine_pb2.EngineInfo:
     try:
         package_version = version("tpserve")
     except PackageNotFoundError:  # run from a source tree
         package_version = "source"
-    info = engine_pb2.EngineInfo(
+    return engine_pb2.EngineInfo(
         model_dir=config.model_dir,
         max_model_len=manifest.max_model_len,
         vocab_size=manifest.vocab_size,
@@ -132,14 +137,14 @@ async def _listen(config: CoordinatorConfig, manifest: Manifest, engine: Engine,
         tp_size=manifest.tp_size,
         version=package_version,
     )
+
+
+async def _listen(config: CoordinatorConfig, service: EngineService) -> grpc.aio.Server:
     server = grpc.aio.server(options=_OPTIONS)
-    engine_pb2_grpc.add_EngineServicer_to_server(  # type: ignore[no-untyped-call]  # generated
-        EngineService(engine, metrics, info), server
-    )
+    engine_pb2_grpc.add_EngineServicer_to_server(service, server)  # type: ignore[no-untyped-call]  # generated
     port = server.add_insecure_port(f"{config.host}:{config.port}")
     await server.start()
-    sys.stdout.write(json.dumps({"address": f"{config.host}:{port}"}) + "\n")
-    sys.stdout.flush()
+    tell_parent(address=f"{config.host}:{port}")
     return server
 
 
@@ -147,6 +152,8 @@ def main() -> int:
     """Run the coordinator; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s coordinator: %(message)s")
     config = CoordinatorConfig(**json.loads(sys.argv[1]))
+    # Until the event loop handles it: what was started so far is ended by the `finally` below.
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     end_with_parent(config.parent_pid)
     manifest = Manifest.load(Path(config.artifact_dir), verify_files=False)
     cluster = make_cluster(config, manifest)
@@ -158,7 +165,7 @@ def main() -> int:
         gc.set_threshold(50_000, 20, 50)
         return asyncio.run(run(config, manifest, cluster))
     except ClusterError as error:
-        logger.error("%s", error)
+        tell_parent(error=str(error))
         return 1
     finally:
         cluster.shutdown()

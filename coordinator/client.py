@@ -19,12 +19,15 @@ from tpserve.proto.pb import worker_pb2
 logger = logging.getLogger(__name__)
 
 _METHOD = "/tpserve.Worker/Execute"
+_ALL_REPORT_WITHIN_S = 0.25
+"""Ranks that wait in the same collective give up at nearly the same time."""
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     # A lost rank must show at once, not after a name is resolved again.
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
 ]
 
 
@@ -67,6 +70,9 @@ class WorkerGroup:
         self._calls: list[Any] = [_open_stream(channel) for channel in self._channels]
         self._readers = [asyncio.create_task(self._read(rank)) for rank in range(len(addresses))]
         self._watchdog = asyncio.create_task(self._watch())
+        self._gave_up: dict[int, str] = {}
+        """Ranks whose wait in a collective timed out, with what they said."""
+        self._blame: asyncio.TimerHandle | None = None
 
     async def send(self, plan: StepPlan) -> None:
         """Send a plan to every rank."""
@@ -103,6 +109,8 @@ class WorkerGroup:
 
     async def close(self) -> None:
         """End the streams."""
+        if self._blame is not None:
+            self._blame.cancel()
         for task in (self._watchdog, *self._readers):
             task.cancel()
         for call in self._calls:
@@ -127,6 +135,9 @@ class WorkerGroup:
                     lost = RankLost(rank, "ended its stream")
                     break
                 result = StepResult.from_pb(worker_pb2.StepResult.FromString(data))
+                if result.error.startswith("TimeoutError"):
+                    self._give_up(rank, f"step {result.step_id}: {result.error}")
+                    return
                 if result.error:
                     lost = RankLost(rank, f"failed in step {result.step_id}: {result.error}")
                     break
@@ -139,6 +150,17 @@ class WorkerGroup:
         except grpc.aio.AioRpcError as error:
             lost = RankLost(rank, _cause(error))
         self._lose(lost)
+
+    def _give_up(self, rank: int, words: str) -> None:
+        """Note that a rank waited in vain. Not it is lost, but the one that it waited for: who says nothing."""
+        self._gave_up[rank] = words
+        if self._blame is None:
+            self._blame = asyncio.get_running_loop().call_later(_ALL_REPORT_WITHIN_S, self._lose_silent)
+
+    def _lose_silent(self) -> None:
+        witness, words = next(iter(self._gave_up.items()))
+        silent = [state.rank for state in self.ranks if state.rank not in self._gave_up]
+        self._lose(RankLost(silent[0] if silent else witness, f"late in a collective; rank {witness} says of {words}"))
 
     async def _watch(self) -> None:
         """Name the late rank when a step has missed its deadline."""

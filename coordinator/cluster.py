@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import os
-import shutil
-import tempfile
+import signal
+import socket
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.process import make_ray_temp_dir, remove_folder
 from tpserve.proto.rank import RankAddress, RankConfig
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ class ClusterConfig:
     """Loading the library and the weights on every rank must take no longer."""
     ray_address: str | None = None
     """An existing Ray cluster; None starts one on this machine, which ends with this process."""
+    temp_dir: Path | None = None
+    """Folder for a Ray started here, removed in the end; None makes one."""
 
 
 class RankActor:
@@ -60,9 +64,11 @@ class Cluster:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._temp_dir: Path | None = None
+        self._temp_dir = config.temp_dir
         self._placement: Any = None
         self._actors: list[Any] = []
+        self._pidfds: list[int] = []
+        """Of the ranks that run on this machine."""
 
     def connect(self) -> None:
         """Start or join Ray and reserve a place for each rank. Blocks for seconds.
@@ -75,8 +81,8 @@ class Cluster:
         tp_size = self._config.rank.tp_size
         options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
         if self._config.ray_address is None:
-            # A folder of our own, short because Ray's socket paths must fit 107 bytes; removed in `shutdown`.
-            self._temp_dir = Path(tempfile.mkdtemp(prefix="tpserve-ray-", dir="/tmp"))
+            if self._temp_dir is None:
+                self._temp_dir = make_ray_temp_dir()
             options |= {
                 "address": "local",
                 "num_cpus": max(tp_size, os.cpu_count() or 1),
@@ -138,10 +144,23 @@ class Cluster:
         addresses = [start.result() for start in starts]
         for address in addresses:
             logger.info("rank %d: pid %d on %s", address.rank, address.pid, address.node)
+            if address.node == socket.gethostname():
+                with contextlib.suppress(OSError):  # it died just now, or lives in a container: then Ray ends it alone
+                    self._pidfds.append(os.pidfd_open(address.pid))
         return addresses
 
     async def kill_ranks(self) -> None:
         """End every rank of the group at once."""
+        self._end_ranks()
+
+    def _end_ranks(self) -> None:
+        # Ray asks a process to end before it kills it. One that hangs does not answer, and would keep its place, which
+        # the next group needs, for seconds more.
+        pidfds, self._pidfds = self._pidfds, []
+        for pidfd in pidfds:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
         actors, self._actors = self._actors, []
         for actor in actors:
             ray.kill(actor, no_restart=True)
@@ -149,13 +168,12 @@ class Cluster:
     def shutdown(self) -> None:
         """End the ranks, and Ray if it was started here; leave nothing behind. Blocks."""
         if ray.is_initialized():
-            for actor in self._actors:
-                ray.kill(actor, no_restart=True)
+            self._end_ranks()
             if self._placement is not None:
                 remove_placement_group(self._placement)
             ray.shutdown()
         if self._temp_dir is not None:
-            shutil.rmtree(self._temp_dir, ignore_errors=True)
+            remove_folder(self._temp_dir)
 
 
 async def _result(ref: Any) -> RankAddress:

@@ -47,7 +47,7 @@ class EngineConfig:
     stall_after_s: float = 5.0
     """A step without a result for longer makes the engine report STALLED."""
     replay_timeout_s: float = 8.0
-    """Requests of a lost group that cannot run again by then end with an error."""
+    """Requests of a lost group that cannot run again by then end with an error, and new ones are refused until then."""
     max_rebuilds_in_a_row: int = 3
     """Rebuilds that fail before the engine is DEAD."""
 
@@ -104,6 +104,9 @@ class Engine:
         self._watchers: list[Callable[[], None]] = []
         self._draining = False
         self._drained = asyncio.Event()
+        self._give_up: asyncio.TimerHandle | None = None
+        """Set while a lost group is rebuilt: when its requests have waited long enough."""
+        self._gave_up = False
         metrics.registry.register(EngineCollector(model_name, self))
 
     # ---- what sessions use
@@ -143,7 +146,7 @@ class Engine:
         ------
         RequestInvalid, QueueFull, Unavailable
         """
-        if self._draining or self._status is EngineStatus.DEAD:
+        if self._draining or self._gave_up or self._status is EngineStatus.DEAD:
             self._metrics.count_rejection("unavailable")
             raise Unavailable(f"the engine is {self._status.name.lower()}: {self._detail}")
         key = self._next_key
@@ -229,6 +232,9 @@ class Engine:
                 self._metrics.count_lost_rank(lost.rank)
                 self._metrics.rebuilds.inc()
                 self._set_status(EngineStatus.REBUILDING, f"lost {lost}")
+                self._give_up = asyncio.get_running_loop().call_later(
+                    self._config.replay_timeout_s, self._fail_after_replay_timeout
+                )
             finally:
                 await self._end_group()
             self._scheduler.reset_after_group_loss()
@@ -247,14 +253,14 @@ class Engine:
         return True
 
     async def _start_group(self) -> None:
-        give_up = asyncio.create_task(self._fail_after_replay_timeout())
         try:
             addresses = await self._cluster.start_ranks()
         except ClusterError:
             await self._cluster.kill_ranks()
             raise
-        finally:
-            give_up.cancel()
+        if self._give_up is not None:
+            self._give_up.cancel()
+        self._gave_up = False
         self._group = WorkerGroup(
             [address.target for address in addresses], self._config.step_timeout_s, on_lost=self._wake.set
         )
@@ -330,11 +336,9 @@ class Engine:
 
     # ---- failure
 
-    async def _fail_after_replay_timeout(self) -> None:
-        """While a lost group is rebuilt, let nobody wait longer than promised."""
-        if self._status is not EngineStatus.REBUILDING:
-            return
-        await asyncio.sleep(self._config.replay_timeout_s)
+    def _fail_after_replay_timeout(self) -> None:
+        """While a lost group is rebuilt, let nobody wait longer than promised, however often the rebuild fails."""
+        self._gave_up = True
         self._fail_all(f"{self._detail}; it was not rebuilt within {self._config.replay_timeout_s:g} s")
 
     def _fail_all(self, detail: str) -> None:

@@ -1,12 +1,22 @@
-"""What every process of a replica does about its parent and its signals."""
+"""What the processes of a replica owe each other: to end with their parent, to tell it things, to clean up.
+
+A child writes one JSON object per line: where it listens, once it does; and why it ends, if it fails.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import shutil
 import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_REMOVE_WITHIN_S = 5.0
 
 
 def end_with_parent(parent_pid: int) -> None:
@@ -22,3 +32,22 @@ def end_with_parent(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def tell_parent(**facts: str) -> None:
+    """Write one line for the parent to read: `address`, `url`, or `error`."""
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
+
+
+def make_ray_temp_dir() -> Path:
+    """Return a new folder for Ray, with a short path: its sockets' paths must fit 107 bytes."""
+    return Path(tempfile.mkdtemp(prefix="tpserve-ray-", dir="/tmp"))
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, into which processes that are just ending may still write."""
+    deadline = time.monotonic() + _REMOVE_WITHIN_S
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)

@@ -8,10 +8,11 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ from typing import Any
 
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS, available_host_bytes, plan_memory
+from tpserve.coordinator.process import end_with_parent, make_ray_temp_dir, remove_folder
 from tpserve.proto.manifest import Manifest, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,10 @@ _KILL_AFTER_S = 10.0
 
 class ServeError(RuntimeError):
     """The server cannot start or go on; one clear line for the user."""
+
+
+class _AlreadyTold(ServeError):
+    """As above, where a process that ran in the foreground has written the line itself."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +86,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         server.start()
         return server.watch()
+    except _AlreadyTold:
+        return 1
     except (ServeError, ClusterError, ManifestError) as error:
         # One clear line; what led to it is in the log above.
         logger.error("tpserve serve: error: %s", error)
@@ -96,6 +104,8 @@ class _Server:
         self._stopping = False
         self._coordinator: subprocess.Popen[str] | None = None
         self._gateway: subprocess.Popen[str] | None = None
+        self._folders: list[Path] = []
+        """Removed in the end."""
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Begin to stop; a second signal does not wait for running requests."""
@@ -114,6 +124,7 @@ class _Server:
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         folders = self._compile(max_num_seqs)
         manifest = Manifest.load(Path(folders["artifact_dir"]))
+        manifest.require(tp_size=args.tp, max_num_seqs=max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens)
         memory = plan_memory(
             manifest,
             args.mode,
@@ -139,6 +150,8 @@ class _Server:
         )
         names = args.served_model_name or [_model_name(args.model)]
         engine_address = self._start_coordinator(folders, names[0], memory.num_pages, max_num_seqs)
+        if self._stopping:
+            return
         url = self._start_gateway(folders, names, engine_address)
         self._await_healthy(url)
         if not self._stopping:
@@ -147,9 +160,7 @@ class _Server:
     def watch(self) -> int:
         """Wait for a signal or for a process that ends on its own; return the exit code."""
         while not self._stopping:
-            for name, process in (("gateway", self._gateway), ("coordinator", self._coordinator)):
-                if process is not None and process.poll() is not None:
-                    raise ServeError(f"the {name} ended with status {process.returncode}")
+            self._raise_if_ended()
             time.sleep(_POLL_S)
         return 0
 
@@ -166,6 +177,8 @@ class _Server:
                 logger.warning("pid %d did not end and is killed", process.pid)
                 process.kill()
                 process.wait()
+        for folder in self._folders:
+            remove_folder(folder)
 
     def _compile(self, max_num_seqs: int) -> dict[str, str]:
         """Run the compiler as a process of its own, so that this one never loads it."""
@@ -176,21 +189,41 @@ class _Server:
         command += ["--jit-policy", args.jit_policy, "--download-cache-policy", args.download_cache_policy]
         if args.max_model_len is not None:
             command += ["--max-model-len", str(args.max_model_len)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        environ = dict(os.environ)
+        if "OFF" in (args.jit_policy, args.download_cache_policy):
+            # What is not kept in the cache is built in a temporary folder, which is needed for as long as this runs.
+            self._folders.append(Path(tempfile.mkdtemp(prefix="tpserve-build-")))
+            environ["TMPDIR"] = str(self._folders[-1])
+        pid = os.getpid()
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environ,
+            start_new_session=True,  # as in `_spawn`; and its own compilers end with it
+            preexec_fn=lambda: end_with_parent(pid),
+        ) as process:
             while process.poll() is None:
                 if self._stopping:
-                    process.terminate()
-                    raise ServeError("stopped while compiling")
+                    os.killpg(process.pid, signal.SIGTERM)
+                    raise ServeError("stopped while the model was prepared")
                 time.sleep(_POLL_S)
             assert process.stdout is not None
             output = process.stdout.read()
+        if process.returncode < 0:
+            raise ServeError(f"the compiler was ended by {signal.Signals(-process.returncode).name}")
         if process.returncode != 0:
-            raise ServeError("the model could not be prepared")
+            raise _AlreadyTold("the model could not be prepared")
         folders: dict[str, str] = json.loads(output)
         return folders
 
     def _start_coordinator(self, folders: dict[str, str], model_name: str, num_pages: int, max_num_seqs: int) -> str:
         args = self._args
+        ray_temp_dir = None
+        if args.ray_address is None:
+            # The coordinator removes it, unless it is killed.
+            self._folders.append(make_ray_temp_dir())
+            ray_temp_dir = str(self._folders[-1])
         config = {
             **folders,
             "model_name": model_name,
@@ -202,18 +235,14 @@ class _Server:
             "num_threads": max(1, (os.cpu_count() or 1) // args.tp),
             "load_format": args.load_format,
             "ray_address": args.ray_address,
+            "ray_temp_dir": ray_temp_dir,
             "drain_timeout_s": args.drain_timeout,
             "step_timeout_s": args.step_timeout,
             "collective_timeout_s": args.step_timeout * 2 / 3,
             "parent_pid": os.getpid(),
         }
         self._coordinator = _spawn("tpserve.coordinator", config, _ray_environment(args.ray_address))
-        assert self._coordinator.stdout is not None
-        line = self._coordinator.stdout.readline()
-        if not line:
-            raise ServeError(f"the coordinator ended with status {self._coordinator.wait()}")
-        address: str = json.loads(line)["address"]
-        return address
+        return _first_words("coordinator", self._coordinator, "address")
 
     def _start_gateway(self, folders: dict[str, str], names: list[str], engine_address: str) -> str:
         args = self._args
@@ -229,23 +258,23 @@ class _Server:
             "parent_pid": os.getpid(),
         }
         self._gateway = _spawn("tpserve.coordinator.gateway", config, {})
-        assert self._gateway.stdout is not None
-        line = self._gateway.stdout.readline()
-        if not line:
-            raise ServeError(f"the gateway ended with status {self._gateway.wait()}")
-        url: str = json.loads(line)["url"]
-        return url
+        return _first_words("gateway", self._gateway, "url")
 
     def _await_healthy(self, url: str) -> None:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the gateway is never behind a proxy
         while not self._stopping:
-            for name, process in (("gateway", self._gateway), ("coordinator", self._coordinator)):
-                if process is not None and process.poll() is not None:
-                    raise ServeError(f"the {name} ended with status {process.returncode}")
+            self._raise_if_ended()
             try:
-                with urllib.request.urlopen(f"{url}/health", timeout=5):
+                with opener.open(f"{url}/health", timeout=5):
                     return
-            except urllib.error.URLError:
+            except OSError:  # also HTTP errors: not healthy yet
                 time.sleep(_POLL_S)
+
+    def _raise_if_ended(self) -> None:
+        for name, process in (("gateway", self._gateway), ("coordinator", self._coordinator)):
+            if process is not None and process.poll() is not None:
+                assert process.stdout is not None
+                raise ServeError(_last_words(name, process, process.stdout.readline()))
 
 
 def _spawn(module: str, config: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -266,17 +295,38 @@ def _ray_environment(ray_address: str | None) -> dict[str, str]:
     return environment
 
 
+def _first_words(name: str, process: subprocess.Popen[str], key: str) -> str:
+    """Wait until a process tells where it listens."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    facts: dict[str, str] = json.loads(line) if line else {}
+    if key not in facts:
+        process.wait()
+        raise ServeError(_last_words(name, process, line))
+    return facts[key]
+
+
+def _last_words(name: str, process: subprocess.Popen[str], line: str) -> str:
+    """Return why a process ended, from its last line on standard output if it said so."""
+    error: str | None = json.loads(line).get("error") if line else None
+    return error or f"the {name} ended with status {process.returncode}"
+
+
 def _require_free_port(host: str, port: int) -> None:
     """Fail before anything is built if the port is taken; the gateway binds it later."""
-    import socket
-
     if not 0 <= port <= 65535:
         raise ServeError(f"--port {port} is not in 0..65535")
     try:
-        with socket.create_server((host, port)):
-            pass
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, proto) as bound:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
     except OSError as error:
-        raise ServeError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
+        raise ServeError(
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
+        ) from None
 
 
 def _model_name(model: str) -> str:

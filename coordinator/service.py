@@ -32,6 +32,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._engine = engine
         self._metrics = metrics
         self._info = info
+        self._sessions: set[Session] = set()
+        self._closed = False
+
+    def close(self) -> None:
+        """End every session after what it still has to send."""
+        self._closed = True
+        for session in self._sessions:
+            session.outbox.put_nowait(None)
 
     async def Session(
         self,
@@ -43,11 +51,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         unwatch = self._engine.watch_status(session.send_state)
         session.send_state()
         reader = asyncio.create_task(session.read(request_iterator))
+        self._sessions.add(session)
         try:
             while (message := await session.outbox.get()) is not None:
                 yield message
-            await reader
+            if not self._closed:
+                await reader
         finally:
+            self._sessions.discard(session)
             unwatch()
             reader.cancel()
             session.close()

@@ -203,6 +203,7 @@ def _decode(raw: dict[str, Any]) -> dict[str, Any]:
     out["kv"] = KVLayout(**raw["kv"])
     out["rope_inv_freq"] = tuple(raw["rope_inv_freq"])
     out["externs"] = tuple(raw["externs"])
+    out["files"] = dict(raw["files"].items())
     out["splits"] = {
         name: SplitMap(split["block"], tuple(tuple(blocks) for blocks in split["ranks"]), split["size"])
         for name, split in raw["splits"].items()

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import tvm  # noqa: F401  # whole, before a test of the worker loads its runtime alone
 
 from tpserve.compile.artifact import build_artifact
 from tpserve.compile.cache import CachePolicy
@@ -151,7 +152,7 @@ class Artifacts:
     """Compiled models of one test session, in a cache of its own."""
 
     def __init__(self, home: Path) -> None:
-        self._home = home
+        self.home = home
 
     def build(
         self,
@@ -174,7 +175,7 @@ class Artifacts:
             max_num_seqs=max_num_seqs,
         )
         before = os.environ.get("TPSERVE_HOME")
-        os.environ["TPSERVE_HOME"] = str(self._home)
+        os.environ["TPSERVE_HOME"] = str(self.home)
         try:
             return build_artifact(ModelConfig.from_hf(model_dir), config, CachePolicy.ON)
         finally:

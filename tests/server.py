@@ -196,7 +196,7 @@ class Server:
     def interrupt(self) -> None:
         """Press Ctrl-C."""
         self.footprint.look()
-        self.process.send_signal(signal.SIGINT)
+        os.killpg(self.process.pid, signal.SIGINT)  # a terminal signals the whole foreground group
 
     def kill_all(self) -> None:
         """End whatever a failed test left, so that it disturbs no other."""
@@ -215,14 +215,7 @@ class Server:
 
     def async_client(self) -> openai.AsyncOpenAI:
         """Like `client`, for many requests at once."""
-        limits = httpx.Limits(max_connections=None)
-        return openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1",
-            api_key=self.api_key,
-            max_retries=0,
-            timeout=120,
-            http_client=httpx.AsyncClient(limits=limits, timeout=120),
-        )
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=120)
 
     def health(self) -> tuple[int, dict[str, Any]]:
         reply = httpx.get(f"{self.url}/health", timeout=10)

@@ -33,7 +33,7 @@ def _import_tvm_runtime() -> Any:
         return importlib.import_module("tvm")
     finally:
         if given is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
 
 
 tvm = _import_tvm_runtime()

@@ -91,7 +91,7 @@ def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[
             for source, part in zip(spec.sources, parts, strict=True):
                 if part.shape[1:] != expected[1:]:
                     raise WeightsError(
-                        f"{source.name}: the checkpoint gives {part.shape}, the library takes {expected}"
+                        f"{source.name}: the checkpoint gives {part.shape}, the library takes rows of {expected[1:]}"
                     )
             yield pack(spec, np.concatenate(parts))
     finally:
@@ -167,7 +167,8 @@ def _read(checkpoint: Checkpoint, manifest: Manifest, source: ParamSource, rank:
     shape = tensor.get_shape()
     if len(shape) <= source.axis or shape[source.axis] != split.size:
         raise WeightsError(
-            f"{source.name}: the checkpoint gives {tuple(shape)}, the library takes {split.size} in dimension {source.axis}"
+            f"{source.name}: the checkpoint gives {tuple(shape)}, "
+            f"the library takes {split.size} in dimension {source.axis}"
         )
     parts: list[Array] = []
     for block in split.ranks[rank]:

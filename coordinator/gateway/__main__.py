@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 import os
@@ -28,7 +27,7 @@ from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
-from tpserve.coordinator.process import end_with_parent
+from tpserve.coordinator.process import end_with_parent, tell_parent
 
 logger = logging.getLogger("tpserve.coordinator.gateway")
 
@@ -53,8 +52,7 @@ class Server(uvicorn.Server):
             host, port = bound.getsockname()[:2]
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             logger.info("listening on %s", url)
-            sys.stdout.write(json.dumps({"url": url}) + "\n")
-            sys.stdout.flush()
+            tell_parent(url=url)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -134,16 +132,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         bound = bind(config.host, config.port)
     except OSError as error:
-        logger.error("cannot listen on %s:%d: %s", config.host, config.port, error.strerror)
-        return 1
+        return _fail(f"cannot listen on {config.host}:{config.port}: {error.strerror}")
     with bound:
         # Prompts are tokenised one at a time, so the library's own threads would only cost.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             service = make_service(config)
         except ModelFilesError as error:
-            logger.error("%s", error)
-            return 1
+            return _fail(str(error))
         uvicorn_config = uvicorn.Config(
             create_app(service),
             loop="uvloop",
@@ -158,6 +154,13 @@ def main(argv: list[str] | None = None) -> int:
         )
         Server(uvicorn_config, service).run(sockets=[bound])
     return 0
+
+
+def _fail(message: str) -> int:
+    """Say why the gateway ends: to the parent, which shows it, or in the log."""
+    logger.error("%s", message)
+    tell_parent(error=message)
+    return 1
 
 
 if __name__ == "__main__":

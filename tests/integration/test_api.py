@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -75,6 +77,13 @@ def collect(chunks: list[ChatCompletionChunk]) -> dict[int, str]:
         for choice in chunk.choices:
             texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
     return texts
+
+
+def complete(client: openai.OpenAI, **options: Any) -> str:
+    """Return the greedy continuation of a raw prompt."""
+    request: dict[str, Any] = {"model": MODEL_NAME, "temperature": 0, **options}
+    reply: Completion = client.completions.create(**request)
+    return reply.choices[0].text
 
 
 # ---- answers in one piece and in many
@@ -161,9 +170,8 @@ def test_conversation_with_system_and_parts(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_token_limits_are_exact(client: openai.OpenAI, name: str) -> None:
-    request = chat_request(PROMPTS[1])
-    del request["max_tokens"]
-    reply = client.chat.completions.create(**request, **{name: 5})
+    request = chat_request(PROMPTS[1]) | {"max_tokens": None, name: 5}
+    reply = client.chat.completions.create(**request)
     assert reply.choices[0].finish_reason == "length"
     assert reply.usage is not None
     assert reply.usage.completion_tokens == 5
@@ -184,7 +192,7 @@ def test_stop_string_across_token_borders(client: openai.OpenAI, stream: bool) -
     assert content
     # The end of one token and the start of the next; neither token holds it.
     stop, end = "", 0
-    for left, right in zip(content, content[1:], strict=False):
+    for left, right in itertools.pairwise(content):
         end += len(left.token)
         stop = left.token[-2:] + right.token[:2]
         if end > 10 and len(stop) == 4 and text.find(stop) == end - 2:
@@ -254,10 +262,7 @@ def test_logprobs_are_those_of_a_distribution(client: openai.OpenAI) -> None:
 
 def test_logit_bias_forces_and_forbids(client: openai.OpenAI) -> None:
     def text(**options: Any) -> str:
-        reply = client.completions.create(
-            model=MODEL_NAME, prompt="One two three", temperature=0, max_tokens=6, **options
-        )
-        return reply.choices[0].text
+        return complete(client, prompt="One two three", max_tokens=6, **options)
 
     plain, one, other = text(), text(logit_bias={"1000": 100}), text(logit_bias={"1001": 100})
     assert one == one[: len(one) // 6] * 6
@@ -269,8 +274,7 @@ def test_logit_bias_forces_and_forbids(client: openai.OpenAI) -> None:
 def test_penalties_break_repetition(client: openai.OpenAI) -> None:
     def words(**options: float) -> list[str]:
         prompt = "the cat the cat the cat the cat the cat the cat"
-        reply = client.completions.create(model=MODEL_NAME, prompt=prompt, temperature=0, max_tokens=16, **options)
-        return reply.choices[0].text.split()
+        return complete(client, prompt=prompt, max_tokens=16, **options).split()
 
     plain = words()
     assert len(set(plain)) <= 3

@@ -154,10 +154,8 @@ def test_huge_body(http: httpx.Client, server: Server) -> None:
     assert error_of(refused, 413)["code"] == "request_too_large"
     # A body that does not say how long it will be is refused as it comes.
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as raw:
-        raw.sendall(
-            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-        )
-        answer = b""
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nTransfer-Encoding: chunked\r\n\r\n"
+        raw.sendall(head.encode())
         chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
         for _ in range(17):
             raw.sendall(chunk)
@@ -180,7 +178,7 @@ def test_not_http(server: Server) -> None:
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Basic secret", "Bearer s\xe9cret"])
 def test_wrong_api_key(server: Server, header: str | None) -> None:
-    headers = {} if header is None else {"authorization": header.encode("latin-1")}
+    headers = [] if header is None else [(b"authorization", header.encode("latin-1"))]
     reply = httpx.post(f"{server.url}{CHAT}", json={"messages": HI}, headers=headers)
     assert error_of(reply, 401)["code"] == "invalid_api_key"
     assert httpx.get(f"{server.url}/health").status_code == 200

@@ -110,14 +110,14 @@ def test_busy_port(tmp_path: Path, tiny_folder: Path) -> None:
     assert outcome.duration_s < 15, "a busy port is seen before anything is built"
 
 
-def test_tampered_artifact(tmp_path: Path, tiny_folder: Path, cache_home: Path) -> None:
+def test_tampered_artifact(tmp_path: Path, tiny_folder: Path) -> None:
     home = tmp_path / "home"
     (home / "lib").mkdir(parents=True)
-    compiled = run_cli("compile", tiny_folder, "--load-format", "dummy", folder=tmp_path)
+    flags = (tiny_folder, "--load-format", "dummy", "--max-num-batched-tokens", "512")
+    compiled = run_cli("compile", *flags, folder=tmp_path)
     original = Path(json_line(compiled.stdout)["artifact_dir"])
     artifact = home / "lib" / original.name
     manifest = json.loads((original / "manifest.json").read_text())
-    flags = (tiny_folder, "--load-format", "dummy", "--max-num-batched-tokens", "512")
 
     def outcome() -> str:
         return serve(tmp_path, *flags, TPSERVE_HOME=str(home)).only_error()

@@ -16,7 +16,7 @@ GOLDENS = Path(__file__).parents[2] / "goldens"
 
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return Artifacts(tmp_path_factory.mktemp("artifacts"))
+    return Artifacts(tmp_path_factory.getbasetemp() / "artifacts")
 
 
 @pytest.fixture(scope="session")

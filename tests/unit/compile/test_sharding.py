@@ -66,12 +66,8 @@ def test_every_query_head_is_on_one_rank_with_its_kv_head(num_kv: int, group: in
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), TP_SIZES)
 def test_kv_heads_are_replicated_equally_and_only_when_they_are_few(num_kv: int, group: int, tp_size: int) -> None:
-    counts = Counter(
-        head
-        for rank in heads(shard(make_config(num_kv, group), tp_size), "kv_heads")
-        for head in rank
-        if head is not None
-    )
+    kv_ranks = heads(shard(make_config(num_kv, group), tp_size), "kv_heads")
+    counts = Counter(head for rank in kv_ranks for head in rank if head is not None)
     assert sorted(counts) == list(range(num_kv))
     assert len(set(counts.values())) == 1
     if num_kv >= tp_size:
