@@ -97,7 +97,7 @@ def main() -> None:
     )
     runner = DeviceRunner(config, lambda done, total: None)
     ready_s = time.perf_counter() - loading
-    weight_bytes = sum(2 * math.prod(param.shape) for param in manifest.params if param.layout == "sm90")
+    weight_bytes = sum(2 * math.prod(param.shape) for param in manifest.params if param.layout == "wgmma64x256g132")
     floor_ms = weight_bytes / BYTES_PER_S * 1e3
     points, next_id = {}, 0
     scheduler = make_scheduler(manifest, num_pages)

@@ -12,6 +12,7 @@ from tpserve.compile.config import ModelConfig
 from tpserve.compile.operators import AttentionShape, BatchInputs, Operators, all_reduce
 from tpserve.compile.sharding import PANEL_ROWS, Sharding
 from tpserve.proto.manifest import ParamSource, ParamSpec
+from tpserve.proto.packing import packed_shape
 
 
 @dataclass(slots=True)
@@ -23,7 +24,7 @@ class GraphContext:
     operators: Operators
     weight_dtype: str
     page_size: int
-    weight_layout: Literal["panel16", "sm90"]
+    weight_layout: Literal["panel16", "wgmma64x256g132"]
     specs: dict[int, ParamSpec] = field(default_factory=dict)
     """By identity of the graph's parameter."""
 
@@ -53,6 +54,8 @@ class Linear(nn.Module):
         Per rank, after the split.
     bias : tuple of ParamSource
         Empty for none.
+    out_dtype : str or None
+        Of the result, if not that of activations.
     """
 
     def __init__(
@@ -63,16 +66,22 @@ class Linear(nn.Module):
         rows: int,
         columns: int,
         bias: tuple[ParamSource, ...] = (),
+        out_dtype: str | None = None,
     ) -> None:
         self._operators = context.operators
+        self._rows = rows
+        self._out_dtype = out_dtype
         layout = context.weight_layout
-        shape = (rows // PANEL_ROWS, columns, PANEL_ROWS) if layout == "panel16" else (rows, columns)
+        if layout == "panel16":
+            shape = (rows // PANEL_ROWS, columns, PANEL_ROWS)
+        else:
+            shape = packed_shape(rows, columns, itemsize=2)
         self.weight = context.parameter(ParamSpec(name, shape, context.weight_dtype, layout, sources))
         self.bias = context.parameter(ParamSpec(f"{name}.bias", (rows,), "float32", "plain", bias)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, columns) -> (T, rows)."""
-        return self._operators.gemm(x, self.weight, self.bias)
+        return self._operators.gemm(x, self.weight, self.bias, self._rows, self._out_dtype)
 
 
 class Attention(nn.Module):

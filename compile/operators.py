@@ -58,8 +58,8 @@ class Operators(Protocol):
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         """(T,) int32, (V, H) -> (T, H)."""
 
-    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(T, K), panels (N / 16, K, 16) or (N, K) in the target's order, (N,) -> (T, N)."""
+    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, dtype: str | None = None) -> Tensor:
+        """(T, K), packed weight of `rows` output rows, (rows,) -> (T, rows), in `dtype` if not that of activations."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """(T, H), (H,) -> (T, H)."""
@@ -118,13 +118,12 @@ class TunedOperators:
         """See Operators."""
         return self._extern("embed", [ids, table], (ids.shape[0], table.shape[1]))
 
-    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, dtype: str | None = None) -> Tensor:
         """See Operators."""
-        rows = weight.shape[0] if weight.ndim == 2 else weight.shape[0] * weight.shape[2]  # panels of rows
         out = (x.shape[0], rows)
         if bias is None:
-            return self._extern("gemm", [x, weight], out)
-        return self._extern("gemm_bias", [x, weight, bias], out)
+            return self._extern("gemm", [x, weight], out, dtype)
+        return self._extern("gemm_bias", [x, weight, bias], out, dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See Operators."""
@@ -170,8 +169,10 @@ class TunedOperators:
         """See Operators."""
         return self._extern("take_rows", [x, rows], (rows.shape[0], x.shape[1]))
 
-    def _extern(self, name: str, args: list[Tensor | int | float], shape: tuple[object, ...]) -> Tensor:
-        return op.extern(self._prefix + name, args, Tensor.placeholder(shape, self._dtype))
+    def _extern(
+        self, name: str, args: list[Tensor | int | float], shape: tuple[object, ...], dtype: str | None = None
+    ) -> Tensor:
+        return op.extern(self._prefix + name, args, Tensor.placeholder(shape, dtype or self._dtype))
 
 
 class PortableOperators:
@@ -181,7 +182,7 @@ class PortableOperators:
         """See Operators."""
         return op.take(table, ids, axis=0).astype("float32")
 
-    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, dtype: str | None = None) -> Tensor:
         """See Operators."""
 
         def compute(x: te.Tensor, w: te.Tensor) -> te.Tensor:

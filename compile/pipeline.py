@@ -44,7 +44,7 @@ def build_graph(config: ModelConfig, compile_config: CompileConfig) -> Graph:
         operators,
         WEIGHT_DTYPES[compile_config.quantization],
         compile_config.page_size,
-        "sm90" if on_gpu else "panel16",
+        "wgmma64x256g132" if on_gpu else "panel16",
     )
     model = LlamaForCausalLM(context, compile_config.max_model_len)
     page_values = config.head_dim * compile_config.page_size

@@ -56,10 +56,11 @@ class ParamSpec:
     shape: tuple[int, ...]
     """Per rank, after packing."""
     dtype: str
-    layout: Literal["plain", "panel16", "sm90", "rope_table"]
+    layout: Literal["plain", "panel16", "wgmma64x256g132", "rope_table"]
     """plain: as in the checkpoint. panel16: (rows / 16, columns, 16), sixteen output rows side by side for each
-    input column, so a GEMM reads weights once and in order. rope_table: (max_model_len, head_dim) float32, cosines
-    then sines, computed from `Manifest.rope_inv_freq`."""
+    input column, so a GEMM reads weights once and in order. wgmma64x256g132: stages of 64 rows by 256 bytes, see
+    `proto.packing`. rope_table: (max_model_len, head_dim) float32, cosines then sines, computed from
+    `Manifest.rope_inv_freq`."""
     sources: tuple[ParamSource, ...] = ()
     """Concatenated along dimension 0 after the split."""
 

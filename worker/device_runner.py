@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import cupy
+import ml_dtypes
 import numpy as np
 import tvm_ffi
 
 from tpserve.collectives.nccl import NcclCommunicator
+from tpserve.proto.manifest import Manifest, ParamSpec
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array
@@ -24,7 +27,7 @@ from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, load_kernels, tvm
-from tpserve.worker.weights import dummy_parameters, load_parameters
+from tpserve.worker.weights import load_parameters, rope_table
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,9 @@ _NUM_STAGING = 4
 """Pinned copies of a step's inputs and outputs: more than plans can be in flight."""
 _DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256)
 _MIXED_BUCKETS = (96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+_DUMMY_SCALE = 0.02
+"""Of random weights: that of Hugging Face's initialisation, at which activations stay finite."""
+_DUMMY_PIECE = 1 << 26
 _MAX_PAGE_UPDATES = 4096
 """Page-table entries that one step may change."""
 
@@ -130,6 +136,7 @@ class DeviceRunner:
         self._device = tvm.cuda(config.device)
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._kernels = load_kernels(config.artifact_dir)
+        self._kernels["init_device"](config.device)
         self._communicator: NcclCommunicator | None = None
         if config.tp_size > 1:
             self._communicator = NcclCommunicator(
@@ -151,7 +158,9 @@ class DeviceRunner:
         self._page_table = tvm_ffi.from_dlpack(cupy.zeros((config.max_num_seqs, max_pages), cupy.int32))
         self._page_updates = cupy.zeros((_MAX_PAGE_UPDATES, 3), cupy.int32)
         self._last_token = tvm_ffi.from_dlpack(cupy.zeros(config.max_num_seqs, cupy.int32))
-        self._sampler = DeviceSampler(self._kernels, config.max_num_seqs, manifest.vocab_size, _NUM_STAGING)
+        self._sampler = DeviceSampler(
+            self._kernels, config.max_num_seqs, manifest.vocab_size, manifest.padded_vocab_size, _NUM_STAGING
+        )
         self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
         self._window = manifest.attention_window
         num_tokens = manifest.max_num_batched_tokens
@@ -168,17 +177,26 @@ class DeviceRunner:
         self._last_finish = time.perf_counter()
         self._captured = self._capture(buckets)
 
-    def _load(self, manifest: Any, progress: Progress) -> list[Any]:
+    def _load(self, manifest: Manifest, progress: Progress) -> list[Any]:
+        """Return the parameters on the device; those of GEMMs are packed there."""
         config = self._config
-        if config.load_format == "dummy":
-            arrays = dummy_parameters(manifest, config.rank)
-        else:
-            arrays = load_parameters(manifest, config.model_dir, config.rank)
-        params = []
-        for spec, array in zip(manifest.params, arrays, strict=True):
-            raw = array.view(np.uint16) if spec.dtype == "bfloat16" else array
-            params.append(as_device_tensor(cupy.asarray(raw), spec.dtype))
-            progress(len(params), len(manifest.params))
+        dummy = config.load_format == "dummy"
+        params: list[Any] = []
+        with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
+            if dummy:
+                source: Any = (random_parameter(manifest, spec, config.rank) for spec in manifest.params)
+            else:
+                source = load_parameters(manifest, config.model_dir, config.rank)
+            for spec, array in zip(manifest.params, source, strict=True):
+                raw = array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
+                tensor = as_device_tensor(cupy.asarray(raw), spec.dtype)
+                if spec.layout == "wgmma64x256g132" and not dummy:
+                    packed = as_device_tensor(cupy.empty(spec.shape, cupy.uint16), spec.dtype)
+                    self._kernels["pack_weight"](tensor, packed)
+                    tensor = packed
+                params.append(tensor)
+                progress(len(params), len(manifest.params))
+            self._stream.synchronize()
         return params
 
     # ---- capture
@@ -326,6 +344,24 @@ class DeviceRunner:
             host[: 3 * len(part)] = np.asarray(part, np.int32).reshape(-1)
             self._page_updates.data.copy_from_host_async(host.ctypes.data, 12 * len(part), self._stream)
             self._kernels["scatter_pages"](tvm_ffi.from_dlpack(self._page_updates[: len(part)]), self._page_table)
+
+
+def random_parameter(manifest: Manifest, spec: ParamSpec, rank: int) -> Any:
+    """Return a seeded random parameter made on the device, as it is stored; norms are ones, biases zeros."""
+    if spec.layout == "rope_table":
+        return cupy.asarray(rope_table(manifest))
+    if len(spec.shape) == 1:
+        return cupy.full(spec.shape, 0.0 if spec.name.endswith(".bias") else 1.0, cupy.float32)
+    # Replicated parameters must be the same on every rank.
+    split = any(part.split for part in spec.sources)
+    rng = cupy.random.default_rng([zlib.crc32(spec.name.encode()), rank if split else 0])
+    out = cupy.empty(spec.shape, cupy.uint16)
+    flat = out.reshape(-1)
+    for start in range(0, flat.size, _DUMMY_PIECE):  # at once would need three times the memory
+        piece = flat[start : start + _DUMMY_PIECE]
+        values = rng.standard_normal(piece.shape, dtype=cupy.float32) * cupy.float32(_DUMMY_SCALE)
+        piece[...] = (values.view(cupy.uint32) >> 16).astype(cupy.uint16)  # towards zero: any bfloat16 will do
+    return out
 
 
 def as_device_tensor(array: Any, dtype: str) -> Any:

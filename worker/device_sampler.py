@@ -30,7 +30,7 @@ class DeviceSampler:
         Pinned copies, so that the host may prepare steps ahead.
     """
 
-    def __init__(self, kernels: Any, max_num_seqs: int, vocab_size: int, num_staging: int) -> None:
+    def __init__(self, kernels: Any, max_num_seqs: int, vocab_size: int, width: int, num_staging: int) -> None:
         self._sample = kernels["sample"]
         self._max_num_seqs = max_num_seqs
         self._vocab_size = vocab_size
@@ -62,6 +62,8 @@ class DeviceSampler:
             views["num_logprobs"],
         )
         self._state = tuple(tvm_ffi.from_dlpack(array) for array in state)
+        # Logits with penalties and bias applied; width is the padded vocabulary.
+        self._adjusted = cupy.empty((size, width), cupy.float32)
         self._out = (
             cupy.zeros(size, cupy.int32),
             cupy.zeros(size, cupy.float32),
@@ -112,7 +114,8 @@ class DeviceSampler:
         """Queue the sampling kernel; return the tensor of sampled ids, (R,) int32."""
         rows = slots.shape[0]
         out = [tvm_ffi.from_dlpack(array[:rows]) for array in self._out]
-        self._sample(logits, self._vocab_size, slots, positions, *self._state, *out)
+        adjusted = tvm_ffi.from_dlpack(self._adjusted[:rows])
+        self._sample(logits, self._vocab_size, slots, positions, *self._state, adjusted, *out)
         return out[0]
 
     def fetch(self, num_rows: int, slots: Array, staging: int, stream: Any) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tpserve.proto.manifest import Manifest, ParamSource, ParamSpec
+from tpserve.proto.packing import packed_shape
 from tpserve.worker.arrays import Array, aligned_empty
 from tpserve.worker.errors import WeightsError
 
@@ -139,6 +140,8 @@ def pack(spec: ParamSpec, rows: Array) -> Array:
     if rows.shape != expected:
         raise WeightsError(f"{spec.name}: the checkpoint gives {rows.shape}, the library takes {expected}")
     out = aligned_empty(spec.shape, _DTYPES[spec.dtype])
+    if spec.layout == "wgmma64x256g132":
+        return _row_major(spec, rows)
     if spec.layout == "panel16":
         panels, columns, lanes = spec.shape
         rows = rows.reshape(panels, lanes, columns).transpose(0, 2, 1)
@@ -155,6 +158,13 @@ def _unpacked_shape(spec: ParamSpec) -> tuple[int, ...]:
         return spec.shape
     panels, columns, lanes = spec.shape
     return panels * lanes, columns
+
+
+def _row_major(spec: ParamSpec, rows: Array) -> Array:
+    """Return checkpoint rows in the parameter's dtype; the device packs them."""
+    if packed_shape(rows.shape[0], rows.shape[1], itemsize=2) != spec.shape:
+        raise WeightsError(f"{spec.name}: the checkpoint gives {rows.shape}, which does not pack to {spec.shape}")
+    return np.ascontiguousarray(rows.astype(_DTYPES[spec.dtype], copy=False))
 
 
 def _read(checkpoint: Checkpoint, manifest: Manifest, source: ParamSource, rank: int) -> Array:

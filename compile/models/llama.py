@@ -36,6 +36,7 @@ class LlamaForCausalLM(nn.Module):
             (ParamSource(head, 0, "vocab"),),
             rows=sharding.vocab_size,
             columns=config.hidden_size,
+            out_dtype="float32",
         )
 
     def step(

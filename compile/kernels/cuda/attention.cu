@@ -184,8 +184,9 @@ struct Rows {
     for (int h = 0; h < 2; ++h) {
       const int row = first_row + lane / 4 + h * 8;
       const bool present = row < num_rows;
-      const int step = present ? row / p.group : 0;
-      limit[h] = present ? item.position + step : -1;
+      // Rows that are not there repeat the last token with zeros for queries, and are never written.
+      const int step = present ? row / p.group : item.count - 1;
+      limit[h] = item.position + step;
       top[h] = -INFINITY, sum[h] = 0.0f;
       const bf16* source = p.q + (static_cast<int64_t>(item.token + step) * num_heads + head * p.group +
                                   (present ? row % p.group : 0)) * kHeadDim + lane % 4 * 2;
