@@ -1,0 +1,250 @@
+// Norms, activation, row copies and quantisation to fp8: one block per token, the row in registers.
+//
+// Activations and the residual stream are bfloat16, sums float32. A quantised row is e4m3 with one float32 scale, the
+// largest magnitude / 448; `scale` times the stored value is the value.
+#include "common.cuh"
+
+namespace tpserve::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr float kFp8Max = 448.0f;
+
+enum class Row { kCopy, kNorm, kAddNorm, kSilu };
+
+struct RowParams {
+  const bf16* x;         // (rows, size); for kSilu (rows, 2 size), gate then up
+  const bf16* residual;  // kAddNorm
+  const float* weight;   // norms
+  const int32_t* index;  // row of x for each output row, or null
+  int64_t num_source_rows;
+  bf16* residual_out;
+  bf16* out;
+  fp8* quantized;  // instead of `out`
+  float* scale;
+  int size;
+  float eps;
+};
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+template <Row kRow, int kVectors, bool kQuantize>
+__global__ void __launch_bounds__(kThreads) transform_rows(const __grid_constant__ RowParams p) {
+  __shared__ float scratch[32];
+  pdl_launch();
+  pdl_wait();
+  const int64_t row = blockIdx.x;
+  const int num_vectors = p.size / 8;
+  int64_t source = row;
+  if (kRow == Row::kCopy && p.index != nullptr) source = __ldcg(p.index + row);
+  const bool present = source >= 0 && source < p.num_source_rows;  // rows of padding give zeros
+  float values[kVectors][8];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int v = threadIdx.x + i * kThreads;
+    uint4 raw{};
+    if (v < num_vectors && present) {
+      raw = load_l2(p.x + source * (kRow == Row::kSilu ? 2 : 1) * p.size + v * 8);
+    }
+    unpack8(raw, values[i]);
+    if (v >= num_vectors) continue;
+    if constexpr (kRow == Row::kAddNorm) {
+      float other[8];
+      unpack8(load_l2(p.residual + row * p.size + v * 8), other);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[i][j] += other[j];
+      const uint4 sum = pack8(values[i]);
+      *reinterpret_cast<uint4*>(p.residual_out + row * p.size + v * 8) = sum;
+      unpack8(sum, values[i]);  // the norm sees the residual stream as the next layer will
+    }
+    if constexpr (kRow == Row::kSilu) {
+      float up[8];
+      unpack8(load_l2(p.x + (row * 2 + 1) * p.size + v * 8), up);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[i][j] = silu(values[i][j]) * up[j];
+    }
+  }
+  if constexpr (kRow == Row::kNorm || kRow == Row::kAddNorm) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) squares += values[i][j] * values[i][j];
+    }
+    squares = block_reduce(squares, 0.0f, scratch, Add{});
+    const float factor = rsqrtf(squares / static_cast<float>(p.size) + p.eps);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int v = threadIdx.x + i * kThreads;
+      if (v >= num_vectors) continue;
+      const float4 a = *reinterpret_cast<const float4*>(p.weight + v * 8);
+      const float4 b = *reinterpret_cast<const float4*>(p.weight + v * 8 + 4);
+      const float weights[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[i][j] *= factor * weights[j];
+    }
+  }
+  float inverse = 0.0f;
+  if constexpr (kQuantize) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(values[i][j]));
+    }
+    largest = fmaxf(block_reduce(largest, 0.0f, scratch, Max{}), 1e-12f);
+    inverse = kFp8Max / largest;
+    if (threadIdx.x == 0) p.scale[row] = largest / kFp8Max;
+  }
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int v = threadIdx.x + i * kThreads;
+    if (v >= num_vectors) continue;
+    if constexpr (kQuantize) {
+      const float(&f)[8] = values[i];
+      uint2 q;
+      q.x = pack4_fp8(f[0] * inverse, f[1] * inverse, f[2] * inverse, f[3] * inverse);
+      q.y = pack4_fp8(f[4] * inverse, f[5] * inverse, f[6] * inverse, f[7] * inverse);
+      *reinterpret_cast<uint2*>(p.quantized + row * p.size + v * 8) = q;
+    } else {
+      *reinterpret_cast<uint4*>(p.out + row * p.size + v * 8) = pack8(values[i]);
+    }
+  }
+}
+
+template <Row kRow, bool kQuantize>
+void run(const RowParams& p, int64_t rows, cudaStream_t stream) {
+  check_multiple("the row size", p.size, 8);
+  const int vectors = (p.size / 8 + kThreads - 1) / kThreads;
+  const dim3 grid(static_cast<unsigned>(rows));
+  if (vectors <= 1) return launch(transform_rows<kRow, 1, kQuantize>, grid, kThreads, 0, stream, p);
+  if (vectors <= 2) return launch(transform_rows<kRow, 2, kQuantize>, grid, kThreads, 0, stream, p);
+  if (vectors <= 4) return launch(transform_rows<kRow, 4, kQuantize>, grid, kThreads, 0, stream, p);
+  if (vectors <= 8) return launch(transform_rows<kRow, 8, kQuantize>, grid, kThreads, 0, stream, p);
+  TVM_FFI_THROW(ValueError) << "rows of " << p.size << " elements, at most " << 8 * 8 * kThreads << " are supported";
+}
+
+/// Without a scale no row must be whole in one block: rows are cut, so that one token keeps many blocks busy.
+__global__ void __launch_bounds__(256) silu_mul_kernel(const bf16* gate_up, bf16* out, int size) {
+  pdl_launch();
+  pdl_wait();
+  const int64_t row = blockIdx.y;
+  const int v = blockIdx.x * 256 + threadIdx.x;
+  if (v >= size / 8) return;
+  float gate[8], up[8];
+  unpack8(load_l2(gate_up + row * 2 * size + v * 8), gate);
+  unpack8(load_l2(gate_up + (row * 2 + 1) * size + v * 8), up);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) gate[j] = silu(gate[j]) * up[j];
+  *reinterpret_cast<uint4*>(out + row * size + v * 8) = pack8(gate);
+}
+
+void copy_rows(const char* what, const TensorView& index, const TensorView& table, const TensorView& out) {
+  check_rank(what, index, 1);
+  check_rank("out", out, 2);
+  const int64_t rows = out.size(0), size = out.size(1);
+  RowParams p{};
+  p.x = checked<bf16>("the source of rows", table, {-1, size});
+  p.index = checked<int32_t>(what, index, {rows});
+  p.num_source_rows = table.size(0);
+  p.out = checked<bf16>("out", out, {rows, size});
+  p.size = static_cast<int>(size);
+  run<Row::kCopy, false>(p, rows, stream_of(out));
+}
+
+/// (T,) int32, (V, H) bf16 -> (T, H) bf16. Ids out of range (padding) give zeros.
+void embed(TensorView ids, TensorView table, TensorView out) { copy_rows("ids", ids, table, out); }
+
+/// (T, H) bf16, (R,) int32 -> (R, H) bf16. Rows out of range (padding) give zeros.
+void take_rows(TensorView x, TensorView rows, TensorView out) { copy_rows("rows", rows, x, out); }
+
+RowParams norm_params(const TensorView& x, const TensorView& weight, double eps) {
+  check_rank("x", x, 2);
+  RowParams p{};
+  p.x = checked<bf16>("x", x, {-1, -1});
+  p.num_source_rows = x.size(0);
+  p.size = static_cast<int>(x.size(1));
+  p.weight = checked<float>("weight", weight, {x.size(1)});
+  p.eps = static_cast<float>(eps);
+  return p;
+}
+
+void set_quantized(RowParams& p, const TensorView& out, const TensorView& scale, int64_t rows, int64_t size) {
+  p.quantized = checked<fp8>("out", out, {rows, size});
+  p.scale = checked<float>("scale", scale, {rows});
+}
+
+void rms_norm(TensorView x, TensorView weight, double eps, TensorView out) {
+  RowParams p = norm_params(x, weight, eps);
+  p.out = checked<bf16>("out", out, {x.size(0), x.size(1)});
+  run<Row::kNorm, false>(p, x.size(0), stream_of(out));
+}
+
+void rms_norm_fp8(TensorView x, TensorView weight, double eps, TensorView out, TensorView scale) {
+  RowParams p = norm_params(x, weight, eps);
+  set_quantized(p, out, scale, x.size(0), x.size(1));
+  run<Row::kNorm, true>(p, x.size(0), stream_of(out));
+}
+
+void add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps, TensorView residual_out,
+                  TensorView out) {
+  RowParams p = norm_params(x, weight, eps);
+  p.residual = checked<bf16>("residual", residual, {x.size(0), x.size(1)});
+  p.residual_out = checked<bf16>("residual_out", residual_out, {x.size(0), x.size(1)});
+  p.out = checked<bf16>("out", out, {x.size(0), x.size(1)});
+  run<Row::kAddNorm, false>(p, x.size(0), stream_of(out));
+}
+
+void add_rms_norm_fp8(TensorView x, TensorView residual, TensorView weight, double eps, TensorView residual_out,
+                      TensorView out, TensorView scale) {
+  RowParams p = norm_params(x, weight, eps);
+  p.residual = checked<bf16>("residual", residual, {x.size(0), x.size(1)});
+  p.residual_out = checked<bf16>("residual_out", residual_out, {x.size(0), x.size(1)});
+  set_quantized(p, out, scale, x.size(0), x.size(1));
+  run<Row::kAddNorm, true>(p, x.size(0), stream_of(out));
+}
+
+void silu_mul(TensorView gate_up, TensorView out) {
+  check_rank("out", out, 2);
+  const int64_t rows = out.size(0), size = out.size(1);
+  check_multiple("the row size", size, 8);
+  const bf16* source = checked<bf16>("gate_up", gate_up, {rows, 2 * size});
+  bf16* target = checked<bf16>("out", out, {rows, size});
+  const dim3 grid(static_cast<unsigned>((size / 8 + 255) / 256), static_cast<unsigned>(rows));
+  launch(silu_mul_kernel, grid, 256, 0, stream_of(out), source, target, static_cast<int>(size));
+}
+
+void silu_mul_fp8(TensorView gate_up, TensorView out, TensorView scale) {
+  check_rank("out", out, 2);
+  const int64_t rows = out.size(0), size = out.size(1);
+  RowParams p{};
+  p.x = checked<bf16>("gate_up", gate_up, {rows, 2 * size});
+  p.num_source_rows = rows;
+  p.size = static_cast<int>(size);
+  set_quantized(p, out, scale, rows, size);
+  run<Row::kSilu, true>(p, rows, stream_of(out));
+}
+
+/// (T, H) bf16 -> e4m3 and (T,) scales.
+void quantize_fp8(TensorView x, TensorView out, TensorView scale) {
+  check_rank("x", x, 2);
+  RowParams p{};
+  p.x = checked<bf16>("x", x, {-1, -1});
+  p.num_source_rows = x.size(0);
+  p.size = static_cast<int>(x.size(1));
+  set_quantized(p, out, scale, x.size(0), x.size(1));
+  run<Row::kCopy, true>(p, x.size(0), stream_of(out));
+}
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(embed, embed);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(take_rows, take_rows);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, rms_norm);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm_fp8, rms_norm_fp8);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm, add_rms_norm);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm_fp8, add_rms_norm_fp8);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul, silu_mul);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul_fp8, silu_mul_fp8);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize_fp8, quantize_fp8);
+
+}  // namespace
+}  // namespace tpserve::cuda

@@ -1,0 +1,490 @@
+// out (M, N) = x (M, K) w^T for bfloat16 or e4m3 operands, any M, with weights packed by `packing.py`.
+//
+// Swapped operands: weights are wgmma's A (64 channels), tokens its B, so that few tokens waste nothing. One kernel:
+//   kBlocks 1 (M <= 128): a unit of work is one packed stage, 64 channels x 256 bytes of K, against all tokens.
+//   kBlocks 2 (M > 128):  a unit is 128 channels x 128 bytes of K against 256 tokens; each warp group has 64 channels.
+// Units in the order (channels, tokens, K) are dealt to kGrid blocks in equal contiguous runs (stream-K). For kBlocks 1 the
+// packed order is the order in which the grid reads: unit i of block c is stage i * kGrid + c, so all blocks together read
+// one contiguous span at a time. A run that starts inside a tile leaves float32 partial sums in its block's slot of the
+// workspace; the block that started the tile adds them in block order, so sums have one order. An empty slot holds the word
+// 0xffffffff, a NaN that no arithmetic makes: the data is its own flag, and the reader restores it.
+//
+// One warp fetches; it fills the ring with weights before `pdl_wait`, while the kernel before still runs.
+#include <cuda.h>
+
+#include "wgmma.cuh"
+
+namespace tpserve::cuda {
+namespace {
+
+constexpr int kGrid = 132;  // blocks, one per multiprocessor; part of the packed layout
+constexpr int kStageBytes = 16384;
+constexpr int kTileBytes = 8192;  // 64 channels x 128 bytes of K
+constexpr int kMaxDevices = 16;
+constexpr int64_t kWorkspaceBytes = static_cast<int64_t>(kGrid) * 2 * 256 * 64 * 4;
+
+uint8_t* workspace_of_device[kMaxDevices] = {};
+
+struct GemmParams {
+  const uint8_t* weights;
+  const float* channel_scale;  // e4m3 only
+  const float* token_scale;    // e4m3 only
+  const float* bias;           // or null
+  void* out;
+  float4* partial;
+  int M, N;
+  int units_of_k;                      // per tile
+  int base, rem;                       // units of block c: base + (c < rem)
+  int token_tiles, channel_blocks;     // of kTokens tokens, of 64 channels
+  int packed_k, packed_base, packed_rem;  // stages of K per 64 channels, and their runs
+  bool out_float32;
+};
+
+template <int kTokens, int kBlocks>
+struct Shape {
+  static constexpr int kTilesOfK = 2 / kBlocks;  // 128-byte tiles of K in a stage
+  static constexpr int kTokenBytes = kTilesOfK * kTokens * 128;
+  static constexpr int kBytes = kStageBytes + kTokenBytes;
+  static constexpr int kConsumers = kBlocks == 2 || kTokens <= 16 ? 2 : 1;
+  static constexpr int kThreads = kConsumers * 128 + 32;
+  static constexpr bool kAlternate = kBlocks == 1 && kConsumers == 2;  // warp groups take turns with the stages
+  // Up to 64 tokens two kernels fit on a multiprocessor, so that the next one can fill its ring.
+  static constexpr int kBudget = kTokens <= 64 ? 110 * 1024 : 200 * 1024;
+  static constexpr int kExtra = kAlternate ? kTokens * 256 : 0;
+  static constexpr int kStages = (kBudget - kExtra) / kBytes < 6 ? (kBudget - kExtra) / kBytes : 6;
+  static constexpr int kSharedBytes = kStages * kBytes + kExtra + 1024;
+  // With few tokens the ring of weights is filled at a measured pace and the first activations have their own barrier.
+  static constexpr bool kPaced = kTokens == 8;
+  static constexpr int kPace = 3;
+};
+
+__device__ __forceinline__ void tensor_copy(uint32_t target, const CUtensorMap* map, int k, int token, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          target),
+      "l"(map), "r"(k), "r"(token), "r"(shared_address(barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ uint4 load_slot(const float4* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_slot(float4* p, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ bool is_empty(uint4 v) { return v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u; }
+
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
+#define TPSERVE_BAR(op, id, count) asm volatile("bar." op " " #id ", " #count ";" ::: "memory")
+
+/// The warp that fetches; one lane works.
+template <typename T, int kTokens, int kBlocks>
+__device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ring, uint64_t* full, uint64_t* empty,
+                        int first, int count) {
+  using S = Shape<kTokens, kBlocks>;
+  constexpr int kTileK = 128 / sizeof(T);
+  const uint64_t once = evict_first_policy();
+  const int ahead = count < S::kStages ? count : S::kStages;
+  const uint8_t* source = p.weights + static_cast<size_t>(blockIdx.x) * kStageBytes;
+  const auto load_weights = [&](int slot, int unit, int bytes) {
+    const uint32_t target = ring + slot * S::kBytes;
+    if constexpr (kBlocks == 1) {
+      barrier_expect(full + slot, bytes);
+      bulk_copy_once(target, source, kStageBytes, full + slot, once);
+      source += static_cast<size_t>(kGrid) * kStageBytes;
+    } else {
+      const int tile = unit / p.units_of_k, k = unit % p.units_of_k, block = tile / p.token_tiles * 2;
+      const int present = p.channel_blocks - block < 2 ? 1 : 2;
+      barrier_expect(full + slot, bytes - (2 - present) * kTileBytes);
+      for (int i = 0; i < present; ++i) {
+        const int stage = (block + i) * p.packed_k + k / 2, long_runs = p.packed_rem * (p.packed_base + 1);
+        const int run = stage < long_runs ? stage / (p.packed_base + 1)
+                                          : p.packed_rem + (stage - long_runs) / p.packed_base;
+        const int place = stage - (p.packed_base * run + min(run, p.packed_rem));
+        bulk_copy(target + i * kTileBytes,
+                  p.weights + (static_cast<size_t>(place) * kGrid + run) * kStageBytes + k % 2 * kTileBytes, kTileBytes,
+                  full + slot);
+      }
+    }
+  };
+  const auto load_tokens = [&](int slot, int unit, uint64_t* barrier) {
+    const int k = unit % p.units_of_k, token = kBlocks == 1 ? 0 : unit / p.units_of_k % p.token_tiles * kTokens;
+    const uint32_t target = ring + slot * S::kBytes + kStageBytes;
+#pragma unroll
+    for (int i = 0; i < S::kTilesOfK; ++i) {
+      tensor_copy(target + i * kTokens * 128, map, (k * S::kTilesOfK + i) * kTileK, token, barrier);
+    }
+  };
+  for (int i = 0; i < ahead; ++i) {
+    if (S::kPaced && i >= S::kPace) barrier_wait(full + i - S::kPace, 0);
+    load_weights(i, first + i, S::kPaced ? kStageBytes : S::kBytes);
+  }
+  pdl_wait();
+  uint64_t* own = full + S::kStages;
+  if (S::kPaced) barrier_expect(own, ahead * S::kTokenBytes);
+  for (int i = 0; i < ahead; ++i) load_tokens(i, first + i, S::kPaced ? own : full + i);
+  RingPlace place;
+  for (int i = ahead; i < count; ++i) {
+    barrier_wait(empty + place.slot, place.parity);
+    load_weights(place.slot, first + i, S::kBytes);
+    load_tokens(place.slot, first + i, full + place.slot);
+    place.advance(S::kStages);
+  }
+}
+
+/// Scales and stores a warp's 16 channels x kTokens tokens.
+template <typename T, int kTokens>
+__device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token) {
+  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+  float scale[2] = {1.0f, 1.0f}, bias[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int at = channel + lane / 4 + h * 8;
+    if (at >= p.N) continue;
+    if (sizeof(T) == 1) scale[h] = __ldg(p.channel_scale + at);
+    if (p.bias != nullptr) bias[h] = __ldg(p.bias + at);
+  }
+#pragma unroll
+  for (int b = 0; b < kTokens / 8; ++b) {
+    float values[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int m = token + b * 8 + column + j % 2;
+      float factor = scale[j / 2];
+      if (sizeof(T) == 1) factor *= m < p.M ? __ldcg(p.token_scale + m) : 0.0f;
+      values[j] = sizeof(T) == 1 ? fmaf(sums[b * 4 + j], factor, bias[j / 2]) : sums[b * 4 + j] + bias[j / 2];
+    }
+    if (p.out_float32) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int m = token + b * 8 + column + j % 2, n = channel + lane / 4 + j / 2 * 8;
+        if (m < p.M && n < p.N) static_cast<float*>(p.out)[static_cast<int64_t>(m) * p.N + n] = values[j];
+      }
+    } else {
+      const int m = token + b * 8 + lane / 4;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {  // to pairs of channels of one token
+        const uint32_t pair = transpose_8x8(pack2(values[h * 2], values[h * 2 + 1]));
+        const int n = channel + h * 8 + column;
+        if (m < p.M && n < p.N) {
+          *reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(m) * p.N + n) = pair;
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int kTokens, int kBlocks>
+__global__ void __launch_bounds__(Shape<kTokens, kBlocks>::kThreads, 1)
+    gemm_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ GemmParams p) {
+  using S = Shape<kTokens, kBlocks>;
+  // fp8 products are summed by the tensor cores with few bits; while registers allow it, sums of 256 of K are promoted.
+  // So are those of groups that take turns: products under a condition would be serialised by the compiler otherwise.
+  constexpr bool kPromote = S::kAlternate || (sizeof(T) == 1 && kBlocks == 1);
+  constexpr int kRegisters = kTokens / 2, kVectors = kTokens / 8;
+  extern __shared__ uint8_t memory[];
+  __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
+  const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cta = blockIdx.x;
+  const int first = p.base * cta + min(cta, p.rem), count = p.base + (cta < p.rem);
+  if (threadIdx.x == S::kConsumers * 128) {
+    for (int i = 0; i <= S::kStages; ++i) barrier_init(full + i, 1);
+    for (int i = 0; i < S::kStages; ++i) barrier_init(empty + i, kBlocks * 4);
+    barrier_init_fence();
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+    pdl_launch();
+  }
+  __syncthreads();
+  if (warp == S::kConsumers * 4) {
+    if (lane == 0) produce<T, kTokens, kBlocks>(p, &map, ring, full, empty, first, count);
+    return;
+  }
+  pdl_wait();
+  const int group = __shfl_sync(~0u, warp / 4, 0), thread = threadIdx.x % 128;
+  const int block_of_group = kBlocks == 2 ? group : 0;
+  const bool writer = kBlocks == 2 || group == 0;
+  constexpr int kSlot = kBlocks * kVectors * 128;  // float4 of a block's partial sums
+  float4* slot = p.partial + static_cast<size_t>(cta) * kSlot + block_of_group * kVectors * 128 + thread;
+  if (S::kPaced && count > 0) barrier_wait(full + S::kStages, 0);
+  const int end = first + count;
+  RingPlace place;
+  for (int unit = first, tile = first / p.units_of_k; unit < end; ++tile) {
+    const bool started_here = unit == tile * p.units_of_k;
+    const int tile_end = (tile + 1) * p.units_of_k, stop = min(end, tile_end);
+    const bool more_segments = stop < end, first_segment = unit == first;
+    float sums[kRegisters];
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) sums[i] = 0.0f;
+    int held = -1;  // slot of a product still running
+    for (; unit < stop; ++unit) {
+      if (!S::kAlternate || place.slot % 2 == group) {  // a slot always belongs to the same group: phases stay apart
+        barrier_wait(full + place.slot, place.parity);
+        const uint32_t stage = ring + place.slot * S::kBytes;
+        const uint64_t a = matrix_descriptor(stage + block_of_group * kTileBytes);
+        const uint64_t b = matrix_descriptor(stage + kStageBytes);
+        if constexpr (kPromote) {
+          float fresh[kRegisters];
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < S::kTilesOfK * 4; ++k) {
+            Wgmma<T, kTokens>::run(fresh, a + k / 4 * (kTileBytes / 16) + k % 4 * 2,
+                                   b + k / 4 * (kTokens * 8) + k % 4 * 2, k != 0);
+          }
+          wgmma_commit();
+          wgmma_wait<0>();
+#pragma unroll
+          for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(fresh[i])::"memory");
+          if (lane == 0) barrier_arrive(empty + place.slot);
+#pragma unroll
+          for (int i = 0; i < kRegisters; ++i) sums[i] += fresh[i];
+        } else {
+#pragma unroll
+          for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < S::kTilesOfK * 4; ++k) {
+            Wgmma<T, kTokens>::run(sums, a + k / 4 * (kTileBytes / 16) + k % 4 * 2,
+                                   b + k / 4 * (kTokens * 8) + k % 4 * 2, 1);
+          }
+          wgmma_commit();
+          wgmma_wait<1>();
+          if (held >= 0 && lane == 0) barrier_arrive(empty + held);
+          held = place.slot;
+        }
+      }
+      place.advance(S::kStages);
+    }
+    if constexpr (!kPromote) {
+      wgmma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+      if (held >= 0 && lane == 0) barrier_arrive(empty + held);
+    }
+    if constexpr (S::kAlternate) {  // add the two groups' halves
+      float* half = reinterpret_cast<float*>(memory + (ring - shared_address(memory)) + S::kStages * S::kBytes) + thread;
+      if (group == 1) {
+        if (!first_segment) TPSERVE_BAR("sync", 2, 256);
+#pragma unroll
+        for (int i = 0; i < kRegisters; ++i) half[i * 128] = sums[i];
+        TPSERVE_BAR("arrive", 1, 256);
+      } else {
+        TPSERVE_BAR("sync", 1, 256);
+#pragma unroll
+        for (int i = 0; i < kRegisters; ++i) sums[i] += half[i * 128];
+        if (more_segments) TPSERVE_BAR("arrive", 2, 256);
+      }
+    }
+    if (!writer) continue;
+    if (!started_here) {
+#pragma unroll
+      for (int b = 0; b < kVectors; ++b) {
+        store_slot(slot + b * 128, make_uint4(__float_as_uint(sums[b * 4]), __float_as_uint(sums[b * 4 + 1]),
+                                              __float_as_uint(sums[b * 4 + 2]), __float_as_uint(sums[b * 4 + 3])));
+      }
+      continue;
+    }
+    for (int c = cta + 1, covered = stop; covered < tile_end; ++c) {  // partial sums of the blocks after this one
+      covered += p.base + (c < p.rem);
+      float4* from = slot + static_cast<size_t>(c - cta) * kSlot;
+      constexpr int kBatch = kVectors < 4 ? kVectors : 4;
+#pragma unroll
+      for (int b = 0; b < kVectors; b += kBatch) {
+        uint4 v[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) v[i] = load_slot(from + (b + i) * 128);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          while (is_empty(v[i])) v[i] = load_slot(from + (b + i) * 128);
+          store_slot(from + (b + i) * 128, make_uint4(~0u, ~0u, ~0u, ~0u));
+          sums[(b + i) * 4] += __uint_as_float(v[i].x), sums[(b + i) * 4 + 1] += __uint_as_float(v[i].y);
+          sums[(b + i) * 4 + 2] += __uint_as_float(v[i].z), sums[(b + i) * 4 + 3] += __uint_as_float(v[i].w);
+        }
+      }
+    }
+    const int block = kBlocks == 1 ? tile : tile / p.token_tiles * 2 + group;
+    const int token = kBlocks == 1 ? 0 : tile % p.token_tiles * kTokens;
+    write_tile<T, kTokens>(p, sums, block * 64 + warp % 4 * 16, token);
+  }
+}
+
+/// One thread per 16 bytes of the packed weight.
+__global__ void __launch_bounds__(256)
+    pack_kernel(const uint8_t* plain, uint4* packed, int64_t rows, int64_t row_bytes, int steps, int base, int rem) {
+  pdl_launch();
+  pdl_wait();
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  const int place = static_cast<int>(index / (kStageBytes / 16)), chunk = static_cast<int>(index % (kStageBytes / 16));
+  const int run = place % kGrid, stage = base * run + min(run, rem) + place / kGrid;
+  const int row_of_stage = chunk % (kTileBytes / 16) / 8, tile = chunk / (kTileBytes / 16);
+  const int64_t row = static_cast<int64_t>(stage / steps) * 64 + row_of_stage;
+  const int64_t byte = static_cast<int64_t>(stage % steps) * 256 + tile * 128 + (chunk % 8 ^ row_of_stage % 8) * 16;
+  uint4 value{};
+  if (row < rows && byte < row_bytes) value = load_l2(plain + row * row_bytes + byte);
+  packed[index] = value;
+}
+
+// --- Host -----------------------------------------------------------------------------------------------------------
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+               "cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess) TVM_FFI_THROW(RuntimeError) << "the driver has no cuTensorMapEncodeTiled";
+    return reinterpret_cast<EncodeTiled>(entry);
+  }();
+  return function;
+}
+
+/// Boxes of 128 bytes of K by `tokens` rows; what is outside of x reads as zero.
+template <typename T>
+CUtensorMap token_map(const T* x, int64_t M, int64_t K, int tokens) {
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(K), static_cast<cuuint64_t>(M)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(K) * sizeof(T)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / sizeof(T)), static_cast<cuuint32_t>(tokens)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult status = encode_tiled()(
+      &map, sizeof(T) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<T*>(x), sizes,
+      strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    TVM_FFI_THROW(RuntimeError) << "cuTensorMapEncodeTiled: CUresult " << static_cast<int>(status) << " for x (" << M
+                                << ", " << K << ")";
+  }
+  return map;
+}
+
+template <typename T, int kTokens, int kBlocks>
+void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
+  const int64_t bytes = K * sizeof(T);
+  p.units_of_k = static_cast<int>(kBlocks == 1 ? (bytes + 255) / 256 : (bytes + 127) / 128);
+  p.token_tiles = (p.M + kTokens - 1) / kTokens;
+  const int units = (p.channel_blocks + kBlocks - 1) / kBlocks * p.token_tiles * p.units_of_k;
+  p.base = units / kGrid, p.rem = units % kGrid;
+  launch(gemm_kernel<T, kTokens, kBlocks>, kGrid, Shape<kTokens, kBlocks>::kThreads,
+         Shape<kTokens, kBlocks>::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
+}
+
+template <typename T>
+void multiply(const TensorView& x, const TensorView& weights, const TensorView* token_scale,
+              const TensorView* channel_scale, const TensorView* bias, const TensorView& out) {
+  check_rank("x", x, 2);
+  check_rank("out", out, 2);
+  const int64_t M = x.size(0), K = x.size(1), N = out.size(1);
+  check_multiple("K", K, 16 / sizeof(T));
+  check_multiple("N", N, 8);
+  const int64_t blocks = (N + 63) / 64, packed_k = (K * sizeof(T) + 255) / 256;
+  GemmParams p{};
+  const T* tokens = checked<T>("x", x, {M, K});
+  p.weights = reinterpret_cast<const uint8_t*>(
+      checked<T>("weights", weights, {blocks * packed_k, 64, static_cast<int64_t>(256 / sizeof(T))}));
+  p.out_float32 = has_dtype<float>(out);
+  p.out = p.out_float32 ? static_cast<void*>(checked<float>("out", out, {M, N})) : checked<bf16>("out", out, {M, N});
+  if (token_scale != nullptr) p.token_scale = checked<float>("token_scale", *token_scale, {M});
+  if (channel_scale != nullptr) p.channel_scale = checked<float>("channel_scale", *channel_scale, {N});
+  if (bias != nullptr) p.bias = checked<float>("bias", *bias, {N});
+  p.M = static_cast<int>(M), p.N = static_cast<int>(N);
+  p.channel_blocks = static_cast<int>(blocks);
+  p.packed_k = static_cast<int>(packed_k);
+  p.packed_base = static_cast<int>(blocks * packed_k / kGrid), p.packed_rem = static_cast<int>(blocks * packed_k % kGrid);
+  const int device = x.device().device_id;
+  if (device >= kMaxDevices || workspace_of_device[device] == nullptr) {
+    TVM_FFI_THROW(RuntimeError) << "device " << device << " has no workspace: call init_device(" << device << ") first";
+  }
+  p.partial = reinterpret_cast<float4*>(workspace_of_device[device]);
+  const cudaStream_t stream = stream_of(out);
+  if (M == 0) return;
+  if (M <= 8) return run<T, 8, 1>(p, tokens, K, stream);
+  if (M <= 16) return run<T, 16, 1>(p, tokens, K, stream);
+  if (M <= 32) return run<T, 32, 1>(p, tokens, K, stream);
+  if (M <= 64) return run<T, 64, 1>(p, tokens, K, stream);
+  if (M <= 128) return run<T, 128, 1>(p, tokens, K, stream);
+  run<T, 256, 2>(p, tokens, K, stream);
+}
+
+/// Makes what the GEMMs of a device share. Call once, before any capture; they must then run on one stream at a time.
+void init_device(int64_t device) {
+  if (device < 0 || device >= kMaxDevices) TVM_FFI_THROW(ValueError) << "device " << device << ", expected 0 to 15";
+  if (workspace_of_device[device] != nullptr) return;
+  int before = 0, num_sms = 0, major = 0;
+  check_cuda(cudaGetDevice(&before), "cudaGetDevice");
+  check_cuda(cudaSetDevice(static_cast<int>(device)), "cudaSetDevice");
+  check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, static_cast<int>(device)), "SM count");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, static_cast<int>(device)), "capability");
+  if (major != 9 || num_sms < kGrid) {
+    TVM_FFI_THROW(RuntimeError) << "device " << device << " has " << num_sms << " multiprocessors of capability " << major
+                                << ".x; these kernels need capability 9.0 and " << kGrid;
+  }
+  void* memory = nullptr;
+  check_cuda(cudaMalloc(&memory, kWorkspaceBytes), "cudaMalloc of the GEMM workspace");
+  check_cuda(cudaMemset(memory, 0xff, kWorkspaceBytes), "cudaMemset");
+  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  check_cuda(cudaSetDevice(before), "cudaSetDevice");
+  workspace_of_device[device] = static_cast<uint8_t*>(memory);
+}
+
+template <typename T>
+void pack(const TensorView& weight, const TensorView& packed) {
+  const int64_t rows = weight.size(0), row_bytes = weight.size(1) * sizeof(T), steps = (row_bytes + 255) / 256;
+  const int64_t stages = (rows + 63) / 64 * steps;
+  check_multiple("bytes of a row", row_bytes, 16);
+  launch(pack_kernel, static_cast<unsigned>(stages * (kStageBytes / 16 / 256)), 256, 0, stream_of(packed),
+         reinterpret_cast<const uint8_t*>(checked<T>("weight", weight, {rows, weight.size(1)})),
+         reinterpret_cast<uint4*>(checked<T>("packed", packed, {stages, 64, static_cast<int64_t>(256 / sizeof(T))})), rows,
+         row_bytes, static_cast<int>(steps), static_cast<int>(stages / kGrid), static_cast<int>(stages % kGrid));
+}
+
+/// (N, K) bf16 or e4m3 as a checkpoint has it -> packed, as `packing.pack` on the host.
+void pack_weight(TensorView weight, TensorView packed) {
+  check_rank("weight", weight, 2);
+  has_dtype<fp8>(weight) ? pack<fp8>(weight, packed) : pack<bf16>(weight, packed);
+}
+
+/// (M, K) bf16, packed bf16 -> (M, N) bf16 or float32.
+void gemm(TensorView x, TensorView weights, TensorView out) {
+  multiply<bf16>(x, weights, nullptr, nullptr, nullptr, out);
+}
+
+/// The same plus bias, (N,) float32.
+void gemm_bias(TensorView x, TensorView weights, TensorView bias, TensorView out) {
+  multiply<bf16>(x, weights, nullptr, nullptr, &bias, out);
+}
+
+/// (M, K) e4m3 with (M,) scales, packed e4m3 with (N,) scales -> (M, N) bf16 or float32.
+void gemm_fp8(TensorView x, TensorView token_scale, TensorView weights, TensorView channel_scale, TensorView out) {
+  multiply<fp8>(x, weights, &token_scale, &channel_scale, nullptr, out);
+}
+
+void gemm_fp8_bias(TensorView x, TensorView token_scale, TensorView weights, TensorView channel_scale, TensorView bias,
+                   TensorView out) {
+  multiply<fp8>(x, weights, &token_scale, &channel_scale, &bias, out);
+}
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(init_device, init_device);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_weight, pack_weight);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm, gemm);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_bias, gemm_bias);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8, gemm_fp8);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_bias, gemm_fp8_bias);
+
+}  // namespace
+}  // namespace tpserve::cuda

@@ -1,0 +1,19 @@
+"""Sizes of the buffers that a graph gives to the CUDA kernels; `attention.cu` and `sample.cu` check them."""
+
+from __future__ import annotations
+
+_MAX_SPLITS = 32
+_DECODE_ROWS = 16
+
+
+def attention_plan_size(num_tokens: int, num_slots: int, num_kv_heads: int) -> int:
+    """Return the int32 words of the plan of a step with `num_tokens` tokens (the bucket's) of `num_slots` slots."""
+    runs = min(num_tokens, num_slots)
+    return 16 + 12 * (num_tokens + runs * _MAX_SPLITS) + runs * num_kv_heads
+
+
+def attention_workspace_size(num_tokens: int, num_slots: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """Return the float32 elements of the workspace that all layers share, for `num_heads` query heads of the rank."""
+    group = num_heads // num_kv_heads
+    rows = min(num_tokens, num_slots * (_DECODE_ROWS // group)) * group
+    return rows * _MAX_SPLITS * num_kv_heads * (head_dim + 4)

@@ -1,0 +1,140 @@
+"""The GEMMs against float64 products of the same rounded operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+import numpy as np
+import pytest
+
+from gpu.device import BF16, FP8, DeviceArray, poisoned, random_bf16, random_fp8, relative_error, to_device
+from tpserve.compile.kernels.cuda import packing
+
+Kernels = Callable[[str], Any]
+
+pytestmark = pytest.mark.gpu
+
+
+def llama_shapes() -> list[tuple[int, int]]:
+    """(N, K) of every product of Llama-3 8B and 70B on one rank of 1, 2, 4 and 8."""
+    shapes = set()
+    for hidden, heads, ffn in ((4096, 32, 14336), (8192, 64, 28672)):
+        for tp in (1, 2, 4, 8):
+            shapes |= {
+                ((heads + 16) * 128 // tp, hidden),
+                (hidden, heads * 128 // tp),
+                (2 * ffn // tp, hidden),
+                (hidden, ffn // tp),
+            }
+    return sorted(shapes)
+
+
+def pack(kernels: Kernels, weight: DeviceArray) -> DeviceArray:
+    packed = poisoned(packing.packed_shape(weight.shape[0], weight.shape[1], weight.dtype.itemsize), weight.dtype)
+    kernels("pack_weight")(weight, packed)
+    return packed
+
+
+def scales(size: int, seed: int) -> DeviceArray:
+    return DeviceArray(cupy.random.RandomState(seed).uniform(0.5, 1.5, size).astype(cupy.float32), np.float32)
+
+
+def operands(num_m: int, num_n: int, num_k: int, dtype: Any) -> tuple[DeviceArray, DeviceArray]:
+    if dtype == BF16:
+        return random_bf16((num_m, num_k), 1.0, num_m), random_bf16((num_n, num_k), num_k**-0.5, num_n)
+    return random_fp8((num_m, num_k), num_m), random_fp8((num_n, num_k), num_n)
+
+
+def check(kernels: Kernels, num_n: int, num_k: int, dtype: Any, all_m: list[int]) -> None:
+    most = max(all_m)
+    x, weight = operands(most, num_n, num_k, dtype)
+    packed = pack(kernels, weight)
+    tokens, channels, bias = scales(most, 1), scales(num_n, 2), scales(num_n, 3)
+    exact = x.float64() @ weight.float64().T
+    if dtype == FP8:
+        exact *= tokens.float64()[:, None] * channels.float64()
+    for num_m in all_m:
+        part = DeviceArray(x.bits[:num_m], dtype)
+        for repeat in range(2):
+            out = poisoned((num_m + 1, num_n), BF16)  # the last row is a guard
+            inside = DeviceArray(out.bits[:num_m], BF16)
+            if dtype == FP8:
+                kernels("gemm_fp8")(part, DeviceArray(tokens.bits[:num_m], np.float32), packed, channels, inside)
+            else:
+                kernels("gemm")(part, packed, inside)
+            error = relative_error(inside.float64(), exact[:num_m])
+            assert error < 4e-3, (num_m, num_n, num_k, dtype, repeat, error)
+            assert bool((out.bits[num_m] == 0xFFFF).all())
+    num_m = all_m[0]
+    part, wide = DeviceArray(x.bits[:num_m], dtype), poisoned((num_m, num_n), np.float32)
+    if dtype == FP8:
+        kernels("gemm_fp8_bias")(part, DeviceArray(tokens.bits[:num_m], np.float32), packed, channels, bias, wide)
+    else:
+        kernels("gemm_bias")(part, packed, bias, wide)
+    assert relative_error(wide.float64(), exact[:num_m] + bias.float64()) < (5e-4 if num_m <= 128 else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(("num_n", "num_k"), llama_shapes())
+def test_llama_shapes(kernels: Kernels, num_n: int, num_k: int, dtype: Any) -> None:
+    check(kernels, num_n, num_k, dtype, [1, 8, 11, 32, 64, 100, 300])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("num_n", "num_k"), [(64, 128), (960, 576), (576, 1536), (16032, 512), (1000, 1040), (200, 64)]
+)
+def test_odd_shapes(kernels: Kernels, num_n: int, num_k: int, dtype: Any) -> None:
+    check(kernels, num_n, num_k, dtype, [1, 2, 7, 9, 16, 17, 31, 33, 63, 65, 128, 129, 257, 512, 1000, 2048])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+def test_device_packs_as_the_host(kernels: Kernels, dtype: Any) -> None:
+    for rows, columns in ((64, 128), (200, 1040), (960, 576), (1536, 4096)):
+        weight = operands(1, rows, columns, dtype)[1]
+        packed = packing.pack(weight.host())
+        assert (pack(kernels, weight).host().view(np.uint8) == packed.view(np.uint8)).all()
+        assert (packing.unpack(packed, rows, columns).view(np.uint8) == weight.host().view(np.uint8)).all()
+
+
+def test_rows_do_not_depend_on_their_neighbours(kernels: Kernels) -> None:
+    x, weight = operands(64, 6144, 4096, BF16)
+    packed = pack(kernels, weight)
+    whole = poisoned((64, 6144), BF16)
+    kernels("gemm")(x, packed, whole)
+    for num_m in (33, 50, 63):
+        part = poisoned((num_m, 6144), BF16)
+        kernels("gemm")(DeviceArray(x.bits[:num_m], BF16), packed, part)
+        assert bool((part.bits == whole.bits[:num_m]).all())
+
+
+def test_captured_products_follow_each_other(kernels: Kernels, stream: Any) -> None:
+    """A chain of dependent products in a graph gives the eager chain's bits, replay after replay."""
+    rng = np.random.default_rng(0)
+    weights = [pack(kernels, to_device((rng.standard_normal((1024, 1024)) / 32).astype(BF16))) for _ in range(4)]
+    x = random_bf16((16, 1024))
+    buffers = [poisoned((16, 1024), BF16) for _ in range(12)]
+
+    def chain() -> None:
+        source = x
+        for i, buffer in enumerate(buffers):
+            kernels("gemm")(source, weights[i % 4], buffer)
+            source = buffer
+
+    chain()
+    eager = buffers[-1].host().view(np.uint16).copy()
+    stream.begin_capture()
+    chain()
+    graph = stream.end_capture()
+    for _ in range(20):
+        buffers[-1].bits.fill(0xFFFF)
+        graph.launch(stream)
+        assert (buffers[-1].host().view(np.uint16) == eager).all()
+
+
+def test_wrong_arguments_are_named(kernels: Kernels) -> None:
+    x, weight = operands(2, 64, 128, BF16)
+    with pytest.raises(ValueError, match=r"weights has shape \(1, 64, 128\), expected \(2, 64, 128\)"):
+        kernels("gemm")(x, pack(kernels, weight), poisoned((2, 128), BF16))
