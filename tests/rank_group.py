@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import tvm  # noqa: F401  # whole, before a test of the worker loads its runtime alone
 
 from tpserve.compile.artifact import build_artifact
 from tpserve.compile.cache import CachePolicy
@@ -198,7 +197,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
             assert isinstance(pipe, Connection)
             try:
                 error, answer = pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionError):
                 raise RankFailed(f"rank {pipes.index(pipe)} died") from None
             if error:
                 raise RankFailed(f"rank {pipes.index(pipe)}: {error}")

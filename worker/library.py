@@ -14,8 +14,6 @@ from tpserve.proto.host import cpu_features
 from tpserve.proto.manifest import Manifest, ManifestError, sha256_file
 from tpserve.worker.errors import LibraryError
 
-del os.environ["TVM_USE_RUNTIME_LIB"]  # child processes may compile
-
 CPU_PREFIX = "tpserve.cpu."
 
 
