@@ -48,8 +48,9 @@ class RankProcesses:
 
     def close(self) -> None:
         """End every process, by force if need be."""
-        for process, pipe in self._ranks:
+        for _, pipe in self._ranks:
             pipe.close()  # a rank that waits for work ends
+        for process, _ in self._ranks:
             process.join(5)
             if process.is_alive():
                 process.kill()
