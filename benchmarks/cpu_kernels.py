@@ -30,6 +30,7 @@ import tvm_ffi
 
 from tpserve.collectives.cpu import SharedMemoryCommunicator
 from tpserve.compile import native
+from tpserve.proto.host import cpu_features
 
 HIDDEN = 576
 GEMMS = {"qkv": (HIDDEN, 960), "o": (HIDDEN, HIDDEN), "gate_up": (HIDDEN, 3072), "down": (1536, HIDDEN)}
@@ -182,7 +183,7 @@ def main() -> None:
     report = {
         "benchmark": "cpu_kernels",
         "commit": commit,
-        "device": native.cpu_features(),
+        "device": cpu_features(),
         "compiler": native.compiler_version(),
         "threads": arguments.threads,
         "quick": arguments.quick,

@@ -5,22 +5,31 @@ timed one by one: schedule(), plan -> bytes, channel, bytes -> result, update().
 here hands bytes over inside the process, at no cost worth naming. In each step every running sequence gets a token and
 one in `page_size` gets a page.
 
-Run: python benchmarks/host_step.py [--steps N] [--running 1 64 ...]. The last line of stdout is one JSON object.
+With --grpc the whole step is timed besides over the engine's own wire: `WorkerGroup` to a rank in another process,
+which serves the real gRPC door with the real `Batch` and no model. One plan is in flight then, so that a step's time
+holds a full round trip; in service two are, and the round trip hides behind the device.
+
+Run: python benchmarks/host_step.py [--steps N] [--running 1 64 ...] [--grpc]
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import multiprocessing
 import platform
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from time import perf_counter_ns
+from time import perf_counter_ns, process_time_ns
 from typing import Protocol
 
+from tpserve.coordinator.client import WorkerGroup
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
@@ -79,7 +88,7 @@ def percentile(values: list[int], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] / 1e6
 
 
-def make_scheduler(num_running: int, num_steps: int) -> Scheduler:
+def make_scheduler(num_running: int, num_steps: int, max_in_flight_steps: int = 2) -> Scheduler:
     """Return a scheduler with room for `num_running` requests, which are queued, for `num_steps` after warm-up."""
     model_len = PROMPT_TOKENS + num_steps + WARMUP_STEPS + 256
     config = SchedulerConfig(
@@ -89,6 +98,7 @@ def make_scheduler(num_running: int, num_steps: int) -> Scheduler:
         page_size=PAGE_SIZE,
         num_pages=(num_running + 1) * (model_len // PAGE_SIZE + 2),
         max_num_queued_requests=num_running,
+        max_in_flight_steps=max_in_flight_steps,
     )
     scheduler = Scheduler(config)
     for index in range(num_running):
@@ -151,6 +161,65 @@ def run_step(scheduler: Scheduler, channel: Channel) -> tuple[int, ...]:
     )
 
 
+class ModelFreeRunner:
+    """A rank's runner without a model: the batch is kept as in service, and every row samples token 7."""
+
+    def __init__(self, num_running: int, num_steps: int) -> None:
+        from tpserve.worker.batch import Batch
+
+        model_len = PROMPT_TOKENS + num_steps + WARMUP_STEPS + 256
+        self._batch = Batch(num_running, 2048 + num_running, model_len // PAGE_SIZE + 2, PAGE_SIZE)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Do what a runner does around the model."""
+        self._batch.apply(plan)
+        arrays = self._batch.prepare(plan)
+        token_ids = arrays.sample_slots * 0 + 7
+        self._batch.commit(arrays, token_ids)
+        slots = tuple(arrays.sample_slots.tolist())
+        return StepResult(plan.step_id, slots=slots, token_ids=tuple(token_ids.tolist()), step_us=1)
+
+
+def serve_rank(connection: Connection, num_running: int, num_steps: int) -> None:
+    """Serve the worker's gRPC door until told to stop."""
+    from tpserve.worker.service import serve
+
+    server, port = serve(ModelFreeRunner(num_running, num_steps), 0, "127.0.0.1")
+    connection.send(port)
+    connection.recv()
+    server.stop(None)
+
+
+async def measure_grpc(num_running: int, num_steps: int) -> dict[str, float]:
+    """Return p50 and p99 in ms of a whole step over gRPC, and the coordinator's CPU time of one."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    rank = context.Process(target=serve_rank, args=(there, num_running, num_steps))
+    rank.start()
+    group = WorkerGroup([f"127.0.0.1:{here.recv()}"], step_timeout_s=30.0, on_lost=lambda: None)
+    try:
+        scheduler = make_scheduler(num_running, num_steps, max_in_flight_steps=1)
+        while scheduler.num_waiting or scheduler.stats().num_steps < WARMUP_STEPS:
+            plan = scheduler.schedule()
+            assert plan is not None
+            await group.send(plan)
+            scheduler.update(await group.next_result())
+        times, cpu = [], process_time_ns()
+        for _ in range(num_steps):
+            started = perf_counter_ns()
+            plan = scheduler.schedule()
+            assert plan is not None
+            await group.send(plan)
+            scheduler.update(await group.next_result())
+            times.append(perf_counter_ns() - started)
+        cpu = process_time_ns() - cpu
+    finally:
+        await group.close()
+        here.send(None)
+        rank.join(10)
+    return {"p50_ms": percentile(times, 0.5), "p99_ms": percentile(times, 0.99), "cpu_ms": cpu / num_steps / 1e6}
+
+
 def commit() -> str:
     """Return the commit that is measured."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -162,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000, help="timed steps for each number of running sequences")
     parser.add_argument("--running", type=int, nargs="+", default=[1, 64, 256, 1024], help="running sequences")
+    parser.add_argument("--grpc", action="store_true", help="time whole steps over the engine's wire too")
+    parser.add_argument("--output", type=Path, help="write the JSON object there too")
     args = parser.parse_args(arguments)
     out = sys.stdout
     out.write(f"{'running':>8}" + "".join(f"{part:>22}" for part in PARTS) + "   (p50 / p99 ms)\n")
@@ -171,6 +242,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results[num_running] = parts
         cells = [f"{value['p50_ms']:.4f} / {value['p99_ms']:.4f}" for value in parts.values()]
         out.write(f"{num_running:>8}" + "".join(f"{cell:>22}" for cell in cells) + "\n")
+    wire: dict[int, dict[str, float]] = {}
+    for num_running in args.running if args.grpc else ():
+        wire[num_running] = asyncio.run(measure_grpc(num_running, args.steps))
+        row = wire[num_running]
+        out.write(
+            f"{num_running:>8} over gRPC: {row['p50_ms']:.3f} / {row['p99_ms']:.3f} ms, CPU {row['cpu_ms']:.3f} ms\n"
+        )
     missed = [n for n, limit in TARGETS_MS.items() if n in results and results[n]["total"]["p50_ms"] > limit]
     summary = {
         "benchmark": "host_step",
@@ -182,7 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "targets_ms": TARGETS_MS,
         "missed": missed,
         "results": results,
+        "whole_step_over_grpc": wire,
     }
+    if args.output:
+        args.output.write_text(json.dumps(summary, indent=1) + "\n")
     out.write(json.dumps(summary) + "\n")
     return 1 if missed else 0
 

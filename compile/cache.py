@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 
@@ -56,7 +57,11 @@ def cached_folder(kind: str, key: str, policy: CachePolicy, build: Callable[[Pat
     folder = parent / key
     if policy is CachePolicy.OFF:
         fresh = Path(tempfile.mkdtemp(prefix=f"tpserve-{kind}-"))
-        build(fresh)
+        try:
+            build(fresh)
+        except BaseException:
+            shutil.rmtree(fresh)
+            raise
         return fresh
     if folder.is_dir() and policy is not CachePolicy.REDO:
         logger.info("Using cached %s: %s", kind, folder)
@@ -65,16 +70,20 @@ def cached_folder(kind: str, key: str, policy: CachePolicy, build: Callable[[Pat
         raise CacheError(f"{folder} is not in the cache and the cache policy is READONLY: use ON, or build it first")
     parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=parent))
+    old = fresh.with_name(f"{fresh.name}-old")
     try:
         build(fresh)
-        if policy is CachePolicy.REDO and folder.is_dir():
-            shutil.rmtree(folder)
+        if policy is CachePolicy.REDO:
+            # Moved aside first: removing takes many steps, and nobody must find the folder between them.
+            with suppress(FileNotFoundError):
+                folder.rename(old)
         try:
             fresh.rename(folder)
         except OSError:
             if not folder.is_dir():  # else: another process built the same folder first
                 raise
     finally:
-        if fresh.is_dir():
-            shutil.rmtree(fresh)
+        for left in (fresh, old):
+            if left.is_dir():
+                shutil.rmtree(left)
     return folder

@@ -105,10 +105,13 @@ class ModelConfig:
             raise ModelConfigError(f"{path}: hidden_act {activation!r} is not supported, only silu")
         if keys.pop("quantization_config", None) is not None:
             raise ModelConfigError(f"{path}: quantization_config is not supported: give an unquantised checkpoint")
-        num_heads = need("num_attention_heads")
-        hidden_size = need("hidden_size")
+        num_heads = _integer("num_attention_heads", need("num_attention_heads"), path)
+        hidden_size = _integer("hidden_size", need("hidden_size"), path)
         theta, scaling = _read_rope(keys, path)
-        sliding_window = keys.pop("sliding_window", None)
+        # What transformers takes when a key is absent, which differs from null.
+        sliding_window = keys.pop("sliding_window", 4096 if model_type == "mistral" else None)
+        head_dim = keys.pop("head_dim", 128 if model_type == "qwen3" else None)
+        num_kv_heads = keys.pop("num_key_value_heads", None) if model_type == "llama" else need("num_key_value_heads")
         if not keys.pop("use_sliding_window", model_type == "mistral"):
             sliding_window = None
         if sliding_window is not None and model_type not in ("mistral",):
@@ -117,26 +120,25 @@ class ModelConfig:
         mlp_bias = bool(keys.pop("mlp_bias", False))
         if (attention_bias or mlp_bias) and model_type in ("qwen2", "mistral"):
             raise ModelConfigError(f"{path}: attention_bias and mlp_bias are not keys of {model_type}")
-        head_dim = keys.pop("head_dim", None) or hidden_size // num_heads
         config = cls(
             model_type=model_type,
             hidden_size=hidden_size,
-            intermediate_size=need("intermediate_size"),
-            num_layers=need("num_hidden_layers"),
+            intermediate_size=_integer("intermediate_size", need("intermediate_size"), path),
+            num_layers=_integer("num_hidden_layers", need("num_hidden_layers"), path),
             num_attention_heads=num_heads,
-            num_kv_heads=keys.pop("num_key_value_heads", None) or num_heads,
-            head_dim=head_dim,
-            vocab_size=need("vocab_size"),
-            rms_norm_eps=float(need("rms_norm_eps")),
+            num_kv_heads=num_heads if num_kv_heads is None else _integer("num_key_value_heads", num_kv_heads, path),
+            head_dim=hidden_size // num_heads if head_dim is None else _integer("head_dim", head_dim, path),
+            vocab_size=_integer("vocab_size", need("vocab_size"), path),
+            rms_norm_eps=_number("rms_norm_eps", need("rms_norm_eps"), path),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position_embeddings=need("max_position_embeddings"),
+            max_position_embeddings=_integer("max_position_embeddings", need("max_position_embeddings"), path),
             tie_word_embeddings=bool(keys.pop("tie_word_embeddings", False)),
             qkv_bias=attention_bias or model_type == "qwen2",
             o_bias=attention_bias,
             mlp_bias=mlp_bias,
             qk_norm=model_type == "qwen3",
-            sliding_window=sliding_window,
+            sliding_window=None if sliding_window is None else _integer("sliding_window", sliding_window, path),
             sha256=sha256_file(path),
         )
         if keys:
@@ -148,10 +150,6 @@ class ModelConfig:
         return config
 
     def _check(self, path: Path) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_layers", "vocab_size", "max_position_embeddings"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value <= 0:
-                raise ModelConfigError(f"{path}: {name} is {value!r}, expected a positive integer")
         if self.num_attention_heads % self.num_kv_heads:
             raise ModelConfigError(
                 f"{path}: {self.num_attention_heads} attention heads are no multiple of {self.num_kv_heads} KV heads"
@@ -194,35 +192,54 @@ class ModelConfig:
         return tuple(float(value) for value in inv_freq)
 
 
+def _integer(name: str, value: object, path: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ModelConfigError(f"{path}: {name} is {value!r}, expected a positive integer")
+    return value
+
+
+def _number(name: str, value: object, path: Path) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ModelConfigError(f"{path}: {name} is {value!r}, expected a positive number")
+    return float(value)
+
+
 def _read_rope(keys: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
     """Take rope_theta and scaling out of `keys`, in the form before or after transformers 5."""
-    scaling = keys.pop("rope_scaling", None)
-    parameters = keys.pop("rope_parameters", None)
-    theta = keys.pop("rope_theta", None)
-    if parameters is not None:
-        scaling = dict(parameters)
-        theta = scaling.pop("rope_theta", theta)
-    if theta is None:
-        raise ModelConfigError(f"{path} has no 'rope_theta'")
-    if scaling is None:
-        return float(theta), None
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
+    theta = keys.pop("rope_theta", 10000.0)
+    old, new = keys.pop("rope_scaling", None), keys.pop("rope_parameters", None)
+    given = old if new is None else new
+    if given is None:
+        return _number("rope_theta", theta, path), None
+    if not isinstance(given, dict):
+        raise ModelConfigError(f"{path}: rope_scaling is {given!r}, expected an object or null")
+    scaling = dict(given)
+    theta = _number("rope_theta", scaling.pop("rope_theta", theta), path)
+    # Older files call it `type`, some have both.
+    alias = scaling.pop("type", "default")
+    kind = scaling.pop("rope_type", alias)
+
+    def need(name: str) -> Any:
+        if name not in scaling:
+            raise ModelConfigError(f"{path}: {kind} rope scaling has no {name!r}")
+        return scaling.pop(name)
+
+    result: RopeScaling | None = None
     if kind == "linear":
-        return float(theta), RopeScaling("linear", float(scaling["factor"]))
-    if kind == "llama3":
-        try:
-            return float(theta), RopeScaling(
-                "llama3",
-                float(scaling["factor"]),
-                float(scaling["low_freq_factor"]),
-                float(scaling["high_freq_factor"]),
-                int(scaling["original_max_position_embeddings"]),
-            )
-        except KeyError as error:
-            raise ModelConfigError(f"{path}: llama3 rope scaling has no {error}") from None
-    raise ModelConfigError(f"{path}: rope scaling {kind!r} is not supported, only linear and llama3")
+        result = RopeScaling("linear", _number("rope factor", need("factor"), path))
+    elif kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        factor, low, high = (_number(f"rope {name}", need(name), path) for name in names)
+        name = "original_max_position_embeddings"
+        result = RopeScaling("llama3", factor, low, high, _integer(name, need(name), path))
+    elif kind != "default":
+        raise ModelConfigError(f"{path}: rope scaling {kind!r} is not supported, only linear and llama3")
+    if scaling:
+        raise ModelConfigError(
+            f"{path}: {kind} rope scaling has keys that this compiler does not know: {', '.join(sorted(scaling))}; "
+            "remove them if they change nothing"
+        )
+    return theta, result
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,13 @@ def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights: dict[str, np.ndarray[Any, Any]] = {}
     for i, tensor in enumerate(reader.tensors):
-        if not tensor.name.startswith("rope_"):  # derived frequency factors
+        if tensor.name == "rope_freqs.weight":
+            # Factors of the rotary frequencies, from which the rule that made them cannot be told for sure.
+            if (tensor.data != 1).any():
+                raise CheckpointError(
+                    f"{source} scales rotary frequencies: give the Hugging Face folder, which says how"
+                )
+        else:
             name = _hf_name(tensor.name, source)
             weights[name] = _weight(tensor, name, architecture, config)
         progress(i + 1, len(reader.tensors))
@@ -109,6 +115,15 @@ def _config(architecture: str, fields: dict[str, Any], tensors: set[str]) -> dic
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
     }
+    if architecture != "qwen2" and "blk.0.attn_q.bias" in tensors:
+        config["attention_bias"] = True
+    if "blk.0.ffn_gate.bias" in tensors:
+        config["mlp_bias"] = True
+    scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling == "linear":
+        config["rope_scaling"] = {"rope_type": "linear", "factor": field("rope.scaling.factor")}
+    elif scaling != "none":
+        raise CheckpointError(f"rope scaling {scaling!r} of a GGUF file is not supported, only linear")
     return config
 
 

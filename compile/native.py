@@ -1,4 +1,4 @@
-"""Builds the C++ kernels of this machine into one shared library, and says what the machine can run.
+"""Builds the C++ kernels of this machine into one shared library.
 
 Owns the compiler flags, on which exactness depends. Knows tvm_ffi (headers and library to link) and no TVM.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -32,18 +30,11 @@ _FLAGS = (
     # Newer GCC avoids chains of FMAs on some cores, loop by loop: sums would then depend on which tile a row fell in.
     "--param=avoid-fma-max-bits=0",
     "-ffp-contract=fast",
-    "-fopenmp",
+    "-pthread",
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-psabi",  # vectors wider than the machine's registers stay inside inlined functions
-)
-
-# Instruction sets that -march=native may let the compiler use; the kernel reports many flags that do not matter.
-_ISA_FLAG = re.compile(
-    r"(sse|ssse|avx|amx|bmi|sha)\w*|pni|fma|fma4|f16c|abm|popcnt|movbe|adx|gfni|aes|vaes|pclmulqdq|vpclmulqdq|cx16|"
-    r"lahf_lm|rdrand|rdseed|rdpid|fsgsbase|clflushopt|clwb|cldemote|movdiri|movdir64b|serialize|tsxldtrk|xsave\w*|"
-    r"asimd\w*|sve\w*|sme\w*|fp|fphp|bf16|i8mm|atomics|crc32|pmull|sha1|sha2|sha3|sha512|lrcpc|dcpop"
 )
 
 
@@ -82,7 +73,9 @@ def build_library(sources: Sequence[Path], out: Path, *, extra_flags: Sequence[s
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
             list(pool.map(compile_one, sources, objects))
         partial = Path(scratch) / out.name
-        link = [f"-L{library.parent}", f"-Wl,-rpath,{library.parent}", "-ltvm_ffi", "-o", str(partial)]
+        # Never unloaded: threads of its pool run its code as long as the process lives.
+        link = ["-Wl,-z,nodelete", f"-L{library.parent}", f"-Wl,-rpath,{library.parent}", "-ltvm_ffi"]
+        link += ["-o", str(partial)]
         _run([compiler, "-shared", *_FLAGS, *extra_flags, *map(str, objects), *link], out.name)
         partial.replace(out)
 
@@ -99,19 +92,6 @@ def compiler_version() -> str:
     if done.returncode != 0:
         raise NativeBuildError(f"g++ --version failed with status {done.returncode}: {done.stderr.strip()}")
     return done.stdout.splitlines()[0]
-
-
-def cpu_features() -> str:
-    """Return a stable text of the instruction sets of this machine.
-
-    Code built with `-march=native` runs where this text is equal; a worker compares it with the manifest's.
-    """
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            names = sorted({name for name in value.split() if _ISA_FLAG.fullmatch(name)})
-            return " ".join([platform.machine(), *names])
-    return platform.machine()
 
 
 def source_hash(sources: Sequence[Path], *, extra_flags: Sequence[str] = ()) -> str:

@@ -48,11 +48,11 @@ def shard(config: ModelConfig, tp_size: int) -> Sharding:
         intermediate_size=ffn,
         vocab_size=vocab,
         splits={
-            "q_heads": SplitMap(config.head_dim, q_ranks),
-            "kv_heads": SplitMap(config.head_dim, kv_ranks),
-            "ffn": SplitMap(ffn, tuple((rank,) for rank in range(tp_size))),
-            "vocab": SplitMap(vocab, tuple((rank,) for rank in range(tp_size))),
-            "once": SplitMap(config.hidden_size, ((0,), *(((None,),) * (tp_size - 1)))),
+            "q_heads": SplitMap(config.head_dim, q_ranks, config.num_attention_heads * config.head_dim),
+            "kv_heads": SplitMap(config.head_dim, kv_ranks, config.num_kv_heads * config.head_dim),
+            "ffn": SplitMap(ffn, tuple((rank,) for rank in range(tp_size)), config.intermediate_size),
+            "vocab": SplitMap(vocab, tuple((rank,) for rank in range(tp_size)), config.vocab_size),
+            "once": SplitMap(config.hidden_size, ((0,), *(((None,),) * (tp_size - 1))), config.hidden_size),
         },
     )
 

@@ -46,9 +46,7 @@ class ClusterConfig:
 class RankActor:
     """Runs in the actor's process; finds the rank's code by name, as coordinator and worker meet only over `proto`."""
 
-    def __init__(self, num_threads: int) -> None:
-        # Before the rank's libraries are loaded, and so without a Ray runtime_env, which costs two seconds.
-        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    def __init__(self) -> None:
         self._rank: Any = importlib.import_module("tpserve.worker.actor").Rank()
 
     def start(self, config: RankConfig) -> RankAddress:
@@ -81,7 +79,6 @@ class Cluster:
             If Ray cannot be started or joined, or has no room for the group.
         """
         tp_size = self._config.rank.tp_size
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
         if self._config.ray_address is None:
             if self._temp_dir is None:
@@ -123,7 +120,7 @@ class Cluster:
                 num_cpus=1,
                 max_restarts=0,  # one lost rank ends the group; the engine rebuilds it whole
                 scheduling_strategy=strategy,
-            ).remote(template.num_threads)
+            ).remote()
             for _ in range(template.tp_size)
         ]
         starts = [

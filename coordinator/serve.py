@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -240,7 +241,7 @@ class _Server:
             "collective_timeout_s": args.step_timeout * 2 / 3,
             "parent_pid": os.getpid(),
         }
-        self._coordinator = _spawn("tpserve.coordinator", config)
+        self._coordinator = _spawn("tpserve.coordinator", config, _ray_environment(args.ray_address))
         return _first_words("coordinator", self._coordinator, "address")
 
     def _start_gateway(self, folders: dict[str, str], names: list[str], engine_address: str) -> str:
@@ -256,7 +257,7 @@ class _Server:
             "drain_timeout_s": args.drain_timeout,
             "parent_pid": os.getpid(),
         }
-        self._gateway = _spawn("tpserve.coordinator.gateway", config)
+        self._gateway = _spawn("tpserve.coordinator.gateway", config, {})
         return _first_words("gateway", self._gateway, "url")
 
     def _await_healthy(self, url: str) -> None:
@@ -276,10 +277,22 @@ class _Server:
                 raise ServeError(_last_words(name, process, process.stdout.readline()))
 
 
-def _spawn(module: str, config: dict[str, Any]) -> subprocess.Popen[str]:
+def _spawn(module: str, config: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[str]:
     # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
     command = [sys.executable, "-m", module, json.dumps(config)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | environment
+    )
+
+
+def _ray_environment(ray_address: str | None) -> dict[str, str]:
+    """Return what must stand in the environment before Ray is imported."""
+    # gRPC's handlers at fork only warn that its threads run; Ray's forks are followed by an exec.
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
+        # A secret for this run alone: left to itself, Ray keeps a lasting token in the home folder.
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return environment
 
 
 def _first_words(name: str, process: subprocess.Popen[str], key: str) -> str:
@@ -322,7 +335,8 @@ def _model_name(model: str) -> str:
 
 
 def _curl(url: str, model: str, with_key: bool) -> str:
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    body = json.dumps({"model": model, "messages": messages, "temperature": 0})
     key = " -H 'Authorization: Bearer YOUR_KEY'" if with_key else ""
     return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
 

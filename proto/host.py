@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 
-# Flags that change what -march=native generates; the rest of /proc/cpuinfo may differ between equal hosts.
-_ISA_PREFIXES = ("avx", "amx", "sse", "fma", "f16c", "bmi", "asimd", "sve", "neon", "fp16", "bf16", "i8mm")
+# Instruction sets that -march=native may let the compiler use; the kernel reports many flags that do not matter.
+_ISA_FLAG = re.compile(
+    r"(sse|ssse|avx|amx|bmi|sha)\w*|pni|fma|fma4|f16c|abm|popcnt|movbe|adx|gfni|aes|vaes|pclmulqdq|vpclmulqdq|cx16|"
+    r"lahf_lm|rdrand|rdseed|rdpid|fsgsbase|clflushopt|clwb|cldemote|movdiri|movdir64b|serialize|tsxldtrk|xsave\w*|"
+    r"asimd\w*|sve\w*|sme\w*|fp|fphp|bf16|i8mm|atomics|crc32|pmull|sha1|sha2|sha3|sha512|lrcpc|dcpop"
+)
 
 
 def cpu_features() -> str:
-    """Return this host's architecture and vector instruction sets, sorted, as one line."""
-    flags: set[str] = set()
+    """Return a stable text of the instruction sets of this machine.
+
+    Code built with `-march=native` runs where this text is equal; a worker compares it with the manifest's.
+    """
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            flags = {flag for flag in value.split() if flag.startswith(_ISA_PREFIXES)}
-            break
-    return " ".join([platform.machine(), *sorted(flags)])
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            names = sorted({name for name in value.split() if _ISA_FLAG.fullmatch(name)})
+            return " ".join([platform.machine(), *names])
+    return platform.machine()

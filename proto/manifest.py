@@ -32,6 +32,8 @@ class SplitMap:
 
     block: int
     ranks: tuple[tuple[int | None, ...], ...]
+    size: int
+    """Of the source dimension; a checkpoint with another is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ class Manifest:
             raise ManifestError(f"{path} has format version {found}, this worker reads {FORMAT_VERSION}: compile again")
         try:
             manifest = cls(**_decode(raw))
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ManifestError(f"{path} is malformed ({error}): compile again") from None
         if verify_files:
             for name, expected in manifest.files.items():
@@ -195,8 +197,9 @@ def _decode(raw: dict[str, Any]) -> dict[str, Any]:
     out["kv"] = KVLayout(**raw["kv"])
     out["rope_inv_freq"] = tuple(raw["rope_inv_freq"])
     out["externs"] = tuple(raw["externs"])
+    out["files"] = dict(raw["files"].items())
     out["splits"] = {
-        name: SplitMap(split["block"], tuple(tuple(blocks) for blocks in split["ranks"]))
+        name: SplitMap(split["block"], tuple(tuple(blocks) for blocks in split["ranks"]), split["size"])
         for name, split in raw["splits"].items()
     }
     out["params"] = tuple(

@@ -62,10 +62,12 @@ class Batch:
         Raises
         ------
         PlanError
-            If a slot is removed or grown that is free, added while taken, or given more pages than a table holds.
+            If a slot does not exist, is removed or grown while free, added while taken, or given more pages than a
+            table holds.
         """
         if plan.removed_slots:
             for slot in plan.removed_slots:
+                self._require_slot(plan, slot)
                 self._require(self._occupied[slot], f"step {plan.step_id} removes slot {slot}, which is free")
                 self._occupied[slot] = False
                 self._num_pages[slot] = 0
@@ -73,12 +75,14 @@ class Batch:
             self._decoding = self._decoding[~np.isin(self._decoding, gone)]
         for added in plan.added_slots:
             slot = added.slot
+            self._require_slot(plan, slot)
             self._require(not self._occupied[slot], f"step {plan.step_id} adds slot {slot}, which is taken")
             self._occupied[slot] = True
             self._num_tokens[slot] = 0
             for page in added.page_ids:
                 self._append(slot, page)
         for slot, page in plan.appended_pages:
+            self._require_slot(plan, slot)
             self._require(self._occupied[slot], f"step {plan.step_id} gives a page to slot {slot}, which is free")
             self._append(slot, page)
 
@@ -105,6 +109,7 @@ class Batch:
         self._sample_positions[:num_decodes] = self._num_tokens[slots]
         start, num_rows = num_decodes, num_decodes
         for chunk in plan.chunks:
+            self._require_slot(plan, chunk.slot)
             stop, end = start + len(chunk.token_ids), chunk.start + len(chunk.token_ids)
             self._require(
                 self._occupied[chunk.slot] and end <= self._num_pages[chunk.slot] * self._page_size,
@@ -147,6 +152,11 @@ class Batch:
         self._require(count < self.page_table.shape[1], f"slot {slot} has more pages than its table's {count}")
         self.page_table[slot, count] = page
         self._num_pages[slot] = count + 1
+
+    def _require_slot(self, plan: StepPlan, slot: int) -> None:
+        self._require(
+            0 <= slot < len(self._occupied), f"step {plan.step_id} names slot {slot} of {len(self._occupied)}"
+        )
 
     @staticmethod
     def _require(condition: bool | np.bool_, message: str) -> None:

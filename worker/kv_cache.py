@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tpserve.proto.manifest import KVLayout
-from tpserve.worker.arrays import as_tensor
+from tpserve.worker.arrays import aligned_zeros, as_tensor
 
 
 class KVCache:
@@ -20,6 +20,5 @@ class KVCache:
 
     def __init__(self, layout: KVLayout, num_pages: int) -> None:
         shape = (layout.num_layers, num_pages, layout.num_kv_heads, 2, layout.head_dim * layout.page_size)
-        # Zeroed by the kernel on first touch, so pages that are never used cost no memory; page-aligned at this size.
-        self._pages = np.zeros(shape, np.dtype(layout.dtype))
+        self._pages = aligned_zeros(shape, np.dtype(layout.dtype))
         self.layers: list[Any] = [as_tensor(layer) for layer in self._pages]

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Only the runtime: the compiler is not needed to serve, and takes seconds to load. Read when tvm is imported.
-os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
-
-import tvm
 import tvm_ffi
-from tvm.runtime.vm import VirtualMachine
 
 from tpserve.proto.host import cpu_features
 from tpserve.proto.manifest import Manifest, ManifestError, sha256_file
 from tpserve.worker.errors import LibraryError
 
+del os.environ["TVM_USE_RUNTIME_LIB"]  # child processes may compile
+
 CPU_PREFIX = "tpserve.cpu."
+
+
+def _import_tvm_runtime() -> Any:
+    """Import TVM without its compiler, which is not needed to serve and takes seconds to load.
+
+    TVM reads the choice from the environment when it is imported; it is taken back, so that a process started from here
+    may compile.
+    """
+    name = "TVM_USE_RUNTIME_LIB"
+    given = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        importlib.import_module("tvm.runtime.vm")
+        return importlib.import_module("tvm")
+    finally:
+        if given is None:
+            del os.environ[name]
+
+
+tvm = _import_tvm_runtime()
 
 
 def check_manifest(artifact_dir: Path, model_dir: Path, tp_size: int, max_num_seqs: int) -> Manifest:
@@ -78,7 +96,7 @@ class Library:
                 tvm_ffi.register_global_func(name, kernels[name.removeprefix(CPU_PREFIX)], override=True)
             elif tvm_ffi.get_global_func(name, allow_missing=True) is None:
                 raise LibraryError(f"the library needs {name}, which no backend has registered")
-        self._vm = VirtualMachine(tvm.runtime.load_module(str(artifact_dir / "model.so")), tvm.cpu())
+        self._vm = tvm.runtime.vm.VirtualMachine(tvm.runtime.load_module(str(artifact_dir / "model.so")), tvm.cpu())
         self.step: Callable[..., Any] = self._vm["step"]
 
 

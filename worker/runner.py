@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from tpserve.collectives.cpu import SharedMemoryCommunicator
-from tpserve.proto.messages import StepPlan, StepResult
+from tpserve.proto.messages import StepPlan, StepResult, TokenLogprobs
 from tpserve.proto.rank import RankConfig
-from tpserve.worker.arrays import as_tensor
-from tpserve.worker.batch import Batch
+from tpserve.worker.arrays import Array, as_tensor
+from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.errors import PlanError
 from tpserve.worker.kv_cache import KVCache
 from tpserve.worker.library import Library, check_manifest, load_kernels
@@ -39,7 +39,6 @@ class Runner:
         """
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
         self._rank = config.rank
-        self._num_threads = config.num_threads
         kernels = load_kernels(config.artifact_dir)
         self._communicator: SharedMemoryCommunicator | None = None
         if config.tp_size > 1:
@@ -47,7 +46,7 @@ class Runner:
                 kernels, config.group_name, config.rank, config.tp_size, timeout_s=config.collective_timeout_s
             )
             self._communicator.register()
-        self._set_num_threads = kernels["set_num_threads"]
+        kernels["set_num_threads"](config.num_threads)
         library = Library(config.artifact_dir, manifest, kernels)
         self._step = library.step
         if config.load_format == "dummy":
@@ -65,10 +64,6 @@ class Runner:
         self._sampler = Sampler(kernels["sample"], config.max_num_seqs, manifest.vocab_size)
         self._next_step_id: int | None = None
 
-    def enter_thread(self) -> None:
-        """Prepare the calling thread for `execute`: the size of a thread team belongs to the thread that starts it."""
-        self._set_num_threads(self._num_threads)
-
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step.
 
@@ -80,22 +75,11 @@ class Runner:
             From a collective, naming the late rank; from a kernel, naming the slot whose logits are not finite.
         """
         started = time.perf_counter()
-        if self._next_step_id is not None and plan.step_id != self._next_step_id:
-            raise PlanError(f"step {plan.step_id} came where {self._next_step_id} was due")
-        if plan.num_draft_tokens:
-            raise PlanError(f"step {plan.step_id} asks for {plan.num_draft_tokens} draft tokens: no draft is loaded")
-        self._next_step_id = plan.step_id + 1
         collective_us = self._collective_us()
-        self._batch.apply(plan)
-        for added in plan.added_slots:
-            self._sampler.add(added)
-        arrays = self._batch.prepare(plan)
-        if not len(arrays.token_ids):
+        arrays, logits = self.forward(plan)
+        if logits is None:
             return StepResult(plan.step_id, self._rank)
-        inputs = (arrays.token_ids, arrays.positions, arrays.token_slots, self._batch.page_table, arrays.sample_rows)
-        logits = self._step(*map(as_tensor, inputs), self._kv.layers, self._params)
-        token_ids, logprobs = self._sampler.sample(logits, arrays)
-        self._batch.commit(arrays, token_ids)
+        token_ids, logprobs = self.sample(arrays, logits)
         step_us = int((time.perf_counter() - started) * 1e6)
         collective_us = self._collective_us() - collective_us
         if self._rank != 0:
@@ -109,6 +93,40 @@ class Runner:
             step_us=step_us,
             collective_us=collective_us,
         )
+
+    def forward(self, plan: StepPlan) -> tuple[StepArrays, Any]:
+        """Run the graph; `sample` must follow before the next step, unless there was nothing to run.
+
+        Returns
+        -------
+        arrays : StepArrays
+        logits : tensor (R, padded_vocab_size) float32, or None
+            One row for each token to sample; None if the plan runs no tokens.
+
+        Raises
+        ------
+        PlanError, RuntimeError
+            As `execute`.
+        """
+        if self._next_step_id is not None and plan.step_id != self._next_step_id:
+            raise PlanError(f"step {plan.step_id} came where {self._next_step_id} was due")
+        if plan.num_draft_tokens:
+            raise PlanError(f"step {plan.step_id} asks for {plan.num_draft_tokens} draft tokens: no draft is loaded")
+        self._next_step_id = plan.step_id + 1
+        self._batch.apply(plan)
+        for added in plan.added_slots:
+            self._sampler.add(added)
+        arrays = self._batch.prepare(plan)
+        if not len(arrays.token_ids):
+            return arrays, None
+        inputs = (arrays.token_ids, arrays.positions, arrays.token_slots, self._batch.page_table, arrays.sample_rows)
+        return arrays, self._step(*map(as_tensor, inputs), self._kv.layers, self._params)
+
+    def sample(self, arrays: StepArrays, logits: Any) -> tuple[Array, dict[int, TokenLogprobs]]:
+        """Sample what `forward` returned, and make it the next step's input; see `Sampler.sample`."""
+        token_ids, logprobs = self._sampler.sample(logits, arrays)
+        self._batch.commit(arrays, token_ids)
+        return token_ids, logprobs
 
     def _collective_us(self) -> int:
         return 0 if self._communicator is None else int(self._communicator.stats().busy_us)

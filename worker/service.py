@@ -5,22 +5,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent import futures
+from typing import Protocol
 
 import grpc
 
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.pb import worker_pb2, worker_pb2_grpc
-from tpserve.worker.runner import Runner
 
 logger = logging.getLogger(__name__)
 
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)]
 
 
+class PlanRunner(Protocol):
+    """What executes plans: `worker.runner.Runner` in service."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step."""
+
+
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Executes the plans of one stream in order; after an error the rank is of no more use and says so."""
 
-    def __init__(self, runner: Runner, rank: int) -> None:
+    def __init__(self, runner: PlanRunner, rank: int) -> None:
         self._runner = runner
         self._rank = rank
 
@@ -28,7 +35,6 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request_iterator: Iterator[worker_pb2.StepPlan], context: grpc.ServicerContext
     ) -> Iterator[worker_pb2.StepResult]:
         """Run each plan as it comes."""
-        self._runner.enter_thread()
         for message in request_iterator:
             try:
                 result = self._runner.execute(StepPlan.from_pb(message))
@@ -41,7 +47,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             yield result.to_pb()
 
 
-def serve(runner: Runner, rank: int, host: str) -> tuple[grpc.Server, int]:
+def serve(runner: PlanRunner, rank: int, host: str) -> tuple[grpc.Server, int]:
     """Start the door on a free port; return the server and the port."""
     # One stream, one thread: plans run in order, and a second coordinator must wait.
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=1), options=_OPTIONS)

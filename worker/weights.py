@@ -45,7 +45,7 @@ class Checkpoint:
             names = sorted(set(self._file_of.values())) or ["model.safetensors"]
             for name in names:
                 self._files[name] = self._stack.enter_context(safe_open(model_dir / name, framework="numpy"))
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             self.close()
             raise WeightsError(f"cannot read the weights of {model_dir}: {error}") from None
         if not self._file_of:
@@ -65,7 +65,11 @@ class Checkpoint:
         """
         if name not in self._file_of:
             raise WeightsError(f"the checkpoint has no tensor {name!r}, which the library needs")
-        return self._files[self._file_of[name]].get_slice(name)
+        file = self._file_of[name]
+        try:
+            return self._files[file].get_slice(name)
+        except SafetensorError:
+            raise WeightsError(f"the checkpoint has no tensor {name!r} in {file}, where its index says it is") from None
 
 
 def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[Array]:
@@ -82,8 +86,14 @@ def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[
             if spec.layout == "rope_table":
                 yield rope_table(manifest)
                 continue
-            rows = np.concatenate([_read(checkpoint, manifest, source, rank) for source in spec.sources])
-            yield pack(spec, rows)
+            parts = [_read(checkpoint, manifest, source, rank) for source in spec.sources]
+            expected = _unpacked_shape(spec)
+            for source, part in zip(spec.sources, parts, strict=True):
+                if part.shape[1:] != expected[1:]:
+                    raise WeightsError(
+                        f"{source.name}: the checkpoint gives {part.shape}, the library takes rows of {expected[1:]}"
+                    )
+            yield pack(spec, np.concatenate(parts))
     finally:
         checkpoint.close()
 
@@ -94,8 +104,9 @@ def dummy_parameters(manifest: Manifest, rank: int) -> Iterator[Array]:
         if spec.layout == "rope_table":
             yield rope_table(manifest)
         elif len(spec.shape) == 1:
-            fill = 0.0 if spec.name.endswith(".bias") else 1.0
-            yield np.full(spec.shape, fill, _DTYPES[spec.dtype])
+            vector = aligned_empty(spec.shape, _DTYPES[spec.dtype])
+            vector.fill(0.0 if spec.name.endswith(".bias") else 1.0)
+            yield vector
         else:
             # Replicated parameters must be the same on every rank.
             split = any(source.split for source in spec.sources)
@@ -124,21 +135,26 @@ def pack(spec: ParamSpec, rows: Array) -> Array:
     WeightsError
         If the shapes do not agree.
     """
-    if spec.layout == "panel16":
-        panels, columns, lanes = spec.shape
-        expected: tuple[int, ...] = (panels * lanes, columns)
-    else:
-        expected = spec.shape
+    expected = _unpacked_shape(spec)
     if rows.shape != expected:
         raise WeightsError(f"{spec.name}: the checkpoint gives {rows.shape}, the library takes {expected}")
     out = aligned_empty(spec.shape, _DTYPES[spec.dtype])
     if spec.layout == "panel16":
+        panels, columns, lanes = spec.shape
         rows = rows.reshape(panels, lanes, columns).transpose(0, 2, 1)
         if rows.dtype == out.dtype and out.dtype.itemsize == 2:
             out.view(np.uint16)[...] = rows.view(np.uint16)  # numpy copies integers faster than its extension types
             return out
     out[...] = rows
     return out
+
+
+def _unpacked_shape(spec: ParamSpec) -> tuple[int, ...]:
+    """Return the shape of a parameter as rows of a checkpoint."""
+    if spec.layout != "panel16":
+        return spec.shape
+    panels, columns, lanes = spec.shape
+    return panels * lanes, columns
 
 
 def _read(checkpoint: Checkpoint, manifest: Manifest, source: ParamSource, rank: int) -> Array:
@@ -149,11 +165,15 @@ def _read(checkpoint: Checkpoint, manifest: Manifest, source: ParamSource, rank:
         return whole
     split = manifest.splits[source.split]
     shape = tensor.get_shape()
-    size = shape[source.axis]
+    if len(shape) <= source.axis or shape[source.axis] != split.size:
+        raise WeightsError(
+            f"{source.name}: the checkpoint gives {tuple(shape)}, "
+            f"the library takes {split.size} in dimension {source.axis}"
+        )
     parts: list[Array] = []
     for block in split.ranks[rank]:
-        start = size if block is None else min(block * split.block, size)
-        stop = min(start + split.block, size)
+        start = split.size if block is None else min(block * split.block, split.size)
+        stop = min(start + split.block, split.size)
         if stop > start:
             parts.append(tensor[start:stop] if source.axis == 0 else tensor[:, start:stop])
         if stop - start < split.block:

@@ -146,38 +146,39 @@ void attention(TensorView q, TensorView kv_layer, TensorView positions, TensorVi
   }
   const int64_t num_tasks = static_cast<int64_t>(tiles.size()) * kv.num_kv_heads;
   const Tile* const tile_data = tiles.data();
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads(work, num_tasks))
-  for (int64_t task = 0; task < num_tasks; ++task) {
-    const Tile tile = tile_data[task / kv.num_kv_heads];
-    const int64_t head = task % kv.num_kv_heads;
-    const int64_t start = position[tile.token];
-    const int64_t first = begin_of(start) / kv.page_size;
-    const int32_t* table = kv.table + slot[tile.token] * kv.pages_per_slot;
-    static thread_local std::vector<float> scores;
-    const int64_t num_rows = tile.count * group;
-    for (int64_t row = 0; row < num_rows; row += kRows) {
-      const int rows = static_cast<int>(std::min<int64_t>(kRows, num_rows - row));
-      const float* q_rows[kRows];
-      float* out_rows[kRows];
-      int64_t begins[kRows], ends[kRows];
-      int64_t last = 0;
-      for (int r = 0; r < rows; ++r) {
-        const int64_t step = (row + r) / group, pos = start + step;
-        const int64_t at = ((tile.token + step) * num_heads + head * group + (row + r) % group) * dim;
-        q_rows[r] = queries + at;
-        out_rows[r] = result + at;
-        begins[r] = begin_of(pos) - first * kv.page_size;
-        ends[r] = pos + 1 - first * kv.page_size;
-        last = pos / kv.page_size;
+  parallel_pieces(num_tasks, 1, num_threads(work, num_tasks), [&](int64_t task_begin, int64_t task_end) {
+    for (int64_t task = task_begin; task < task_end; ++task) {
+      const Tile tile = tile_data[task / kv.num_kv_heads];
+      const int64_t head = task % kv.num_kv_heads;
+      const int64_t start = position[tile.token];
+      const int64_t first = begin_of(start) / kv.page_size;
+      const int32_t* table = kv.table + slot[tile.token] * kv.pages_per_slot;
+      static thread_local std::vector<float> scores;
+      const int64_t num_rows = tile.count * group;
+      for (int64_t row = 0; row < num_rows; row += kRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kRows, num_rows - row));
+        const float* q_rows[kRows];
+        float* out_rows[kRows];
+        int64_t begins[kRows], ends[kRows];
+        int64_t last = 0;
+        for (int r = 0; r < rows; ++r) {
+          const int64_t step = (row + r) / group, pos = start + step;
+          const int64_t at = ((tile.token + step) * num_heads + head * group + (row + r) % group) * dim;
+          q_rows[r] = queries + at;
+          out_rows[r] = result + at;
+          begins[r] = begin_of(pos) - first * kv.page_size;
+          ends[r] = pos + 1 - first * kv.page_size;
+          last = pos / kv.page_size;
+        }
+        scores.resize(std::max(scores.size(), static_cast<size_t>((last - first + 1) * kv.page_size * rows)));
+        const auto run = rows == 4   ? run_rows<4>
+                         : rows == 3 ? run_rows<3>
+                         : rows == 2 ? run_rows<2>
+                                     : run_rows<1>;
+        run(kv, table, head, first, last, q_rows, begins, ends, static_cast<float>(scale), scores.data(), out_rows);
       }
-      scores.resize(std::max(scores.size(), static_cast<size_t>((last - first + 1) * kv.page_size * rows)));
-      const auto run = rows == 4   ? run_rows<4>
-                       : rows == 3 ? run_rows<3>
-                       : rows == 2 ? run_rows<2>
-                                   : run_rows<1>;
-      run(kv, table, head, first, last, q_rows, begins, ends, static_cast<float>(scale), scores.data(), out_rows);
     }
-  }
+  });
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, attention);

@@ -1,12 +1,10 @@
 // Activation, norms, and row copies. Each row is one task and its sums have one order.
-#include <type_traits>
-
 #include "common.h"
 
 namespace tpserve {
 namespace {
 
-/// Calls body(std::integral_constant width, i) over [0, size): sixteen at a time, then one at a time.
+/// Covers [0, size): `vector(i)` for sixteen elements at i, then `scalar(i)` for each that is left.
 template <typename Vector, typename Scalar>
 TPSERVE_INLINE void sweep(int64_t size, Vector&& vector, Scalar&& scalar) {
   int64_t i = 0;
@@ -21,14 +19,13 @@ void silu_mul(TensorView gate_up, TensorView out) {
   const int64_t num_tokens = out.size(0), size = out.size(1);
   const float* source = checked<float>("gate_up", gate_up, {num_tokens, 2 * size});
   float* target = checked<float>("out", out, {num_tokens, size});
-#pragma omp parallel for schedule(static) num_threads(num_threads(num_tokens * size * 16, num_tokens))
-  for (int64_t t = 0; t < num_tokens; ++t) {
+  parallel_for(num_tokens, num_threads(num_tokens * size * 16, num_tokens), [&](int64_t t) {
     const float *gate = source + t * 2 * size, *up = gate + size;
     float* row = target + t * size;
     sweep(
         size, [&](int64_t i) { store(row + i, silu(load(gate + i)) * load(up + i)); },
         [&](int64_t i) { row[i] = silu(splat(gate[i]))[0] * up[i]; });
-  }
+  });
 }
 
 /// out = x / rms(x) * weight for one row.
@@ -50,10 +47,9 @@ void rms_norm(TensorView x, TensorView weight, double eps, TensorView out) {
   const float* source = checked<float>("x", x, {num_tokens, size});
   const float* scale = checked<float>("weight", weight, {size});
   float* target = checked<float>("out", out, {num_tokens, size});
-#pragma omp parallel for schedule(static) num_threads(num_threads(num_tokens * size * 3, num_tokens))
-  for (int64_t t = 0; t < num_tokens; ++t) {
+  parallel_for(num_tokens, num_threads(num_tokens * size * 3, num_tokens), [&](int64_t t) {
     normalise_row(source + t * size, scale, static_cast<float>(eps), size, target + t * size);
-  }
+  });
 }
 
 void add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps, TensorView residual_out,
@@ -65,23 +61,21 @@ void add_rms_norm(TensorView x, TensorView residual, TensorView weight, double e
   const float* scale = checked<float>("weight", weight, {size});
   float* sum = checked<float>("residual_out", residual_out, {num_tokens, size});
   float* target = checked<float>("out", out, {num_tokens, size});
-#pragma omp parallel for schedule(static) num_threads(num_threads(num_tokens * size * 4, num_tokens))
-  for (int64_t t = 0; t < num_tokens; ++t) {
+  parallel_for(num_tokens, num_threads(num_tokens * size * 4, num_tokens), [&](int64_t t) {
     for (int64_t i = t * size; i < (t + 1) * size; ++i) sum[i] = left[i] + right[i];
     normalise_row(sum + t * size, scale, static_cast<float>(eps), size, target + t * size);
-  }
+  });
 }
 
 template <typename W>
 void copy_rows(const W* table, const int32_t* rows, int64_t count, int64_t size, float* out) {
-#pragma omp parallel for schedule(static) num_threads(num_threads(count * size, count))
-  for (int64_t t = 0; t < count; ++t) {
+  parallel_for(count, num_threads(count * size, count), [&](int64_t t) {
     const W* source = table + rows[t] * size;
     float* target = out + t * size;
     sweep(
         size, [&](int64_t i) { store(target + i, load(source + i)); },
         [&](int64_t i) { target[i] = widen(source[i]); });
-  }
+  });
 }
 
 void embed(TensorView ids, TensorView table, TensorView out) {

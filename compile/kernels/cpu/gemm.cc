@@ -19,7 +19,9 @@ constexpr int kMaxRows = 14;  // 14 x 2 sums, 2 weights, 1 broadcast: 31 of 32 r
 constexpr int kMaxRows = 4;  // sixteen lanes take two AVX2 or four NEON registers each
 #endif
 constexpr int64_t kBlockK = 256;  // 2 panels * 256 * 64 bytes = 32 KiB, within a first-level cache of 48 KiB
-constexpr int64_t kPrefetchRows = 24;
+constexpr int64_t kPiecesPerThread = 4;  // fine enough to share when a thread is off its core, benchmarks/cpu_kernels.py
+constexpr int64_t kChunkElements = 1 << 18;  // of packed rows: 1 MiB, within a second-level cache of 2 MiB
+constexpr int64_t kPrefetchBytes = 3072;  // best of 768 to 12288 for eight rows in benchmarks/cpu_kernels.py
 
 /// Panels per tile: enough independent chains to hide the latency of an FMA (4 cycles on 2 ports).
 constexpr int panels_for(int rows) { return rows <= 6 && kMaxRows > 4 ? 4 : 2; }
@@ -39,7 +41,7 @@ TPSERVE_INLINE void tile(const float* __restrict x, const W* __restrict w, int64
 #pragma GCC unroll 4
     for (int p = 0; p < NP; ++p) {
       const W* row = w + p * panel_stride + k * kLanes;
-      if constexpr (MR <= 2) __builtin_prefetch(row + kPrefetchRows * kLanes);
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + kPrefetchBytes);
       weight[p] = load(row);
     }
 #pragma GCC unroll 16
@@ -93,9 +95,13 @@ struct RowTiles {
 /// Copies rows [first, last) of x (M, K) into (K, last - first).
 void pack_rows(const float* x, int64_t num_k, int64_t first, int64_t last, float* packed) {
   const int64_t rows = last - first;
-  for (int64_t m = 0; m < rows; ++m) {
-    const float* row = x + (first + m) * num_k;
-    for (int64_t k = 0; k < num_k; ++k) packed[k * rows + m] = row[k];
+  constexpr int64_t kBlock = 64;  // the part of `packed` being filled stays in the first-level cache
+  for (int64_t begin = 0; begin < num_k; begin += kBlock) {
+    const int64_t end = std::min(num_k, begin + kBlock);
+    for (int64_t m = 0; m < rows; ++m) {
+      const float* row = x + (first + m) * num_k;
+      for (int64_t k = begin; k < end; ++k) packed[k * rows + m] = row[k];
+    }
   }
 }
 
@@ -117,30 +123,40 @@ void stream_panels(const float* packed, const RowTiles& tiles, const W* w, int64
   }
 }
 
-/// Panels [p, p_end) for many tiles: widened weights of one K block are reused by every tile.
+/// Panels [first, last) for many tiles: widened weights of one K block are reused by every tile of a chunk of rows, and
+/// the chunk's rows, which stay in the second-level cache, by every panel.
 template <typename W>
-void block_panels(const float* packed, const RowTiles& tiles, const W* w, int64_t p, int64_t p_end, int64_t num_k,
+void block_panels(const float* packed, const RowTiles& tiles, const W* w, int64_t first, int64_t last, int64_t num_k,
                   float* out, int64_t ldo, const float* bias) {
   alignas(64) float scratch[2 * kBlockK * kLanes];
-  while (p < p_end) {
-    const int width = p_end - p >= 2 ? 2 : 1;
-    for (int64_t k = 0; k < num_k; k += kBlockK) {
-      const int64_t depth = std::min(kBlockK, num_k - k);
-      for (int i = 0; i < width; ++i) {
-        const W* source = w + ((p + i) * num_k + k) * kLanes;
-        float* target = scratch + i * kBlockK * kLanes;
-        for (int64_t j = 0; j < depth; ++j) store(target + j * kLanes, load(source + j * kLanes));
+  const int64_t chunk_tiles = std::max<int64_t>(4, kChunkElements / (kMaxRows * num_k));
+  for (int64_t chunk = 0; chunk < tiles.count; chunk += chunk_tiles) {
+    const int64_t chunk_end = std::min(tiles.count, chunk + chunk_tiles);
+    for (int64_t p = first; p < last;) {
+      const int width = last - p >= 2 ? 2 : 1;
+      for (int64_t k = 0; k < num_k; k += kBlockK) {
+        const int64_t depth = std::min(kBlockK, num_k - k);
+        for (int i = 0; i < width; ++i) {
+          const W* source = w + ((p + i) * num_k + k) * kLanes;
+          float* target = scratch + i * kBlockK * kLanes;
+          for (int64_t j = 0; j < depth; ++j) store(target + j * kLanes, load(source + j * kLanes));
+        }
+        const float* final_bias = bias && k + depth == num_k ? bias + p * kLanes : nullptr;
+        for (int64_t i = chunk; i < chunk_end; ++i) {
+          const int64_t m = tiles.begin(i), m_end = tiles.begin(i + 1);
+          float* sums = out + p * kLanes;
+          const int64_t next_end = i + 1 < chunk_end ? tiles.begin(i + 2) : m_end;
+          for (int64_t next = m_end; next < next_end; ++next) {
+            __builtin_prefetch(sums + next * ldo, 1);
+            if (width == 2) __builtin_prefetch(sums + next * ldo + kLanes, 1);
+          }
+          tile_for<float>(static_cast<int>(m_end - m), width)(packed + m * num_k + k * (m_end - m), scratch,
+                                                              kBlockK * kLanes, depth, sums + m * ldo, ldo, k != 0,
+                                                              final_bias);
+        }
       }
-      const bool last = k + depth == num_k;
-      for (int64_t i = 0; i < tiles.count; ++i) {
-        const int64_t m = tiles.begin(i);
-        const int64_t rows = tiles.begin(i + 1) - m;
-        tile_for<float>(static_cast<int>(rows), width)(packed + m * num_k + k * rows, scratch, kBlockK * kLanes, depth,
-                                                       out + m * ldo + p * kLanes, ldo, k != 0,
-                                                       last && bias ? bias + p * kLanes : nullptr);
-      }
+      p += width;
     }
-    p += width;
   }
 }
 
@@ -156,25 +172,22 @@ void multiply(const float* x, const W* w, float* out, int64_t num_m, int64_t num
   float* const buffer = scratch.data();
   const float* const packed = num_m > 1 ? buffer : x;
   const int threads = num_threads(num_m * num_n * num_k, num_panels);
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
-    if (num_m > 1) {
-      for (int64_t i = id; i < tiles.count; i += team) {
-        pack_rows(x, num_k, tiles.begin(i), tiles.begin(i + 1), buffer + tiles.begin(i) * num_k);
-      }
-#pragma omp barrier
-    }
-    // Cut at multiples of four panels so that only one thread meets the narrow tail.
-    const int64_t groups = (num_panels + 3) / 4;
-    const int64_t first = std::min(num_panels, groups * id / team * 4);
-    const int64_t last = std::min(num_panels, groups * (id + 1) / team * 4);
+  if (num_m > 1) {
+    parallel_for(tiles.count, threads, [&](int64_t i) {
+      pack_rows(x, num_k, tiles.begin(i), tiles.begin(i + 1), buffer + tiles.begin(i) * num_k);
+    });
+  }
+  // Pieces are whole groups of four panels, so that only the last one meets the narrow tail.
+  const int64_t groups = (num_panels + 3) / 4;
+  const int64_t piece = std::max<int64_t>(1, groups / (kPiecesPerThread * threads));
+  parallel_pieces(groups, piece, threads, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * 4, last = std::min(num_panels, end * 4);
     if (tiles.count <= 2) {
       stream_panels(packed, tiles, w, first, last, num_k, out, num_n, bias);
     } else {
       block_panels(packed, tiles, w, first, last, num_k, out, num_n, bias);
     }
-  }
+  });
 }
 
 void run(const TensorView& x, const TensorView& w, const TensorView& out, const float* bias) {

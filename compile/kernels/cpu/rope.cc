@@ -52,8 +52,7 @@ void append(const TensorView& qkv, const TensorView& positions, const TensorView
   }
 
   const int64_t half = dim / 2;
-#pragma omp parallel for schedule(static) num_threads(num_threads(num_tokens * width * 2, num_tokens))
-  for (int64_t t = 0; t < num_tokens; ++t) {
+  parallel_for(num_tokens, num_threads(num_tokens * width * 2, num_tokens), [&](int64_t t) {
     static thread_local std::vector<float> normalised;
     normalised.resize(static_cast<size_t>(dim));
     const float* row = source + t * width;
@@ -73,7 +72,7 @@ void append(const TensorView& qkv, const TensorView& positions, const TensorView
     for (int64_t h = 0; h < num_kv_heads; ++h, row += dim) {
       std::memcpy(kv.values(page, h) + offset * dim, row, static_cast<size_t>(dim) * sizeof(float));
     }
-  }
+  });
 }
 
 void rope_append(TensorView qkv, TensorView positions, TensorView token_slots, TensorView page_table, TensorView rope,

@@ -156,7 +156,7 @@ class Drawer {
   /// Collects the keys of the tokens near the best until they must hold all that the cuts can keep.
   void gather(const float* logits, int64_t size, float best, const Rule& rule, bool cuts_k, double total) {
     constexpr double kAll = std::numeric_limits<double>::infinity();
-    for (const double distance : {6.0, 18.0, 54.0, kAll}) {  // in temperatures: e^-54 of the best weight is nothing
+    for (const double distance : {5.0, 8.0, 11.0, 15.0, 20.0, kAll}) {  // in temperatures
       const float low = static_cast<float>(best - distance * rule.temperature);
       keys_.clear();
       double held = 0.0;
@@ -379,38 +379,39 @@ void sample(TensorView logits, int64_t vocab_size, TensorView slots, TensorView 
   float* top_logprobs = checked<float>("out_top_logprobs", out_top_logprobs, {num_rows, kMaxTop});
   check_state(state, slot_of, num_rows);
 
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads(num_rows * vocab_size * 8, num_rows))
-  for (int64_t r = 0; r < num_rows; ++r) {
-    static thread_local Drawer drawer;
-    float* row = rows + r * width;
-    const int64_t slot = slot_of[r];
-    adjust(state, slot, row);
-    const float best = maximum(row, vocab_size);
-    if (!std::isfinite(best)) {
-      ids[r] = -1;  // thrown for below: an exception must not leave the parallel region
-      continue;
+  parallel_pieces(num_rows, 1, num_threads(num_rows * vocab_size * 8, num_rows), [&](int64_t r_begin, int64_t r_end) {
+    for (int64_t r = r_begin; r < r_end; ++r) {
+      static thread_local Drawer drawer;
+      float* row = rows + r * width;
+      const int64_t slot = slot_of[r];
+      adjust(state, slot, row);
+      const float best = maximum(row, vocab_size);
+      if (!std::isfinite(best)) {
+        ids[r] = -1;  // thrown for below: an exception must not leave the parallel region
+        continue;
+      }
+      if (state.temperature[slot] == 0.0f) {
+        ids[r] = static_cast<int32_t>(std::find(row, row + vocab_size, best) - row);
+      } else {
+        const Rule rule{state.temperature[slot], state.top_p[slot], state.min_p[slot], state.top_k[slot]};
+        const double u = uniform(static_cast<uint64_t>(state.seed[slot]), static_cast<uint64_t>(position[r]));
+        ids[r] = drawer.draw(row, vocab_size, best, rule, u);
+      }
+      const int64_t num_top = std::min<int64_t>(state.num_logprobs[slot], vocab_size);
+      logprob[r] = std::numeric_limits<float>::quiet_NaN();
+      std::fill_n(top_ids + r * kMaxTop, kMaxTop, -1);
+      std::fill_n(top_logprobs + r * kMaxTop, kMaxTop, -std::numeric_limits<float>::infinity());
+      if (num_top < 0) continue;
+      const double log_total = std::log(exponentials(row, vocab_size, best, 1.0, nullptr));
+      logprob[r] = static_cast<float>(static_cast<double>(row[ids[r]]) - best - log_total);
+      uint64_t keys[kMaxTop];
+      if (num_top > 0) best_tokens(row, vocab_size, num_top, keys);
+      for (int64_t i = 0; i < num_top; ++i) {
+        top_ids[r * kMaxTop + i] = id_of(keys[i]);
+        top_logprobs[r * kMaxTop + i] = static_cast<float>(static_cast<double>(row[id_of(keys[i])]) - best - log_total);
+      }
     }
-    if (state.temperature[slot] == 0.0f) {
-      ids[r] = static_cast<int32_t>(std::find(row, row + vocab_size, best) - row);
-    } else {
-      const Rule rule{state.temperature[slot], state.top_p[slot], state.min_p[slot], state.top_k[slot]};
-      const double u = uniform(static_cast<uint64_t>(state.seed[slot]), static_cast<uint64_t>(position[r]));
-      ids[r] = drawer.draw(row, vocab_size, best, rule, u);
-    }
-    const int64_t num_top = std::min<int64_t>(state.num_logprobs[slot], vocab_size);
-    logprob[r] = std::numeric_limits<float>::quiet_NaN();
-    std::fill_n(top_ids + r * kMaxTop, kMaxTop, -1);
-    std::fill_n(top_logprobs + r * kMaxTop, kMaxTop, -std::numeric_limits<float>::infinity());
-    if (num_top < 0) continue;
-    const double log_total = std::log(exponentials(row, vocab_size, best, 1.0, nullptr));
-    logprob[r] = static_cast<float>(static_cast<double>(row[ids[r]]) - best - log_total);
-    uint64_t keys[kMaxTop];
-    if (num_top > 0) best_tokens(row, vocab_size, num_top, keys);
-    for (int64_t i = 0; i < num_top; ++i) {
-      top_ids[r * kMaxTop + i] = id_of(keys[i]);
-      top_logprobs[r * kMaxTop + i] = static_cast<float>(static_cast<double>(row[id_of(keys[i])]) - best - log_total);
-    }
-  }
+  });
   for (int64_t r = 0; r < num_rows; ++r) {
     if (ids[r] < 0) {
       TVM_FFI_THROW(ValueError) << "logits of slot " << slot_of[r] << " at position " << position[r]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tvm_ffi
 
+from rank_group import Artifacts
 from tpserve.compile import native
 
 
@@ -17,3 +18,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     native.build_library(native.CPU_KERNEL_SOURCES, path)
     module = tvm_ffi.load_module(str(path))
     return lambda name: module[name]
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """Compiles into the cache that all tests of this session share, so that kernels are built once."""
+    return Artifacts(tmp_path_factory.getbasetemp() / "artifacts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tvm.runtime
+
+from tpserve.compile import native
 
 Array = npt.NDArray[Any]
 Kernels = Callable[[str], Any]
@@ -38,6 +41,16 @@ def call(function: Any, *args: Any, out: tuple[int, ...]) -> Array:
 
 def relative_error(actual: Array, expected: Array) -> float:
     return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+def test_the_library_names_all_its_kernels(kernels: Kernels) -> None:
+    export = re.compile(r"^TVM_FFI_DLL_EXPORT_TYPED_FUNC\((\w+),", re.MULTILINE)
+    exported = {name for path in native.CPU_KERNEL_SOURCES for name in export.findall(path.read_text())}
+    assert {str(name) for name in kernels("kernel_names")()} == exported - {
+        "kernel_names",
+        "set_num_threads",
+        "shm_create",
+    }
 
 
 # --- gemm ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,238 @@
+"""Real tensor-parallel groups without Ray: each rank is a process with a `worker.runner.Runner`, fed over a pipe.
+
+Processes are kept from group to group, since starting one takes longer than a small model's test.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import tvm  # noqa: F401  # whole, before a test of the worker loads its runtime alone
+
+from tpserve.compile.artifact import build_artifact
+from tpserve.compile.cache import CachePolicy
+from tpserve.compile.config import CompileConfig, ModelConfig
+from tpserve.compile.source import stored_quantization
+from tpserve.coordinator.request import TokenEvent
+from tpserve.coordinator.scheduler import Scheduler
+from tpserve.proto.messages import StepPlan, StepResult
+from tpserve.proto.rank import RankConfig
+
+Logits = npt.NDArray[np.float32]
+
+DEADLINE_S = 120.0
+"""For any answer of a rank; only a hang meets it."""
+
+
+class RankFailed(RuntimeError):
+    """A rank raised, died or did not answer."""
+
+
+class RankProcesses:
+    """Processes that become ranks of one group after another; close it to end them."""
+
+    def __init__(self) -> None:
+        self._ranks: list[tuple[BaseProcess, Connection]] = []
+
+    def close(self) -> None:
+        """End every process, by force if need be."""
+        for process, pipe in self._ranks:
+            pipe.close()  # a rank that waits for work ends
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join(5)
+            process.close()
+        self._ranks.clear()
+
+    @contextmanager
+    def group(
+        self,
+        model_dir: Path,
+        artifact_dir: Path,
+        tp_size: int,
+        *,
+        num_pages: int = 64,
+        max_num_seqs: int = 16,
+        num_threads: int = 1,
+        load_format: Literal["auto", "dummy"] = "auto",
+    ) -> Iterator[RankGroup]:
+        """Load a model on the first `tp_size` processes."""
+        context = multiprocessing.get_context("spawn")
+        while len(self._ranks) < tp_size:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+        pipes = [pipe for _, pipe in self._ranks[:tp_size]]
+        name = f"tpserve-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        try:
+            for rank, pipe in enumerate(pipes):
+                config = RankConfig(
+                    rank=rank,
+                    tp_size=tp_size,
+                    model_dir=model_dir,
+                    artifact_dir=artifact_dir,
+                    load_format=load_format,
+                    num_pages=num_pages,
+                    max_num_seqs=max_num_seqs,
+                    num_threads=num_threads,
+                    group_name=name,
+                    collective_timeout_s=60.0,
+                )
+                pipe.send(("load", config))
+            _collect(pipes)
+            yield RankGroup(pipes)
+            for pipe in pipes:
+                pipe.send(("close", None))
+            _collect(pipes)
+        except BaseException:
+            self.close()  # their state is unknown; the next group starts new ones
+            raise
+
+
+class RankGroup:
+    """The ranks of one loaded model. Plans are numbered here, so that each caller may start at any step."""
+
+    def __init__(self, pipes: list[Connection]) -> None:
+        self._pipes = pipes
+        self._next_step = 1
+        self._occupied: set[int] = set()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step on all ranks; return rank 0's result."""
+        result: StepResult = self._run("execute", plan)[0]
+        return replace(result, step_id=plan.step_id)
+
+    def logits(self, plan: StepPlan) -> list[Logits]:
+        """Run one step; return each rank's (R, padded vocabulary)."""
+        return self._run("logits", plan)
+
+    def clear(self) -> None:
+        """Empty all slots."""
+        self.execute(StepPlan(0, removed_slots=tuple(self._occupied)))
+
+    def _run(self, kind: str, plan: StepPlan) -> list[Any]:
+        self._occupied -= set(plan.removed_slots)
+        self._occupied |= {added.slot for added in plan.added_slots}
+        numbered = replace(plan, step_id=self._next_step)
+        self._next_step += 1
+        for pipe in self._pipes:
+            pipe.send((kind, numbered))
+        return _collect(self._pipes)
+
+
+def run_scheduler(group: RankGroup, scheduler: Scheduler) -> list[TokenEvent]:
+    """Step until every request has ended, with as many plans ahead of results as the scheduler makes."""
+    events: list[TokenEvent] = []
+    results: deque[StepResult] = deque()
+    while scheduler.has_unfinished or results:
+        while (plan := scheduler.schedule()) is not None:
+            results.append(group.execute(plan))
+        events += scheduler.update(results.popleft())
+    group.clear()
+    return events
+
+
+class Artifacts:
+    """Compiled models of one test session, in a cache of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def build(
+        self,
+        model_dir: Path,
+        tp_size: int,
+        *,
+        kernels: Literal["tuned", "portable"] = "tuned",
+        max_model_len: int = 256,
+        max_num_batched_tokens: int = 1024,
+        max_num_seqs: int = 16,
+    ) -> Path:
+        """Return the artifact of a model."""
+        config = CompileConfig(
+            tp_size=tp_size,
+            quantization=stored_quantization(model_dir),
+            kernels=kernels,
+            target="llvm",
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+        )
+        before = os.environ.get("TPSERVE_HOME")
+        os.environ["TPSERVE_HOME"] = str(self.home)
+        try:
+            return build_artifact(ModelConfig.from_hf(model_dir), config, CachePolicy.ON)
+        finally:
+            if before is None:
+                del os.environ["TPSERVE_HOME"]
+            else:
+                os.environ["TPSERVE_HOME"] = before
+
+
+def _collect(pipes: list[Connection]) -> list[Any]:
+    """Return each rank's answer; the first failure ends the wait, since the others may wait for that rank."""
+    answers: dict[Connection, Any] = {}
+    deadline = monotonic() + DEADLINE_S
+    while len(answers) < len(pipes):
+        ready = wait([pipe for pipe in pipes if pipe not in answers], max(0.0, deadline - monotonic()))
+        if not ready:
+            late = [rank for rank, pipe in enumerate(pipes) if pipe not in answers]
+            raise RankFailed(f"ranks {late} did not answer within {DEADLINE_S:.0f} s")
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            try:
+                error, answer = pipe.recv()
+            except EOFError:
+                raise RankFailed(f"rank {pipes.index(pipe)} died") from None
+            if error:
+                raise RankFailed(f"rank {pipes.index(pipe)}: {error}")
+            answers[pipe] = answer
+    return [answers[pipe] for pipe in pipes]
+
+
+def _serve(pipe: Connection) -> None:
+    """Run in each process: do what comes over the pipe until it is closed."""
+    from tpserve.worker.runner import Runner
+
+    runner: Runner | None = None
+    try:
+        while True:
+            kind, what = pipe.recv()
+            answer: object = None
+            if kind == "load":
+                runner = Runner(what, lambda done, total: None)
+            elif runner is None:
+                raise AssertionError(f"{kind} before load")
+            elif kind == "close":
+                runner.close()
+                runner = None
+            elif kind == "execute":
+                answer = runner.execute(what)
+            else:
+                arrays, logits = runner.forward(what)
+                answer = np.from_dlpack(logits).copy()
+                runner.sample(arrays, logits)
+            pipe.send((None, answer))
+    except EOFError:
+        return
+    except Exception as error:
+        pipe.send((f"{type(error).__name__}: {error}", None))
+    finally:
+        if runner is not None:
+            runner.close()
