@@ -14,8 +14,6 @@ from tpserve.proto.host import cpu_features
 from tpserve.proto.manifest import Manifest, ManifestError, sha256_file
 from tpserve.worker.errors import LibraryError
 
-del os.environ["TVM_USE_RUNTIME_LIB"]  # child processes may compile
-
 CPU_PREFIX = "tpserve.cpu."
 
 
@@ -33,7 +31,7 @@ def _import_tvm_runtime() -> Any:
         return importlib.import_module("tvm")
     finally:
         if given is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
 
 
 tvm = _import_tvm_runtime()
