@@ -55,7 +55,9 @@ class SharedMemoryCommunicator:
         Largest piece exchanged at once, a multiple of 64; larger tensors go in pieces. The segment takes twice this
         per rank.
     timeout_s
-        Deadline of attaching, and of each wait within a call.
+        Deadline of each wait within a call.
+    attach_timeout_s
+        Deadline of attaching, if another: processes start at their own pace.
 
     Raises
     ------
@@ -76,10 +78,12 @@ class SharedMemoryCommunicator:
         *,
         capacity_bytes: int = 1 << 20,
         timeout_s: float = 60.0,
+        attach_timeout_s: float | None = None,
     ) -> None:
         enough_cores = len(os.sched_getaffinity(0)) >= world_size
         spin_us = _SPIN_US if enough_cores else _SPIN_OVERSUBSCRIBED_US
-        functions = library["shm_create"](name, rank, world_size, capacity_bytes, timeout_s, spin_us)
+        attach_s = timeout_s if attach_timeout_s is None else attach_timeout_s
+        functions = library["shm_create"](name, rank, world_size, capacity_bytes, attach_s, timeout_s, spin_us)
         self._rank = rank
         self._world_size = world_size
         self._all_reduce = functions["all_reduce"]

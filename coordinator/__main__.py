@@ -152,12 +152,12 @@ def main() -> int:
     """Run the coordinator; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s coordinator: %(message)s")
     config = CoordinatorConfig(**json.loads(sys.argv[1]))
-    # Until the event loop handles it: what was started so far is ended by the `finally` below.
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    end_with_parent(config.parent_pid)
     manifest = Manifest.load(Path(config.artifact_dir), verify_files=False)
     cluster = make_cluster(config, manifest)
+    # Until the event loop handles it: what was started so far is ended by the `finally` below.
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
+        end_with_parent(config.parent_pid)
         # Before the event loop: Ray forks its daemons, which must not happen beside running gRPC threads.
         cluster.connect()
         # Requests are cyclic but few; what stands now never dies. Full collections in the step loop cost milliseconds.

@@ -24,7 +24,7 @@ class SchedulerConfig:
     num_pages: int
     """KV pages of each rank."""
     max_num_queued_requests: int = 1024
-    """Requests that may wait for their first step; one more is answered with `QueueFull`."""
+    """Requests that may wait while every slot is taken; one more is answered with `QueueFull`."""
     max_in_flight_steps: int = 2
     """Plans sent ahead of their results. 1 is the plain path: plan, wait, plan; 2 hides the host behind the device."""
     enable_prefix_cache: bool = True

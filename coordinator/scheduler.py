@@ -159,7 +159,7 @@ class Scheduler:
         if request.request_id in self._groups:
             raise ValueError(f"request id {request.request_id} is in use; ids of unfinished requests must differ")
         max_len = checked_max_len(request, self._config)
-        if self._num_queued >= self._config.max_num_queued_requests:
+        if self._num_queued >= self._config.max_num_queued_requests + self._slots.num_free:
             raise QueueFull(f"{self._num_queued} requests wait already; try again later")
         group = make_group(request, self._next_order, max_len, self._next_step)
         self._next_order += request.n

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import tvm  # noqa: F401  # whole, before a test of the worker loads its runtime alone
 
 from tpserve.compile.artifact import build_artifact
 from tpserve.compile.cache import CachePolicy
@@ -49,8 +48,9 @@ class RankProcesses:
 
     def close(self) -> None:
         """End every process, by force if need be."""
-        for process, pipe in self._ranks:
+        for _, pipe in self._ranks:
             pipe.close()  # a rank that waits for work ends
+        for process, _ in self._ranks:
             process.join(5)
             if process.is_alive():
                 process.kill()
@@ -198,7 +198,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
             assert isinstance(pipe, Connection)
             try:
                 error, answer = pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionError):
                 raise RankFailed(f"rank {pipes.index(pipe)} died") from None
             if error:
                 raise RankFailed(f"rank {pipes.index(pipe)}: {error}")

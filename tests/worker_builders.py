@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import tvm  # noqa: F401  # whole, before a test of the worker loads its runtime alone
-
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.pipeline import build_graph
 from tpserve.proto.host import cpu_features

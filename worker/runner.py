@@ -23,6 +23,9 @@ from tpserve.worker.weights import dummy_parameters, load_parameters
 
 logger = logging.getLogger(__name__)
 
+_ATTACH_TIMEOUT_S = 60.0
+"""For the slowest rank's process to start, however short a step's deadline is."""
+
 Progress = Callable[[int, int], None]
 """Called with (parameters loaded, parameters in all)."""
 
@@ -46,7 +49,12 @@ class Runner:
         self._communicator: SharedMemoryCommunicator | None = None
         if config.tp_size > 1:
             self._communicator = SharedMemoryCommunicator(
-                kernels, config.group_name, config.rank, config.tp_size, timeout_s=config.collective_timeout_s
+                kernels,
+                config.group_name,
+                config.rank,
+                config.tp_size,
+                timeout_s=config.collective_timeout_s,
+                attach_timeout_s=max(_ATTACH_TIMEOUT_S, config.collective_timeout_s),
             )
             self._communicator.register()
         kernels["set_num_threads"](config.num_threads)

@@ -104,7 +104,8 @@ struct Descriptor {
 
 class Communicator {
  public:
-  Communicator(std::string name, int64_t rank, int64_t world_size, int64_t capacity, double timeout_s, int64_t spin_us)
+  Communicator(std::string name, int64_t rank, int64_t world_size, int64_t capacity, double attach_timeout_s,
+               double timeout_s, int64_t spin_us)
       : name_("/" + name), rank_(rank), world_size_(world_size), capacity_(capacity),
         timeout_ns_(static_cast<int64_t>(timeout_s * 1e9)), spin_ns_(spin_us * 1000) {
     if (world_size < 1 || world_size > kMaxRanks) {
@@ -118,7 +119,7 @@ class Communicator {
     }
     if (timeout_ns_ <= 0) TVM_FFI_THROW(ValueError) << "timeout_s is " << timeout_s << ", expected more than 0";
     size_ = sizeof(Header) + world_size * sizeof(Rank) + world_size * 2 * capacity;
-    const int64_t deadline = now_ns() + timeout_ns_;
+    const int64_t deadline = now_ns() + static_cast<int64_t>(attach_timeout_s * 1e9);
     if (rank == 0) {
       create();
     } else {
@@ -454,9 +455,10 @@ class Communicator {
 };
 
 /// The functions of one communicator. They share it; `close` ends it for all.
-Map<String, Function> shm_create(String name, int64_t rank, int64_t world_size, int64_t capacity, double timeout_s,
-                                 int64_t spin_us) {
-  const auto comm = std::make_shared<Communicator>(name, rank, world_size, capacity, timeout_s, spin_us);
+Map<String, Function> shm_create(String name, int64_t rank, int64_t world_size, int64_t capacity,
+                                 double attach_timeout_s, double timeout_s, int64_t spin_us) {
+  const auto comm =
+      std::make_shared<Communicator>(name, rank, world_size, capacity, attach_timeout_s, timeout_s, spin_us);
   Map<String, Function> out;
   out.Set("all_reduce", Function::FromTyped([comm](TensorView x, TensorView y) { comm->all_reduce(x, y); }));
   out.Set("all_gather", Function::FromTyped([comm](TensorView x, TensorView y) { comm->all_gather(x, y); }));

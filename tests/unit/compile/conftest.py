@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tvm  # noqa: F401  # whole, before a test of the worker loads the runtime alone
 import tvm_ffi
 
 from rank_group import Artifacts

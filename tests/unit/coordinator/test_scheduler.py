@@ -81,15 +81,16 @@ class TestRequests:
         loop.run()
         check_texts(loop, *requests)
 
-    def test_the_queue_is_bounded_in_requests_of_which_nothing_has_run(self) -> None:
-        loop = Loop(make_config(max_num_queued_requests=2))
-        loop.add(make_request(1, n=3), make_request(2))
-        with pytest.raises(QueueFull, match="2 requests wait"):
-            loop.add(make_request(3))
-        loop.scheduler.abort(2)
-        loop.add(make_request(3))
+    def test_the_queue_is_bounded_beyond_what_free_slots_can_take(self) -> None:
+        loop = Loop(make_config(max_num_seqs=2, max_num_queued_requests=2))
+        loop.add(*(make_request(i) for i in range(1, 5)))  # a burst of free slots + queue
+        with pytest.raises(QueueFull, match="4 requests wait"):
+            loop.add(make_request(5))
         loop.step()
-        loop.add(make_request(4))
+        with pytest.raises(QueueFull, match="2 requests wait"):
+            loop.add(make_request(5))
+        loop.scheduler.abort(4)
+        loop.add(make_request(5))
 
     def test_an_id_in_use_is_refused(self) -> None:
         loop = Loop(make_config())

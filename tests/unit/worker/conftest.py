@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import tvm  # noqa: F401  # whole, before a test of the worker loads the runtime alone
 
 from rank_group import Artifacts
 

@@ -1,0 +1,118 @@
+"""A rank that is lost is named, and nobody waits for its group longer than promised. Ranks are gRPC servers here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from builders import make_config
+from tpserve.coordinator.client import WorkerGroup
+from tpserve.coordinator.cluster import Cluster, ClusterConfig
+from tpserve.coordinator.engine import Engine, EngineConfig, OutputEvent, Unavailable
+from tpserve.coordinator.errors import ClusterError, RankLost
+from tpserve.coordinator.metrics import Metrics
+from tpserve.coordinator.scheduler import Scheduler
+from tpserve.proto.messages import FinishReason, SamplingParams, StepPlan, StepResult
+from tpserve.proto.pb import worker_pb2, worker_pb2_grpc
+from tpserve.proto.rank import RankAddress, RankConfig
+
+TIMED_OUT = "TimeoutError: rank waited 4 s in all_reduce, call 7"
+
+
+class FakeRank(worker_pb2_grpc.WorkerServicer):
+    """Answers each plan with the same error, or with nothing."""
+
+    def __init__(self, error: str | None) -> None:
+        self._error = error
+
+    async def Execute(
+        self, request_iterator: AsyncIterator[worker_pb2.StepPlan], context: Any
+    ) -> AsyncIterator[worker_pb2.StepResult]:
+        async for plan in request_iterator:
+            if self._error is not None:
+                yield StepResult(plan.step_id, 0, error=self._error).to_pb()
+
+
+@contextlib.asynccontextmanager
+async def ranks(*errors: str | None) -> AsyncIterator[list[str]]:
+    """Run a rank for each error; give their addresses."""
+    servers, addresses = [], []
+    for error in errors:
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        worker_pb2_grpc.add_WorkerServicer_to_server(FakeRank(error), server)  # type: ignore[no-untyped-call]
+        addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        await server.start()
+        servers.append(server)
+    try:
+        yield addresses
+    finally:
+        await asyncio.gather(*(server.stop(None) for server in servers))
+
+
+@pytest.mark.parametrize(
+    ("errors", "lost"),
+    [
+        ((TIMED_OUT, None, TIMED_OUT), 1),  # who is waited for says nothing
+        ((TIMED_OUT, TIMED_OUT, None), 2),
+        ((None, "ValueError: slot 3", None), 1),
+    ],
+)
+async def test_the_rank_at_fault_is_named(errors: tuple[str | None, ...], lost: int) -> None:
+    async with ranks(*errors) as addresses:
+        group = WorkerGroup(addresses, 60.0, on_lost=lambda: None)
+        try:
+            await group.send(StepPlan(1))
+            with pytest.raises(RankLost) as raised:
+                await asyncio.wait_for(group.next_result(), 10)
+        finally:
+            await group.close()
+    assert raised.value.rank == lost
+    assert next(filter(None, errors)) in str(raised.value)
+
+
+class FailingCluster(Cluster):
+    """Starts one group; rebuilds fail once and then do not come to an end."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        rank = RankConfig(0, len(addresses), Path(), Path(), "dummy", 8, 4, 1, "", 1.0)
+        super().__init__(ClusterConfig(rank, 60.0))
+        self._addresses = addresses
+        self.num_starts = 0
+
+    async def start_ranks(self) -> Sequence[RankAddress]:
+        self.num_starts += 1
+        if self.num_starts == 2:
+            raise ClusterError("no room")
+        if self.num_starts > 2:
+            await asyncio.Event().wait()
+        return [
+            RankAddress(rank, "127.0.0.1", int(address.rpartition(":")[2]), 0, "elsewhere")
+            for rank, address in enumerate(self._addresses)
+        ]
+
+
+async def test_nobody_waits_longer_than_promised() -> None:
+    received: asyncio.Queue[Sequence[OutputEvent]] = asyncio.Queue()
+    async with ranks("ValueError: broken") as addresses:
+        cluster = FailingCluster(addresses)
+        engine = Engine(EngineConfig(replay_timeout_s=0.05), Scheduler(make_config()), cluster, Metrics("m"), "m")
+        arguments: Any = ((1, 2, 3), 1, SamplingParams(), 4, frozenset())
+        engine.submit(7, received.put_nowait, *arguments)
+        serving = asyncio.create_task(engine.run())
+        try:
+            (output,) = await asyncio.wait_for(received.get(), 10)
+            assert (output.client_id, output.event.finish) == (7, FinishReason.FAILED)
+            assert "lost rank 0: failed in step 1: ValueError: broken" in output.detail
+            assert cluster.num_starts == 3
+            with pytest.raises(Unavailable, match="rebuilding"):
+                engine.submit(8, received.put_nowait, *arguments)
+            assert engine.scheduler_stats().num_waiting == 0
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
