@@ -30,7 +30,7 @@ integration: $(VENV)/.dev   ## tests of the real server with the demo model
 	TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest tests/integration
 
 test-gpu: $(VENV)/.dev   ## tests that need CUDA devices
-	$(BIN)/pytest tests/gpu -m gpu
+	TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest tests/gpu -m gpu
 
 goldens: $(VENV)/.reference   ## make the committed reference outputs again, with transformers
 	$(BIN)/python tests/goldens/make_goldens.py --model $$($(BIN)/python deploy/fetch_demo_model.py)

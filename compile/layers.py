@@ -76,7 +76,8 @@ class Linear(nn.Module):
             shape = (rows // PANEL_ROWS, columns, PANEL_ROWS)
         else:
             shape = packed_shape(rows, columns, itemsize=2)
-        self.weight = context.parameter(ParamSpec(name, shape, context.weight_dtype, layout, sources))
+        spec = ParamSpec(name, shape, context.weight_dtype, layout, sources, (rows, columns))
+        self.weight = context.parameter(spec)
         self.bias = context.parameter(ParamSpec(f"{name}.bias", (rows,), "float32", "plain", bias)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

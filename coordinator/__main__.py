@@ -79,6 +79,7 @@ def make_cluster(config: CoordinatorConfig, manifest: Manifest) -> Cluster:
         num_threads=config.num_threads,
         group_name="",
         collective_timeout_s=config.collective_timeout_s,
+        device=0 if manifest.target["kind"] == "cuda" else None,
     )
     temp_dir = None if config.ray_temp_dir is None else Path(config.ray_temp_dir)
     return Cluster(ClusterConfig(rank, config.start_timeout_s, config.ray_address, temp_dir))

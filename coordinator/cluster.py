@@ -124,7 +124,7 @@ class Cluster:
             for _ in range(template.tp_size)
         ]
         starts = [
-            asyncio.ensure_future(_result(actor.start.remote(replace(template, rank=rank, group_name=group_name))))
+            asyncio.ensure_future(_result(actor.start.remote(_rank_config(template, rank, group_name))))
             for rank, actor in enumerate(self._actors)
         ]
         _, late = await asyncio.wait(starts, timeout=self._config.start_timeout_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -179,6 +179,12 @@ class Cluster:
 async def _result(ref: Any) -> RankAddress:
     address: RankAddress = await ref
     return address
+
+
+def _rank_config(template: RankConfig, rank: int, group_name: str) -> RankConfig:
+    """Return the configuration of one rank; on GPUs, rank r has the group's first device plus r."""
+    device = None if template.device is None else template.device + rank
+    return replace(template, rank=rank, group_name=group_name, device=device)
 
 
 def _root_cause(error: BaseException | None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +67,24 @@ def plan_memory(
     else:
         num_pages = pages_per_seq
     return MemoryPlan(parameters, num_pages * page, manifest.workspace_bytes, num_pages)
+
+
+def available_device_bytes() -> list[int]:
+    """Return the free memory of each GPU of this host, by the driver's own tool; empty if there is none.
+
+    Raises
+    ------
+    ClusterError
+        If the tool is there but fails.
+    """
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode != 0:
+        raise ClusterError(f"nvidia-smi fails ({done.stdout.strip()} {done.stderr.strip()}): use --device cpu")
+    return [int(line) * 2**20 for line in done.stdout.split()]
 
 
 def available_host_bytes() -> int:

@@ -19,7 +19,12 @@ from types import FrameType
 from typing import Any
 
 from tpserve.coordinator.errors import ClusterError
-from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS, available_host_bytes, plan_memory
+from tpserve.coordinator.memory import (
+    MODE_MAX_NUM_SEQS,
+    available_device_bytes,
+    available_host_bytes,
+    plan_memory,
+)
 from tpserve.coordinator.process import end_with_parent, make_ray_temp_dir, remove_folder
 from tpserve.proto.manifest import Manifest, ManifestError
 
@@ -41,6 +46,11 @@ class _AlreadyTold(ServeError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `tpserve serve`."""
     parser.add_argument("model", help="Hugging Face folder, GGUF file or HF://org/name")
+    parser.add_argument(
+        "--model-lib",
+        type=Path,
+        help="artifact folder made by `tpserve compile`: nothing is compiled here, and MODEL must be a folder",
+    )
     parser.add_argument("--tp", "--tensor-parallel-size", type=int, default=1, metavar="1|2|4|8")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
@@ -118,11 +128,17 @@ class _Server:
     def start(self) -> None:
         """Bring everything up to the first healthy answer."""
         args = self._args
-        if args.device == "cuda":
-            raise ServeError("--device cuda: this build compiles for llvm only; use --device cpu")
+        gpus = available_device_bytes() if args.device != "cpu" else []
+        on_gpu = bool(gpus)
+        if args.device == "cuda" and len(gpus) < args.tp:
+            raise ServeError(
+                f"--device cuda --tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu"
+            )
+        if on_gpu and len(gpus) < args.tp:
+            raise ServeError(f"--tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu")
         _require_free_port(args.host, args.port)
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
-        folders = self._compile(max_num_seqs)
+        folders = self._compile(max_num_seqs, "cuda" if on_gpu else "cpu")
         manifest = Manifest.load(Path(folders["artifact_dir"]))
         manifest.require(tp_size=args.tp, max_num_seqs=max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens)
         memory = plan_memory(
@@ -130,7 +146,7 @@ class _Server:
             args.mode,
             max_num_seqs,
             args.gpu_memory_utilization,
-            available_host_bytes() // args.tp,
+            min(gpus[: args.tp]) if on_gpu else available_host_bytes() // args.tp,
         )
         logger.info(
             'Under mode "%s", max batch size will be set to %d, max KV cache token capacity will be set to %d, '
@@ -180,10 +196,16 @@ class _Server:
         for folder in self._folders:
             remove_folder(folder)
 
-    def _compile(self, max_num_seqs: int) -> dict[str, str]:
+    def _compile(self, max_num_seqs: int, device: str) -> dict[str, str]:
         """Run the compiler as a process of its own, so that this one never loads it."""
         args = self._args
+        if args.model_lib is not None:
+            model_dir = Path(args.model).expanduser()
+            if not (model_dir / "config.json").is_file():
+                raise ServeError(f"--model-lib: {model_dir} has no config.json; give a Hugging Face folder as MODEL")
+            return {"model_dir": str(model_dir.resolve()), "artifact_dir": str(args.model_lib.expanduser().resolve())}
         command = [sys.executable, "-m", "tpserve.compile", "compile", args.model, "--tp", str(args.tp)]
+        command += ["--device", device]
         command += ["--quantization", args.quantization, "--kernels", args.kernels, "--load-format", args.load_format]
         command += ["--max-num-seqs", str(max_num_seqs), "--max-num-batched-tokens", str(args.max_num_batched_tokens)]
         command += ["--jit-policy", args.jit_policy, "--download-cache-policy", args.download_cache_policy]
@@ -289,6 +311,8 @@ def _ray_environment(ray_address: str | None) -> dict[str, str]:
     """Return what must stand in the environment before Ray is imported."""
     # gRPC's handlers at fork only warn that its threads run; Ray's forks are followed by an exec.
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    # A rank chooses its GPU by number: peer memory needs every GPU visible in every rank.
+    environment |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
         # A secret for this run alone: left to itself, Ray keeps a lasting token in the home folder.
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

@@ -63,6 +63,8 @@ class ParamSpec:
     `Manifest.rope_inv_freq`."""
     sources: tuple[ParamSource, ...] = ()
     """Concatenated along dimension 0 after the split."""
+    unpacked_shape: tuple[int, int] | None = None
+    """Rows and columns before packing, where `shape` does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,7 @@ def _decode(raw: dict[str, Any]) -> dict[str, Any]:
             dtype=param["dtype"],
             layout=param["layout"],
             sources=tuple(ParamSource(**source) for source in param["sources"]),
+            unpacked_shape=None if param["unpacked_shape"] is None else tuple(param["unpacked_shape"]),
         )
         for param in raw["params"]
     )

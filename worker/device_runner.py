@@ -10,7 +10,6 @@ import logging
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import cupy
@@ -24,6 +23,7 @@ from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch, StepArrays
+from tpserve.worker.buckets import Bucket, fill, make_buckets
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, load_kernels, tvm
@@ -36,47 +36,11 @@ Progress = Callable[[int, int], None]
 
 _NUM_STAGING = 4
 """Pinned copies of a step's inputs and outputs: more than plans can be in flight."""
-_DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256)
-_MIXED_BUCKETS = (96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 _DUMMY_SCALE = 0.02
 """Of random weights: that of Hugging Face's initialisation, at which activations stay finite."""
 _DUMMY_PIECE = 1 << 26
 _MAX_PAGE_UPDATES = 4096
 """Page-table entries that one step may change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Sizes of one captured graph; a step runs in the smallest that holds it, padded."""
-
-    num_tokens: int
-    num_rows: int
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Of token_ids, positions, token_slots, sample_rows, sample_slots and sample_positions."""
-        return (self.num_tokens,) * 3 + (self.num_rows,) * 3
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """Where each of them begins in a step's inputs: kernels read at multiples of 16 bytes."""
-        starts = [0]
-        for size in self.sizes:
-            starts.append(starts[-1] + -(-size // 4) * 4)
-        return tuple(starts[:-1])
-
-    @property
-    def num_inputs(self) -> int:
-        """Integers of a step's inputs."""
-        return self.starts[-1] + self.num_rows
-
-
-def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
-    """Return the buckets, smallest first: pure decodes, where each token is sampled, then mixed steps."""
-    rows = [size for size in _DECODE_BUCKETS if size < max_num_seqs] + [max_num_seqs]
-    tokens = [size for size in _MIXED_BUCKETS if max_num_seqs < size < max_num_batched_tokens]
-    mixed = [Bucket(size, max_num_seqs) for size in [*tokens, max_num_batched_tokens] if size > max_num_seqs]
-    return [Bucket(size, size) for size in rows] + mixed
 
 
 class _CapturedStep:
@@ -157,6 +121,7 @@ class DeviceRunner:
         )
         self._page_table = tvm_ffi.from_dlpack(cupy.zeros((config.max_num_seqs, max_pages), cupy.int32))
         self._page_updates = cupy.zeros((_MAX_PAGE_UPDATES, 3), cupy.int32)
+        self._page_updates_tensor = tvm_ffi.from_dlpack(self._page_updates)
         self._last_token = tvm_ffi.from_dlpack(cupy.zeros(config.max_num_seqs, cupy.int32))
         self._sampler = DeviceSampler(
             self._kernels, config.max_num_seqs, manifest.vocab_size, manifest.padded_vocab_size, _NUM_STAGING
@@ -266,7 +231,7 @@ class DeviceRunner:
             if not len(arrays.token_ids):
                 return PendingStep(self, plan, None, staging)
             step = self._bucket_for(arrays)
-            self._fill(step.bucket, arrays, self._input_staging[staging])
+            fill(step.bucket, arrays, self._input_staging[staging])
             step.inputs.data.copy_from_host_async(
                 self._input_staging[staging].ctypes.data, step.inputs.nbytes, self._stream
             )
@@ -320,21 +285,6 @@ class DeviceRunner:
                 return step
         raise PlanError(f"no bucket holds {num_tokens} tokens of which {num_rows} are sampled")
 
-    @staticmethod
-    def _fill(bucket: Bucket, arrays: StepArrays, target: Array) -> None:
-        """Lay out a step's inputs, padded to the bucket: padded tokens and rows have slot -1."""
-        parts = (
-            (arrays.token_ids, 0),
-            (arrays.positions, 0),
-            (arrays.token_slots, -1),
-            (arrays.sample_rows, 0),
-            (arrays.sample_slots, -1),
-            (arrays.sample_positions, 0),
-        )
-        for (values, padding), start, size in zip(parts, bucket.starts, bucket.sizes, strict=True):
-            target[start : start + len(values)] = values
-            target[start + len(values) : start + size] = padding
-
     def _update_pages(self, updates: list[tuple[int, int, int]], staging: int) -> None:
         for first in range(0, len(updates), _MAX_PAGE_UPDATES):
             part = updates[first : first + _MAX_PAGE_UPDATES]
@@ -343,7 +293,7 @@ class DeviceRunner:
                 self._stream.synchronize()  # rare: one step changes more entries than the buffer holds
             host[: 3 * len(part)] = np.asarray(part, np.int32).reshape(-1)
             self._page_updates.data.copy_from_host_async(host.ctypes.data, 12 * len(part), self._stream)
-            self._kernels["scatter_pages"](tvm_ffi.from_dlpack(self._page_updates[: len(part)]), self._page_table)
+            self._kernels["scatter_pages"](self._page_updates_tensor._create_view((len(part), 3)), self._page_table)
 
 
 def random_parameter(manifest: Manifest, spec: ParamSpec, rank: int) -> Any:

@@ -63,13 +63,15 @@ class DeviceSampler:
         )
         self._state = tuple(tvm_ffi.from_dlpack(array) for array in state)
         # Logits with penalties and bias applied; width is the padded vocabulary.
-        self._adjusted = cupy.empty((size, width), cupy.float32)
+        self._adjusted = tvm_ffi.from_dlpack(cupy.empty((size, width), cupy.float32))
         self._out = (
             cupy.zeros(size, cupy.int32),
             cupy.zeros(size, cupy.float32),
             cupy.zeros((size, MAX_LOGPROBS), cupy.int32),
             cupy.zeros((size, MAX_LOGPROBS), cupy.float32),
         )
+        # Made once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
+        self._out_tensors = [tvm_ffi.from_dlpack(array) for array in self._out]
         self._results = [
             [_pinned(array.size, array.dtype).reshape(array.shape) for array in self._out] for _ in range(num_staging)
         ]
@@ -113,8 +115,8 @@ class DeviceSampler:
     def queue(self, logits: Any, slots: Any, positions: Any) -> Any:
         """Queue the sampling kernel; return the tensor of sampled ids, (R,) int32."""
         rows = slots.shape[0]
-        out = [tvm_ffi.from_dlpack(array[:rows]) for array in self._out]
-        adjusted = tvm_ffi.from_dlpack(self._adjusted[:rows])
+        out = [tensor._create_view((rows, *tensor.shape[1:])) for tensor in self._out_tensors]
+        adjusted = self._adjusted._create_view((rows, self._adjusted.shape[1]))
         self._sample(logits, self._vocab_size, slots, positions, *self._state, adjusted, *out)
         return out[0]
 

@@ -18,7 +18,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tpserve.proto.manifest import Manifest, ParamSource, ParamSpec
-from tpserve.proto.packing import packed_shape
 from tpserve.worker.arrays import Array, aligned_empty
 from tpserve.worker.errors import WeightsError
 
@@ -88,7 +87,7 @@ def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[
                 yield rope_table(manifest)
                 continue
             parts = [_read(checkpoint, manifest, source, rank) for source in spec.sources]
-            expected = _unpacked_shape(spec)
+            expected = spec.unpacked_shape or spec.shape
             for source, part in zip(spec.sources, parts, strict=True):
                 if part.shape[1:] != expected[1:]:
                     raise WeightsError(
@@ -136,12 +135,12 @@ def pack(spec: ParamSpec, rows: Array) -> Array:
     WeightsError
         If the shapes do not agree.
     """
-    expected = _unpacked_shape(spec)
+    expected = spec.unpacked_shape or spec.shape
     if rows.shape != expected:
         raise WeightsError(f"{spec.name}: the checkpoint gives {rows.shape}, the library takes {expected}")
-    out = aligned_empty(spec.shape, _DTYPES[spec.dtype])
     if spec.layout == "wgmma64x256g132":
-        return _row_major(spec, rows)
+        return np.ascontiguousarray(rows.astype(_DTYPES[spec.dtype], copy=False))  # the device packs
+    out = aligned_empty(spec.shape, _DTYPES[spec.dtype])
     if spec.layout == "panel16":
         panels, columns, lanes = spec.shape
         rows = rows.reshape(panels, lanes, columns).transpose(0, 2, 1)
@@ -150,21 +149,6 @@ def pack(spec: ParamSpec, rows: Array) -> Array:
             return out
     out[...] = rows
     return out
-
-
-def _unpacked_shape(spec: ParamSpec) -> tuple[int, ...]:
-    """Return the shape of a parameter as rows of a checkpoint."""
-    if spec.layout != "panel16":
-        return spec.shape
-    panels, columns, lanes = spec.shape
-    return panels * lanes, columns
-
-
-def _row_major(spec: ParamSpec, rows: Array) -> Array:
-    """Return checkpoint rows in the parameter's dtype; the device packs them."""
-    if packed_shape(rows.shape[0], rows.shape[1], itemsize=2) != spec.shape:
-        raise WeightsError(f"{spec.name}: the checkpoint gives {rows.shape}, which does not pack to {spec.shape}")
-    return np.ascontiguousarray(rows.astype(_DTYPES[spec.dtype], copy=False))
 
 
 def _read(checkpoint: Checkpoint, manifest: Manifest, source: ParamSource, rank: int) -> Array:

@@ -199,7 +199,7 @@ def test_the_rope_table_holds_cosines_then_sines(folder: Path) -> None:
 
 def test_panels_hold_sixteen_rows_side_by_side() -> None:
     rows = np.arange(32 * 3, dtype=np.float32).reshape(32, 3)
-    spec = ParamSpec("w", (2, 3, 16), "float32", "panel16", (ParamSource("w"),))
+    spec = ParamSpec("w", (2, 3, 16), "float32", "panel16", (ParamSource("w"),), (32, 3))
     packed = pack(spec, rows)
     for row in range(32):
         np.testing.assert_array_equal(packed[row // 16, :, row % 16], rows[row])
