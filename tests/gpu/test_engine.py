@@ -1,7 +1,7 @@
 """Greedy text of SmolLM2 on one GPU against transformers' in float32: through the real scheduler and device runner.
 
 bfloat16 activations move logits by a few hundredths, so a text may part from the reference where the reference's two
-best logits are that close, and nowhere else. Within the engine results must be the same bits whatever the prefix cache does.
+best logits are that close, and nowhere else. Within the engine the prefix cache must not change a bit.
 """
 
 from __future__ import annotations
