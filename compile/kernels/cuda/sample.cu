@@ -273,7 +273,7 @@ __device__ void sort_candidates(int count, Scratch& s) {
 /// Cuts by sorting the tokens near the best. False if they are too many, or if those near do not hold all that is kept.
 template <typename T>
 __device__ bool cut_by_sorting(const RowView<T>& row, int size, const Rule& rule, Scratch& s, Cut* cut) {
-  constexpr float kDistance[kDistances] = {1.0f, 2.0f, 4.0f, 7.0f, 11.0f, 16.0f};  // in temperatures
+  constexpr float kDistance[kDistances] = {2.0f, 4.0f, 6.0f, 8.0f, 10.0f, 13.0f};  // in temperatures
   const int lane = threadIdx.x % 32;
   int counts[kDistances] = {};
   Sum weights[kDistances] = {}, total = 0;
