@@ -118,7 +118,7 @@ def attention(kernels: Any, stream: Any) -> None:
             layers = max(4, min(32, ROTATED_BYTES // (table.size * page_size * num_kv_heads * dim * 4)))
             pages = [random_bf16((table.size, num_kv_heads, 2, page_size * dim), seed=i) for i in range(layers)]
             q = random_bf16((len(slots), num_heads, dim))
-            plan = poisoned((sizes.attention_plan_size(len(slots), num_slots, num_kv_heads),), np.int32)
+            plan = poisoned((sizes.attention_plan_size(len(slots), num_slots),), np.int32)
             need = sizes.attention_workspace_size(len(slots), num_slots, num_heads, num_kv_heads, dim)
             workspace, out = poisoned((need,), np.float32), poisoned((len(slots), num_heads * dim), BF16)
             on_device = [to_device(a) for a in (positions, slots, table)]

@@ -110,10 +110,10 @@ def attend(kernels: Kernels, state: Paged, q: DeviceArray, batch: Batch, window:
     num_tokens, num_heads, dim = q.shape
     num_slots, num_kv_heads = state.table.shape[0], state.keys.shape[2]
     positions, slots = (to_device(np.array(a, np.int32)) for a in (batch.positions, batch.slots))
-    plan = poisoned((sizes.attention_plan_size(num_tokens, num_slots, num_kv_heads),), np.int32)
+    plan = poisoned((sizes.attention_plan_size(num_tokens, num_slots),), np.int32)
     need = sizes.attention_workspace_size(num_tokens, num_slots, num_heads, num_kv_heads, dim)
     assert need == kernels("attention_workspace_size")(num_tokens, num_slots, num_heads, num_kv_heads, dim)
-    assert plan.shape[0] == kernels("attention_plan_size")(num_tokens, num_slots, num_kv_heads)
+    assert plan.shape[0] == kernels("attention_plan_size")(num_tokens, num_slots)
     workspace = poisoned((need,), np.float32)
     kernels("attention_plan")(positions, slots, num_slots, num_heads, num_kv_heads, window, plan)
     first = None

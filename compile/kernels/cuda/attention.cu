@@ -4,11 +4,12 @@
 // `attention` (every layer) deals items x KV heads to a persistent grid. Rows of an item are (token, query head of the
 // group) pairs, and products are mma.sync m16n8k16 with float32 sums.
 //   decode item:  a run of at most 16 rows and one chunk of its positions. All four warps have the same rows; each takes
-//                 sixteen of the 64 positions of a stage, and the four sums are added in warp order. With several chunks
-//                 the block that finishes a run last adds them in the order of positions.
+//                 sixteen of the 64 positions of a stage, and the four sums are added. Where a run has several chunks, a
+//                 second kernel adds their partial sums in the order of positions.
 //   prefill item: up to 64 rows over all their positions; each warp has sixteen rows.
 // Chunks start at multiples of a length that depends on the run's own length alone, so results do not depend on what
-// else is in the batch. A fifth warp fetches stages of 64 positions ahead, across items.
+// else is in the batch. A fifth warp announces items and fetches their queries and stages of 64 positions ahead, across
+// items, so that the others never wait for an address.
 #include "hopper.cuh"
 #include "kv.cuh"
 
@@ -27,27 +28,24 @@ constexpr int kMaxPlanTokens = 32768;
 
 enum Kind : int { kPrefill = 0, kDecode = 1, kPadding = 2 };
 
-struct Item {
+struct alignas(16) Item {
   int token, count, kind, slot;                 // tokens [token, token + count)
   int position, split, num_splits, first_row;   // of the first token; decode: chunk, chunks, first row of partial sums
-  int chunk, tile, unused0, unused1;            // decode: positions of a chunk; index of the run
+  int chunk, unused[3];                         // decode: positions of a chunk
 };
 static_assert(sizeof(Item) == 48);
 
 /// How the plan's int32 words are used. Mirrored by `attention_plan_size` in sizes.py.
 struct PlanLayout {
-  int max_wide, max_decode, max_tiles, num_kv_heads;
-  __host__ __device__ PlanLayout(int tokens, int slots, int kv_heads)
-      : max_wide(tokens), max_tiles(tokens < slots ? tokens : slots), num_kv_heads(kv_heads) {
-    max_decode = max_tiles * kMaxSplits;
-  }
+  int max_wide, max_decode;
+  __host__ __device__ PlanLayout(int tokens, int slots)
+      : max_wide(tokens), max_decode((tokens < slots ? tokens : slots) * kMaxSplits) {}
   __host__ __device__ int64_t size() const {
-    return 16 + 12ll * (static_cast<int64_t>(max_wide) + max_decode) + static_cast<int64_t>(max_tiles) * num_kv_heads;
+    return 16 + 12ll * (static_cast<int64_t>(max_wide) + max_decode);
   }
   // words 0 and 1: number of wide (prefill, padding) and of decode items
   __device__ Item* wide(int32_t* plan) const { return reinterpret_cast<Item*>(plan + 16); }
   __device__ Item* decode(int32_t* plan) const { return wide(plan) + max_wide; }
-  __device__ int32_t* counters(int32_t* plan) const { return reinterpret_cast<int32_t*>(decode(plan) + max_decode); }
 };
 
 /// Rows of partial sums: tokens of decode runs times heads of a group.
@@ -57,15 +55,16 @@ __host__ __device__ int64_t max_partial_rows(int64_t tokens, int64_t slots, int6
 }
 
 __global__ void __launch_bounds__(kPlanThreads)
-    plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group,
-                int num_kv_heads, int window, int32_t* plan) {
+    plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group, int window,
+                int32_t* plan) {
   __shared__ uint32_t starts[kMaxPlanTokens / 32 + 1];  // bit t: a run starts at token t
-  __shared__ int num_wide, num_decode, num_tiles, num_rows;
+  __shared__ int num_wide, num_decode, num_runs, num_rows;
   pdl_launch();
   pdl_wait();
-  const PlanLayout layout(num_tokens, num_slots, num_kv_heads);
+  const PlanLayout layout(num_tokens, num_slots);
   const int max_rows = static_cast<int>(max_partial_rows(num_tokens, num_slots, group));
-  if (threadIdx.x == 0) num_wide = num_decode = num_tiles = num_rows = 0;
+  const int max_runs = min(num_tokens, num_slots);
+  if (threadIdx.x == 0) num_wide = num_decode = num_runs = num_rows = 0;
   for (int t = threadIdx.x; t < (num_tokens / 32 + 1) * 32; t += kPlanThreads) {
     bool start = t >= num_tokens || t == 0;
     if (!start) {
@@ -75,7 +74,6 @@ __global__ void __launch_bounds__(kPlanThreads)
     const uint32_t mask = __ballot_sync(~0u, start);
     if (threadIdx.x % 32 == 0) starts[t / 32] = mask;
   }
-  for (int i = threadIdx.x; i < layout.max_tiles * num_kv_heads; i += kPlanThreads) layout.counters(plan)[i] = 0;
   __syncthreads();
   const int tile_tokens = kTileRows / group;
   for (int t = threadIdx.x; t < num_tokens; t += kPlanThreads) {
@@ -84,7 +82,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     uint32_t later = starts[word] & ~0u << (t + 1) % 32;
     while (later == 0) later = starts[++word];
     const int count = word * 32 + __ffs(later) - 1 - t;
-    Item item{t, count, kPrefill, __ldcg(slots + t), __ldcg(positions + t), 0, 1, 0, 0, 0, 0, 0};
+    Item item{t, count, kPrefill, __ldcg(slots + t), __ldcg(positions + t), 0, 1, 0, 0, {}};
     if (item.slot < 0 || count * group > kDecodeRows) {
       if (item.slot < 0) item.kind = kPadding;
       const int tiles = (count + tile_tokens - 1) / tile_tokens;
@@ -105,10 +103,9 @@ __global__ void __launch_bounds__(kPlanThreads)
     const int begin = window > 0 ? max(0, item.position - window + 1) : 0;
     const int first = begin / item.chunk, last = (length - 1) / item.chunk;
     item.num_splits = last - first + 1;
-    item.tile = atomicAdd(&num_tiles, 1);
     item.first_row = atomicAdd(&num_rows, count * group);
     // A slot with two runs would need more room than there is: such a batch is wrong, and loses its last runs.
-    if (item.tile >= layout.max_tiles || item.first_row + count * group > max_rows) continue;
+    if (item.first_row + count * group > max_rows || atomicAdd(&num_runs, 1) >= max_runs) continue;
     const int at = atomicAdd(&num_decode, item.num_splits);
     for (int i = 0; i < item.num_splits; ++i) {
       item.split = first + i;
@@ -177,27 +174,43 @@ struct Rows {
   float top[2], sum[2];  // `sum` is this thread's part
   int limit[2];          // last position that a row sees
 
-  __device__ void start(const AttentionParams& p, const Item& item, int head, int first_row) {
+  __device__ void start(const AttentionParams& p, const Item& item, int first_row) {
+    const int lane = threadIdx.x % 32, num_rows = item.count * p.group;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + lane / 4 + h * 8;
+      // Rows that are not there repeat the last token; whatever they hold is never written.
+      limit[h] = item.position + (row < num_rows ? row / p.group : item.count - 1);
+      top[h] = -INFINITY, sum[h] = 0.0f;
+    }
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.0f;
+  }
+
+  /// Queries of sixteen rows from shared memory, as the fetching warp put them.
+  __device__ void load_queries(uint32_t queries) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      load_matrices(q[k], queries + (lane % 16) * kHeadDim * 2 + (k * 2 + lane / 16) * 16);
+    }
+  }
+
+  __device__ void load_queries(const AttentionParams& p, const Item& item, int head, int first_row) {
     const int lane = threadIdx.x % 32, num_rows = item.count * p.group;
     const int num_heads = p.kv.num_kv_heads * p.group;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = first_row + lane / 4 + h * 8;
       const bool present = row < num_rows;
-      // Rows that are not there repeat the last token with zeros for queries, and are never written.
-      const int step = present ? row / p.group : item.count - 1;
-      limit[h] = item.position + step;
-      top[h] = -INFINITY, sum[h] = 0.0f;
-      const bf16* source = p.q + (static_cast<int64_t>(item.token + step) * num_heads + head * p.group +
-                                  (present ? row % p.group : 0)) * kHeadDim + lane % 4 * 2;
+      const bf16* source = p.q + (static_cast<int64_t>(item.token + (present ? row / p.group : 0)) * num_heads +
+                                  head * p.group + (present ? row % p.group : 0)) * kHeadDim + lane % 4 * 2;
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; ++k) {
         q[k][h] = present ? __ldcg(reinterpret_cast<const uint32_t*>(source + k * 16)) : 0;
         q[k][h + 2] = present ? __ldcg(reinterpret_cast<const uint32_t*>(source + k * 16 + 8)) : 0;
       }
     }
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.0f;
   }
 
   /// Takes `kSlices` slices of sixteen positions, the first at `position`, from `slices` in shared memory.
@@ -315,12 +328,38 @@ template <int kHeadDim>
 struct Shared {
   static constexpr int kStages = kHeadDim == 128 ? 3 : 6;
   static constexpr int kSliceBytes = kSliceRows * kHeadDim * 2 * 2;
+  static constexpr int kHeaders = 2;  // items announced ahead
   alignas(128) uint8_t stage[kStages][kStageRows / kSliceRows * kSliceBytes];
-  float added[2][kHeadDim / 2 * 32];  // sums of two warps
+  alignas(16) uint8_t queries[kHeaders][kDecodeRows * kHeadDim * 2];  // of decode items
+  float added[2][kHeadDim / 4 * 32];  // sums of two warps, eight rows
   float top[kConsumerWarps][kDecodeRows], sum[kConsumerWarps][kDecodeRows];
+  Item item[kHeaders];
+  int head[kHeaders];
   uint64_t full[kStages], empty[kStages];
-  int is_last;
+  uint64_t header_full[kHeaders], header_empty[kHeaders];
 };
+
+/// Announces an item to the consumers, with its queries if it is for decoding.
+template <int kHeadDim>
+__device__ void announce(const AttentionParams& p, Shared<kHeadDim>& shared, const Item& item, int head,
+                         RingPlace& header) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t token_bytes = p.group * kHeadDim * 2;
+  const bool decode = item.kind == kDecode;
+  if (lane == 0) {
+    barrier_wait(&shared.header_empty[header.slot], header.parity ^ 1);
+    shared.item[header.slot] = item;
+    shared.head[header.slot] = head;
+    barrier_expect(&shared.header_full[header.slot], decode ? item.count * token_bytes : 0);
+  }
+  __syncwarp();
+  if (decode && lane < item.count) {
+    const int64_t row = static_cast<int64_t>(item.token + lane) * p.kv.num_kv_heads * p.group + head * p.group;
+    bulk_copy(shared_address(shared.queries[header.slot]) + lane * token_bytes, p.q + row * kHeadDim, token_bytes,
+              &shared.header_full[header.slot]);
+  }
+  header.advance(Shared<kHeadDim>::kHeaders);
+}
 
 template <int kHeadDim>
 __device__ void fetch_item(const AttentionParams& p, Shared<kHeadDim>& shared, const Item& item, int head,
@@ -366,9 +405,9 @@ __device__ void fetch_item(const AttentionParams& p, Shared<kHeadDim>& shared, c
   }
 }
 
-/// Adds the four warps' sums in warp order; the result is in warp 0.
+/// Adds the four warps' sums, (w + w2) + (w1 + w3) whichever warp w `role` 0 is; the result is in that warp.
 template <int kHeadDim>
-__device__ void add_warps(Shared<kHeadDim>& shared, Rows<kHeadDim>& rows, float scale) {
+__device__ void add_warps(Shared<kHeadDim>& shared, Rows<kHeadDim>& rows, float scale, int role, bool many_rows) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   rows.finish_sums();
   if (lane % 4 == 0) {
@@ -393,20 +432,25 @@ __device__ void add_warps(Shared<kHeadDim>& shared, Rows<kHeadDim>& rows, float 
     for (int n = 0; n < kHeadDim / 8; ++n) rows.out[n][h * 2] *= factor, rows.out[n][h * 2 + 1] *= factor;
     rows.top[h] = best, rows.sum[h] = total;
   }
-  const auto put = [&](int to) {
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) shared.added[to][i * 32 + lane] = rows.out[i / 4][i % 4];
-  };
-  const auto take = [&](int from) {
+  for (int h = 0; h < 2; ++h) {
+    if (h == 1 && !many_rows) break;
+    const auto put = [&](int to) {
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) rows.out[i / 4][i % 4] += shared.added[from][i * 32 + lane];
-  };
-  if (warp >= 2) put(warp - 2);
-  consumer_sync();
-  if (warp < 2) take(warp);
-  if (warp == 1) put(1);
-  consumer_sync();
-  if (warp == 0) take(1);
+      for (int i = 0; i < kHeadDim / 4; ++i) shared.added[to][i * 32 + lane] = rows.out[i / 2][h * 2 + i % 2];
+    };
+    const auto take = [&](int from) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 4; ++i) rows.out[i / 2][h * 2 + i % 2] += shared.added[from][i * 32 + lane];
+    };
+    if (h == 1) consumer_sync();
+    if (role >= 2) put(role - 2);
+    consumer_sync();
+    if (role < 2) take(role);
+    if (role == 1) put(1);
+    consumer_sync();
+    if (role == 0) take(1);
+  }
 }
 
 /// Partial sums of one (row, split, KV head): head_dim values, then the top score and the sum of weights.
@@ -435,56 +479,86 @@ __device__ void store_partial(const AttentionParams& p, const Item& item, int he
   }
 }
 
-/// Adds the chunks of a run in order; each warp takes rows of its own.
+constexpr int kBatch = 4;
+
+/// Adds the chunks of up to four rows of a run in order; all loads of four chunks are in flight together.
 template <int kHeadDim>
-__device__ void add_splits(const AttentionParams& p, const Item& item, int head) {
+__device__ void add_splits(const AttentionParams& p, const Item& item, int head, int first) {
   constexpr int kValues = kHeadDim / 32;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_heads = p.kv.num_kv_heads * p.group;
-  for (int row = warp; row < item.count * p.group; row += kConsumerWarps) {
-    const float* source = p.partial + partial_at<kHeadDim>(p, item.first_row + row, 0, head);
-    const int64_t stride = static_cast<int64_t>(p.kv.num_kv_heads) * (kHeadDim + 4);
-    float top = -INFINITY, sum = 0.0f;
+  const int lane = threadIdx.x % 32, num_heads = p.kv.num_kv_heads * p.group, num_rows = item.count * p.group;
+  const int64_t stride = static_cast<int64_t>(p.kv.num_kv_heads) * (kHeadDim + 4);
+  const float* source[kBatch];
+  float2 state[kBatch];
+  float values[kBatch][kValues] = {};
+#pragma unroll
+  for (int r = 0; r < kBatch; ++r) {
+    source[r] = p.partial + partial_at<kHeadDim>(p, item.first_row + min(first + r, num_rows - 1), 0, head);
+    state[r] = make_float2(-INFINITY, 0.0f);
     if (lane < item.num_splits) {
-      const float2 both = __ldcg(reinterpret_cast<const float2*>(source + lane * stride + kHeadDim));
-      top = both.x, sum = both.y;
+      state[r] = __ldcg(reinterpret_cast<const float2*>(source[r] + lane * stride + kHeadDim));
     }
-    float best = top;
+  }
+  float factor[kBatch], total[kBatch];
+  for (int s = 0; s < item.num_splits; s += kBatch) {
+    float loaded[kBatch][kBatch][kValues];
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, offset));
-    const float factor = top == -INFINITY ? 0.0f : exp2f((top - best) * p.scale_log2);
-    float total = sum * factor;
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t at = min(s + i, item.num_splits - 1) * stride + lane * kValues;
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
-    float values[kValues] = {};
-#pragma unroll 4
-    for (int s = 0; s < item.num_splits; ++s) {
-      const float f = __shfl_sync(~0u, factor, s);
-      const float* from = source + s * stride + lane * kValues;
-      if constexpr (kValues == 4) {
-        const float4 v = __ldcg(reinterpret_cast<const float4*>(from));
-        values[0] += v.x * f, values[1] += v.y * f, values[2] += v.z * f, values[3] += v.w * f;
-      } else {
-        const float2 v = __ldcg(reinterpret_cast<const float2*>(from));
-        values[0] += v.x * f, values[1] += v.y * f;
+      for (int r = 0; r < kBatch; ++r) {
+        if constexpr (kValues == 4) {
+          const float4 v = __ldcg(reinterpret_cast<const float4*>(source[r] + at));
+          loaded[i][r][0] = v.x, loaded[i][r][1] = v.y, loaded[i][r][2] = v.z, loaded[i][r][3] = v.w;
+        } else {
+          const float2 v = __ldcg(reinterpret_cast<const float2*>(source[r] + at));
+          loaded[i][r][0] = v.x, loaded[i][r][1] = v.y;
+        }
       }
     }
-    const float inverse = 1.0f / total;
+    if (s == 0) {
+#pragma unroll
+      for (int r = 0; r < kBatch; ++r) {
+        float best = state[r].x;
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, offset));
+        factor[r] = state[r].x == -INFINITY ? 0.0f : exp2f((state[r].x - best) * p.scale_log2);
+        total[r] = state[r].y * factor[r];
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) total[r] += __shfl_xor_sync(~0u, total[r], offset);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int r = 0; r < kBatch; ++r) {
+        const float f = s + i < item.num_splits ? __shfl_sync(~0u, factor[r], s + i) : 0.0f;
+#pragma unroll
+        for (int v = 0; v < kValues; ++v) values[r][v] = fmaf(loaded[i][r][v], f, values[r][v]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kBatch; ++r) {
+    const int row = first + r;
+    if (row >= num_rows) break;
+    const float inverse = 1.0f / total[r];
     bf16* target = p.out + (static_cast<int64_t>(item.token + row / p.group) * num_heads + head * p.group +
                             row % p.group) * kHeadDim + lane * kValues;
 #pragma unroll
-    for (int i = 0; i < kValues; i += 2) {
-      *reinterpret_cast<uint32_t*>(target + i) = pack2(values[i] * inverse, values[i + 1] * inverse);
+    for (int v = 0; v < kValues; v += 2) {
+      *reinterpret_cast<uint32_t*>(target + v) = pack2(values[r][v] * inverse, values[r][v + 1] * inverse);
     }
   }
 }
 
+/// `finisher`: the warp that ends the item while the others go on to the next.
 template <int kHeadDim>
 __device__ void consume_decode(const AttentionParams& p, Shared<kHeadDim>& shared, const Item& item, int head,
-                               RingPlace& place, Rows<kHeadDim>& rows) {
+                               int finisher, RingPlace& place, Rows<kHeadDim>& rows) {
   using S = Shared<kHeadDim>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Range range(item, p.window);
-  rows.start(p, item, head, 0);
+  rows.start(p, item, 0);
   for (int stage = range.first_stage(); stage <= range.last_stage(); ++stage) {
     barrier_wait(&shared.full[place.slot], place.parity);
     const int position = stage * kStageRows + warp * kSliceRows;
@@ -496,27 +570,16 @@ __device__ void consume_decode(const AttentionParams& p, Shared<kHeadDim>& share
     if (lane == 0) barrier_arrive(&shared.empty[place.slot]);
     place.advance(S::kStages);
   }
-  add_warps(shared, rows, p.scale_log2);
+  const int role = (warp - finisher) & (kConsumerWarps - 1);
+  add_warps(shared, rows, p.scale_log2, role, item.count * p.group > 8);
+  if (role != 0) return;
   if (item.num_splits == 1) {
-    if (warp == 0) rows.write(p, item, head, 0);
+    rows.write(p, item, head, 0);
     return;
   }
-  if (warp == 0) {
-    // Splits of a window start above zero; partial sums are kept by their order.
-    const int begin = p.window > 0 ? max(0, item.position - p.window + 1) : 0;
-    store_partial(p, item, head, item.split - begin / item.chunk, rows);
-    __threadfence();
-    __syncwarp();
-    if (lane == 0) {
-      int32_t* counter = p.layout.counters(p.plan) + item.tile * p.kv.num_kv_heads + head;
-      const int before = atomicAdd(counter, 1);
-      shared.is_last = before == item.num_splits - 1;
-      if (shared.is_last) *counter = 0;  // for the next layer
-      __threadfence();
-    }
-  }
-  consumer_sync();
-  if (shared.is_last) add_splits<kHeadDim>(p, item, head);
+  // Chunks of a window start above zero; partial sums are kept by their order.
+  const int begin = p.window > 0 ? max(0, item.position - p.window + 1) : 0;
+  store_partial(p, item, head, item.split - begin / item.chunk, rows);
 }
 
 template <int kHeadDim>
@@ -525,7 +588,8 @@ __device__ void consume_prefill(const AttentionParams& p, Shared<kHeadDim>& shar
   using S = Shared<kHeadDim>;
   const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
   const Range range(item, p.window);
-  rows.start(p, item, head, first_row);
+  rows.start(p, item, first_row);
+  rows.load_queries(p, item, head, first_row);
   const bool any = first_row < item.count * p.group;
   for (int stage = range.first_stage(); stage <= range.last_stage(); ++stage) {
     barrier_wait(&shared.full[place.slot], place.parity);
@@ -550,6 +614,15 @@ __device__ void write_zeros(const AttentionParams& p, const Item& item, int head
   }
 }
 
+__device__ __forceinline__ Item load_item(const Item* source) {
+  Item item;
+#pragma unroll
+  for (int j = 0; j < 3; ++j) {
+    reinterpret_cast<uint4*>(&item)[j] = load_l2(reinterpret_cast<const uint4*>(source) + j);
+  }
+  return item;
+}
+
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_constant__ AttentionParams p) {
   using S = Shared<kHeadDim>;
@@ -557,38 +630,81 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_con
   S& shared = *reinterpret_cast<S*>(memory);
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < S::kStages; ++i) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], kConsumerWarps);
+    for (int i = 0; i < S::kStages; ++i) {
+      barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < S::kHeaders; ++i) {
+      barrier_init(&shared.header_full[i], 1), barrier_init(&shared.header_empty[i], kConsumerWarps);
+    }
     barrier_init_fence();
   }
   pdl_launch();
   __syncthreads();
   pdl_wait();
-  const int num_wide = __ldcg(p.plan) * p.kv.num_kv_heads;
-  const int num_items = num_wide + __ldcg(p.plan + 1) * p.kv.num_kv_heads;
-  RingPlace place;
+  const int num_heads = p.kv.num_kv_heads;
+  RingPlace place, header;
+  if (warp == kConsumerWarps) {
+    // The first item is read along with the counts, as if there were decode items only.
+    Item next = load_item(p.layout.decode(p.plan) + min(static_cast<int>(blockIdx.x) / num_heads, p.layout.max_decode - 1));
+    const int num_wide = __ldcg(p.plan) * num_heads, num_items = num_wide + __ldcg(p.plan + 1) * num_heads;
+    const auto at = [&](int i) {
+      const bool wide = i < num_wide;
+      return (wide ? p.layout.wide(p.plan) : p.layout.decode(p.plan)) + (wide ? i : i - num_wide) / num_heads;
+    };
+    if (num_wide > 0 && blockIdx.x < num_items) next = load_item(at(blockIdx.x));
+    for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
+      const Item item = next;
+      if (i + static_cast<int>(gridDim.x) < num_items) next = load_item(at(i + gridDim.x));
+      const int head = (i < num_wide ? i : i - num_wide) % num_heads;
+      announce(p, shared, item, head, header);
+      if (item.kind != kPadding) fetch_item<kHeadDim>(p, shared, item, head, place);
+    }
+    return;
+  }
+  const int num_items = (__ldcg(p.plan) + __ldcg(p.plan + 1)) * num_heads;
   Rows<kHeadDim> rows;
+  int finisher = 0;
   for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-    const bool wide = i < num_wide;
-    const int index = wide ? i : i - num_wide, head = index % p.kv.num_kv_heads;
-    const Item* source = (wide ? p.layout.wide(p.plan) : p.layout.decode(p.plan)) + index / p.kv.num_kv_heads;
-    Item item;
-#pragma unroll
-    for (int j = 0; j < 3; ++j) reinterpret_cast<uint4*>(&item)[j] = load_l2(reinterpret_cast<const uint4*>(source) + j);
+    barrier_wait(&shared.header_full[header.slot], header.parity);
+    const Item item = shared.item[header.slot];
+    const int head = shared.head[header.slot];
+    if (item.kind == kDecode) rows.load_queries(shared_address(shared.queries[header.slot]));
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.header_empty[header.slot]);
+    header.advance(S::kHeaders);
     if (item.kind == kPadding) {
-      if (warp < kConsumerWarps) write_zeros<kHeadDim>(p, item, head);
-    } else if (warp == kConsumerWarps) {
-      fetch_item<kHeadDim>(p, shared, item, head, place);
+      write_zeros<kHeadDim>(p, item, head);
     } else if (item.kind == kDecode) {
-      consume_decode<kHeadDim>(p, shared, item, head, place, rows);
+      consume_decode<kHeadDim>(p, shared, item, head, finisher, place, rows);
+      finisher = (finisher + 1) % kConsumerWarps;
     } else {
       consume_prefill<kHeadDim>(p, shared, item, head, place, rows);
     }
   }
 }
 
+constexpr int kCombineWarps = 4;
+
+/// A warp per four rows of a run that was cut into chunks.
+template <int kHeadDim>
+__global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const __grid_constant__ AttentionParams p) {
+  constexpr int kParts = kDecodeRows / kBatch;
+  const int num_heads = p.kv.num_kv_heads;
+  const int unit = blockIdx.x * kCombineWarps + threadIdx.x / 32, stride = gridDim.x * kCombineWarps;
+  pdl_launch();
+  pdl_wait();
+  const int num_units = __ldcg(p.plan + 1) * num_heads * kParts;
+  for (int i = unit; i < num_units; i += stride) {
+    const Item item = load_item(p.layout.decode(p.plan) + i / kParts / num_heads);
+    const int begin = p.window > 0 ? max(0, item.position - p.window + 1) : 0, first = i % kParts * kBatch;
+    if (item.num_splits == 1 || item.split != begin / item.chunk || first >= item.count * p.group) continue;
+    add_splits<kHeadDim>(p, item, i / kParts % num_heads, first);
+  }
+}
+
 /// Words of the plan of a step with up to T tokens of S slots.
-int64_t attention_plan_size(int64_t num_tokens, int64_t num_slots, int64_t num_kv_heads) {
-  return PlanLayout(static_cast<int>(num_tokens), static_cast<int>(num_slots), static_cast<int>(num_kv_heads)).size();
+int64_t attention_plan_size(int64_t num_tokens, int64_t num_slots) {
+  return PlanLayout(static_cast<int>(num_tokens), static_cast<int>(num_slots)).size();
 }
 
 /// float32 elements of workspace that `attention` needs for T tokens of S slots.
@@ -612,13 +728,12 @@ void attention_plan(TensorView positions, TensorView token_slots, int64_t num_sl
     TVM_FFI_THROW(ValueError) << num_tokens << " tokens in a step, at most " << kMaxPlanTokens << " are supported";
   }
   if (window < 0) TVM_FFI_THROW(ValueError) << "window is " << window << ", expected 0 (none) or more";
-  int32_t* words = checked<int32_t>("plan", plan, {attention_plan_size(num_tokens, num_slots, num_kv_heads)});
+  int32_t* words = checked<int32_t>("plan", plan, {attention_plan_size(num_tokens, num_slots)});
   launch(plan_kernel, 1, kPlanThreads, 0, stream_of(plan), position, slot, static_cast<int>(num_tokens),
-         static_cast<int>(num_slots), static_cast<int>(num_heads / num_kv_heads), static_cast<int>(num_kv_heads),
-         static_cast<int>(window), words);
+         static_cast<int>(num_slots), static_cast<int>(num_heads / num_kv_heads), static_cast<int>(window), words);
 }
 
-/// (T, Hq, D) bf16 -> (T, Hq * D) bf16. Tokens with slot -1 give zeros. The plan's counters are used and restored.
+/// (T, Hq, D) bf16 -> (T, Hq * D) bf16. Tokens with slot -1 give zeros.
 void attention(TensorView q, TensorView kv_layer, TensorView page_table, TensorView plan, double scale, int64_t window,
                TensorView workspace, TensorView out) {
   check_rank("q", q, 3);
@@ -628,7 +743,7 @@ void attention(TensorView q, TensorView kv_layer, TensorView page_table, TensorV
   if (num_heads % kv.num_kv_heads != 0) {
     TVM_FFI_THROW(ValueError) << num_heads << " query heads cannot be shared by " << kv.num_kv_heads << " KV heads";
   }
-  const PlanLayout layout(static_cast<int>(num_tokens), kv.num_slots, kv.num_kv_heads);
+  const PlanLayout layout(static_cast<int>(num_tokens), kv.num_slots);
   AttentionParams p{checked<bf16>("q", q, {num_tokens, num_heads, dim}),
                     kv,
                     checked<int32_t>("plan", plan, {layout.size()}),
@@ -647,10 +762,16 @@ void attention(TensorView q, TensorView kv_layer, TensorView page_table, TensorV
   check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, q.device().device_id), "SM count");
   const int64_t max_items = (static_cast<int64_t>(layout.max_wide) + layout.max_decode) * kv.num_kv_heads;
   const dim3 grid(static_cast<unsigned>(max_items < 2 * num_sms ? max_items : 2 * num_sms));
+  const int64_t max_units = static_cast<int64_t>(layout.max_decode) * kv.num_kv_heads * kDecodeRows / kBatch;
+  const int64_t blocks = max_units / kCombineWarps < 4 * num_sms ? max_units / kCombineWarps : 4 * num_sms;
+  const dim3 combine_grid(static_cast<unsigned>(blocks));
+  const cudaStream_t stream = stream_of(out);
   if (dim == 128) {
-    launch(attention_kernel<128>, grid, kThreads, sizeof(Shared<128>), stream_of(out), p);
+    launch(attention_kernel<128>, grid, kThreads, sizeof(Shared<128>), stream, p);
+    launch(combine_kernel<128>, combine_grid, kCombineWarps * 32, 0, stream, p);
   } else {
-    launch(attention_kernel<64>, grid, kThreads, sizeof(Shared<64>), stream_of(out), p);
+    launch(attention_kernel<64>, grid, kThreads, sizeof(Shared<64>), stream, p);
+    launch(combine_kernel<64>, combine_grid, kCombineWarps * 32, 0, stream, p);
   }
 }
 

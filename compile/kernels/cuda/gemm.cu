@@ -187,6 +187,22 @@ __device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kT
   }
 }
 
+/// Blocks after `cta` that have a part of the units [covered, tile_end).
+__device__ __forceinline__ int sharers_of(const GemmParams& p, int cta, int covered, int tile_end) {
+  int count = 0;
+  while (covered < tile_end) covered += p.base + (cta + ++count < p.rem);
+  return count;
+}
+
+/// Adds four partial sums once they are there, and marks their place as empty again.
+template <int kRegisters>
+__device__ __forceinline__ void add_partial(float (&sums)[kRegisters], int b, uint4 v, float4* place) {
+  while (is_empty(v)) v = load_slot(place);
+  store_slot(place, make_uint4(~0u, ~0u, ~0u, ~0u));
+  sums[b * 4] += __uint_as_float(v.x), sums[b * 4 + 1] += __uint_as_float(v.y);
+  sums[b * 4 + 2] += __uint_as_float(v.z), sums[b * 4 + 3] += __uint_as_float(v.w);
+}
+
 template <typename T, int kTokens, int kBlocks>
 __global__ void __launch_bounds__(Shape<kTokens, kBlocks>::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ GemmParams p) {
@@ -195,6 +211,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks>::kThreads, 1)
   // So are those of groups that take turns: products under a condition would be serialised by the compiler otherwise.
   constexpr bool kPromote = S::kAlternate || (sizeof(T) == 1 && kBlocks == 1);
   constexpr int kRegisters = kTokens / 2, kVectors = kTokens / 8;
+  constexpr int kEarly = kBlocks == 2 ? 0 : kTokens <= 16 ? 4 : kTokens <= 32 ? 2 : kTokens <= 64 ? 1 : 0;
   extern __shared__ uint8_t memory[];
   __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
   const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
@@ -229,7 +246,19 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks>::kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) sums[i] = 0.0f;
     int held = -1;  // slot of a product still running
+    const int sharers = started_here && stop < tile_end ? sharers_of(p, cta, stop, tile_end) : 0;
+    uint4 early[kEarly > 0 ? kEarly : 1][kVectors];  // partial sums asked for before the last product, for they are mostly there
+    const auto load_early = [&](int from) {
+#pragma unroll
+      for (int j = 0; j < kEarly; ++j) {
+#pragma unroll
+        for (int b = 0; b < kVectors; ++b) {
+          if (from + j <= sharers) early[j][b] = load_slot(slot + static_cast<size_t>(from + j) * kSlot + b * 128);
+        }
+      }
+    };
     for (; unit < stop; ++unit) {
+      if (kEarly > 0 && writer && unit == stop - 1) load_early(1);
       if (!S::kAlternate || place.slot % 2 == group) {  // a slot always belongs to the same group: phases stay apart
         barrier_wait(full + place.slot, place.parity);
         const uint32_t stage = ring + place.slot * S::kBytes;
@@ -260,9 +289,16 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks>::kThreads, 1)
                                    b + k / 4 * (kTokens * 8) + k % 4 * 2, 1);
           }
           wgmma_commit();
-          wgmma_wait<1>();
-          if (held >= 0 && lane == 0) barrier_arrive(empty + held);
-          held = place.slot;
+          if constexpr (kBlocks == 1) {  // bound by memory: the slot matters more than the tensor cores' idle time
+            wgmma_wait<0>();
+#pragma unroll
+            for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+            if (lane == 0) barrier_arrive(empty + place.slot);
+          } else {
+            wgmma_wait<1>();
+            if (held >= 0 && lane == 0) barrier_arrive(empty + held);
+            held = place.slot;
+          }
         }
       }
       place.advance(S::kStages);
@@ -296,21 +332,28 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks>::kThreads, 1)
       }
       continue;
     }
-    for (int c = cta + 1, covered = stop; covered < tile_end; ++c) {  // partial sums of the blocks after this one
-      covered += p.base + (c < p.rem);
-      float4* from = slot + static_cast<size_t>(c - cta) * kSlot;
-      constexpr int kBatch = kVectors < 4 ? kVectors : 4;
+    for (int c = 1; c <= sharers; c += kEarly > 0 ? kEarly : 1) {  // partial sums of the blocks after this one
+      if constexpr (kEarly > 0) {
+        if (c > 1) load_early(c);
 #pragma unroll
-      for (int b = 0; b < kVectors; b += kBatch) {
-        uint4 v[kBatch];
+        for (int j = 0; j < kEarly; ++j) {
+          if (c + j > sharers) break;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) v[i] = load_slot(from + (b + i) * 128);
+          for (int b = 0; b < kVectors; ++b) {
+            add_partial(sums, b, early[j][b], slot + static_cast<size_t>(c + j) * kSlot + b * 128);
+          }
+        }
+      } else {
+        constexpr int kBatch = kVectors <= 16 ? kVectors : 4;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          while (is_empty(v[i])) v[i] = load_slot(from + (b + i) * 128);
-          store_slot(from + (b + i) * 128, make_uint4(~0u, ~0u, ~0u, ~0u));
-          sums[(b + i) * 4] += __uint_as_float(v[i].x), sums[(b + i) * 4 + 1] += __uint_as_float(v[i].y);
-          sums[(b + i) * 4 + 2] += __uint_as_float(v[i].z), sums[(b + i) * 4 + 3] += __uint_as_float(v[i].w);
+        for (int b = 0; b < kVectors; b += kBatch) {
+          uint4 v[kBatch];
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) v[i] = load_slot(slot + static_cast<size_t>(c) * kSlot + (b + i) * 128);
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            add_partial(sums, b + i, v[i], slot + static_cast<size_t>(c) * kSlot + (b + i) * 128);
+          }
         }
       }
     }
@@ -384,6 +427,26 @@ void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
          Shape<kTokens, kBlocks>::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
 }
 
+/// Chooses the tile for p.M tokens.
+template <typename T>
+void dispatch(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
+  constexpr int kHalf = 128;
+  if (p.M <= 8) return run<T, 8, 1>(p, x, K, stream);
+  if (p.M <= 16) return run<T, 16, 1>(p, x, K, stream);
+  if (p.M <= 32) return run<T, 32, 1>(p, x, K, stream);
+  if (p.M <= 64) return run<T, 64, 1>(p, x, K, stream);
+  if (p.M <= kHalf) return run<T, kHalf, 1>(p, x, K, stream);
+  if (p.M > 2 * kHalf || p.channel_blocks > 128) return run<T, 256, 2>(p, x, K, stream);
+  // So few tiles of 256 tokens would be shared by many blocks: reading the weights twice takes less time.
+  GemmParams rest = p;
+  p.M = kHalf;
+  run<T, kHalf, 1>(p, x, K, stream);
+  rest.M -= kHalf;
+  rest.out = static_cast<uint8_t*>(rest.out) + static_cast<int64_t>(kHalf) * p.N * (p.out_float32 ? 4 : 2);
+  if (rest.token_scale != nullptr) rest.token_scale += kHalf;
+  dispatch(rest, x + kHalf * K, K, stream);
+}
+
 template <typename T>
 void multiply(const TensorView& x, const TensorView& weights, const TensorView* token_scale,
               const TensorView* channel_scale, const TensorView* bias, const TensorView& out) {
@@ -412,13 +475,7 @@ void multiply(const TensorView& x, const TensorView& weights, const TensorView* 
   }
   p.partial = reinterpret_cast<float4*>(workspace_of_device[device]);
   const cudaStream_t stream = stream_of(out);
-  if (M == 0) return;
-  if (M <= 8) return run<T, 8, 1>(p, tokens, K, stream);
-  if (M <= 16) return run<T, 16, 1>(p, tokens, K, stream);
-  if (M <= 32) return run<T, 32, 1>(p, tokens, K, stream);
-  if (M <= 64) return run<T, 64, 1>(p, tokens, K, stream);
-  if (M <= 128) return run<T, 128, 1>(p, tokens, K, stream);
-  run<T, 256, 2>(p, tokens, K, stream);
+  if (M > 0) dispatch(p, tokens, K, stream);
 }
 
 /// Makes what the GEMMs of a device share. Call once, before any capture; they must then run on one stream at a time.

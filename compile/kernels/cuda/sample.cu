@@ -9,8 +9,9 @@
 //      kept weights, in ascending id, exceeds u times their total.
 //
 // One block per row. Weights are float32 exponentials in units of 2^-44, so their sums are integers: the same whatever the
-// order of adding, on every rank. Cuts are found by radix selection on the bits of the logits, three passes of 2048 bins;
-// nothing is sorted. Rows with slot -1 are padding and skipped. A row without a finite maximum, or with a NaN, gets id -1.
+// order of adding, on every rank. Cuts are found by sorting the candidates near the best logit where they are few, and else
+// by radix selection on the bits of the logits, three passes of 2048 bins. Rows with slot -1 are padding and skipped. A row
+// without a finite maximum, or with a NaN, gets id -1.
 #include <cfloat>
 
 #include "common.cuh"
@@ -22,6 +23,9 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 2048;
 constexpr int kMaxTop = 20;
+constexpr int kCandidates = 2048;  // sorted in shared memory
+constexpr int kSegments = 128;     // of a row, for searches by running sum
+constexpr int kDistances = 6;      // trial bounds of candidates
 constexpr float kUnit = 17592186044416.0f;  // 2^44: weights of 2^18 tokens fit in 64 bits
 
 using Sum = unsigned long long;
@@ -37,7 +41,6 @@ struct SampleParams {
   int32_t *out_ids, *out_top_ids;
   float *out_logprob, *out_top_logprobs;
   int width, vocab_size, max_bias, num_slots;
-  bool is_bf16;
 };
 
 /// Orders as the logit does.
@@ -50,23 +53,45 @@ __device__ __forceinline__ float logit_of_key(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
 }
 
+template <typename T>
 struct RowView {
-  const float* f32;
-  const bf16* b16;  // if f32 is null
-  __device__ __forceinline__ float operator[](int i) const {
-    return f32 != nullptr ? f32[i] : __bfloat162float(b16[i]);
-  }
+  const T* data;
+  __device__ __forceinline__ float operator[](int i) const { return static_cast<float>(data[i]); }
 };
 
+/// Calls visit(i, logit) for this thread's share of the tokens [begin, end), several loads in flight.
+template <typename T, typename Visit>
+__device__ __forceinline__ void for_each(const RowView<T>& row, int begin, int end, Visit&& visit) {
+  constexpr int kBatch = 8;
+  for (int first = begin; first < end; first += kThreads * kBatch) {
+    float logits[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = first + j * kThreads + static_cast<int>(threadIdx.x);
+      if (i < end) logits[j] = row[i];
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = first + j * kThreads + static_cast<int>(threadIdx.x);
+      if (i < end) visit(i, logits[j]);
+    }
+  }
+}
+
 struct Scratch {
-  Sum bins[kBins];
+  union {
+    Sum bins[kBins];
+    Sum candidates[kCandidates];
+  };
   Sum warp_sums[kWarps];
   Sum selected_sum, selected_bin_sum;
   int selected_bin;
   Sum reduce64[32];
   double reduce_double[32];
-  int ties[kWarps];
-  int found, last;
+  Sum segments[kSegments];
+  Sum trial_weight[kDistances];
+  int trial_count[kDistances];
+  int found, num_candidates;
   int top_count;
   Sum top_keys[kMaxTop];
 };
@@ -114,10 +139,10 @@ struct Cut {
   Sum ties;
 };
 
-/// Finds the key at which the measure of the keys above stays below `target` and with it reaches it. `measure(i, key)` is
+/// Finds the key at which the measure of the keys above stays below `target` and with it reaches it. `measure(logit, key)` is
 /// zero for tokens that do not count; `extra` is added at `extra_key`. `above` receives the measure of all keys above.
-template <typename Measure>
-__device__ uint32_t select_key(const RowView& row, int size, Sum target, Measure measure, uint32_t extra_key, Sum extra,
+template <typename T, typename Measure>
+__device__ uint32_t select_key(const RowView<T>& row, int size, Sum target, Measure measure, uint32_t extra_key, Sum extra,
                                Scratch& s, Sum* above) {
   uint32_t prefix = 0, mask = 0;
   Sum passed = 0;
@@ -126,12 +151,12 @@ __device__ uint32_t select_key(const RowView& row, int size, Sum target, Measure
     const int bits = shift == 0 ? 10 : 11, bins = 1 << bits;
     for (int i = threadIdx.x; i < kBins; i += kThreads) s.bins[i] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < size; i += kThreads) {
-      const uint32_t key = order_key(row[i]);
-      if ((key & mask) != prefix) continue;
-      const Sum value = measure(i, key);
+    for_each(row, 0, size, [&](int, float logit) {
+      const uint32_t key = order_key(logit);
+      if ((key & mask) != prefix) return;
+      const Sum value = measure(logit, key);
       if (value != 0) atomicAdd(&s.bins[key >> shift & (bins - 1)], value);
-    }
+    });
     if (threadIdx.x == 0 && extra != 0 && (extra_key & mask) == prefix) {
       atomicAdd(&s.bins[extra_key >> shift & (bins - 1)], extra);
     }
@@ -158,134 +183,213 @@ __device__ uint32_t select_key(const RowView& row, int size, Sum target, Measure
   return prefix;
 }
 
-/// Each warp has a contiguous part of the ids; what a warp sees is ascending.
-struct WarpPart {
-  int begin, end;
-  __device__ explicit WarpPart(int size) {
-    const int chunk = (size + kWarps * 32 - 1) / (kWarps * 32) * 32;
-    begin = min(size, static_cast<int>(threadIdx.x / 32) * chunk), end = min(size, begin + chunk);
-  }
-};
-
-struct Draw {
-  const RowView& row;
-  int size;
-  float best, inverse_temperature;
-  Cut cut;
-  Sum min_weight;
-
-  /// Weight of token i if it is kept; `ties` counts the tokens with the cut's key before this warp's position.
-  __device__ __forceinline__ Sum kept_weight(int i, int end, Sum& ties) const {
-    const int lane = threadIdx.x % 32;
-    const bool present = i < end;
-    const float logit = present ? row[i] : -INFINITY;
-    const uint32_t key = order_key(logit);
-    const bool tied = present && key == cut.key;
-    const uint32_t mask = __ballot_sync(~0u, tied);
-    const bool kept = present && (key > cut.key || (tied && ties + __popc(mask & ((1u << lane) - 1)) < cut.ties));
-    ties += __popc(mask);
-    if (!kept) return 0;
-    const Sum weight = weight_of(logit, best, inverse_temperature);
-    return weight >= min_weight ? weight : 0;
-  }
-};
-
-__device__ int draw(const Draw& d, double u, Scratch& s) {
+/// The lowest id at which the running sum of measure(i, logit), in ascending id, exceeds `limit(total)`; -1 if none does.
+template <typename T, typename Measure, typename Limit>
+__device__ int find_running(const RowView<T>& row, int size, Measure measure, Limit limit, Scratch& s) {
+  // A segment is at most four tokens per thread, for vocabularies up to 2^18 fewer than kSegments of them.
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const WarpPart part(d.size);
-  int tied = 0;
-  for (int i = part.begin + lane; i < part.end; i += 32) tied += order_key(d.row[i]) == d.cut.key;
+  const int length = (size + kSegments - 1) / kSegments;
+  for (int segment = warp; segment < kSegments; segment += kWarps) {
+    const int begin = min(size, segment * length), end = min(size, begin + length);
+    Sum sum = 0;
+    for (int first = begin; first < end; first += 32 * 8) {
+      float logits[8];
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) tied += __shfl_xor_sync(~0u, tied, offset);
-  __syncthreads();
-  if (lane == 0) s.ties[warp] = tied;
-  if (threadIdx.x == 0) s.found = s.last = -1;
-  __syncthreads();
-  Sum ties_before = 0;
-  for (int w = 0; w < warp; ++w) ties_before += s.ties[w];
-  Sum ties = ties_before, mine = 0;
-  for (int i = part.begin; i < part.end; i += 32) mine += d.kept_weight(i + lane, part.end, ties);
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) mine += __shfl_xor_sync(~0u, mine, offset);
-  if (lane == 0) s.warp_sums[warp] = mine;
-  __syncthreads();
-  Sum total = 0, running = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) running += s.warp_sums[w];
-    total += s.warp_sums[w];
-  }
-  const double target = u * static_cast<double>(total);
-  const bool has_it = static_cast<double>(running) <= target && static_cast<double>(running + mine) > target;
-  if (has_it || mine > 0) {  // the same for the whole warp
-    ties = ties_before;
-    int last = -1;
-    for (int i = part.begin; i < part.end && has_it; i += 32) {
-      const Sum weight = d.kept_weight(i + lane, part.end, ties);
-      Sum scan = weight;
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const Sum other = __shfl_up_sync(~0u, scan, offset);
-        if (lane >= offset) scan += other;
+      for (int j = 0; j < 8; ++j) {
+        if (first + j * 32 + lane < end) logits[j] = row[first + j * 32 + lane];
       }
-      const uint32_t above = __ballot_sync(~0u, static_cast<double>(running + scan) > target && weight > 0);
-      if (above != 0) {
-        if (lane == 0) s.found = i + __ffs(above) - 1;
-        break;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (first + j * 32 + lane < end) sum += measure(first + j * 32 + lane, logits[j]);
       }
-      running += __shfl_sync(~0u, scan, 31);
-      const uint32_t some = __ballot_sync(~0u, weight > 0);
-      if (some != 0) last = i + 31 - __clz(some);
     }
-    if (lane == 0 && last >= 0) atomicMax(&s.last, last);
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (lane == 0) s.segments[segment] = sum;
   }
   __syncthreads();
-  return s.found >= 0 ? s.found : s.last;
+  if (threadIdx.x == 0) s.found = -1;
+  const Sum mine = threadIdx.x < kSegments ? s.segments[threadIdx.x] : 0;
+  const Sum through = block_scan(mine, s);
+  __syncthreads();
+  Sum total = 0;
+  for (int w = 0; w < kWarps; ++w) total += s.warp_sums[w];
+  const double bound = limit(total);
+  if (mine > 0 && static_cast<double>(through) > bound && static_cast<double>(through - mine) <= bound) {
+    s.found = threadIdx.x;
+    s.selected_sum = through - mine;
+  }
+  __syncthreads();
+  const int segment = s.found;
+  if (segment < 0) return -1;
+  const Sum before = s.selected_sum;
+  __syncthreads();
+  if (threadIdx.x == 0) s.found = -1;
+  constexpr int kEach = (1 << 18) / kSegments / kThreads;
+  const int begin = segment * length, end = min(size, begin + length);
+  Sum values[kEach], sum = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = begin + static_cast<int>(threadIdx.x) * kEach + j;
+    values[j] = i < end ? measure(i, row[i]) : 0;
+    sum += values[j];
+  }
+  Sum running = before + block_scan(sum, s) - sum;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const bool was_below = static_cast<double>(running) <= bound;
+    running += values[j];
+    if (values[j] > 0 && was_below && static_cast<double>(running) > bound) {
+      s.found = begin + static_cast<int>(threadIdx.x) * kEach + j;
+    }
+  }
+  __syncthreads();
+  const int found = s.found;
+  __syncthreads();
+  return found;
 }
 
-__global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_constant__ SampleParams p) {
-  __shared__ Scratch s;
-  pdl_launch();
-  pdl_wait();
-  const int r = blockIdx.x, slot = __ldcg(p.slots + r), size = p.vocab_size;
-  if (slot < 0 || slot >= p.num_slots) return;
-  const int64_t offset = static_cast<int64_t>(r) * p.width;
-  RowView row{p.is_bf16 ? nullptr : static_cast<const float*>(p.logits) + offset,
-              p.is_bf16 ? static_cast<const bf16*>(p.logits) + offset : nullptr};
-  const float frequency = p.frequency[slot], presence = p.presence[slot];
-  const bool penalised = p.counts != nullptr && (frequency != 0.0f || presence != 0.0f);
-  const int num_bias = min(p.bias_count[slot], p.max_bias);
-  int32_t* counts = penalised ? p.counts + static_cast<int64_t>(slot) * size : nullptr;
-  if (penalised || num_bias > 0) {
-    float* adjusted = p.adjusted + offset;
-    for (int i = threadIdx.x; i < size; i += kThreads) adjusted[i] = row[i];
-    __syncthreads();
-    if (threadIdx.x == 0) {  // in the order given: an id may come twice
-      for (int i = 0; i < num_bias; ++i) {
-        const int id = p.bias_ids[slot * p.max_bias + i];
-        if (id >= 0 && id < size) adjusted[id] += p.bias_values[slot * p.max_bias + i];
-      }
-    }
-    __syncthreads();
-    if (penalised) {
-      for (int i = threadIdx.x; i < size; i += kThreads) {
-        const int count = counts[i];
-        // Rounded as the CPU's sampler and the reference do.
-        adjusted[i] -= __fadd_rn(__fmul_rn(frequency, static_cast<float>(count)), count > 0 ? presence : 0.0f);
-      }
-    }
-    __syncthreads();
-    row = {adjusted, nullptr};
-  }
+/// How a slot cuts and weighs.
+struct Rule {
+  float best, inverse_temperature, top_p;
+  int top_k;  // 0: all
+};
 
+/// Sorts s.candidates, a power of two of them, descending.
+__device__ void sort_candidates(int count, Scratch& s) {
+  for (int size = 2; size <= count; size *= 2) {
+    for (int stride = size / 2; stride > 0; stride /= 2) {
+      __syncthreads();
+      for (int pair = threadIdx.x; pair < count / 2; pair += kThreads) {
+        const int low = pair / stride * stride * 2 + pair % stride, high = low + stride;
+        const Sum a = s.candidates[low], b = s.candidates[high];
+        if ((a < b) == ((low & size) == 0)) s.candidates[low] = b, s.candidates[high] = a;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+/// Cuts by sorting the tokens near the best. False if they are too many, or if those near do not hold all that is kept.
+template <typename T>
+__device__ bool cut_by_sorting(const RowView<T>& row, int size, const Rule& rule, Scratch& s, Cut* cut) {
+  constexpr float kDistance[kDistances] = {2.0f, 4.0f, 6.0f, 8.0f, 10.0f, 13.0f};  // in temperatures
+  const int lane = threadIdx.x % 32;
+  int counts[kDistances] = {};
+  Sum weights[kDistances] = {}, total = 0;
+  for_each(row, 0, size, [&](int, float logit) {
+    const float distance = (rule.best - logit) * rule.inverse_temperature;
+    if (distance > 32.0f) return;  // rounds to nothing
+    const Sum weight = __float2ull_rn(expf(-distance) * kUnit);
+    total += weight;
+    if (distance > kDistance[kDistances - 1]) return;
+#pragma unroll
+    for (int d = 0; d < kDistances; ++d) {
+      if (distance <= kDistance[d]) ++counts[d], weights[d] += weight;
+    }
+  });
+  if (threadIdx.x < kDistances) s.trial_count[threadIdx.x] = 0, s.trial_weight[threadIdx.x] = 0;
+  total = block_reduce(total, Sum{0}, s.reduce64, Add{});
+#pragma unroll
+  for (int d = 0; d < kDistances; ++d) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      counts[d] += __shfl_xor_sync(~0u, counts[d], offset);
+      weights[d] += __shfl_xor_sync(~0u, weights[d], offset);
+    }
+    if (lane == 0) atomicAdd(&s.trial_count[d], counts[d]), atomicAdd(&s.trial_weight[d], weights[d]);
+  }
+  __syncthreads();
+  const double target = static_cast<double>(rule.top_p) * static_cast<double>(total);
+  float bound = -1.0f;
+  for (int d = kDistances - 1; d >= 0; --d) {
+    const bool enough = rule.top_k > 0 ? s.trial_count[d] >= rule.top_k : static_cast<double>(s.trial_weight[d]) >= target;
+    if (enough && s.trial_count[d] <= kCandidates) bound = kDistance[d];
+  }
+  if (bound < 0.0f) return false;
+  if (threadIdx.x == 0) s.num_candidates = 0;
+  for (int i = threadIdx.x; i < kCandidates; i += kThreads) s.candidates[i] = 0;
+  __syncthreads();
+  for_each(row, 0, size, [&](int i, float logit) {
+    if ((rule.best - logit) * rule.inverse_temperature > bound) return;
+    s.candidates[atomicAdd(&s.num_candidates, 1)] =
+        static_cast<Sum>(order_key(logit)) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(i));
+  });
+  __syncthreads();
+  const int held = s.num_candidates;
+  int padded = 32;
+  while (padded < held) padded *= 2;
+  sort_candidates(padded, s);
+  int kept = rule.top_k > 0 ? min(rule.top_k, held) : held;
+  if (rule.top_p < 1.0f) {
+    const int i = 2 * threadIdx.x;
+    Sum pair[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float logit = logit_of_key(static_cast<uint32_t>(s.candidates[(i + j) % kCandidates] >> 32));
+      pair[j] = i + j < kept ? weight_of(logit, rule.best, rule.inverse_temperature) : 0;
+    }
+    const Sum through = block_scan(pair[0] + pair[1], s);
+    __syncthreads();
+    Sum all = 0;
+    for (int w = 0; w < kWarps; ++w) all += s.warp_sums[w];
+    // Without top_k the target is a share of all tokens, those far away too.
+    const double goal = static_cast<double>(rule.top_p) * static_cast<double>(rule.top_k > 0 ? all : total);
+    if (threadIdx.x == 0) s.found = kept;
+    __syncthreads();
+    const Sum first = through - pair[1], before = first - pair[0];
+    const bool open = threadIdx.x == 0 || static_cast<double>(before) < goal;
+    if (open && static_cast<double>(first) >= goal) {
+      atomicMin(&s.found, i + 1);
+    } else if (static_cast<double>(first) < goal && static_cast<double>(through) >= goal) {
+      atomicMin(&s.found, i + 2);
+    }
+    __syncthreads();
+    kept = max(1, s.found);
+  }
+  const uint32_t key = static_cast<uint32_t>(s.candidates[kept - 1] >> 32);
+  int ties = 0;
+  for (int i = threadIdx.x; i < kept; i += kThreads) ties += static_cast<uint32_t>(s.candidates[i] >> 32) == key;
+  *cut = {key, block_reduce(static_cast<Sum>(ties), Sum{0}, s.reduce64, Add{})};
+  return true;
+}
+
+/// The same for any number of candidates.
+template <typename T>
+__device__ Cut cut_by_selection(const RowView<T>& row, int size, const Rule& rule, Scratch& s) {
+  Cut cut{0, 0};  // keeps all: no key is as low as zero
+  const auto weight = [&](float logit) { return weight_of(logit, rule.best, rule.inverse_temperature); };
+  if (rule.top_k > 0) {
+    Sum above;
+    cut.key = select_key(row, size, rule.top_k, [](float, uint32_t) { return Sum{1}; }, 0, 0, s, &above);
+    cut.ties = static_cast<Sum>(rule.top_k) - above;
+  }
+  if (!(rule.top_p < 1.0f)) return cut;
+  const Sum tied = cut.ties == 0 ? 0 : cut.ties * weight(logit_of_key(cut.key));
+  const auto measure = [&](float logit, uint32_t key) { return key > cut.key ? weight(logit) : Sum{0}; };
+  Sum total = 0;
+  for_each(row, 0, size, [&](int, float logit) { total += measure(logit, order_key(logit)); });
+  total = block_reduce(total, Sum{0}, s.reduce64, Add{}) + tied;
+  Sum target = static_cast<Sum>(ceil(static_cast<double>(rule.top_p) * static_cast<double>(total)));
+  target = target < 1 ? 1 : target > total ? total : target;
+  Sum above;
+  const uint32_t key = select_key(row, size, target, measure, cut.key, tied, s, &above);
+  const Sum one = weight(logit_of_key(key)), ties = one == 0 ? 1 : (target - above + one - 1) / one;
+  return {key, key == cut.key && cut.ties < ties ? cut.ties : ties};
+}
+
+/// Samples row r from its adjusted logits; `counts` is null without penalties.
+template <typename T>
+__device__ void sample_row(const SampleParams& p, const RowView<T>& row, int r, int slot, int32_t* counts, Scratch& s) {
+  const int size = p.vocab_size;
   // The best token, the lowest id among equals.
   Sum top = 0;
   bool bad = false;
-  for (int i = threadIdx.x; i < size; i += kThreads) {
-    const float x = row[i];
+  for_each(row, 0, size, [&](int i, float x) {
     bad |= x != x;
     const Sum key = static_cast<Sum>(order_key(x)) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(i));
     top = key > top ? key : top;
-  }
+  });
   bad = __syncthreads_or(bad);
   top = block_reduce(top, Sum{0}, s.reduce64, Max{});
   const float best = logit_of_key(static_cast<uint32_t>(top >> 32));
@@ -297,36 +401,29 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
 
   const float temperature = p.temperature[slot];
   if (temperature > 0.0f) {
-    const float inverse = 1.0f / temperature;
     const int top_k = p.top_k[slot];
-    const float top_p = p.top_p[slot], min_p = p.min_p[slot];
-    Cut cut{0, 0};  // keeps all: no key is below that of -infinity
-    if (top_k > 0 && top_k < size) {
-      Sum above;
-      cut.key = select_key(row, size, static_cast<Sum>(top_k), [](int, uint32_t) { return Sum{1}; }, 0, 0, s, &above);
-      cut.ties = static_cast<Sum>(top_k) - above;
+    const float min_p = p.min_p[slot];
+    const Rule rule{best, 1.0f / temperature, p.top_p[slot], top_k > 0 && top_k < size ? top_k : 0};
+    Cut cut{0, 0};
+    if ((rule.top_k > 0 || rule.top_p < 1.0f) && !cut_by_sorting(row, size, rule, s, &cut)) {
+      cut = cut_by_selection(row, size, rule, s);
     }
-    if (top_p < 1.0f) {
-      const Sum tied_weight = cut.ties == 0 ? 0 : weight_of(logit_of_key(cut.key), best, inverse);
-      const uint32_t lowest = cut.key;
-      const auto measure = [&](int i, uint32_t key) {
-        return key > lowest ? weight_of(row[i], best, inverse) : Sum{0};
-      };
-      Sum total = 0;
-      for (int i = threadIdx.x; i < size; i += kThreads) total += measure(i, order_key(row[i]));
-      total = block_reduce(total, Sum{0}, s.reduce64, Add{}) + cut.ties * tied_weight;
-      const double exact = static_cast<double>(top_p) * static_cast<double>(total);
-      Sum target = static_cast<Sum>(ceil(exact));
-      target = target < 1 ? 1 : target > total ? total : target;
-      Sum above;
-      const uint32_t key = select_key(row, size, target, measure, cut.key, cut.ties * tied_weight, s, &above);
-      const Sum weight = weight_of(logit_of_key(key), best, inverse);
-      const Sum ties = weight == 0 ? 1 : (target - above + weight - 1) / weight;
-      cut.ties = key == cut.key && cut.ties < ties ? cut.ties : ties;
-      cut.key = key;
+    int last_tie = size;  // tokens with the cut's key are kept up to this id
+    if (cut.ties > 0) {
+      last_tie = find_running(
+          row, size, [&](int, float logit) { return order_key(logit) == cut.key ? Sum{1} : Sum{0}; },
+          [&](Sum) { return static_cast<double>(cut.ties) - 0.5; }, s);
     }
-    const Draw d{row, size, best, inverse, cut, min_p > 0.0f ? __float2ull_ru(min_p * kUnit) : 0};
-    id = draw(d, uniform(static_cast<uint64_t>(p.seed[slot]), static_cast<uint64_t>(p.positions[r])), s);
+    const Sum min_weight = min_p > 0.0f ? __float2ull_ru(min_p * kUnit) : 0;
+    const auto kept_weight = [&](int i, float logit) {
+      const uint32_t key = order_key(logit);
+      if (key < cut.key || (key == cut.key && i > last_tie)) return Sum{0};
+      const Sum weight = weight_of(logit, best, rule.inverse_temperature);
+      return weight >= min_weight ? weight : Sum{0};
+    };
+    const double u = uniform(static_cast<uint64_t>(p.seed[slot]), static_cast<uint64_t>(p.positions[r]));
+    const int drawn = find_running(row, size, kept_weight, [u](Sum total) { return u * static_cast<double>(total); }, s);
+    if (drawn >= 0) id = drawn;  // else rounding put u times the total at the total itself: the best will do
   }
   if (threadIdx.x == 0) p.out_ids[r] = id;
 
@@ -338,12 +435,12 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
   if (threadIdx.x == 0) p.out_logprob[r] = NAN;
   if (num_top >= 0) {
     double total = 0.0;
-    for (int i = threadIdx.x; i < size; i += kThreads) total += static_cast<double>(expf(row[i] - best));
+    for_each(row, 0, size, [&](int, float logit) { total += static_cast<double>(expf(logit - best)); });
     const double log_total = log(block_reduce(total, 0.0, s.reduce_double, Add{}));
     if (threadIdx.x == 0) p.out_logprob[r] = static_cast<float>(static_cast<double>(row[id]) - best - log_total);
     if (num_top > 0) {
       Sum above;
-      const uint32_t key = select_key(row, size, static_cast<Sum>(num_top), [](int, uint32_t) { return Sum{1}; }, 0, 0, s,
+      const uint32_t key = select_key(row, size, static_cast<Sum>(num_top), [](float, uint32_t) { return Sum{1}; }, 0, 0, s,
                                       &above);
       if (threadIdx.x == 0) s.top_count = 0;
       __syncthreads();
@@ -379,7 +476,45 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
       }
     }
   }
-  if (penalised && threadIdx.x == 0) ++counts[id];
+  if (counts != nullptr && threadIdx.x == 0) ++counts[id];
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_constant__ SampleParams p) {
+  __shared__ Scratch s;
+  pdl_launch();
+  pdl_wait();
+  const int r = blockIdx.x, slot = __ldcg(p.slots + r), size = p.vocab_size;
+  if (slot < 0 || slot >= p.num_slots) return;
+  const int64_t offset = static_cast<int64_t>(r) * p.width;
+  const T* logits = static_cast<const T*>(p.logits) + offset;
+  const float frequency = p.frequency[slot], presence = p.presence[slot];
+  const bool penalised = p.counts != nullptr && (frequency != 0.0f || presence != 0.0f);
+  const int num_bias = min(p.bias_count[slot], p.max_bias);
+  int32_t* counts = penalised ? p.counts + static_cast<int64_t>(slot) * size : nullptr;
+  if (penalised || num_bias > 0) {
+    float* adjusted = p.adjusted + offset;
+    for_each(RowView<T>{logits}, 0, size, [&](int i, float logit) { adjusted[i] = logit; });
+    __syncthreads();
+    if (threadIdx.x == 0) {  // in the order given: an id may come twice
+      for (int i = 0; i < num_bias; ++i) {
+        const int id = p.bias_ids[slot * p.max_bias + i];
+        if (id >= 0 && id < size) adjusted[id] += p.bias_values[slot * p.max_bias + i];
+      }
+    }
+    __syncthreads();
+    if (penalised) {
+      for (int i = threadIdx.x; i < size; i += kThreads) {
+        const int count = counts[i];
+        // Rounded as the CPU's sampler and the reference do.
+        adjusted[i] -= __fadd_rn(__fmul_rn(frequency, static_cast<float>(count)), count > 0 ? presence : 0.0f);
+      }
+    }
+    __syncthreads();
+    sample_row(p, RowView<float>{adjusted}, r, slot, counts, s);
+  } else {
+    sample_row(p, RowView<T>{logits}, r, slot, counts, s);
+  }
 }
 
 /// As the CPU's `sample`, all on the device. logits (R, width) float32 or bfloat16 stay as they are; `workspace` is (R,
@@ -399,8 +534,8 @@ void sample(TensorView logits, int64_t vocab_size, TensorView slots, TensorView 
     TVM_FFI_THROW(ValueError) << "vocab_size is " << vocab_size << ", expected 1 to " << width << " and at most 2^18";
   }
   SampleParams p{};
-  p.is_bf16 = has_dtype<bf16>(logits);
-  p.logits = p.is_bf16 ? static_cast<const void*>(checked<bf16>("logits", logits, {num_rows, width}))
+  const bool is_bf16 = has_dtype<bf16>(logits);
+  p.logits = is_bf16 ? static_cast<const void*>(checked<bf16>("logits", logits, {num_rows, width}))
                        : checked<float>("logits", logits, {num_rows, width});
   p.adjusted = checked<float>("workspace", workspace, {num_rows, width});
   p.slots = checked<int32_t>("slots", slots, {num_rows});
@@ -424,7 +559,8 @@ void sample(TensorView logits, int64_t vocab_size, TensorView slots, TensorView 
   p.out_top_logprobs = checked<float>("out_top_logprobs", out_top_logprobs, {num_rows, kMaxTop});
   p.width = static_cast<int>(width), p.vocab_size = static_cast<int>(vocab_size);
   p.max_bias = static_cast<int>(max_bias), p.num_slots = static_cast<int>(num_slots);
-  launch(sample_kernel, static_cast<unsigned>(num_rows), kThreads, 0, stream_of(out_ids), p);
+  launch(is_bf16 ? sample_kernel<bf16> : sample_kernel<float>, static_cast<unsigned>(num_rows), kThreads, 0,
+         stream_of(out_ids), p);
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample, sample);

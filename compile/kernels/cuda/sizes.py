@@ -6,10 +6,9 @@ _MAX_SPLITS = 32
 _DECODE_ROWS = 16
 
 
-def attention_plan_size(num_tokens: int, num_slots: int, num_kv_heads: int) -> int:
+def attention_plan_size(num_tokens: int, num_slots: int) -> int:
     """Return the int32 words of the plan of a step with `num_tokens` tokens (the bucket's) of `num_slots` slots."""
-    runs = min(num_tokens, num_slots)
-    return 16 + 12 * (num_tokens + runs * _MAX_SPLITS) + runs * num_kv_heads
+    return 16 + 12 * (num_tokens + min(num_tokens, num_slots) * _MAX_SPLITS)
 
 
 def attention_workspace_size(num_tokens: int, num_slots: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:

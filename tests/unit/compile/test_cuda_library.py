@@ -1,0 +1,34 @@
+"""What can be known of the CUDA kernel library without nvcc or a GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tpserve.compile import native_cuda
+from tpserve.compile.kernels.cuda import sizes
+
+
+def test_the_library_names_all_its_kernels() -> None:
+    text = {path.name: path.read_text() for path in native_cuda.CUDA_KERNEL_SOURCES}
+    export = re.compile(r"^TVM_FFI_DLL_EXPORT_TYPED_FUNC\((\w+),", re.MULTILINE)
+    exported = {name for source in text.values() for name in export.findall(source)}
+    listed = set(re.findall(r'"(\w+)"', text["library.cu"].partition("kernel_names() {")[2].partition("}")[0]))
+    for_the_host = {"kernel_names", "init_device", "pack_weight", "attention_plan_size", "attention_workspace_size"}
+    assert listed == exported - for_the_host
+
+
+def test_buffers_grow_with_the_batch() -> None:
+    assert sizes.attention_plan_size(1, 64) == 16 + 12 * 33
+    assert sizes.attention_workspace_size(64, 64, 16, 2, 128) == 64 * 8 * 32 * 2 * 132
+    # A slot never has more rows of decoding than one tile, however many tokens the step has.
+    most = sizes.attention_workspace_size(4096, 64, 16, 2, 128)
+    assert most == sizes.attention_workspace_size(8192, 64, 16, 2, 128)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(native_cuda.CudaBuildError, match=r"nvcc was not found on .*CUDA_HOME"):
+        native_cuda.build_cuda_library(native_cuda.CUDA_KERNEL_SOURCES, tmp_path / "kernels.so")
