@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from gpu.device import BF16, FP8, DeviceArray, poisoned, random_bf16, random_fp8, to_device
 from tpserve.compile import native_cuda
-from tpserve.compile.kernels.cuda import packing, sizes
+from tpserve.compile.kernels.cuda import sizes
+from tpserve.proto import packing
 
 PEAK_GB_S = 4700.0
 """What one kernel that only streams reads from an H200's memory."""

@@ -46,7 +46,7 @@ class EngineConfig:
     """A step without a result for longer loses the group; the late rank is named."""
     stall_after_s: float = 5.0
     """A step without a result for longer makes the engine report STALLED."""
-    replay_timeout_s: float = 8.0
+    replay_timeout_s: float = 6.0
     """Requests of a lost group that cannot run again by then end with an error, and new ones are refused until then."""
     max_rebuilds_in_a_row: int = 3
     """Rebuilds that fail before the engine is DEAD."""

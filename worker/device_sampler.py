@@ -11,7 +11,7 @@ import tvm_ffi
 
 from tpserve.proto.messages import SlotAdd, TokenLogprobs
 from tpserve.worker.arrays import Array
-from tpserve.worker.errors import PlanError
+from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.sampler import MAX_LOGPROBS
 
 MAX_BIAS = 512
@@ -131,8 +131,16 @@ class DeviceSampler:
                 break
 
     def results(self, slots: Array, staging: int) -> tuple[tuple[int, ...], dict[int, TokenLogprobs]]:
-        """Return a finished step's token ids, and log-probabilities of the slots that asked."""
+        """Return a finished step's token ids, and log-probabilities of the slots that asked.
+
+        Raises
+        ------
+        WorkerError
+            If the logits of a slot had a NaN or no finite maximum.
+        """
         ids, chosen, top_ids, top_values = self._results[staging]
+        for row in np.flatnonzero(ids[: len(slots)] < 0):
+            raise WorkerError(f"logits of slot {slots[row]} have a NaN or no finite maximum")
         logprobs: dict[int, TokenLogprobs] = {}
         wanted = self._host_views["num_logprobs"][slots]
         for row in np.flatnonzero(wanted >= 0):

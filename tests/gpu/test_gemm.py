@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpu.device import BF16, FP8, DeviceArray, poisoned, random_bf16, random_fp8, relative_error, to_device
-from tpserve.compile.kernels.cuda import packing
+from tpserve.proto import packing
 
 Kernels = Callable[[str], Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tpserve.compile.kernels.cuda import packing
+from tpserve.proto import packing
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
