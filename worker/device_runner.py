@@ -275,8 +275,7 @@ class DeviceRunner:
             self._communicator.close()
 
     def _plan_words(self, num_tokens: int) -> int:
-        num_slots, _, num_kv_heads = self._heads
-        return int(self._kernels["attention_plan_size"](num_tokens, num_slots, num_kv_heads))
+        return int(self._kernels["attention_plan_size"](num_tokens, self._config.max_num_seqs))
 
     def _bucket_for(self, arrays: StepArrays) -> _CapturedStep:
         num_tokens, num_rows = len(arrays.token_ids), len(arrays.sample_rows)
