@@ -76,9 +76,7 @@ class Session:
         try:
             with View(self._console, sum(len(loads) for _, loads in todo), self._run.points) as view:
                 if options.chart and not has_matplotlib():
-                    view.say(
-                        "There will be no chart, for matplotlib is missing: pip install 'tpserve[bench]'", "yellow"
-                    )
+                    view.say("No chart without matplotlib: pip install 'tpserve[bench]', then --resume", "yellow")
                 for configuration, loads in todo:
                     await self._measure_configuration(configuration, loads, view)
                     if self._stop.is_set():
@@ -157,10 +155,13 @@ class Session:
         view: View,
     ) -> None:
         options = self._options
-        model = options.model if configuration.base_url is not None else None
+        if configuration.base_url is not None and options.model is not None:
+            model = options.model
+        else:
+            model = await self._unless_stopped(first_model(url, options.api_key))
         client = Client(
             url,
-            model or await self._unless_stopped(first_model(url, options.api_key)),
+            model,
             api=options.api,
             api_key=options.api_key,
             ignore_eos=options.ignore_eos,

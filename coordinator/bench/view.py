@@ -13,18 +13,7 @@ from tpserve.coordinator.bench.definitions import Record, Summary
 from tpserve.coordinator.bench.report import text_block
 from tpserve.coordinator.bench.results import Point
 
-_COLUMNS = (
-    "configuration",
-    "load",
-    "TPOT ms",
-    "p99",
-    "TTFT ms",
-    "p99",
-    "ITL p99 ms",
-    "tok/s",
-    "tok/s per GPU",
-    "failed",
-)
+_COLUMNS = ("configuration", "load", "TPOT ms", "p99", "TTFT ms", "p99", "ITL p99", "tok/s", "tok/s/GPU", "failed")
 _REFRESH_PER_S = 4
 """Drawing takes time from the client: seldom is enough."""
 
@@ -60,6 +49,8 @@ class View:
     def __exit__(self, *error: object) -> None:
         self._progress.update(self._now, visible=False)
         self._live.stop()
+        if not self._console.is_terminal:
+            self._console.print()  # a live display leaves its last line open in a file
 
     def say(self, text: str, style: str | None = None) -> None:
         """Write lines that stay."""
