@@ -232,14 +232,14 @@ def measure(records: Sequence[Record], window: tuple[float, float], slo: Slo | N
     records
         Every request that was sent, whatever became of it.
     window
-        From and until when rates are taken, on the records' clock.
+        After and until when rates are taken, on the records' clock.
     """
     begin_s, end_s = window
     duration_s = max(end_s - begin_s, 1e-9)
     measured = [record for record in records if record.role == "measured"]
     succeeded = [record for record in measured if record.succeeded]
     completed = [r for r in records if r.succeeded and r.end_s is not None and begin_s < r.end_s <= end_s]
-    chunks = [chunk for r in records for chunk in r.tokens_by_time() if begin_s <= chunk[0] <= end_s]
+    chunks = [chunk for r in records for chunk in r.tokens_by_time() if begin_s < chunk[0] <= end_s]
     num_output_tokens = round(sum(tokens for _, tokens in chunks))
     num_input_tokens = sum(record.num_prompt_tokens or 0 for record in completed)
     num_decoded_tokens = sum(record.num_decoded_tokens for record in measured)

@@ -123,9 +123,9 @@ class Run:
         self.points = [other for other in self.points if other.key != point.key] + [point]
 
     def has(self, configuration: Configuration, concurrency: int | None, request_rate: float | None) -> bool:
-        """Whether a point has been measured whole."""
+        """Whether a point has been measured whole; one at which every request failed has not."""
         key = (configuration, concurrency, request_rate)
-        return any(point.key == key and point.complete for point in self.points)
+        return any(point.key == key and point.complete and point.metrics.num_succeeded for point in self.points)
 
     def save(self, path: Path) -> None:
         """Write the JSON; an earlier file is there until the new one is whole."""

@@ -6,7 +6,8 @@ import asyncio
 import datetime
 import logging
 import signal
-from collections.abc import AsyncIterator, Coroutine, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,11 +50,27 @@ class Session:
         Checked.
     console
         Where figures and progress are shown.
+    clock, transport
+        Of the client.
+
+    Raises
+    ------
+    BenchError
+        If the folder has results that these options do not go with.
     """
 
-    def __init__(self, options: Options, console: Console) -> None:
+    def __init__(
+        self,
+        options: Options,
+        console: Console,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         self._options = options
         self._console = console
+        self._clock = clock
+        self._transport = transport
         self._stop = asyncio.Event()
         self._failed = False
         self._json = options.output_dir / "results.json"
@@ -167,6 +184,8 @@ class Session:
             ignore_eos=options.ignore_eos,
             counts_by_chunk=options.counts_by_chunk,
             timeout_s=options.timeout_s,
+            clock=self._clock,
+            transport=self._transport,
         )
         async with client:
             view.wait_for(f"{configuration.label}: first request")

@@ -109,7 +109,7 @@ def _carries_tokens(choice: dict[str, Any]) -> bool:
 
 
 def _message(error: Any) -> str:
-    message = error.get("message") if isinstance(error, dict) else error
+    message = error.get("message", error) if isinstance(error, dict) else error
     return str(message)[:_MAX_MESSAGE_CHARS]
 
 

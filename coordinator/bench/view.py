@@ -79,7 +79,7 @@ class View:
         self.say(text_block(point) + "\n")
 
     def _render(self) -> Group:
-        return Group(points_table(self._points), self._progress)
+        return Group(points_table(self._points), self._progress) if self._points else Group(self._progress)
 
 
 def points_table(points: Sequence[Point]) -> Table:
