@@ -60,13 +60,14 @@ class ChatChunks:
     Parameters
     ----------
     usage
-        Counts of the running generation, read when the last chunk is written.
+        Counts of the running generation, read when a chunk with usage is written.
     """
 
     def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: ChatCompletionRequest, usage: Usage) -> None:
         self._tokenizer = tokenizer
         self._logprobs = request.num_logprobs is not None
         self._include_usage = request.include_usage
+        self._usage_by_chunk = request.usage_by_chunk
         self._usage = usage
         self._begun: set[int] = set()
         # One dictionary is made once and patched for each chunk.
@@ -91,7 +92,9 @@ class ChatChunks:
             delta.update(role="assistant", content="")
             out = sse(self._chunk)
             del delta["role"]
-        if update.text or (self._logprobs and update.token_ids):
+        if self._usage_by_chunk:
+            self._chunk["usage"] = self._usage.to_dict()
+        if update.text or self._usage_by_chunk or (self._logprobs and update.token_ids):
             delta["content"] = update.text
             if self._logprobs:
                 choice["logprobs"] = {"content": chat_logprobs(self._tokenizer, update), "refusal": None}

@@ -89,7 +89,7 @@ class CompletionChunks:
     echoes
         By choice, what goes before its text.
     usage
-        Counts of the running generation, read when the last chunk is written.
+        Counts of the running generation, read when a chunk with usage is written.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class CompletionChunks:
         self._tokenizer = tokenizer
         self._logprobs = request.logprobs is not None
         self._include_usage = request.include_usage
+        self._usage_by_chunk = request.usage_by_chunk
         self._usage = usage
         self._echoes = list(echoes)
         self._choice: dict[str, Any] = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
@@ -112,13 +113,16 @@ class CompletionChunks:
         if echo := self._echoes[update.index]:
             text = echo + text
             self._echoes[update.index] = ""
-        if not text and update.finish is None and not (self._logprobs and update.token_ids):
+        shows_tokens = self._usage_by_chunk or (self._logprobs and update.token_ids)
+        if not text and update.finish is None and not shows_tokens:
             return b""
         choice["index"] = update.index
         choice["text"] = text
         choice["finish_reason"] = update.finish
         if self._logprobs:
             choice["logprobs"] = completion_logprobs(self._tokenizer, update)
+        if self._usage_by_chunk:
+            self._chunk["usage"] = self._usage.to_dict()
         return sse(self._chunk)
 
     def close(self) -> bytes:

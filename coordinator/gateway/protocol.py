@@ -50,6 +50,8 @@ class StreamOptions(_Wire):
     """`stream_options`."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Extra, as in vLLM: with `include_usage`, each chunk carries the usage so far, and tokens without text get one."""
 
 
 class ContentPart(_Wire):
@@ -161,6 +163,11 @@ class _Sampling(_Wire):
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_by_chunk(self) -> bool:
+        """Whether every chunk of a stream carries the usage so far."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class ChatCompletionRequest(_Sampling):

@@ -16,6 +16,7 @@ ALLOWED = {
     "coordinator": {"coordinator", "proto"},
 }
 GATEWAY_ALLOWED = ("tpserve.proto", "tpserve.coordinator.gateway", "tpserve.coordinator.process")
+BENCH_ALLOWED = ("tpserve.proto", "tpserve.coordinator.bench", "tpserve.coordinator.process")
 PURE = ("scheduler", "page_pool", "prefix_cache", "kv_pages", "slot_table", "sequence_list", "step_calendar", "request")
 IMPURE_MODULES = {"asyncio", "time", "random", "grpc", "ray", "logging", "os", "socket", "threading", "numpy"}
 
@@ -51,6 +52,21 @@ def test_the_gateway_knows_no_scheduler() -> None:
         for name in imports_of(path):
             if name.startswith("tpserve."):
                 assert name.startswith(GATEWAY_ALLOWED), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_load_tool_knows_the_server_only_from_outside() -> None:
+    assert sources("coordinator/bench")
+    for path in sources("coordinator/bench"):
+        for name in imports_of(path):
+            if name.startswith("tpserve."):
+                assert name.startswith(BENCH_ALLOWED), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_nothing_of_the_server_imports_the_load_tool() -> None:
+    for folder in ALLOWED:
+        for path in sources(folder):
+            if "bench" not in path.relative_to(ROOT).parts:
+                assert not any(name.startswith("tpserve.coordinator.bench") for name in imports_of(path)), path
 
 
 @pytest.mark.parametrize("module", PURE)

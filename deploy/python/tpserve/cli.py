@@ -9,6 +9,7 @@ _COMMANDS = {
     "serve": "serve a model over the OpenAI API",
     "compile": "build the library of a model for one TP degree",
     "convert": "write the Hugging Face form of a GGUF file",
+    "bench": "measure time per output token and throughput by TP degree and load; the same as bench-tp",
 }
 
 
@@ -22,7 +23,11 @@ def main(argv: list[str] | None = None) -> int:
         from tpserve.compile.__main__ import main as compile_main
 
         return compile_main(args)
-    for name in ("compile", "convert"):
+    if args[:1] == ["bench"]:
+        from tpserve.coordinator.bench.__main__ import main as bench_main
+
+        return bench_main(args[1:])
+    for name in ("compile", "convert", "bench"):
         commands.add_parser(name, help=_COMMANDS[name])
     from tpserve.coordinator.serve import add_arguments
     from tpserve.coordinator.serve import main as serve_main

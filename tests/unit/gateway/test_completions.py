@@ -101,3 +101,29 @@ async def test_refused(make_stack: StackFactory, fields: dict[str, Any], words: 
         with pytest.raises(openai.BadRequestError, match=words):
             await stack.client.completions.create(model="tiny", **fields)
         assert stack.engine.submits == []
+
+
+async def test_usage_by_chunk_counts_tokens_without_text(make_stack: StackFactory, tokenizer: Tokenizer) -> None:
+    """A load tool learns when each token came and how many came at once, whatever text they make."""
+    tokens = tokenizer.encode("a 👩 b", add_special_tokens=False)
+    request: dict[str, Any] = {
+        "model": "tiny",
+        "max_tokens": 50,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    for tokens_per_event in (1, 3):
+        script = fixed_script([*tokens, EOS])
+        engine = ScriptedEngine(script, tokenizer.vocab_size, tokens_per_event=tokens_per_event)
+        async with make_stack(engine) as stack:
+            chunks = [c async for c in await stack.client.completions.create(prompt="x", **request)]
+            request_in_chat: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], **request}
+            chats = [c async for c in await stack.client.chat.completions.create(**request_in_chat)]
+        assert "".join(c.choices[0].text for c in chunks if c.choices) == "a 👩 b"
+        counts = [c.usage.completion_tokens for c in chunks if c.choices]
+        assert counts == sorted(counts)
+        assert counts[-1] == chunks[-1].usage.completion_tokens == len(tokens) + 1
+        if tokens_per_event == 1:  # events may arrive together, so that a chunk may count more than one
+            assert any(not c.choices[0].text and c.usage.completion_tokens <= len(tokens) for c in chunks if c.choices)
+        in_chat = [c.usage.completion_tokens for c in chats if c.usage]
+        assert (in_chat[-1], in_chat) == (len(tokens) + 1, sorted(in_chat))

@@ -1,0 +1,1 @@
+"""The load tool `bench-tp`: a client of OpenAI endpoints that may also start `tpserve serve`."""
