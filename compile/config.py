@@ -271,6 +271,10 @@ class CompileConfig:
                 raise ModelConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.page_size != 16:
             raise ModelConfigError(f"page_size {self.page_size} is not supported by the kernels, only 16")
+        if self.target == "cuda" and self.tp_size != 1:
+            raise ModelConfigError(
+                f"target cuda has no collectives yet, so TP={self.tp_size} cannot be built: use --tp 1, or --device cpu"
+            )
         if self.target == "cuda" and (self.kernels, self.quantization) != ("tuned", "q0bf16"):
             raise ModelConfigError(
                 f"target cuda has tuned kernels for q0bf16 only, not {self.kernels} for {self.quantization}: "

@@ -17,7 +17,6 @@ import ml_dtypes
 import numpy as np
 import tvm_ffi
 
-from tpserve.collectives.nccl import NcclCommunicator
 from tpserve.proto.manifest import Manifest, ParamSpec
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
@@ -25,7 +24,7 @@ from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.buckets import Bucket, fill, make_buckets
 from tpserve.worker.device_sampler import DeviceSampler
-from tpserve.worker.errors import PlanError, WorkerError
+from tpserve.worker.errors import PlanError
 from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, load_kernels, tvm
 from tpserve.worker.weights import load_parameters, rope_table
 
@@ -68,12 +67,12 @@ class PendingStep:
         self._staging = staging
 
     def wait(self) -> StepResult:
-        """Return the result.
+        """Return the result; the coordinator's deadline of a step bounds the wait.
 
         Raises
         ------
         WorkerError
-            If the device has not done the step within the deadline of a collective.
+            If the logits of a slot had a NaN or no finite maximum.
         """
         return self._runner.finish(self._plan, self._slots, self._staging)
 
@@ -82,31 +81,22 @@ class DeviceRunner:
     """The compiled model with its weights, pages and batch on one GPU, as one rank of its group."""
 
     def __init__(self, config: RankConfig, progress: Progress) -> None:
-        """Join the group, load everything and capture every bucket; returns when all ranks have come.
+        """Load everything and capture every bucket.
 
         Raises
         ------
         WorkerError
             If the artifact or the weights cannot be used.
-        TimeoutError
-            If a rank of the group does not come in time.
         """
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
         self._config = config
         self._rank = config.rank
-        self._timeout_s = config.collective_timeout_s
         cupy.cuda.Device(config.device).use()
         load_cuda_runtime()
         self._device = tvm.cuda(config.device)
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._kernels = load_kernels(config.artifact_dir)
         self._kernels["init_device"](config.device)
-        self._communicator: NcclCommunicator | None = None
-        if config.tp_size > 1:
-            self._communicator = NcclCommunicator(
-                config.group_name, config.rank, config.tp_size, timeout_s=config.collective_timeout_s
-            )
-            self._communicator.register()
         library = Library(config.artifact_dir, manifest, self._kernels, self._device)
         self._step = library.step
         self._params = self._load(manifest, progress)
@@ -246,15 +236,7 @@ class DeviceRunner:
         """Wait for a submitted step; see `PendingStep.wait`."""
         if slots is None:
             return StepResult(plan.step_id, self._rank)
-        deadline = time.monotonic() + self._timeout_s
-        event = self._events[staging]
-        if self._communicator is None:
-            event.synchronize()
-        else:
-            while not event.done:  # a rank that is late must not block this one for ever
-                if time.monotonic() > deadline:
-                    raise WorkerError(f"step {plan.step_id} is not done after {self._timeout_s:g} s in the device")
-                time.sleep(20e-6)
+        self._events[staging].synchronize()
         now = time.perf_counter()
         step_us, self._last_finish = int((now - self._last_finish) * 1e6), now
         if self._rank != 0:
@@ -270,9 +252,8 @@ class DeviceRunner:
         )
 
     def close(self) -> None:
-        """Leave the group."""
-        if self._communicator is not None:
-            self._communicator.close()
+        """Wait for what is queued, so that its memory may go."""
+        self._stream.synchronize()
 
     def _plan_words(self, num_tokens: int) -> int:
         return int(self._kernels["attention_plan_size"](num_tokens, self._config.max_num_seqs))
