@@ -27,7 +27,7 @@ unit: $(VENV)/.dev   ## tests without processes or models
 	$(BIN)/pytest tests/unit
 
 integration: $(VENV)/.dev   ## tests of the real server with the demo model
-	TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest tests/integration
+	TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest -p no:hypothesispytest tests/integration
 
 test-gpu: $(VENV)/.dev   ## tests that need CUDA devices
 	TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest tests/gpu -m gpu

@@ -15,6 +15,7 @@ from typing import Any
 from tpserve.compile import native, native_cuda
 from tpserve.compile.cache import CachePolicy, cached_folder
 from tpserve.compile.config import CompileConfig, ModelConfig
+from tpserve.compile.progress import progress_bar
 from tpserve.proto.host import cpu_features
 from tpserve.proto.manifest import KVLayout, Manifest, sha256_file
 
@@ -126,10 +127,13 @@ def _kernel_library(target: str, policy: CachePolicy) -> Path:
     key = hashlib.sha256(json.dumps(_kernel_facts(target)).encode()).hexdigest()
 
     def build(folder: Path) -> None:
-        if target == "llvm":
-            native.build_library(native.CPU_KERNEL_SOURCES, folder / KERNEL_LIBRARY)
-        else:
-            native_cuda.build_cuda_library(native_cuda.CUDA_KERNEL_SOURCES, folder / KERNEL_LIBRARY)
+        with progress_bar("Compiling kernels, once for all models") as progress:
+            if target == "llvm":
+                native.build_library(native.CPU_KERNEL_SOURCES, folder / KERNEL_LIBRARY, progress=progress)
+            else:
+                native_cuda.build_cuda_library(
+                    native_cuda.CUDA_KERNEL_SOURCES, folder / KERNEL_LIBRARY, progress=progress
+                )
 
     # REDO means the model's own library: kernels of unchanged sources would come out the same.
     kernel_policy = CachePolicy.ON if policy is CachePolicy.REDO else policy

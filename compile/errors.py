@@ -3,7 +3,9 @@
 CompileError
 ├── ModelConfigError      config.json cannot be served
 ├── CheckpointError       weights or tokenizer are missing, corrupt or of an unknown kind
-└── CacheError            the artifact cache cannot give or take an artifact under its policy
+├── CacheError            the artifact cache cannot give or take an artifact under its policy
+├── NativeBuildError      native.py: the host's C++ compiler is missing or refused the kernels
+└── CudaBuildError        native_cuda.py: nvcc is missing or refused the kernels
 """
 
 

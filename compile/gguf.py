@@ -7,7 +7,6 @@ must load to agree with it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from tpserve.compile.errors import CheckpointError
-
-Progress = Callable[[int, int], None]
-"""Called with (tensors done, tensors in all)."""
+from tpserve.compile.progress import Progress
 
 _LAYER_NAMES = {
     "attn_norm.weight": "input_layernorm.weight",

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import tvm_ffi.libinfo
 
+from tpserve.compile.errors import CompileError
+from tpserve.compile.progress import Progress
+
 _PACKAGE = Path(__file__).parent.parent
 
 CPU_KERNEL_SOURCES: tuple[Path, ...] = tuple(
@@ -38,11 +41,17 @@ _FLAGS = (
 )
 
 
-class NativeBuildError(RuntimeError):
+class NativeBuildError(CompileError):
     """The host compiler is missing or refused the sources."""
 
 
-def build_library(sources: Sequence[Path], out: Path, *, extra_flags: Sequence[str] = ()) -> None:
+def build_library(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    extra_flags: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
+) -> None:
     """Compile C++20 sources for this machine and link them into `out`.
 
     The file appears at once and whole: a build that fails or is killed leaves an older `out` as it was.
@@ -55,6 +64,8 @@ def build_library(sources: Sequence[Path], out: Path, *, extra_flags: Sequence[s
         Path of the shared library; its folder must exist.
     extra_flags
         Added after the standard flags.
+    progress
+        Called after each source and the link.
 
     Raises
     ------
@@ -71,13 +82,15 @@ def build_library(sources: Sequence[Path], out: Path, *, extra_flags: Sequence[s
             _run([compiler, *_FLAGS, *headers, *extra_flags, "-c", str(source), "-o", str(target)], source.name)
 
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(compile_one, sources, objects))
+            for done, _ in enumerate(pool.map(compile_one, sources, objects), 1):
+                progress(done, len(sources) + 1)
         partial = Path(scratch) / out.name
         # Never unloaded: threads of its pool run its code as long as the process lives.
         link = ["-Wl,-z,nodelete", f"-L{library.parent}", f"-Wl,-rpath,{library.parent}", "-ltvm_ffi"]
         link += ["-o", str(partial)]
         _run([compiler, "-shared", *_FLAGS, *extra_flags, *map(str, objects), *link], out.name)
         partial.replace(out)
+        progress(len(sources) + 1, len(sources) + 1)
 
 
 def compiler_version() -> str:

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import tvm_ffi.libinfo
 
+from tpserve.compile.errors import CompileError
+from tpserve.compile.progress import Progress
+
 _KERNELS = Path(__file__).parent / "kernels" / "cuda"
 
 CUDA_KERNEL_SOURCES: tuple[Path, ...] = tuple(sorted(_KERNELS.glob("*.cu")))
@@ -39,11 +42,17 @@ _FLAGS = (
 )
 
 
-class CudaBuildError(RuntimeError):
+class CudaBuildError(CompileError):
     """nvcc is missing or refused the sources."""
 
 
-def build_cuda_library(sources: Sequence[Path], out: Path, *, extra_flags: Sequence[str] = ()) -> str:
+def build_cuda_library(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    extra_flags: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
+) -> str:
     """Compile CUDA sources for Hopper and link them into `out`.
 
     The file appears at once and whole: a build that fails or is killed leaves an older `out` as it was.
@@ -56,6 +65,8 @@ def build_cuda_library(sources: Sequence[Path], out: Path, *, extra_flags: Seque
         Path of the shared library; its folder must exist.
     extra_flags
         Added after the standard flags.
+    progress
+        Called after each source and the link.
 
     Returns
     -------
@@ -76,11 +87,15 @@ def build_cuda_library(sources: Sequence[Path], out: Path, *, extra_flags: Seque
             return _run([nvcc, *_FLAGS, *headers, *extra_flags, "-c", str(source), "-o", str(target)], source.name)
 
         with ThreadPoolExecutor(max_workers=min(_MAX_JOBS, len(os.sched_getaffinity(0)))) as pool:
-            output = "".join(pool.map(compile_one, sources, objects))
+            output = ""
+            for done, said in enumerate(pool.map(compile_one, sources, objects), 1):
+                output += said
+                progress(done, len(sources) + 1)
         partial = Path(scratch) / out.name
         link = [f"-L{library.parent}", f"-Xlinker=-rpath,{library.parent}", "-ltvm_ffi", "-o", str(partial)]
         _run([nvcc, "-shared", *_FLAGS, *extra_flags, *map(str, objects), *link], out.name)
         partial.replace(out)
+        progress(len(sources) + 1, len(sources) + 1)
     return output
 
 

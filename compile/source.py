@@ -10,6 +10,7 @@ from typing import Literal
 
 from tpserve.compile.cache import CachePolicy, cache_root, cached_folder
 from tpserve.compile.errors import CacheError, CheckpointError
+from tpserve.compile.progress import progress_bar
 from tpserve.proto.manifest import sha256_file
 
 HUB_PREFIX = "HF://"
@@ -78,15 +79,11 @@ def _from_hub(model: str, policy: CachePolicy) -> Path:
 
 def convert_to(source: Path, folder: Path) -> None:
     """Convert a GGUF file into `folder`, with a progress bar."""
-    # rich and the GGUF reader are not needed to serve a folder.
-    from rich.console import Console
-    from rich.progress import Progress
-
+    # The GGUF reader is not needed to serve a folder.
     from tpserve.compile.gguf import convert_gguf
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"Converting {source.name}", total=None)
-        convert_gguf(source, folder, lambda done, total: bar.update(task, completed=done, total=total))
+    with progress_bar(f"Converting {source.name}") as progress:
+        convert_gguf(source, folder, progress)
 
 
 def _from_gguf(path: Path, policy: CachePolicy) -> Path:

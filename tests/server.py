@@ -262,7 +262,8 @@ class Outcome:
         """Return the one line that says what is wrong; there must be exactly one and no traceback."""
         assert self.code != 0, f"the command succeeded:\n{self.stdout}{self.stderr}"
         assert "Traceback" not in self.stderr, self.stderr
-        lines = [line for line in self.stderr.splitlines() if "error: " in line]
+        # As every command of ours says it; a log may quote another library's "error: ".
+        lines = [line for line in self.stderr.splitlines() if re.search(r"tpserve( \w+)?: error: ", line)]
         assert len(lines) == 1, f"{len(lines)} lines with an error:\n{self.stderr}"
         return lines[0]
 
