@@ -71,7 +71,8 @@ class ParamSpec:
 class KVLayout:
     """Shape of the KV pages of one rank.
 
-    The tensor is (num_layers, num_pages, num_kv_heads, 2, head_dim * page_size). Within a page K is stored
+    Of each layer: (num_pages, num_kv_heads, 2, head_dim * page_size), keys then values. The order within a page is the
+    target's: on cuda `compile/kernels/cuda/kv.cuh` describes it; on llvm K is stored
     transposed, (head_dim, page_size), so that one vector holds one dimension of sixteen
     keys; V is (page_size, head_dim).
     """
