@@ -54,10 +54,6 @@ class RankActor:
         address: RankAddress = self._rank.start(config)
         return address
 
-    def stop(self) -> None:
-        """Stop the rank."""
-        self._rank.stop()
-
 
 class Cluster:
     """The Ray side of one replica."""

@@ -50,13 +50,6 @@ class Rank:
         self._server, port = serve(self._runner, config.rank, config.host)
         return RankAddress(config.rank, config.host, port, os.getpid(), socket.gethostname())
 
-    def stop(self) -> None:
-        """Leave the group and stop listening."""
-        if self._server is not None:
-            self._server.stop(grace=None).wait(5)
-        if self._runner is not None:
-            self._runner.close()
-
 
 def _log_progress(done: int, total: int) -> None:
     if done == total:
