@@ -27,7 +27,9 @@ from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
+from tpserve.coordinator.log import configure
 from tpserve.coordinator.process import end_with_parent, tell_parent
+from tpserve.coordinator.tracing import Tracing, TracingUnavailable
 
 logger = logging.getLogger("tpserve.coordinator.gateway")
 
@@ -106,17 +108,23 @@ def make_service(config: GatewayConfig) -> Service:
     ------
     ModelFilesError
         If the model folder is not usable.
+    TracingUnavailable
+        If spans cannot be sent.
     """
+    tracing = None if config.otlp_traces_endpoint is None else Tracing(config.otlp_traces_endpoint, "gateway")
     engine = EngineClient(
-        config.engine_address, rpc_timeout_s=config.rpc_timeout_s, session_timeout_s=config.session_timeout_s
+        config.engine_address,
+        rpc_timeout_s=config.rpc_timeout_s,
+        session_timeout_s=config.session_timeout_s,
+        traceparent=tracing.traceparent if tracing is not None else None,
     )
-    return Service(config, ServedModel.load(Path(config.model_dir)), engine, HttpMetrics())
+    return Service(config, ServedModel.load(Path(config.model_dir)), engine, HttpMetrics(), tracing)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the gateway; return the exit code."""
     args = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(format="%(asctime)s %(levelname).1s gateway: %(message)s", level=logging.INFO)
+    configure("text", "gateway")
     if len(args) != 1:
         logger.error("usage: python -m tpserve.coordinator.gateway CONFIG (a JSON object, or - for standard input)")
         return 2
@@ -125,7 +133,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         logger.error("%s", error)
         return 2
-    logging.getLogger().setLevel(config.log_level.upper())
+    configure(
+        "json" if config.log_format == "json" else "text", "gateway", logging.getLevelName(config.log_level.upper())
+    )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and end are told here
     if config.parent_pid is not None:
         end_with_parent(config.parent_pid)
@@ -138,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             service = make_service(config)
-        except ModelFilesError as error:
+        except (ModelFilesError, TracingUnavailable) as error:
             return _fail(str(error))
         uvicorn_config = uvicorn.Config(
             create_app(service),
@@ -153,6 +163,8 @@ def main(argv: list[str] | None = None) -> int:
             timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + DRAIN_GRACE_S,
         )
         Server(uvicorn_config, service).run(sockets=[bound])
+        if service.tracing is not None:
+            service.tracing.shutdown()
     return 0
 
 

@@ -13,13 +13,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from tpserve.coordinator.gateway import chat, completions
+from tpserve.coordinator.gateway import chat, completions, debug
 from tpserve.coordinator.gateway.edge import Edge
 from tpserve.coordinator.gateway.engine_types import EngineStatus
 from tpserve.coordinator.gateway.errors import FAULT_MESSAGE, ApiError, EngineUnavailable, InternalError, error_object
 from tpserve.coordinator.gateway.metrics import CONTENT_TYPE
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.stream import error_response, json_response
+from tpserve.coordinator.gateway.tracing import TraceRequests
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -34,11 +35,13 @@ def create_app(service: Service) -> ASGIApp:
     app = FastAPI(title="tpserve", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     _add_openai_routes(app, service)
     _add_operations_routes(app, service)
+    if service.config.enable_debug:
+        debug.add_routes(app, service)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_fault)
     edge: ASGIApp = Edge(
-        app,
+        app if service.tracing is None else TraceRequests(app, service.tracing),
         metrics=service.metrics,
         routes=[path for route in app.routes if isinstance(path := getattr(route, "path", None), str)],
         api_keys=service.config.api_keys,

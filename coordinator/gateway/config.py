@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
+from tpserve.coordinator.log import LOG_FORMATS
+
 
 class ConfigError(ValueError):
     """The configuration is malformed; the message names the field and the remedy."""
@@ -44,6 +46,12 @@ class GatewayConfig:
     drain_timeout_s: float = 30.0
     """After SIGTERM, running requests get this long."""
     log_level: str = "info"
+    log_format: str = "text"
+    """text or json."""
+    enable_debug: bool = False
+    """Opens /debug."""
+    otlp_traces_endpoint: str | None = None
+    """Where spans are sent; None: nowhere."""
     parent_pid: int | None = None
     """The process that started this one; the gateway ends with it. None: it stands alone."""
 
@@ -62,6 +70,8 @@ class GatewayConfig:
                 raise ConfigError(f"{name} is {value}: it must be positive and finite")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"log_level is {self.log_level!r}: it must be debug, info, warning or error")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format is {self.log_format!r}: it must be text or json")
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -93,8 +103,13 @@ def _convert(name: str, annotation: str, value: Any) -> object:
     if annotation == "tuple[str, ...]":
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
-    elif annotation == "str":
+    elif annotation in ("str", "str | None"):
         if isinstance(value, str):
+            return value
+        if value is None and annotation == "str | None":
+            return None
+    elif annotation == "bool":
+        if isinstance(value, bool):
             return value
     elif isinstance(value, bool):
         pass

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 import grpc.aio
@@ -51,10 +51,20 @@ class EngineClient:
         Deadline of unary calls; the coordinator is asked for its state this often.
     session_timeout_s
         Silence after which the session is given up.
+    traceparent
+        Returns the W3C trace context of the request being submitted; None: requests are not traced.
     """
 
-    def __init__(self, address: str, *, rpc_timeout_s: float, session_timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        rpc_timeout_s: float,
+        session_timeout_s: float,
+        traceparent: Callable[[], str] | None = None,
+    ) -> None:
         self._address = address
+        self._traceparent = traceparent
         self._rpc_timeout_s = rpc_timeout_s
         self._session_timeout_s = session_timeout_s
         self._disconnected = EngineState(EngineStatus.DISCONNECTED, f"no session with the coordinator at {address}")
@@ -131,6 +141,7 @@ class EngineClient:
             max_tokens=request.max_tokens,
             stop_token_ids=request.stop_token_ids,
             name=request.name,
+            traceparent="" if self._traceparent is None else self._traceparent(),
         )
         self._outbox.put_nowait(engine_pb2.GatewayMessage(submit=submit))
         return request_id
@@ -167,6 +178,29 @@ class EngineClient:
         except grpc.aio.AioRpcError as error:
             raise EngineUnavailable(f"the coordinator gave no metrics: {error.details()}") from None
         return reply.text
+
+    async def trace(self, num_steps: int, timeout_s: float) -> str:
+        """Return a trace of the next steps, in Chrome's trace event format.
+
+        Raises
+        ------
+        InvalidRequest
+            If the coordinator does not take the numbers, or records a trace for somebody else.
+        EngineUnavailable
+            If it does not answer.
+        """
+        if self._stub is None:
+            raise self._unavailable()
+        try:
+            reply: engine_pb2.StepTrace = await self._stub.Trace(
+                engine_pb2.TraceRequest(num_steps=num_steps, timeout_s=timeout_s),
+                timeout=timeout_s + self._rpc_timeout_s,
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION):
+                raise InvalidRequest(error.details() or "", param="steps") from None
+            raise EngineUnavailable(f"the coordinator gave no trace: {error.details()}") from None
+        return reply.json
 
     def _unavailable(self) -> EngineUnavailable:
         state = self.state

@@ -18,6 +18,8 @@ from tpserve.coordinator.gateway.generation import Generation, Update, Usage
 from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.stream import ChunkWriter, EventStream, json_response
+from tpserve.coordinator.gateway.tracing import TracedCall
+from tpserve.coordinator.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Service:
     model: ServedModel
     engine: EngineClient
     metrics: HttpMetrics
+    tracing: Tracing | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     """When the models appeared, for /v1/models; Unix time, seconds."""
 
@@ -95,6 +98,9 @@ class Service:
         generation = Generation(
             self.engine, self.model.tokenizer, requests, stops=stops, timeout_s=self.config.request_timeout_s
         )
+        if self.tracing is not None:
+            call: TracedCall = http.state.traced_call
+            call.begin(requests, self.config.served_model_names[0], generation.usage, is_stream=writer is not None)
         handed_over = False
         try:
             await generation.start(http.receive, self.config.accept_timeout_s)

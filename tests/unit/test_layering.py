@@ -15,7 +15,11 @@ ALLOWED = {
     "worker": {"worker", "proto", "collectives"},
     "coordinator": {"coordinator", "proto"},
 }
-GATEWAY_ALLOWED = ("tpserve.proto", "tpserve.coordinator.gateway", "tpserve.coordinator.process")
+GATEWAY_ALLOWED = (
+    "tpserve.proto",
+    "tpserve.coordinator.gateway",
+    *(f"tpserve.coordinator.{name}" for name in ("process", "log", "metrics_catalogue", "step_log", "tracing")),
+)
 BENCH_ALLOWED = ("tpserve.proto", "tpserve.coordinator.bench", "tpserve.coordinator.process")
 PURE = ("scheduler", "page_pool", "prefix_cache", "kv_pages", "slot_table", "sequence_list", "step_calendar", "request")
 IMPURE_MODULES = {"asyncio", "time", "random", "grpc", "ray", "logging", "os", "socket", "threading", "numpy"}
