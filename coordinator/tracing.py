@@ -101,7 +101,7 @@ class RequestSpans:
         self._root = self._tracer.start_span(
             "engine.request",
             context=tracing.context_of(traceparent),
-            attributes={"gen_ai.response.id": name, "gen_ai.usage.input_tokens": num_prompt_tokens},
+            attributes={"tpserve.request_id": name, "gen_ai.usage.input_tokens": num_prompt_tokens},
         )
         self._phase = self._open("engine.queue")
         self._pending: list[int] = []

@@ -91,7 +91,6 @@ class TracedCall:
             {
                 "gen_ai.request.model": model,
                 "gen_ai.response.model": model,
-                "gen_ai.response.id": first.name,
                 "gen_ai.request.max_tokens": first.max_tokens,
                 "gen_ai.request.temperature": sampling.temperature,
                 "gen_ai.request.top_p": sampling.top_p,

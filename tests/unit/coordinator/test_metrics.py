@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from scripts import ROOT, load_script
 from simulated_group import (
     BUCKET_TOKENS,
     COLLECTIVE_BYTES,
@@ -28,8 +27,6 @@ from tpserve.coordinator.metric_values import Histogram
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.metrics_catalogue import CATALOGUE, VLLM_PREFIX, sample_names
 from tpserve.proto.messages import StepResult
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def samples(text: str) -> dict[str, float]:
@@ -138,9 +135,5 @@ def test_ranks_that_are_level_make_no_straggler() -> None:
 
 
 def test_the_table_of_metrics_is_that_of_the_code() -> None:
-    spec = importlib.util.spec_from_file_location("make_metrics_table", ROOT / "docs/make_metrics_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (ROOT / "docs/metrics.md").read_text() == module.table(), "run docs/make_metrics_table.py"
+    table = load_script("docs/make_metrics_table.py").table()
+    assert (ROOT / "docs/metrics.md").read_text() == table, "run docs/make_metrics_table.py"

@@ -34,7 +34,7 @@ async def test_a_request_has_spans_down_to_the_steps_of_every_rank(
     assert {span.trace_id for span in spans} == {TRACE_ID}
     (root,) = (span for span in spans if span.name == "engine.request")
     assert root.parent_id == PARENT_ID
-    assert root.attributes["gen_ai.response.id"] == "cmpl-1"
+    assert root.attributes["tpserve.request_id"] == "cmpl-1"
     assert root.attributes["gen_ai.usage.input_tokens"] == len(PROMPT)
     assert root.attributes["gen_ai.usage.output_tokens"] == NUM_CHOICES * NUM_TOKENS
     assert root.attributes["gen_ai.response.finish_reasons"] == ["length"] * NUM_CHOICES
