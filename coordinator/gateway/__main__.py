@@ -15,16 +15,12 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import uvicorn
 
 from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.config import ConfigError, GatewayConfig
-from tpserve.coordinator.gateway.engine_client import EngineClient
 from tpserve.coordinator.gateway.errors import EngineUnavailable
-from tpserve.coordinator.gateway.metrics import HttpMetrics
-from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
 from tpserve.coordinator.process import end_with_parent, tell_parent
@@ -99,20 +95,6 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def make_service(config: GatewayConfig) -> Service:
-    """Load the model's text side and prepare the engine session.
-
-    Raises
-    ------
-    ModelFilesError
-        If the model folder is not usable.
-    """
-    engine = EngineClient(
-        config.engine_address, rpc_timeout_s=config.rpc_timeout_s, session_timeout_s=config.session_timeout_s
-    )
-    return Service(config, ServedModel.load(Path(config.model_dir)), engine, HttpMetrics())
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the gateway; return the exit code."""
     args = sys.argv[1:] if argv is None else argv
@@ -137,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         # Prompts are tokenised one at a time, so the library's own threads would only cost.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
-            service = make_service(config)
+            service = Service.load(config)
         except ModelFilesError as error:
             return _fail(str(error))
         uvicorn_config = uvicorn.Config(
