@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from tpserve.coordinator.memory import (
     available_host_bytes,
     plan_memory,
 )
-from tpserve.coordinator.process import end_with_parent, make_ray_temp_dir, remove_folder
+from tpserve.coordinator.process import end_with_parent, make_ray_temp_dir, remove_folder, tell_parent
 from tpserve.proto.manifest import Manifest, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-queued-reqs", type=_positive, default=1024, help="more are answered with 429")
     parser.add_argument("--gpu-memory-utilization", type=_share, default=0.85, help="share of memory to use (0-1]")
     parser.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt whole")
+    parser.add_argument(
+        "--no-gateway",
+        action="store_true",
+        help="the engine alone, without HTTP: prints its address, for `MLCEngine(address=...)`",
+    )
+    parser.add_argument("--engine-host", default="127.0.0.1", help="where the coordinator listens for gateways")
+    parser.add_argument("--engine-port", type=int, default=0, help="0 takes a free port")
+    parser.add_argument("--parent-pid", type=_positive, help=argparse.SUPPRESS)  # of a process that this ends with
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
     parser.add_argument("--served-model-name", nargs="+", help="names clients may use (default: the model's)")
@@ -106,14 +115,17 @@ def main(args: argparse.Namespace) -> int:
     server = _Server(args)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, server.on_signal)
+    if args.parent_pid is not None:
+        end_with_parent(args.parent_pid)
     try:
         server.start()
         return server.watch()
-    except _AlreadyTold:
-        return 1
     except (ServeError, ClusterError, ManifestError) as error:
         # One clear line; what led to it is in the log above.
-        logger.error("tpserve serve: error: %s", error)
+        if not isinstance(error, _AlreadyTold):
+            logger.error("tpserve serve: error: %s", error)
+        if args.no_gateway:
+            tell_parent(error=str(error))
         return 1
     finally:
         server.stop()
@@ -149,7 +161,9 @@ class _Server:
             )
         if on_gpu and len(gpus) < args.tp:
             raise ServeError(f"--tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu")
-        _require_free_port(args.host, args.port)
+        if not args.no_gateway:
+            _require_free_port("", args.host, args.port)
+        _require_free_port("engine-", args.engine_host, args.engine_port)
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         folders = self._compile(max_num_seqs, "cuda" if on_gpu else "cpu")
         manifest = Manifest.load(Path(folders["artifact_dir"]))
@@ -181,6 +195,13 @@ class _Server:
         engine_address = self._start_coordinator(folders, names[0], memory.num_pages, max_num_seqs)
         if self._stopping:
             return
+        if args.no_gateway:
+            self._await_engine(engine_address)
+            if not self._stopping:
+                logger.info("The engine is ready at %s", engine_address)
+                tell_parent(address=engine_address, model_dir=folders["model_dir"])
+            return
+        logger.info("The engine listens at %s", engine_address)
         url = self._start_gateway(folders, names, engine_address)
         self._await_healthy(url)
         if not self._stopping:
@@ -279,6 +300,8 @@ class _Server:
             **self._observability(),
             "step_timeout_s": args.step_timeout,
             "collective_timeout_s": args.step_timeout * 2 / 3,
+            "host": args.engine_host,
+            "port": args.engine_port,
             "parent_pid": os.getpid(),
         }
         self._coordinator = _spawn("tpserve.coordinator", config, _ray_environment(args.ray_address))
@@ -309,6 +332,22 @@ class _Server:
         }
         self._gateway = _spawn("tpserve.coordinator.gateway", config, {})
         return _first_words("gateway", self._gateway, "url")
+
+    def _await_engine(self, address: str) -> None:
+        """Wait until the ranks are up; a group that cannot start ends the coordinator, which is seen here."""
+        import grpc  # not needed by a server with a gateway, which waits for that
+
+        from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
+
+        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]  # generated code
+            while not self._stopping:
+                self._raise_if_ended()
+                with contextlib.suppress(grpc.RpcError):
+                    info = stub.Describe(engine_pb2.DescribeRequest(), timeout=5)
+                    if info.state.status == engine_pb2.EngineState.READY:
+                        return
+                time.sleep(_POLL_S)
 
     def _await_healthy(self, url: str) -> None:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the gateway is never behind a proxy
@@ -371,10 +410,10 @@ def _last_words(name: str, process: subprocess.Popen[str], line: str) -> str:
     return error or f"the {name} ended with status {process.returncode}"
 
 
-def _require_free_port(host: str, port: int) -> None:
-    """Fail before anything is built if the port is taken; the gateway binds it later."""
+def _require_free_port(kind: str, host: str, port: int) -> None:
+    """Fail before anything is built if the port of --`kind`port is taken; its process binds it later."""
     if not 0 <= port <= 65535:
-        raise ServeError(f"--port {port} is not in 0..65535")
+        raise ServeError(f"--{kind}port {port} is not in 0..65535")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -384,7 +423,7 @@ def _require_free_port(host: str, port: int) -> None:
             bound.bind(address)
     except OSError as error:
         raise ServeError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another --{kind}host or --{kind}port"
         ) from None
 
 

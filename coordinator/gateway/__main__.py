@@ -15,21 +15,17 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import uvicorn
 
 from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.config import ConfigError, GatewayConfig
-from tpserve.coordinator.gateway.engine_client import EngineClient
 from tpserve.coordinator.gateway.errors import EngineUnavailable
-from tpserve.coordinator.gateway.metrics import HttpMetrics
-from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
 from tpserve.coordinator.log import configure
 from tpserve.coordinator.process import end_with_parent, tell_parent
-from tpserve.coordinator.tracing import Tracing, TracingUnavailable
+from tpserve.coordinator.tracing import TracingUnavailable
 
 logger = logging.getLogger("tpserve.coordinator.gateway")
 
@@ -101,26 +97,6 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def make_service(config: GatewayConfig) -> Service:
-    """Load the model's text side and prepare the engine session.
-
-    Raises
-    ------
-    ModelFilesError
-        If the model folder is not usable.
-    TracingUnavailable
-        If spans cannot be sent.
-    """
-    tracing = None if config.otlp_traces_endpoint is None else Tracing(config.otlp_traces_endpoint, "gateway")
-    engine = EngineClient(
-        config.engine_address,
-        rpc_timeout_s=config.rpc_timeout_s,
-        session_timeout_s=config.session_timeout_s,
-        traceparent=tracing.traceparent if tracing is not None else None,
-    )
-    return Service(config, ServedModel.load(Path(config.model_dir)), engine, HttpMetrics(), tracing)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the gateway; return the exit code."""
     args = sys.argv[1:] if argv is None else argv
@@ -147,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         # Prompts are tokenised one at a time, so the library's own threads would only cost.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
-            service = make_service(config)
+            service = Service.load(config)
         except (ModelFilesError, TracingUnavailable) as error:
             return _fail(str(error))
         uvicorn_config = uvicorn.Config(

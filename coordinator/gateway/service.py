@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -53,6 +54,26 @@ class Service:
     tracing: Tracing | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     """When the models appeared, for /v1/models; Unix time, seconds."""
+
+    @classmethod
+    def load(cls, config: GatewayConfig) -> Service:
+        """Load the model's text side and prepare the engine session.
+
+        Raises
+        ------
+        ModelFilesError
+            If the model folder is not usable.
+        TracingUnavailable
+            If spans cannot be sent.
+        """
+        tracing = None if config.otlp_traces_endpoint is None else Tracing(config.otlp_traces_endpoint, "gateway")
+        engine = EngineClient(
+            config.engine_address,
+            rpc_timeout_s=config.rpc_timeout_s,
+            session_timeout_s=config.session_timeout_s,
+            traceparent=tracing.traceparent if tracing is not None else None,
+        )
+        return cls(config, ServedModel.load(Path(config.model_dir)), engine, HttpMetrics(), tracing)
 
     def resolve_model(self, name: str | None) -> str:
         """Return the name that the answer carries.

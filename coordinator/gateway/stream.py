@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import orjson
@@ -25,7 +27,7 @@ class ChunkWriter(Protocol):
     """Writes one kind of streamed answer."""
 
     def write(self, update: Update) -> bytes:
-        """Return the events for what is new in a choice; may be empty."""
+        """Return the events, each whole, for what is new in a choice; may be empty."""
 
     def close(self) -> bytes:
         """Return what comes after the last choice has finished, before [DONE]."""
@@ -77,6 +79,25 @@ class EventStream(Response):
         self._keep_alive_s = keep_alive_s
         self._num_sent = 0
 
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yield the events of each batch of updates, and close the generation. The end of the stream is not among them.
+
+        Raises
+        ------
+        ApiError
+            If the generation fails.
+        """
+        write = self._writer.write
+        try:
+            async for updates in self._generation.updates():
+                body = write(updates[0]) if len(updates) == 1 else b"".join(map(write, updates))
+                if body:
+                    yield body
+            if body := self._writer.close():
+                yield body
+        finally:
+            self._generation.close()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all of it."""
         keeper = asyncio.create_task(self._keep_alive(send))
@@ -97,12 +118,10 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
 
     async def _send_events(self, send: Send) -> bytes:
-        """Send an event group per batch of updates; return what ends the stream."""
-        write = self._writer.write
+        """Send the events; return what ends the stream."""
         try:
-            async for updates in self._generation.updates():
-                body = write(updates[0]) if len(updates) == 1 else b"".join(map(write, updates))
-                if body:
+            async with contextlib.aclosing(self.events()) as events:
+                async for body in events:
                     self._num_sent += 1
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         except ClientDisconnected as error:
@@ -117,4 +136,4 @@ class EventStream(Response):
             self._metrics.stream_failed(500)
             logger.exception("request %s failed while streaming", self._name)
             return sse(InternalError(FAULT_MESSAGE).to_dict())
-        return self._writer.close() + DONE
+        return DONE

@@ -17,7 +17,7 @@ import tokenizers
 import uvicorn
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tpserve.coordinator.gateway.__main__ import Server, bind, make_service
+from tpserve.coordinator.gateway.__main__ import Server, bind
 from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.config import GatewayConfig
 from tpserve.coordinator.gateway.service import Service
@@ -123,7 +123,7 @@ def make_stack(model_dir: Path, tokenizer: Tokenizer) -> StackFactory:
             port=0,
         )
         config = dataclasses.replace(config, **changes)  # type: ignore[arg-type]  # each test knows its fields
-        service = make_service(config)
+        service = Service.load(config)
         bound = bind(config.host, 0)
         uvicorn_config = uvicorn.Config(
             create_app(service), loop="none", http="httptools", log_config=None, timeout_graceful_shutdown=1
