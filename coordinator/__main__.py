@@ -26,6 +26,7 @@ from tpserve.coordinator.engine import Engine, EngineConfig
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.log import LogFormat, configure, take_over_rank_output
 from tpserve.coordinator.metrics import Compat, Metrics
+from tpserve.coordinator.operations import OperationsServer
 from tpserve.coordinator.process import end_with_parent, tell_parent
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.coordinator.service import EngineService
@@ -70,6 +71,8 @@ class CoordinatorConfig:
     otlp_traces_endpoint: str | None = None
     """Where spans are sent; None: nowhere."""
     log_format: LogFormat = "text"
+    operations_port: int | None = None
+    """Port of the coordinator's own /metrics and /health, on `host`; None: only gateways have them."""
     enable_debug: bool = False
     """Whether a gateway may ask for a trace of steps."""
 
@@ -114,6 +117,10 @@ async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster, t
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     service = EngineService(engine, metrics, _info(config, manifest), enable_debug=config.enable_debug)
     server = await _listen(config, service)
+    operations = None
+    if config.operations_port is not None:
+        operations = OperationsServer(engine, metrics, config.host, config.operations_port)
+        operating = asyncio.create_task(operations.serve())
     serving = asyncio.create_task(engine.run())
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -129,6 +136,9 @@ async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster, t
             await serving
         service.close()
         await server.stop(grace=1)
+        if operations is not None:
+            operations.should_exit = True
+            await operating
     return 0
 
 

@@ -111,6 +111,8 @@ class Engine:
         self._wake = asyncio.Event()
         self._status = EngineStatus.STARTING
         self._detail = "starting the TP group"
+        self.was_ready = False
+        """Whether it has ever been READY."""
         self._watchers: list[Callable[[], None]] = []
         self._draining = False
         self._drained = asyncio.Event()
@@ -484,6 +486,7 @@ class Engine:
     def _set_status(self, status: EngineStatus, detail: str) -> None:
         self._status = status
         self._detail = detail
+        self.was_ready |= status is EngineStatus.READY
         logger.info("engine is %s%s", status.name, f": {detail}" if detail else "")
         for watcher in list(self._watchers):
             watcher()

@@ -77,11 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--engine-host", default="127.0.0.1", help="where the coordinator listens for gateways")
     parser.add_argument("--engine-port", type=int, default=0, help="0 takes a free port")
+    parser.add_argument(
+        "--operations-port",
+        type=_positive,
+        metavar="PORT",
+        help="the coordinator's own /metrics and /health, on --engine-host (default: only the gateway has them)",
+    )
     parser.add_argument("--parent-pid", type=_positive, help=argparse.SUPPRESS)  # of a process that this ends with
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
     parser.add_argument("--served-model-name", nargs="+", help="names clients may use (default: the model's)")
     parser.add_argument("--api-key", action="append", default=[], help="may be given several times")
+    parser.add_argument("--api-key-file", type=Path, help="more keys, one a line; a mounted secret")
     parser.add_argument("--allow-origins", nargs="*", default=[], help="origins for CORS")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     parser.add_argument("--ray-address", help="an existing Ray cluster (default: start Ray here)")
@@ -164,6 +171,8 @@ class _Server:
         if not args.no_gateway:
             _require_free_port("", args.host, args.port)
         _require_free_port("engine-", args.engine_host, args.engine_port)
+        if args.operations_port is not None:
+            _require_free_port("operations-", args.engine_host, args.operations_port)
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         folders = self._compile(max_num_seqs, "cuda" if on_gpu else "cpu")
         manifest = Manifest.load(Path(folders["artifact_dir"]))
@@ -205,7 +214,7 @@ class _Server:
         url = self._start_gateway(folders, names, engine_address)
         self._await_healthy(url)
         if not self._stopping:
-            logger.info("Ready at %s\n\n%s\n", url, _curl(url, names[0], bool(args.api_key)))
+            logger.info("Ready at %s\n\n%s\n", url, _curl(url, names[0], bool(args.api_key or args.api_key_file)))
 
     def watch(self) -> int:
         """Wait for a signal or for a process that ends on its own; return the exit code."""
@@ -297,6 +306,7 @@ class _Server:
             "ray_temp_dir": ray_temp_dir,
             "drain_timeout_s": args.drain_timeout,
             "metrics_compat": args.metrics_compat,
+            "operations_port": args.operations_port,
             **self._observability(),
             "step_timeout_s": args.step_timeout,
             "collective_timeout_s": args.step_timeout * 2 / 3,
@@ -325,6 +335,7 @@ class _Server:
             "host": args.host,
             "port": args.port,
             "api_keys": args.api_key,
+            "api_key_file": None if args.api_key_file is None else str(args.api_key_file),
             "allow_origins": args.allow_origins,
             "drain_timeout_s": args.drain_timeout,
             **self._observability(),

@@ -126,8 +126,12 @@ def main(argv: list[str] | None = None) -> int:
             service = Service.load(config)
         except (ModelFilesError, TracingUnavailable) as error:
             return _fail(str(error))
+        try:
+            app = create_app(service)
+        except ConfigError as error:
+            return _fail(str(error))
         uvicorn_config = uvicorn.Config(
-            create_app(service),
+            app,
             loop="uvloop",
             http="httptools",
             ws="none",

@@ -21,6 +21,7 @@ from tpserve.coordinator.gateway.metrics import CONTENT_TYPE
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.stream import error_response, json_response
 from tpserve.coordinator.gateway.tracing import TraceRequests
+from tpserve.coordinator.health import PROBES, passes
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -44,7 +45,7 @@ def create_app(service: Service) -> ASGIApp:
         app if service.tracing is None else TraceRequests(app, service.tracing),
         metrics=service.metrics,
         routes=[path for route in app.routes if isinstance(path := getattr(route, "path", None), str)],
-        api_keys=service.config.api_keys,
+        api_keys=service.config.all_api_keys(),
         max_body_bytes=service.config.max_body_bytes,
     )
     if service.config.allow_origins:
@@ -94,6 +95,15 @@ def _add_operations_routes(app: FastAPI, service: Service) -> None:
         state = service.engine.state
         body = {"status": state.status.value, "detail": state.detail}
         return json_response(body, 200 if state.status is EngineStatus.READY else 503)
+
+    @app.get("/health/{probe}")
+    async def probe(probe: str) -> Response:
+        if probe not in PROBES:
+            raise HTTPException(404)
+        state = service.engine.state
+        body = {"status": state.status.value, "detail": state.detail}
+        good = passes(probe, state.status.value, was_ready=service.engine.was_ready)
+        return json_response(body, 200 if good else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

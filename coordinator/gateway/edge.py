@@ -25,7 +25,7 @@ from tpserve.coordinator.gateway.stream import error_response
 
 logger = logging.getLogger(__name__)
 
-QUIET_ROUTES = ("/health", "/metrics")
+QUIET_ROUTES = ("/health", "/health/{probe}", "/metrics")
 """Scraped all the time; logged at debug level."""
 
 GUARDED_PATHS = ("/v1/", "/debug/")
@@ -70,6 +70,8 @@ class Edge:
         exchange = _Exchange(send, _request_id(headers))
         path: str = scope["path"]
         route = path if path in self._routes else "other"
+        if path.startswith("/health/"):
+            route = "/health/{probe}"
         scope.setdefault("state", {})["request_id"] = exchange.request_id
         self._metrics.begin(route)
         try:

@@ -70,6 +70,8 @@ class EngineClient:
         self._disconnected = EngineState(EngineStatus.DISCONNECTED, f"no session with the coordinator at {address}")
         self._state = self._disconnected
         self._responsive = True
+        self.was_ready = False
+        """Whether the engine has ever been ready, as far as this side knows."""
         self._info: EngineInfo | None = None
         self._mailboxes: dict[int, Mailbox] = {}
         self._next_request_id = 1
@@ -219,7 +221,7 @@ class EngineClient:
                         engine_pb2.DescribeRequest(), timeout=self._rpc_timeout_s, wait_for_ready=True
                     )
                     self._info = EngineInfo(info.max_model_len, info.vocab_size, info.version)
-                    self._state = EngineState.from_pb(info.state)
+                    self._set_state(EngineState.from_pb(info.state))
                     backoff_s = FIRST_BACKOFF_S
                     logger.info("session with the coordinator at %s: %s", self._address, self._state.status.value)
                     await self._session(stub)
@@ -327,6 +329,7 @@ class EngineClient:
         if state != self._state:
             logger.info("the engine is %s%s", state.status.value, f": {state.detail}" if state.detail else "")
         self._state = state
+        self.was_ready |= state.status is EngineStatus.READY
 
     def _lose_session(self) -> None:
         """Fail every request: with the session, the coordinator has forgotten them."""

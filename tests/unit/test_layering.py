@@ -18,7 +18,10 @@ ALLOWED = {
 GATEWAY_ALLOWED = (
     "tpserve.proto",
     "tpserve.coordinator.gateway",
-    *(f"tpserve.coordinator.{name}" for name in ("process", "log", "metrics_catalogue", "step_log", "tracing")),
+    *(
+        f"tpserve.coordinator.{name}"
+        for name in ("process", "health", "log", "metrics_catalogue", "step_log", "tracing")
+    ),
 )
 BENCH_ALLOWED = ("tpserve.proto", "tpserve.coordinator.bench", "tpserve.coordinator.process")
 PURE = ("scheduler", "page_pool", "prefix_cache", "kv_pages", "slot_table", "sequence_list", "step_calendar", "request")
