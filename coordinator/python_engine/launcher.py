@@ -54,18 +54,35 @@ def serve_arguments(model: str, options: dict[str, Any]) -> list[str]:
             arguments += map(str, value)
         elif value is not True:
             arguments.append(str(value))
-    parser = _Parser(prog="tpserve serve", allow_abbrev=False, add_help=False)
-    add_arguments(parser)
-    _, unknown = parser.parse_known_args(arguments)
+    _, unknown = _parser().parse_known_args(arguments)
     if unknown:
         name = unknown[0].removeprefix("--").replace("-", "_")
         raise TypeError(f"{name!r} is not an option of the engine; `tpserve serve --help` lists them")
     return arguments
 
 
+def options_of_flags(model: str, flags: list[str]) -> dict[str, Any]:
+    """Return flags of `tpserve serve` as keyword options.
+
+    Raises
+    ------
+    ValueError
+        If a flag is unknown or its value not one that it takes.
+    """
+    parser = _parser()
+    defaults = vars(parser.parse_args([model]))
+    return {name: value for name, value in vars(parser.parse_args([model, *flags])).items() if value != defaults[name]}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="tpserve serve", allow_abbrev=False, add_help=False)
+    add_arguments(parser)
+    return parser
 
 
 class Launcher:
@@ -153,10 +170,7 @@ class Launcher:
         process = self._process
         if process is None:
             return
-        deadline = time.monotonic() + drain_s + _ERROR = re.compile(r"^.*tpserve( \w+)?: error: ")
-"""How every command of ours begins that line."""
-
-_KILL_AFTER_S
+        deadline = time.monotonic() + drain_s + _KILL_AFTER_S
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
