@@ -426,10 +426,10 @@ def _require_free_port(kind: str, host: str, port: int) -> None:
     if not 0 <= port <= 65535:
         raise ServeError(f"--{kind}port {port} is not in 0..65535")
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
+        family, type_, proto, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        with socket.socket(family, kind, proto) as bound:
+        with socket.socket(family, type_, proto) as bound:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
     except OSError as error:

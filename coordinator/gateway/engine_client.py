@@ -268,7 +268,9 @@ class EngineClient:
         while True:
             message = await outbox.get()
             try:
-                await asyncio.wait_for(call.write(message), self._session_timeout_s)
+                # Not `wait_for`: before Python 3.12 it drops a cancellation that comes with the end of the write.
+                async with asyncio.timeout(self._session_timeout_s):
+                    await call.write(message)
             except TimeoutError:
                 raise _SessionSilent(f"a write took longer than {self._session_timeout_s:g} s") from None
             except asyncio.InvalidStateError:

@@ -148,7 +148,8 @@ class Generation:
         for number, request in enumerate(self._requests):
             self._first_index[self._engine.submit(request, self._mailbox)] = number * self._n
         try:
-            await asyncio.wait_for(self._mailbox.wait_accepted(), accept_timeout_s)
+            async with asyncio.timeout(accept_timeout_s):
+                await self._mailbox.wait_accepted()
         except TimeoutError:
             raise EngineUnavailable(
                 f"The engine did not accept the request within {accept_timeout_s:g} s", retry_after_s=1

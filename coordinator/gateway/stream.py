@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
 import orjson
@@ -79,7 +79,7 @@ class EventStream(Response):
         self._keep_alive_s = keep_alive_s
         self._num_sent = 0
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """Yield the events of each batch of updates, and close the generation. The end of the stream is not among them.
 
         Raises

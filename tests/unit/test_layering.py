@@ -24,6 +24,7 @@ GATEWAY_ALLOWED = (
     ),
 )
 BENCH_ALLOWED = ("tpserve.proto", "tpserve.coordinator.bench", "tpserve.coordinator.process")
+PYTHON_ENGINE_ALLOWED = (*GATEWAY_ALLOWED, "tpserve.coordinator.serve", "tpserve.coordinator.python_engine")
 PURE = ("scheduler", "page_pool", "prefix_cache", "kv_pages", "slot_table", "sequence_list", "step_calendar", "request")
 IMPURE_MODULES = {"asyncio", "time", "random", "grpc", "ray", "logging", "os", "socket", "threading", "numpy"}
 
@@ -59,6 +60,15 @@ def test_the_gateway_knows_no_scheduler() -> None:
         for name in imports_of(path):
             if name.startswith("tpserve."):
                 assert name.startswith(GATEWAY_ALLOWED), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_python_engine_knows_what_the_http_door_knows() -> None:
+    """And how a server is started; the engine itself it meets over gRPC."""
+    assert sources("coordinator/python_engine")
+    for path in sources("coordinator/python_engine"):
+        for name in imports_of(path):
+            if name.startswith("tpserve."):
+                assert name.startswith(PYTHON_ENGINE_ALLOWED), f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_the_load_tool_knows_the_server_only_from_outside() -> None:

@@ -7,6 +7,7 @@ import sys
 
 _COMMANDS = {
     "serve": "serve a model over the OpenAI API",
+    "chat": "chat with a model in the terminal",
     "compile": "build the library of a model for one TP degree",
     "convert": "write the Hugging Face form of a GGUF file",
     "bench": "measure time per output token and throughput by TP degree and load; the same as bench-tp",
@@ -27,7 +28,11 @@ def main(argv: list[str] | None = None) -> int:
         from tpserve.coordinator.bench.__main__ import main as bench_main
 
         return bench_main(args[1:])
-    for name in ("compile", "convert", "bench"):
+    if args[:1] == ["chat"]:
+        from tpserve.coordinator.chat_cli.__main__ import main as chat_main
+
+        return chat_main(args[1:])
+    for name in ("chat", "compile", "convert", "bench"):
         commands.add_parser(name, help=_COMMANDS[name])
     from tpserve.coordinator.serve import add_arguments
     from tpserve.coordinator.serve import main as serve_main

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -15,6 +16,7 @@ import pytest
 
 from tpserve.coordinator.gateway import __main__ as gateway
 from tpserve.coordinator.gateway.config import ConfigError, GatewayConfig
+from tpserve.coordinator.gateway.engine_client import EngineClient
 from unit.gateway.conftest import StackFactory
 from unit.gateway.test_chat import HI
 from unit.gateway.test_protocol import USER
@@ -166,3 +168,18 @@ def test_config_reads_lists_and_numbers() -> None:
     config = GatewayConfig.from_json(json.dumps({**REQUIRED, "api_keys": ["a", "b"], "drain_timeout_s": 0}))
     assert config.api_keys == ("a", "b")
     assert config.drain_timeout_s == 0.0
+
+
+async def test_a_writer_ends_when_cancelled_just_as_a_write_ends() -> None:
+    """`asyncio.wait_for` of Python 3.11 drops such a cancellation, and the gateway's end hung."""
+    written = asyncio.get_running_loop().create_future()
+    outbox: asyncio.Queue[Any] = asyncio.Queue()
+    outbox.put_nowait(None)
+    client = EngineClient("127.0.0.1:1", rpc_timeout_s=5, session_timeout_s=5)
+    call: Any = SimpleNamespace(write=lambda _: written)
+    writer = asyncio.create_task(client._write(call, outbox))
+    await asyncio.sleep(0.01)
+    written.set_result(None)
+    writer.cancel()
+    done, _ = await asyncio.wait([writer], timeout=2)
+    assert done

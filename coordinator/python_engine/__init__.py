@@ -1,0 +1,1 @@
+"""The Python doors: `MLCEngine` and `AsyncMLCEngine`, the gateway's own handlers called without HTTP."""

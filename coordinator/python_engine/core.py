@@ -1,0 +1,243 @@
+"""What both Python engines are made of: a running engine, the session with it, and the local door to it."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import grpc
+import pydantic
+from prometheus_client.parser import text_string_to_metric_families
+
+from tpserve.coordinator.gateway import chat, completions
+from tpserve.coordinator.gateway.answers import ChatCompletion, ChatCompletionChunk, Completion
+from tpserve.coordinator.gateway.config import GatewayConfig
+from tpserve.coordinator.gateway.engine_client import CHANNEL_OPTIONS
+from tpserve.coordinator.gateway.engine_types import EngineStatus
+from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
+from tpserve.coordinator.gateway.service import Service
+from tpserve.coordinator.gateway.tokenizer import ModelFilesError
+from tpserve.coordinator.python_engine.door import Handler, LocalDoor, to_body
+from tpserve.coordinator.python_engine.errors import EngineError
+from tpserve.coordinator.python_engine.launcher import Launcher, serve_arguments
+from tpserve.coordinator.python_engine.loop import BackgroundLoop, shared_loop
+from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
+
+_POLL_S = 0.02
+_CALL_TIMEOUT_S = 30.0
+"""Of what needs no tokens: metrics, closing the session."""
+
+Whole = TypeVar("Whole", bound=pydantic.BaseModel)
+Chunk = TypeVar("Chunk", bound=pydantic.BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Route(Generic[Whole, Chunk]):
+    """One kind of request."""
+
+    handler: Handler
+    request: type[pydantic.BaseModel]
+    whole: type[Whole]
+    chunk: type[Chunk]
+
+    def body(self, fields: dict[str, Any], extra_body: dict[str, Any] | None) -> bytes:
+        """Return the request body.
+
+        Raises
+        ------
+        TypeError
+            If a field is unknown; over HTTP it would be ignored, but a keyword may not be.
+        """
+        if unknown := sorted(set(fields) - set(self.request.model_fields)):
+            known = ", ".join(sorted(self.request.model_fields))
+            raise TypeError(f"create() has no field {unknown[0]!r}; it has {known}")
+        return to_body({**fields, **(extra_body or {})})
+
+
+CHAT = Route(chat.create_chat_completion, ChatCompletionRequest, ChatCompletion, ChatCompletionChunk)
+COMPLETION = Route(completions.create_completion, CompletionRequest, Completion, Completion)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMetrics:
+    """The engine's metrics at one moment; `metrics["tpserve_num_requests_running"]` is a sample by its name."""
+
+    text: str
+    """Prometheus text format."""
+
+    @property
+    def samples(self) -> dict[str, float]:
+        """Every sample by name; labels other than the model's name follow in braces."""
+        found = {}
+        for family in text_string_to_metric_families(self.text):
+            for sample in family.samples:
+                labels = ",".join(f"{key}={value}" for key, value in sample.labels.items() if key != "model_name")
+                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return found
+
+    def __getitem__(self, name: str) -> float:
+        return self.samples[name]
+
+
+class Core:
+    """A running engine and this process's session with it.
+
+    Parameters
+    ----------
+    model
+        As for `tpserve serve`; with `address`, a folder with the model's tokenizer, or a name for the model, or None.
+    address
+        `host:port` of a running engine. None starts one.
+    options
+        Keyword forms of the flags of `tpserve serve`.
+    start_timeout_s
+        Until the engine takes requests; compiling is in it.
+    log_file
+        Gets the log of an engine that is started here; None is standard error.
+
+    Raises
+    ------
+    EngineError
+        If the engine cannot be started or reached.
+    TypeError, ValueError
+        If an option is unknown or its value not one that the flag takes.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None,
+        *,
+        address: str | None,
+        options: dict[str, Any],
+        start_timeout_s: float,
+        log_file: str | Path | None,
+    ) -> None:
+        self.loop: BackgroundLoop = shared_loop()
+        self._lock = threading.Lock()
+        self._terminated = False
+        self._launcher: Launcher | None = None
+        self._drain_s = float(options.get("drain_timeout", 30.0))
+        if address is None:
+            if model is None:
+                raise TypeError("give the model to serve, or the address of a running engine")
+            arguments = serve_arguments(str(model), options)
+            self._launcher = Launcher(arguments, None if log_file is None else Path(log_file))
+            self._launcher.start(self.loop, start_timeout_s)
+            config = GatewayConfig(
+                self._launcher.facts["address"],
+                self._launcher.facts["model_dir"],
+                _names(str(model), options.get("served_model_name")),
+            )
+        else:
+            if options:
+                raise TypeError(f"{min(options)!r} is for an engine that is started here, not for one at an address")
+            config = _attached_config(address, None if model is None else str(model), start_timeout_s)
+        try:
+            self._service = Service.load(config)
+            self.door = LocalDoor(self._service)
+            self.address = config.engine_address
+            self.request_timeout_s = config.request_timeout_s
+            self.loop.run(self._open(start_timeout_s), timeout_s=start_timeout_s + _CALL_TIMEOUT_S)
+        except ModelFilesError as error:
+            self._stop_launcher()
+            raise EngineError(str(error)) from None
+        except BaseException:
+            self._stop_launcher()
+            raise
+        atexit.register(self.terminate)
+
+    def require_running(self) -> None:
+        """Raise EngineError once `terminate` was called."""
+        if self._terminated:
+            raise EngineError("the engine was terminated")
+
+    async def metrics(self) -> EngineMetrics:
+        """Return the engine's metrics; runs in the engine's loop.
+
+        Raises
+        ------
+        EngineUnavailable
+            If the engine does not answer.
+        """
+        return EngineMetrics(await self._service.engine.metrics())
+
+    def terminate(self) -> None:
+        """Abort what runs, close the session, and end the engine if it was started here. May be called again."""
+        with self._lock:
+            if self._terminated:
+                return
+            self._terminated = True
+        atexit.unregister(self.terminate)
+        try:
+            self.loop.run(self._service.engine.close(), timeout_s=_CALL_TIMEOUT_S)
+        finally:
+            self._stop_launcher()
+
+    def _stop_launcher(self) -> None:
+        if self._launcher is not None:
+            self._launcher.stop(self._drain_s)
+
+    async def _open(self, timeout_s: float) -> None:
+        """Open the session and wait until the engine takes requests."""
+        engine = self._service.engine
+        engine.start()
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while (state := engine.state).status is not EngineStatus.READY:
+            late = asyncio.get_running_loop().time() > deadline
+            ended = self._launcher is not None and self._launcher.has_ended
+            if late or ended or state.status is EngineStatus.DEAD:
+                await engine.close()
+                what = f"not ready within {timeout_s:g} s" if late else "not ready"
+                raise EngineError(f"the engine is {what}: {state.status.value}, {state.detail}")
+            await asyncio.sleep(_POLL_S)
+
+    def pump(self, route: Route[Any, Any], body: bytes, request_id: str, put: Callable[[object], None]) -> None:
+        """Run a streamed request in the engine's loop.
+
+        `put` gets an empty chunk once the request is accepted, each chunk's JSON, and in the end None or the error.
+        """
+
+        async def run() -> None:
+            end: Exception | None = None
+            try:
+                async for event in self.door.stream(route.handler, body, request_id):
+                    put(event)
+            except Exception as error:  # the reader raises it
+                end = error
+            put(end)
+
+        self.loop.submit(run())
+
+
+def _attached_config(address: str, model: str | None, timeout_s: float) -> GatewayConfig:
+    """Ask a running engine what it serves."""
+    try:
+        with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]  # generated code
+            info = stub.Describe(engine_pb2.DescribeRequest(), timeout=timeout_s, wait_for_ready=True)
+    except grpc.RpcError as error:
+        code = error.code().name if isinstance(error, grpc.Call) else "failed"
+        raise EngineError(
+            f"no engine answers at {address} within {timeout_s:g} s ({code}): it must be the address that "
+            "`tpserve serve` logs as 'The engine listens at'"
+        ) from None
+    given = model is not None and (Path(model) / "tokenizer.json").is_file()
+    model_dir = Path(model) if model is not None and given else Path(info.model_dir)
+    if not model_dir.is_dir():
+        raise EngineError(
+            f"the engine at {address} has its model in {model_dir}, which is not on this machine: give a folder with "
+            "the model's tokenizer as `model`"
+        )
+    return GatewayConfig(address, str(model_dir), _names(model or str(model_dir), None))
+
+
+def _names(model: str, served: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the names that requests may give: those asked for, the model's short name, and what it was opened by."""
+    asked = [served] if isinstance(served, str) else list(served or ())
+    short = Path(model.removeprefix("HF://")).name.removesuffix(".gguf")
+    return tuple(dict.fromkeys([*asked, short, model]))

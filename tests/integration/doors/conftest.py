@@ -1,0 +1,34 @@
+"""One server for the tests of every door, with the address of its engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from server import Server
+
+ORIGIN = "http://app.example"
+
+
+@pytest.fixture(scope="package")
+def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("doors")
+    flags = ("--tp", "2", "--max-num-seqs", "8", "--allow-origins", ORIGIN)
+    with Server.running(demo_model, *flags, folder=folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with server.client() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="package")
+def engine_address(server: Server) -> str:
+    (address,) = re.findall(r"The engine listens at (\S+)", server.log)
+    return str(address)
