@@ -44,6 +44,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "shutdown.drainSeconds": {"minimum": 1},
     "compile.tensorParallelSizes": {"items": {"type": "integer", "enum": [1, 2, 4, 8]}, "uniqueItems": True},
     "compile.activeDeadlineSeconds": {"minimum": 60},
+    "image.digest": {"pattern": "^(sha256:[0-9a-f]{64})?$"},
     "image.pullPolicy": {"enum": ["IfNotPresent", "Always", "Never"]},
     "metrics.compat": {"enum": ["none", "vllm"]},
     "tracing.protocol": {"enum": ["grpc", "http/protobuf"]},
