@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="='[NAME: ]ARGS'",
         help="more arguments for `tpserve serve`; each further one is a configuration more, '' is the plain server",
     )
-    add("--spec", metavar="K,..", help="draft lengths to compare; refused as long as `tpserve serve` does not speculate")
+    add("--spec", metavar="K,..", help="draft lengths to compare; refused until `tpserve serve` speculates")
     add("--draft-model", metavar="MODEL", help="as --spec")
     add("--prefix-cache", action="store_true", help="leave the started server's prefix cache on")
     add("--base-url", help="measure this running OpenAI endpoint and start nothing")
@@ -154,8 +154,8 @@ def parse(args: argparse.Namespace) -> Options:
     for flag, value in (("--spec", args.spec), ("--draft-model", args.draft_model)):
         if value is not None:
             raise BenchError(
-                f"{flag} {value}: `tpserve serve` does not speculate yet, so there is nothing to compare; leave it out, "
-                "or measure a server that does with --base-url"
+                f"{flag} {value}: `tpserve serve` does not speculate yet, so there is nothing to compare: leave it "
+                "out, or measure a server that does with --base-url"
             )
     if args.base_url is not None and (args.serve_args or args.quantization):
         raise BenchError("--serve-args and --quantization are for a server that is started, not for --base-url")
