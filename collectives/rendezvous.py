@@ -21,9 +21,9 @@ _NONCE_BYTES = 16
 _RETRY_S = 0.05
 
 
-def listen(host: str) -> socket.socket:
-    """Open rank 0's door on a free port of `host`."""
-    return socket.create_server((host, 0))
+def listen(host: str, port: int = 0) -> socket.socket:
+    """Open rank 0's door; port 0 takes a free one."""
+    return socket.create_server((host, port))
 
 
 class Rendezvous:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def test_checkpoints_of_stored_fp8_are_compiled_as_such_and_as_nothing_else(
 ) -> None:
     model = read(tmp_path, quantization_config=given)
     assert model.stored_fp8
-    config = {"tp_size": 2, "kernels": "tuned", "max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 4}
-    CompileConfig(quantization="fp8", target="cuda", **config).check_model(model)
+    fp8 = CompileConfig(2, "fp8", "tuned", "cuda", max_model_len=64, max_num_batched_tokens=64, max_num_seqs=4)
+    fp8.check_model(model)
     with pytest.raises(ModelConfigError, match="weights are fp8, --quantization q0bf16 cannot read them"):
-        CompileConfig(quantization="q0bf16", target="cuda", **config).check_model(model)
+        replace(fp8, quantization="q0bf16").check_model(model)
