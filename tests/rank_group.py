@@ -161,14 +161,18 @@ class RankGroup:
             pipe.send((kind, numbered))
 
 
-def run_scheduler(group: RankGroup, scheduler: Scheduler) -> list[TokenEvent]:
-    """Step until every request has ended, with as many plans ahead of results as the scheduler makes."""
+def run_scheduler(group: RankGroup, scheduler: Scheduler, *, clear: bool = True) -> list[TokenEvent]:
+    """Step until every request has ended, with as many plans ahead of results as the scheduler makes.
+
+    Then the slots are emptied for the next scheduler, unless this one goes on: it removes its sequences itself.
+    """
     events: list[TokenEvent] = []
     while scheduler.has_unfinished or scheduler.num_in_flight_steps:
         while (plan := scheduler.schedule()) is not None:
             group.submit(plan)
         events += scheduler.update(group.wait())
-    group.clear()
+    if clear:
+        group.clear()
     return events
 
 
