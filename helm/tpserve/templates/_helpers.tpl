@@ -233,7 +233,7 @@ containers:
     image: {{ include "tpserve.image" . | quote }}
     imagePullPolicy: {{ $v.image.pullPolicy }}
     {{- if eq $v.engine.ray.mode "kuberay" }}
-    # KubeRay says how this pod's Ray is started; the engine then joins it. Ctrl goes to the engine, which drains.
+    # KubeRay says how this pod's Ray is started; the engine joins it and is the process that gets SIGTERM.
     command: [/bin/bash, -c]
     args:
       - |
