@@ -223,13 +223,13 @@ async def test_overload_is_refused_and_nobody_lost(server: Server) -> None:
         assert error.code == "rate_limit_exceeded"
     for number, outcome in enumerate(outcomes):
         assert isinstance(outcome, openai.RateLimitError) or outcome == alone[number % 8]
-    assert server.metric("request_rejections_total{reason=queue_full}") >= len(refused)
+    assert server.metric("admission_rejections_total{reason=queue_full}") >= len(refused)
     wait_idle(server)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_client_that_leaves_frees_its_pages(server: Server, stream: bool) -> None:
-    aborted = server.metric("requests_total{finish_reason=aborted}")
+    aborted = server.metric("request_success_total{finished_reason=abort}")
     async with server.async_client() as client:
         request = chat_request(PROMPTS[0], max_tokens=4000, stream=stream, n=2, temperature=1, logit_bias={"2": -100})
         task = asyncio.create_task(client.chat.completions.create(**request))
@@ -245,7 +245,7 @@ async def test_client_that_leaves_frees_its_pages(server: Server, stream: bool) 
         left_at = time.monotonic()
     await asyncio.to_thread(wait_idle, server, 1)
     assert time.monotonic() - left_at < 1.5
-    assert server.metric("requests_total{finish_reason=aborted}") == aborted + 2
+    assert server.metric("request_success_total{finished_reason=abort}") == aborted + 2
 
 
 def test_after_all_that_it_is_as_new(server: Server) -> None:
