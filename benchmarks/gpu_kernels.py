@@ -213,8 +213,8 @@ def main() -> None:
                 "sampling": lambda: sampling(kernels, stream),
                 "fp8": lambda: gemms(kernels, stream, FP8, ["70b tp4"], decode),
                 "bf16": lambda: gemms(kernels, stream, BF16, ["8b tp1"], decode),
-                "large bf16": lambda: gemms(kernels, stream, BF16, ["8b tp1"], [160, 256, 512, 2048]),
-                "large fp8": lambda: gemms(kernels, stream, FP8, ["70b tp4"], [160, 256, 512, 2048]),
+                "large bf16": lambda: gemms(kernels, stream, BF16, ["8b tp1"], [160, 192, 256, 512, 2048]),
+                "large fp8": lambda: gemms(kernels, stream, FP8, ["70b tp4"], [160, 192, 256, 512, 2048]),
             }
             for name in options.only.split(","):
                 parts[name]()
