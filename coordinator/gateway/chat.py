@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tpserve.coordinator.gateway.errors import InvalidRequest
+from tpserve.coordinator.gateway.errors import InvalidRequest, UnsupportedFeature
 from tpserve.coordinator.gateway.generation import Update, Usage
 from tpserve.coordinator.gateway.prepare import engine_request, tokenise
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, Message, parse_body
@@ -28,6 +28,8 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         If the request cannot be served.
     """
     request = parse_body(ChatCompletionRequest, await http.body())
+    if request.callable_tools:
+        raise UnsupportedFeature("'tools' are not supported yet; leave them out", param="tools")
     head = AnswerHead(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.resolve_model(request.model))
     template = service.model.chat_template
     if template is None:

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 
 from tpserve.coordinator.gateway.engine_types import EngineInfo, EngineRequest
-from tpserve.coordinator.gateway.errors import ContextLengthExceeded, InvalidRequest
+from tpserve.coordinator.gateway.errors import ContextLengthExceeded, InvalidRequest, UnsupportedFeature
 from tpserve.coordinator.gateway.model import SamplingDefaults, ServedModel
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
 from tpserve.proto.messages import SamplingParams
@@ -111,6 +111,8 @@ def engine_request(
     InvalidRequest
         If a limit of the model is exceeded.
     """
+    if request.constraints:
+        raise UnsupportedFeature(f"{request.constraints[0]!r} is not supported yet", param=request.constraints[0])
     stop_token_ids = set() if request.ignore_eos else {*model.stop_token_ids, *(request.stop_token_ids or ())}
     return EngineRequest(
         name=name,
