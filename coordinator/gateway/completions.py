@@ -11,7 +11,8 @@ from starlette.responses import Response
 
 from tpserve.coordinator.gateway.errors import InvalidRequest
 from tpserve.coordinator.gateway.generation import Update, Usage
-from tpserve.coordinator.gateway.prepare import engine_request, tokenise
+from tpserve.coordinator.gateway.output import completion_shape
+from tpserve.coordinator.gateway.prepare import engine_request, stop_token_ids, tokenise
 from tpserve.coordinator.gateway.protocol import MAX_TOTAL_CHOICES, CompletionRequest, parse_body
 from tpserve.coordinator.gateway.service import AnswerHead, Service
 from tpserve.coordinator.gateway.stream import sse
@@ -40,6 +41,9 @@ async def create_completion(service: Service, http: Request) -> Response:
             f"at most {MAX_TOTAL_CHOICES} are allowed in one request",
             param="n",
         )
+    shape = completion_shape(request, stop_token_ids(request, model))
+    if shape.grammar is not None:
+        await service.grammars.check(shape.grammar, info.vocab_size, param=shape.param)
     to_engine = []
     echoes: list[str] = []
     for prompt in request.prompts:
@@ -62,6 +66,7 @@ async def create_completion(service: Service, http: Request) -> Response:
                 requested=request.max_tokens,
                 default_limit=DEFAULT_MAX_TOKENS,
                 num_logprobs=request.logprobs,
+                grammar=shape.grammar,
             )
         )
         if request.echo:
