@@ -11,6 +11,7 @@ import tvm_ffi
 
 from tpserve.proto.messages import SlotAdd, TokenLogprobs
 from tpserve.worker.arrays import Array
+from tpserve.worker.device_weights import pinned
 from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.grammar import MaskBuffer, num_mask_words
 from tpserve.worker.sampler import MAX_LOGPROBS, best_alternatives
@@ -41,7 +42,7 @@ class DeviceSampler:
         self._block_bytes = 8 * size + 4 * size * (len(_FLOATS) + 3)
         self._host = np.zeros(self._block_bytes, np.uint8)
         self._device = cupy.zeros(self._block_bytes, cupy.uint8)
-        self._staging = [_pinned(self._block_bytes, np.uint8) for _ in range(num_staging)]
+        self._staging = [pinned(self._block_bytes, np.uint8) for _ in range(num_staging)]
         self._host_views = self._views(self._host)
         views = self._views(self._device)
         self._host_views["num_logprobs"][:] = -1
@@ -53,7 +54,7 @@ class DeviceSampler:
         self._mask_rows = cupy.full(size, -1, cupy.int32)
         self.mask_buffers = [
             MaskBuffer(
-                _pinned(self._masks.size, np.int32).reshape(self._masks.shape), _pinned(size, np.int32)[:max_num_seqs]
+                pinned(self._masks.size, np.int32).reshape(self._masks.shape), pinned(size, np.int32)[:max_num_seqs]
             )
             for _ in range(num_staging)
         ]
@@ -87,7 +88,7 @@ class DeviceSampler:
         # Made once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
         self._out_tensors = [tvm_ffi.from_dlpack(array) for array in self._out]
         self._results = [
-            [_pinned(array.size, array.dtype).reshape(array.shape) for array in self._out] for _ in range(num_staging)
+            [pinned(array.size, array.dtype).reshape(array.shape) for array in self._out] for _ in range(num_staging)
         ]
 
     def _views(self, block: Any) -> dict[str, Any]:
@@ -184,8 +185,3 @@ class DeviceSampler:
         """Return the ids that a finished step sampled, (R,) int32; a view that the staging's next use overwrites."""
         ids: Array = self._results[staging][0]
         return ids[:num_rows]
-
-
-def _pinned(size: int, dtype: Any) -> Array:
-    memory = cupy.cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize)
-    return np.frombuffer(memory, dtype, size)

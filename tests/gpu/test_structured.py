@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class GpuEngine:
         self.tokenizer = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
         self.masks_seen = 0
 
-    def run(self, requests: list[tuple[str, SamplingParams, Grammar | None]], max_tokens: int) -> list[Answer]:
+    def run(self, requests: Sequence[tuple[str, SamplingParams, Grammar | None]], max_tokens: int) -> list[Answer]:
         """Return what became of prompts that run together."""
         answers: dict[int, Answer] = {}
         for prompt, sampling, grammar in requests:
