@@ -121,6 +121,8 @@ class GrammarFollower:
         self._model_dir = model_dir
         self._vocab_size = vocab_size
         self._num_threads = num_threads
+        used = (vocab_size - 1) % 32 + 1
+        self._last_word = np.uint32((1 << used) - 1).astype(np.int32)
         self._slots: dict[int, SlotGrammar] = {}
         self._compiling: ThreadPoolExecutor | None = None
         self._compiler: GrammarCompiler | None = None
@@ -180,6 +182,7 @@ class GrammarFollower:
             self._batch.batch_fill_next_token_bitmask(
                 [state.matcher for state in live], buffer.tensor, list(range(count)), False
             )
+            buffer.masks[:count, -1] &= self._last_word  # its other bits are of no token
             possible = np.any(buffer.masks[:count], axis=1).tolist()
             for index, state in enumerate(live):
                 if possible[index]:
