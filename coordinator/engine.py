@@ -299,6 +299,8 @@ class Engine:
     def _observe(self, result: StepResult) -> None:
         self._metrics.step.observe(result.step_us / 1e6)
         self._metrics.step_tokens.observe(len(result.slots))
+        if result.mask_us:
+            self._metrics.grammar_mask_seconds.inc(result.mask_us / 1e6)
 
     def _publish(self, events: Sequence[TokenEvent]) -> None:
         """Give each session its events of a step, and account for them."""

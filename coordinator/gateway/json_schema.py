@@ -17,6 +17,8 @@ import referencing.exceptions
 Schema = dict[str, Any]
 
 MAX_DEPTH = 64
+MAX_NUMBER = 2**53
+"""Up to here, every integer is a number of its own in floating point, in which bounds are compared."""
 
 
 class SchemaError(ValueError):
@@ -293,6 +295,8 @@ def _string(given: Schema, place: str) -> Schema:
 
 
 def _number(kind: str, given: Schema, place: str) -> Schema:
+    if large := [word for word, value in given.items() if abs(value) > MAX_NUMBER]:
+        raise SchemaError(f"{place}: {large[0]!r} of more than 2^53 is not supported: it is no exact number")
     step = given.get("multipleOf")
     if step is not None and (kind != "integer" or len(given) > 1 or step != int(step)):
         raise SchemaError(
