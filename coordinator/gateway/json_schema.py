@@ -50,8 +50,11 @@ _CONSTRAINTS = {
     "type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf", *(word for words in _TYPES.values() for word in words),
 }  # fmt: skip
 """Keywords that restrict; all others are notes for people."""
-_LOOKAROUND = re.compile(r"\\[bBpPkK1-9]|\(\?(?!:)")
+_LOOKAROUND = re.compile(r"\\[bBpPkK1-9]|\(\?(?!:)<?.")
 _NEEDS_ESCAPE = re.compile(r'"|\\\\|\\[tnrfv0cxu]|[\x00-\x1f]')
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\.")
+_ANY_CHAR = "[ !#-\\[\\]-\ud7ff\ue000-\U0010ffff]"
+"""What a JSON string holds without escapes. Written out, as xgrammar's own classes let ill-formed UTF-8 through."""
 _BRACKETED = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]")
 
 
@@ -290,7 +293,7 @@ def _string(given: Schema, place: str) -> Schema:
     if lengths:
         # Said as a pattern, since xgrammar lets control characters into strings of limited length.
         low, high = int(given.get("minLength", 0)), given.get("maxLength")
-        return {"pattern": f"^.{{{low},{'' if high is None else int(high)}}}$"}
+        return {"pattern": f"^{_ANY_CHAR}{{{low},{'' if high is None else int(high)}}}$"}
     return given
 
 
@@ -319,11 +322,12 @@ def _pattern(pattern: str, place: str) -> str:
             "control characters cannot be asked for"
         )
     bare = _BRACKETED.sub("", pattern)
+    pattern = _ATOM.sub(lambda atom: _ANY_CHAR if atom.group() == "." else atom.group(), pattern)
     anchored = "^" in bare or "$" in bare
     if "|" in bare:
-        return pattern if anchored else f"^.*(?:{pattern}).*$"
-    start = "" if pattern.startswith("^") else "^.*"
-    end = "" if bare.endswith("$") else ".*$"
+        return pattern if anchored else f"^{_ANY_CHAR}*(?:{pattern}){_ANY_CHAR}*$"
+    start = "" if pattern.startswith("^") else f"^{_ANY_CHAR}*"
+    end = "" if bare.endswith("$") else f"{_ANY_CHAR}*$"
     return start + pattern + end
 
 

@@ -171,8 +171,9 @@ class ToolParser:
             self._add_content(parts, shown)
             self._text = self._text[len(shown) :]
             return False
-        self._add_content(parts, self._text[:at].rstrip(_SPACE))
-        self._raw, self._text = marker, self._text[at + len(marker) :]
+        shown = self._text[:at].rstrip(_SPACE)
+        self._add_content(parts, shown)
+        self._raw, self._text = self._text[len(shown) : at] + marker, self._text[at + len(marker) :]
         self._state = self._after_marker
         return True
 
