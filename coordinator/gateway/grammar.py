@@ -101,8 +101,10 @@ class GrammarChecker:
         if self._process is not None and self._process.returncode is None:
             return self._process
         command = ("-m", "tpserve.coordinator.gateway.grammar_process", self._model_dir)
+        # The child finds what this process finds, installed or not.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = await asyncio.create_subprocess_exec(
-            sys.executable, *command, str(vocab_size), str(os.getpid()), stdin=PIPE, stdout=PIPE
+            sys.executable, *command, str(vocab_size), str(os.getpid()), stdin=PIPE, stdout=PIPE, env=environment
         )
         self._process = process
         try:

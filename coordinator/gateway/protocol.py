@@ -261,6 +261,8 @@ class ChatCompletionRequest(_Sampling):
     """False: at most one call in an answer."""
     functions: list[Any] | None = None
     function_call: Any = None
+    debug_config: Any = None
+    """MLC's; refused, so that nobody believes it had an effect."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Extra, as in vLLM: further variables of the chat template, such as Qwen3's `enable_thinking`."""
 
@@ -268,6 +270,8 @@ class ChatCompletionRequest(_Sampling):
     def _consistent(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' is only allowed when 'logprobs' is true")
+        if self.debug_config is not None:
+            raise _Unsupported("'debug_config' is not served on this route; leave it out")
         if self.functions or self.function_call:
             raise _Unsupported("'functions' and 'function_call' are not supported; use 'tools' and 'tool_choice'")
         names = [tool.function.name for tool in self.tools or ()]
