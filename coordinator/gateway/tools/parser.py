@@ -59,12 +59,13 @@ class ReasoningMode(Enum):
 
 
 class ReasoningSplitter:
-    """Cuts `<think>...</think>` from the beginning of a text."""
+    """Cuts `<think>...</think>` from the beginning of a text, without the white space around what is in it."""
 
-    __slots__ = ("_held", "_mode")
+    __slots__ = ("_begun", "_held", "_mode")
 
     def __init__(self, mode: ReasoningMode) -> None:
         self._mode: ReasoningMode | str = mode
+        self._begun = False
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str]:
@@ -83,9 +84,13 @@ class ReasoningSplitter:
             self._held = start[len(THINK) :]
             self._mode = ReasoningMode.OPENED
         if self._mode is ReasoningMode.OPENED:
+            if not self._begun:
+                self._held = self._held.lstrip(_SPACE)
+                self._begun = bool(self._held)
             end = self._held.find(THINK_END)
             if end < 0:
-                return self._take(len(self._held) - _open_suffix(self._held, THINK_END)), ""
+                body = self._held[: len(self._held) - _open_suffix(self._held, THINK_END)]
+                return self._take(len(body.rstrip(_SPACE))), ""
             reasoning = self._take(end).rstrip(_SPACE)
             self._held = self._held[len(THINK_END) :]
             self._mode = "after"

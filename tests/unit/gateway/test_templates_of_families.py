@@ -35,7 +35,7 @@ def engine_saying(tokenizer: Tokenizer, text: str, tokens_per_event: int) -> Scr
 @pytest.mark.parametrize(
     ("template", "text", "reasoning", "content", "call"),
     [
-        (f"{BODY}<think>x</think>;", "<think>\nIs it?\n</think>\n\nYes.", "\nIs it?", "Yes.", None),
+        (f"{BODY}<think>x</think>;", "<think>\nIs it?\n</think>\n\nYes.", "Is it?", "Yes.", None),
         (f"{BODY}<think>x</think>;", "Yes.", None, "Yes.", None),
         (f"{BODY}<think>\n", "Is it?</think>Yes.", "Is it?", "Yes.", None),
         (
