@@ -160,6 +160,7 @@ class DeviceRunner:
         self._captured = self._capture(buckets)
         if self._group is not None:
             self._group.meet("graphs")
+        self._grammars.warm_up()
 
     # ---- capture
 

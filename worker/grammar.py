@@ -112,7 +112,7 @@ class GrammarFollower:
     Parameters
     ----------
     model_dir
-        Folder with the tokenizer; read when the first grammar comes.
+        Folder with the tokenizer.
     num_threads
         That compute masks.
     """
@@ -124,9 +124,17 @@ class GrammarFollower:
         used = (vocab_size - 1) % 32 + 1
         self._last_word = np.uint32((1 << used) - 1).astype(np.int32)
         self._slots: dict[int, SlotGrammar] = {}
-        self._compiling: ThreadPoolExecutor | None = None
+        self._compiling = ThreadPoolExecutor(1, "compile-grammars")
         self._compiler: GrammarCompiler | None = None
         self._batch: Any = None
+
+    def warm_up(self) -> None:
+        """Read the tokenizer in the background, so that the first grammar does not wait seconds for a large one.
+
+        A model without a tokenizer says so when a grammar comes.
+        """
+        if (self._model_dir / "tokenizer.json").is_file():
+            self._compiling.submit(self._ready_compiler)
 
     def apply(self, plan: StepPlan) -> None:
         """Take a plan's removals and additions."""
@@ -135,8 +143,6 @@ class GrammarFollower:
                 self._slots.pop(slot, None)
         for added in plan.added_slots:
             if added.grammar is not None:
-                if self._compiling is None:
-                    self._compiling = ThreadPoolExecutor(1, "compile-grammars")
                 compiled = self._compiling.submit(self._compile, added.grammar)
                 self._slots[added.slot] = SlotGrammar(added.slot, added.grammar, added.output_token_ids, compiled)
 
@@ -193,13 +199,16 @@ class GrammarFollower:
 
     def close(self) -> None:
         """End the compiling thread."""
-        if self._compiling is not None:
-            self._compiling.shutdown(wait=False, cancel_futures=True)
+        self._compiling.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, grammar: Grammar) -> tuple[GrammarCompiler, Any]:
+        compiler = self._ready_compiler()
+        return compiler, compiler.compile(grammar)
+
+    def _ready_compiler(self) -> GrammarCompiler:
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._model_dir, self._vocab_size)
-        return self._compiler, self._compiler.compile(grammar)
+        return self._compiler
 
 
 def _is_done(state: SlotGrammar) -> bool:

@@ -88,6 +88,7 @@ class Runner:
         self._sampled: Array | None = None
         self._masks: Future[_Masks] | None = None
         self._next_step_id: int | None = None
+        self._grammars.warm_up()
 
     def submit(self, plan: StepPlan) -> DoneStep:
         """Run one step; see `execute`."""
