@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -40,7 +41,11 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         [_template_tool(tool) for tool in request.tools or ()] if request.tool_choice != "none" else None,
         request.chat_template_kwargs,
     )
-    shape = chat_shape(request, template, prompt, stop_token_ids(request, service.model))
+    stops = stop_token_ids(request, service.model)
+    if request.constraints or request.callable_tools:  # schemas take milliseconds to check
+        shape = await asyncio.to_thread(chat_shape, request, template, prompt, stops)
+    else:
+        shape = chat_shape(request, template, prompt, stops)
     if shape.grammar is not None:
         await service.grammars.check(shape.grammar, info.vocab_size, param=shape.param)
     to_engine = engine_request(

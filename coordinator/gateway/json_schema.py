@@ -50,6 +50,11 @@ _CONSTRAINTS = {
     "type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf", *(word for words in _TYPES.values() for word in words),
 }  # fmt: skip
 """Keywords that restrict; all others are notes for people."""
+_CHECKED = {
+    "type", "enum", "const", "minLength", "maxLength", "format", "required", "minItems", "maxItems", "minProperties",
+    "maxProperties", *_TYPE_KEYWORDS["number"],
+}  # fmt: skip
+"""Keywords that listed values are checked against: those that take no time, as patterns of clients may."""
 _LOOKAROUND = re.compile(r"\\[bBpPkK1-9]|\(\?(?!:)<?.")
 _NEEDS_ESCAPE = re.compile(r'"|\\\\|\\[tnrfv0cxu]|[\x00-\x1f]')
 _ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\.")
@@ -118,15 +123,13 @@ class _Rewriter:
 
     def _values(self, given: Schema, place: str) -> Schema:
         """Keep of the listed values those that the keywords beside them allow."""
+        word = "const" if "const" in given else "enum"
         values = [given["const"]] if "const" in given else given["enum"]
-        others = {key: value for key, value in given.items() if key != ("const" if "const" in given else "enum")}
-        definitions: Schema = {key: self._root[key] for key in ("$defs", "definitions") if key in self._root}
-        whole = definitions | others
-        try:
-            validator = self._validator(whole)
-            kept = [value for value in values if validator.is_valid(value)]
-        except Exception:  # an unresolvable reference, in one of several libraries' words
-            raise SchemaError(f"{place}: 'enum' or 'const' stands beside what cannot be checked") from None
+        others = {key: value for key, value in given.items() if key != word}
+        if unsafe := [key for key in others if key not in _CHECKED]:
+            raise SchemaError(f"{place}: {unsafe[0]!r} beside {word!r} is not supported")
+        validator = self._validator(others)
+        kept = [value for value in values if validator.is_valid(value)]
         if not kept:
             raise SchemaError(f"{place}: none of the listed values is allowed by the keywords beside them")
         return {"enum": kept}
@@ -255,9 +258,8 @@ class _Rewriter:
     def _check_property_patterns(patterns: Schema, names: list[str], others: Any, place: str) -> None:
         if len(patterns) > 1:
             raise SchemaError(f"{place}: more than one of 'patternProperties' is not supported")
-        (pattern,) = patterns
-        if both := [name for name in names if re.search(pattern, name)]:
-            raise SchemaError(f"{place}: {both[0]!r} is a property of its own and matches one of 'patternProperties'")
+        if names:  # one that matches would have to follow both, and clients' patterns are not run here
+            raise SchemaError(f"{place}: 'patternProperties' beside {names[0]!r} is not supported")
         if others not in (None, False):
             raise SchemaError(f"{place}: 'patternProperties' beside 'additionalProperties' is not supported")
 

@@ -6,6 +6,7 @@ grammar compiles is checked in `grammar`.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 from tpserve.coordinator.gateway.chat_template import ChatTemplate
 from tpserve.coordinator.gateway.errors import InvalidRequest, UnsupportedFeature
+from tpserve.coordinator.gateway.grammar import MAX_SOURCE_BYTES
 from tpserve.coordinator.gateway.json_schema import Schema, SchemaError, enforceable
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest, NamedToolChoice
 from tpserve.coordinator.gateway.tools.formats import (
@@ -152,17 +154,26 @@ def _content(request: ChatCompletionRequest | CompletionRequest) -> tuple[Gramma
 
 
 def _schema(given: str | Schema | bool | None, param: str) -> Schema | bool:
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"{param}: the schema is not valid JSON: {error}", param=param) from None
-        if not isinstance(given, dict | bool):
-            raise InvalidRequest(f"{param}: the schema must be a JSON object", param=param)
+    text = given if isinstance(given, str) else json.dumps({} if given is None else given)
+    if len(text) > MAX_SOURCE_BYTES:
+        raise InvalidRequest(
+            f"{param}: the schema has {len(text)} characters; at most {MAX_SOURCE_BYTES} are allowed", param=param
+        )
     try:
-        return enforceable({} if given is None else given)
+        return _enforceable(text)
     except SchemaError as error:
         raise UnsupportedFeature(f"{param}: schema at {error}", param=param) from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{param}: the schema is not valid JSON: {error}", param=param) from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _enforceable(text: str) -> Schema | bool:
+    """Return the enforceable form of a schema's text; the result is shared, and nobody writes to it."""
+    given = json.loads(text)
+    if not isinstance(given, dict | bool):
+        raise ValueError("it must be an object")
+    return enforceable(given)
 
 
 def _callable_tools(request: ChatCompletionRequest) -> list[CallableTool]:

@@ -51,7 +51,12 @@ def obj(**properties: Any) -> dict[str, Any]:
         ({"type": "string", "pattern": "a", "maxLength": 3}, "#", "'maxLength' beside 'pattern'"),
         ({"type": "string", "format": "date", "minLength": 3}, "#", "'minLength' beside 'format'"),
         ({"type": "object", "patternProperties": {"a": {}, "b": {}}}, "#", "more than one of 'patternProperties'"),
-        ({"type": "object", "properties": {"ab": {}}, "patternProperties": {"^a": {}}}, "#", "'ab' is a property"),
+        (
+            {"type": "object", "properties": {"ab": {}}, "patternProperties": {"^a": {}}},
+            "#",
+            "'patternProperties' beside 'ab'",
+        ),
+        ({"enum": ["aaaa!"], "pattern": "^(a+)+$"}, "#", "'pattern' beside 'enum'"),
         (
             {"type": "object", "required": ["a"], "additionalProperties": False},
             "#",
