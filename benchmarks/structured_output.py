@@ -189,39 +189,39 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        suite = suite_schemas(args.suite or fetch_suite(Path(folder)))
-        flags = ["--tp", str(args.tp), "--max-num-seqs", str(args.concurrency), *args.serve_args.split()]
-        wrong: list[Any] = []
-        answers: dict[str, Any] = {}
-        with Server.running(args.model.resolve(), *flags, folder=Path(folder)) as server:
-            sets: dict[str, list[Any]] = {
-                "suite": suite,
-                "random": [random_schema(rng) for _ in range(args.random)],
-            }
-            for name in ("suite", "random", "composed"):
-                if name == "composed":
-                    sets[name] = composed_schemas(rng, accepted(suite), args.composed)
-                counts = asyncio.run(ask_all(server, sets[name], args.concurrency, args.max_tokens, wrong))
-                answers[name] = {"schemas": len(sets[name]), **dict(sorted(counts.items()))}
-                print(name, answers[name], flush=True)
-            cost = measure_cost(server, args.concurrency, args.cost_tokens, args.cost_rounds)
-    result = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "device": f"{platform.machine()} CPU" if "cuda" not in args.serve_args else args.serve_args,
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    result: dict[str, Any] = {
+        "commit": subprocess.run(commit, capture_output=True, text=True, check=False).stdout.strip(),
+        "device": args.serve_args if "cuda" in args.serve_args else f"{platform.machine()} CPU",
         "versions": {name: version(name) for name in ("xgrammar", "jsonschema", "apache-tvm")},
         "arguments": {key: str(value) for key, value in vars(args).items() if key not in ("output", "model", "suite")},
         "model": args.model.name,
-        "answers": answers,
-        "wrong": wrong,
-        "cost": cost,
+        "answers": {},
+        "wrong": [],
     }
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    def save() -> None:
+        if args.output is not None:  # after each part: a run that is cut short has not run for nothing
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        suite = suite_schemas(args.suite or fetch_suite(Path(folder)))
+        sets = {
+            "composed": composed_schemas(rng, accepted(suite), args.composed),
+            "random": [random_schema(rng) for _ in range(args.random)],
+            "suite": suite,
+        }
+        flags = ["--tp", str(args.tp), "--max-num-seqs", str(args.concurrency), *args.serve_args.split()]
+        with Server.running(args.model.resolve(), *flags, folder=Path(folder)) as server:
+            result["cost"] = measure_cost(server, args.concurrency, args.cost_tokens, args.cost_rounds)
+            save()
+            for name, schemas in sets.items():
+                counts = asyncio.run(ask_all(server, schemas, args.concurrency, args.max_tokens, result["wrong"]))
+                result["answers"][name] = {"schemas": len(schemas), **dict(sorted(counts.items()))}
+                print(name, result["answers"][name], flush=True)
+                save()
     print(json.dumps(result))
-    return 1 if wrong else 0
+    return 1 if result["wrong"] else 0
 
 
 def accepted(schemas: list[Any]) -> list[Schema]:
