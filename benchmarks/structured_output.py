@@ -206,7 +206,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         suite = suite_schemas(args.suite or fetch_suite(Path(folder)))
-        sets = {
+        sets: dict[str, list[Any]] = {
             "composed": composed_schemas(rng, accepted(suite), args.composed),
             "random": [random_schema(rng) for _ in range(args.random)],
             "suite": suite,
