@@ -251,7 +251,9 @@ class ChatCompletionRequest(_Sampling):
 
     messages: list[Message] = Field(min_length=1, max_length=2**16)
     logprobs: bool | None = None
+    """Of each token, in the distribution that it was sampled from: a grammar's mask, penalties and bias are in it."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Alternatives per token; a grammar that allows fewer gives fewer."""
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """Newer name of max_tokens; it wins if both are given."""
     tools: list[Tool] | None = Field(None, max_length=128)
