@@ -36,11 +36,8 @@ class NcclCommunicator:
     """
 
     def __init__(self, kernels: Any, rendezvous: Rendezvous, rank: int, world_size: int) -> None:
-        token = bytes(value % 256 for value in nccl.get_unique_id()) if rank == 0 else b""
-        token = rendezvous.exchange(token)[0]
-        # CuPy takes the id as the signed characters that it gave.
-        signed = tuple(value - 256 if value > 127 else value for value in token)
-        self._communicator = nccl.NcclCommunicator(world_size, signed, rank)
+        token = rendezvous.exchange(nccl.get_unique_id() if rank == 0 else b"")[0]
+        self._communicator = nccl.NcclCommunicator(world_size, token, rank)
         self._world_size = world_size
         self._kernels = kernels
         self._address = kernels["device_address"]

@@ -5,9 +5,11 @@ Processes are kept from group to group, since starting one takes longer than a s
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
+import tempfile
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -147,6 +149,17 @@ class RankGroup:
         self._send("logits", plan)
         return _collect(self._pipes)
 
+    def profile(self) -> None:
+        """Begin to record what rank 0's GPU does; needs torch, for its profiler."""
+        self._pipes[0].send(("profile", None))
+        _collect(self._pipes[:1])
+
+    def profiled(self) -> list[tuple[str, float, float]]:
+        """End the recording; return each kernel's and copy's name, start and end in microseconds."""
+        self._pipes[0].send(("profiled", None))
+        events: list[tuple[str, float, float]] = _collect(self._pipes[:1])[0]
+        return events
+
     def clear(self) -> None:
         """Empty all slots."""
         self.submit(StepPlan(0, removed_slots=tuple(self._occupied)))
@@ -161,14 +174,18 @@ class RankGroup:
             pipe.send((kind, numbered))
 
 
-def run_scheduler(group: RankGroup, scheduler: Scheduler) -> list[TokenEvent]:
-    """Step until every request has ended, with as many plans ahead of results as the scheduler makes."""
+def run_scheduler(group: RankGroup, scheduler: Scheduler, *, clear: bool = True) -> list[TokenEvent]:
+    """Step until every request has ended, with as many plans ahead of results as the scheduler makes.
+
+    Then the slots are emptied for the next scheduler, unless this one goes on: it removes its sequences itself.
+    """
     events: list[TokenEvent] = []
     while scheduler.has_unfinished or scheduler.num_in_flight_steps:
         while (plan := scheduler.schedule()) is not None:
             group.submit(plan)
         events += scheduler.update(group.wait())
-    group.clear()
+    if clear:
+        group.clear()
     return events
 
 
@@ -237,6 +254,7 @@ def _serve(pipe: Connection) -> None:
     from tpserve.worker.runner import Runner
 
     runner: Any = None
+    profiler: Any = None
     door: socket.socket | None = None
     pending: deque[Any] = deque()
     try:
@@ -263,6 +281,13 @@ def _serve(pipe: Connection) -> None:
                 runner = None
             elif kind == "wait":
                 answer = pending.popleft().wait()
+            elif kind == "profile":
+                import torch
+
+                profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                profiler.start()
+            elif kind == "profiled":
+                answer = _kernels_of(profiler)
             else:
                 arrays, logits = runner.forward(what)
                 answer = np.from_dlpack(logits).copy()
@@ -275,3 +300,13 @@ def _serve(pipe: Connection) -> None:
     finally:
         if runner is not None:
             runner.close()
+
+
+def _kernels_of(profiler: Any) -> list[tuple[str, float, float]]:
+    profiler.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    device = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return sorted((event["name"], event["ts"], event["ts"] + event["dur"]) for event in device)

@@ -24,13 +24,14 @@ from tpserve.collectives.names import (
 from tpserve.collectives.nccl import NcclCommunicator
 from tpserve.collectives.push import PushCommunicator
 from tpserve.collectives.rendezvous import Rendezvous, listen
+from tpserve.worker.library import tvm  # whose tensors have views
 
 EPS = 1e-5
 BANK = 4096 + 64 * 31  # rows of random values that all cases draw from
 
 
 def tensor(bits: Any, dtype: str) -> Any:
-    return tvm_ffi.from_dlpack(bits)._create_view(bits.shape, dtype=dtype)
+    return tvm.runtime.from_dlpack(bits)._create_view(bits.shape, dtype=dtype)
 
 
 def widen(bits: Any) -> Any:

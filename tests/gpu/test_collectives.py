@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,12 +13,17 @@ from typing import Any
 import pytest
 
 from gpu_devices import NUM_DEVICES
-from server import free_port
 
 SCRIPT = Path(__file__).parent / "collective_ranks.py"
 DEADLINE_S = 280
 ROWS = [1, 2, 3, 5, 8, 12, 16, 17, 31, 33, 64, 65, 100, 127, 128, 129, 200, 256, 511, 512, 513, 700]
 two_gpus = pytest.mark.gpu(count=2)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port: int = bound.getsockname()[1]
+        return port
 
 
 def run_ranks(

@@ -76,13 +76,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tp_size: int, quantization
 
 
 CASES = [
-    pytest.param(1, "q0bf16", "auto", marks=pytest.mark.gpu(count=1), id="tp1"),
-    pytest.param(1, "fp8", "auto", marks=pytest.mark.gpu(count=1), id="tp1-fp8"),
-    pytest.param(2, "q0bf16", "push", marks=pytest.mark.gpu(count=2), id="tp2"),
-    pytest.param(2, "q0bf16", "nccl", marks=pytest.mark.gpu(count=2), id="tp2-nccl"),
-    pytest.param(2, "fp8", "push", marks=pytest.mark.gpu(count=2), id="tp2-fp8"),
+    pytest.param((1, "q0bf16", "auto"), marks=pytest.mark.gpu(count=1), id="tp1"),
+    pytest.param((1, "fp8", "auto"), marks=pytest.mark.gpu(count=1), id="tp1-fp8"),
+    pytest.param((2, "q0bf16", "push"), marks=pytest.mark.gpu(count=2), id="tp2"),
+    pytest.param((2, "q0bf16", "nccl"), marks=pytest.mark.gpu(count=2), id="tp2-nccl"),
+    pytest.param((2, "fp8", "push"), marks=pytest.mark.gpu(count=2), id="tp2-fp8"),
     # On two GPUs the ranks take turns; slow, but the same kernels and protocol.
-    pytest.param(4, "q0bf16", "push", marks=pytest.mark.gpu(count=2), id="tp4"),
+    pytest.param((4, "q0bf16", "push"), marks=pytest.mark.gpu(count=2), id="tp4"),
 ]
 
 
@@ -106,7 +106,12 @@ def group(
 
 
 def generate(
-    ranks: RankGroup, goldens: list[dict[str, Any]], scheduler: Scheduler | None = None, first_id: int = 0
+    ranks: RankGroup,
+    goldens: list[dict[str, Any]],
+    scheduler: Scheduler | None = None,
+    *,
+    first_id: int = 0,
+    goes_on: bool = False,
 ) -> Texts:
     """Return the greedy tokens of prompts that run together."""
     scheduler = scheduler or make_scheduler()
@@ -115,7 +120,7 @@ def generate(
         prompt, count = tuple(golden["prompt_token_ids"]), len(golden["output_token_ids"])
         scheduler.add_request(Request(request_id, prompt, SamplingParams(temperature=0.0), count))
         out[request_id] = []
-    for event in run_scheduler(ranks, scheduler):
+    for event in run_scheduler(ranks, scheduler, clear=not goes_on):
         out[event.request_id] += event.token_ids
     return list(out.values())
 
@@ -157,7 +162,7 @@ def test_all_together_and_again_from_the_prefix_cache(
 ) -> None:
     ranks, quantization = group
     scheduler = make_scheduler()
-    together = generate(ranks, goldens, scheduler)
+    together = generate(ranks, goldens, scheduler, goes_on=True)
     check(goldens, together, quantization)
     again = generate(ranks, goldens, scheduler, first_id=100)
     assert scheduler.stats().num_prefix_hit_tokens > 0
