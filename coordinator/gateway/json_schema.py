@@ -17,6 +17,8 @@ import referencing.exceptions
 Schema = dict[str, Any]
 
 MAX_DEPTH = 64
+MAX_EXCLUSIVE = 128
+"""Branches of one `oneOf`, which are compared in pairs."""
 MAX_NUMBER = 2**53
 """Up to here, every integer is a number of its own in floating point, in which bounds are compared."""
 
@@ -180,6 +182,8 @@ class _Rewriter:
 
     def _require_exclusive(self, branches: list[Any], place: str) -> None:
         """Refuse branches of which two might match: a grammar takes any."""
+        if len(branches) > MAX_EXCLUSIVE:
+            raise SchemaError(f"{place}: 'oneOf' of more than {MAX_EXCLUSIVE} schemas is not supported; use 'anyOf'")
         resolved = [
             self._resolve(b["$ref"], place) if isinstance(b, dict) and set(b) == {"$ref"} else b for b in branches
         ]
@@ -333,7 +337,7 @@ def _pattern(pattern: str, place: str) -> str:
     return start + pattern + end
 
 
-def _exclusive(left: Any, right: Any) -> bool:
+def _exclusive(left: Any, right: Any, depth: int = 0) -> bool:
     """Whether no value can match both schemas, as far as can be told at a glance."""
     if left is False or right is False:
         return True
@@ -345,11 +349,11 @@ def _exclusive(left: Any, right: Any) -> bool:
     kinds = [_kinds(left), _kinds(right)]
     if kinds[0] and kinds[1] and not kinds[0] & kinds[1]:
         return True
-    if kinds != [{"object"}, {"object"}]:
+    if kinds != [{"object"}, {"object"}] or depth == 2:
         return False
     shared = set(left.get("required", ())) & set(right.get("required", ()))
     return any(
-        _exclusive(left.get("properties", {}).get(name, True), right.get("properties", {}).get(name, True))
+        _exclusive(left.get("properties", {}).get(name, True), right.get("properties", {}).get(name, True), depth + 1)
         for name in shared
     )
 

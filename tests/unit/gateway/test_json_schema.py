@@ -44,6 +44,7 @@ def obj(**properties: Any) -> dict[str, Any]:
         ({"$ref": "#/$defs/a"}, "#", "nothing is at '#/$defs/a'"),
         ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "#", "'oneOf' is only supported where"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "#", "'oneOf' is only supported where"),
+        ({"oneOf": [{"const": number} for number in range(200)]}, "#", "'oneOf' of more than 128"),
         ({"oneOf": [{"const": 1}, {"const": 1.0}]}, "#", "'oneOf' is only supported where"),
         ({"type": "string", "pattern": "(?=a)b"}, "#", "'(?=' in the pattern"),
         ({"type": "string", "pattern": r"\bword"}, "#", r"'\\b' in the pattern"),
