@@ -18,7 +18,7 @@ from tpserve.coordinator.errors import ClusterError, RankLost
 from tpserve.coordinator.metrics import EngineCollector, Metrics
 from tpserve.coordinator.request import QueueFull, Request, RequestInvalid, TokenEvent
 from tpserve.coordinator.scheduler import Scheduler, SchedulerStats
-from tpserve.proto.messages import FinishReason, SamplingParams, StepResult
+from tpserve.proto.messages import FinishReason, Grammar, SamplingParams, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ class Engine:
         sampling: SamplingParams,
         max_tokens: int,
         stop_token_ids: frozenset[int],
+        grammar: Grammar | None = None,
     ) -> int:
         """Accept a request; its events go to `sink` under `client_id`.
 
@@ -151,7 +152,9 @@ class Engine:
             raise Unavailable(f"the engine is {self._status.name.lower()}: {self._detail}")
         key = self._next_key
         try:
-            self._scheduler.add_request(Request(key, prompt_token_ids, sampling, max_tokens, n, stop_token_ids))
+            self._scheduler.add_request(
+                Request(key, prompt_token_ids, sampling, max_tokens, n, stop_token_ids, grammar)
+            )
         except QueueFull:
             self._metrics.count_rejection("queue_full")
             raise
@@ -296,6 +299,8 @@ class Engine:
     def _observe(self, result: StepResult) -> None:
         self._metrics.step.observe(result.step_us / 1e6)
         self._metrics.step_tokens.observe(len(result.slots))
+        if result.mask_us:
+            self._metrics.grammar_mask_seconds.inc(result.mask_us / 1e6)
 
     def _publish(self, events: Sequence[TokenEvent]) -> None:
         """Give each session its events of a step, and account for them."""
@@ -305,7 +310,7 @@ class Engine:
             active = self._active.get(event.request_id)
             if active is None or event.choice not in active.open_choices:
                 continue  # aborted meanwhile
-            by_sink.setdefault(active.sink, []).append(OutputEvent(active.client_id, event))
+            by_sink.setdefault(active.sink, []).append(OutputEvent(active.client_id, event, event.detail))
             if active.first_token_at[event.choice] is None:
                 active.first_token_at[event.choice] = now
                 self._metrics.ttft.observe(now - active.accepted_at)

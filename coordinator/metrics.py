@@ -102,6 +102,9 @@ class Metrics:
         )
         self.step = histogram("step_seconds", "Wall time of one step on rank 0.", _STEP_BUCKETS)
         self.step_tokens = histogram("step_sampled_tokens", "Tokens sampled in one step.", _TOKENS_BUCKETS)
+        self.grammar_mask_seconds = counter(
+            "grammar_mask_seconds", "Rank 0's time on grammar masks, most of it while the forward pass runs."
+        ).labels(model_name)
         self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS_BUCKETS)
         self.request_generation_tokens = histogram(
             "request_generation_tokens", "Output tokens of a choice.", _TOKENS_BUCKETS

@@ -11,7 +11,7 @@ import grpc.aio
 from tpserve.coordinator.engine import Engine, OutputEvent, Unavailable
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.request import QueueFull, RequestInvalid
-from tpserve.proto.messages import SamplingParams
+from tpserve.proto.messages import Grammar, SamplingParams
 from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ class Session:
                 SamplingParams.from_pb(submit.sampling),
                 submit.max_tokens,
                 frozenset(submit.stop_token_ids),
+                Grammar.from_pb(submit.grammar) if submit.HasField("grammar") else None,
             )
         except RequestInvalid as error:
             self._reject(submit, engine_pb2.Rejected.INVALID, str(error))

@@ -23,6 +23,7 @@ from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.config import ConfigError, GatewayConfig
 from tpserve.coordinator.gateway.engine_client import EngineClient
 from tpserve.coordinator.gateway.errors import EngineUnavailable
+from tpserve.coordinator.gateway.grammar import GrammarChecker
 from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.service import Service
@@ -110,7 +111,8 @@ def make_service(config: GatewayConfig) -> Service:
     engine = EngineClient(
         config.engine_address, rpc_timeout_s=config.rpc_timeout_s, session_timeout_s=config.session_timeout_s
     )
-    return Service(config, ServedModel.load(Path(config.model_dir)), engine, HttpMetrics())
+    model = ServedModel.load(Path(config.model_dir))
+    return Service(config, model, engine, HttpMetrics(), GrammarChecker(config.model_dir))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -131,6 +131,7 @@ class EngineClient:
             max_tokens=request.max_tokens,
             stop_token_ids=request.stop_token_ids,
             name=request.name,
+            grammar=None if request.grammar is None else request.grammar.to_pb(),
         )
         self._outbox.put_nowait(engine_pb2.GatewayMessage(submit=submit))
         return request_id

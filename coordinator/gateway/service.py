@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from tpserve.coordinator.gateway.engine_client import EngineClient
 from tpserve.coordinator.gateway.engine_types import EngineRequest
 from tpserve.coordinator.gateway.errors import ModelNotFound
 from tpserve.coordinator.gateway.generation import Generation, Update, Usage
+from tpserve.coordinator.gateway.grammar import GrammarChecker
 from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.stream import ChunkWriter, EventStream, json_response
@@ -48,6 +49,7 @@ class Service:
     model: ServedModel
     engine: EngineClient
     metrics: HttpMetrics
+    grammars: GrammarChecker
     created: int = field(default_factory=lambda: int(time.time()))
     """When the models appeared, for /v1/models; Unix time, seconds."""
 
@@ -75,6 +77,7 @@ class Service:
         requests: list[EngineRequest],
         *,
         stops: tuple[str, ...],
+        visible_tokens: Iterable[str] = (),
         writer: Callable[[Generation], ChunkWriter] | None,
         answer: Callable[[], Answer],
     ) -> Response:
@@ -84,6 +87,8 @@ class Service:
         ----------
         http
             Its body has been read.
+        visible_tokens
+            Special tokens that stand in the text by their name.
         writer
             Makes the writer of a streamed answer; None answers in one piece, by `answer`.
 
@@ -93,7 +98,12 @@ class Service:
             If nothing has been sent yet.
         """
         generation = Generation(
-            self.engine, self.model.tokenizer, requests, stops=stops, timeout_s=self.config.request_timeout_s
+            self.engine,
+            self.model.tokenizer,
+            requests,
+            stops=stops,
+            visible_tokens=visible_tokens,
+            timeout_s=self.config.request_timeout_s,
         )
         handed_over = False
         try:

@@ -26,16 +26,18 @@ class StepPlan(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., removed_slots: _Optional[_Iterable[int]] = ..., added_slots: _Optional[_Iterable[_Union[SlotAdd, _Mapping]]] = ..., append_slots: _Optional[_Iterable[int]] = ..., append_pages: _Optional[_Iterable[int]] = ..., chunks: _Optional[_Iterable[_Union[PromptChunk, _Mapping]]] = ..., num_draft_tokens: _Optional[int] = ...) -> None: ...
 
 class SlotAdd(_message.Message):
-    __slots__ = ("slot", "sampling", "page_ids", "output_token_ids")
+    __slots__ = ("slot", "sampling", "page_ids", "output_token_ids", "grammar")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     slot: int
     sampling: _common_pb2.SamplingParams
     page_ids: _containers.RepeatedScalarFieldContainer[int]
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, slot: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., page_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    grammar: _common_pb2.Grammar
+    def __init__(self, slot: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., page_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ...) -> None: ...
 
 class PromptChunk(_message.Message):
     __slots__ = ("slot", "start", "token_ids", "sample")
@@ -50,7 +52,7 @@ class PromptChunk(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sample: _Optional[bool] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "rank", "slots", "token_ids", "logprobs", "step_us", "collective_us", "error")
+    __slots__ = ("step_id", "rank", "slots", "token_ids", "logprobs", "step_us", "collective_us", "error", "failures", "mask_us")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +61,8 @@ class StepResult(_message.Message):
     STEP_US_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVE_US_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    MASK_US_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     rank: int
     slots: _containers.RepeatedScalarFieldContainer[int]
@@ -67,7 +71,17 @@ class StepResult(_message.Message):
     step_us: int
     collective_us: int
     error: str
-    def __init__(self, step_id: _Optional[int] = ..., rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[SlotLogprobs, _Mapping]]] = ..., step_us: _Optional[int] = ..., collective_us: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    failures: _containers.RepeatedCompositeFieldContainer[SlotFailure]
+    mask_us: int
+    def __init__(self, step_id: _Optional[int] = ..., rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[SlotLogprobs, _Mapping]]] = ..., step_us: _Optional[int] = ..., collective_us: _Optional[int] = ..., error: _Optional[str] = ..., failures: _Optional[_Iterable[_Union[SlotFailure, _Mapping]]] = ..., mask_us: _Optional[int] = ...) -> None: ...
+
+class SlotFailure(_message.Message):
+    __slots__ = ("slot", "detail")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    detail: str
+    def __init__(self, slot: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class SlotLogprobs(_message.Message):
     __slots__ = ("slot", "logprobs")
