@@ -46,6 +46,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check "pip>=25.1"
 	$(BIN)/python -m pip install -c requirements.lock -e .
+	$(BIN)/python -m pip install -c requirements.lock --no-deps xgrammar   # without PyTorch, which it asks for
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed

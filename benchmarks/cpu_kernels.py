@@ -108,11 +108,12 @@ def sampler(kernels: Any, budget_s: float) -> Results:
     rng = np.random.default_rng(0)
     for vocab in (49152, 151936):
         logits = tensor(rng.standard_normal((1, vocab), np.float32) * 3)
-        for label, temperature, top_p, num_logprobs in (
-            ("greedy", 0.0, 1.0, -1),
-            ("greedy, 20 logprobs", 0.0, 1.0, 20),
-            ("temperature", 1.0, 1.0, -1),
-            ("top_p 0.9", 1.0, 0.9, -1),
+        for label, temperature, top_p, num_logprobs, mask_row in (
+            ("greedy", 0.0, 1.0, -1, -1),
+            ("greedy, masked", 0.0, 1.0, -1, 0),
+            ("greedy, 20 logprobs", 0.0, 1.0, 20, -1),
+            ("temperature", 1.0, 1.0, -1, -1),
+            ("top_p 0.9", 1.0, 0.9, -1, -1),
         ):
             before = [
                 *(np.zeros(1, np.int32), np.zeros(1, np.int32)),
@@ -120,6 +121,7 @@ def sampler(kernels: Any, budget_s: float) -> Results:
                 *(np.zeros(1, np.int32), *(np.zeros(1, np.float32) for _ in range(3)), np.ones(1, np.int64)),
                 *(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), np.zeros(1, np.int32)),
                 *(np.zeros((0, vocab), np.int32), np.array([num_logprobs], np.int32)),
+                *(np.full((1, (vocab + 31) // 32), 0x11111111, np.int32), np.array([mask_row], np.int32)),
                 *(np.zeros(1, np.int32), np.zeros(1, np.float32)),
                 *(np.zeros((1, 20), np.int32), np.zeros((1, 20), np.float32)),
             ]

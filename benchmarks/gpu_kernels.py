@@ -171,12 +171,15 @@ def sampling(kernels: Any, stream: Any) -> None:
         logits = DeviceArray(
             cupy.random.RandomState(0).standard_normal((num_rows, vocab), dtype=cupy.float32) * 3, np.float32
         )
-        for name, (temperature, top_p, top_k) in {
-            "greedy": (0.0, 1.0, 0),
-            "temperature": (1.0, 1.0, 0),
-            "top_p": (0.7, 0.9, 0),
-            "top_k top_p": (0.7, 0.9, 50),
+        masks = to_device(np.full((num_slots, vocab // 32), 0x11111111, np.int32))
+        for name, (temperature, top_p, top_k, masked) in {
+            "greedy": (0.0, 1.0, 0, False),
+            "greedy, masked": (0.0, 1.0, 0, True),
+            "temperature": (1.0, 1.0, 0, False),
+            "top_p": (0.7, 0.9, 0, False),
+            "top_k top_p": (0.7, 0.9, 50, False),
         }.items():
+            mask_rows = to_device(np.arange(num_slots, dtype=np.int32) if masked else np.full(num_slots, -1, np.int32))
             floats = [to_device(np.full(num_slots, v, np.float32)) for v in (temperature, top_p, 0.0, 0.0, 0.0)]
             ints = [to_device(np.full(num_slots, v, np.int32)) for v in (top_k, 0, -1)]
             index = to_device(np.arange(num_rows, dtype=np.int32))
@@ -184,7 +187,7 @@ def sampling(kernels: Any, stream: Any) -> None:
                 logits, vocab, index, index, floats[0], floats[1], ints[0], *floats[2:],
                 to_device(np.arange(num_slots, dtype=np.int64)), to_device(np.zeros((num_slots, 1), np.int32)),
                 to_device(np.zeros((num_slots, 1), np.float32)), ints[1], to_device(np.zeros((0, vocab), np.int32)),
-                ints[2], poisoned((num_rows, vocab), np.float32), poisoned((num_rows,), np.int32),
+                ints[2], masks, mask_rows, poisoned((num_rows, vocab), np.float32), poisoned((num_rows,), np.int32),
                 poisoned((num_rows,), np.float32), poisoned((num_rows, 20), np.int32),
                 poisoned((num_rows, 20), np.float32),
             )  # fmt: skip
@@ -213,8 +216,8 @@ def main() -> None:
                 "sampling": lambda: sampling(kernels, stream),
                 "fp8": lambda: gemms(kernels, stream, FP8, ["70b tp4"], decode),
                 "bf16": lambda: gemms(kernels, stream, BF16, ["8b tp1"], decode),
-                "large bf16": lambda: gemms(kernels, stream, BF16, ["8b tp1"], [160, 256, 512, 2048]),
-                "large fp8": lambda: gemms(kernels, stream, FP8, ["70b tp4"], [160, 256, 512, 2048]),
+                "large bf16": lambda: gemms(kernels, stream, BF16, ["8b tp1"], [160, 192, 256, 512, 2048]),
+                "large fp8": lambda: gemms(kernels, stream, FP8, ["70b tp4"], [160, 192, 256, 512, 2048]),
             }
             for name in options.only.split(","):
                 parts[name]()

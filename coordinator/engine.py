@@ -20,7 +20,7 @@ from tpserve.coordinator.request import QueueFull, Request, RequestInvalid, Toke
 from tpserve.coordinator.scheduler import Scheduler, SchedulerStats
 from tpserve.coordinator.step_log import StepLog, StepTrace
 from tpserve.coordinator.tracing import RequestSpans, Tracing
-from tpserve.proto.messages import FinishReason, SamplingParams, StepResult
+from tpserve.proto.messages import FinishReason, Grammar, SamplingParams, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,7 @@ class Engine:
         sampling: SamplingParams,
         max_tokens: int,
         stop_token_ids: frozenset[int],
+        grammar: Grammar | None = None,
         name: str = "",
         traceparent: str = "",
     ) -> int:
@@ -180,7 +181,9 @@ class Engine:
             raise Unavailable(f"the engine is {self._status.name.lower()}: {self._detail}")
         key = self._next_key
         try:
-            self._scheduler.add_request(Request(key, prompt_token_ids, sampling, max_tokens, n, stop_token_ids))
+            self._scheduler.add_request(
+                Request(key, prompt_token_ids, sampling, max_tokens, n, stop_token_ids, grammar)
+            )
         except QueueFull:
             self._metrics.count_rejection("queue_full")
             raise
@@ -382,6 +385,8 @@ class Engine:
         fresh = result.step_id in self._after_idle
         self._after_idle.discard(result.step_id)
         self._metrics.observe_step(result, None if fresh else gap_us)
+        if result.mask_us:
+            self._metrics.grammar_mask_seconds.inc(result.mask_us / 1e6)
 
     def _note_started(self) -> None:
         """Note which choices have just entered the batch for the first time."""
@@ -407,7 +412,7 @@ class Engine:
             choice = event.choice
             if active is None or choice not in active.open_choices:
                 continue  # aborted meanwhile
-            by_sink.setdefault(active.sink, []).append(OutputEvent(active.client_id, event))
+            by_sink.setdefault(active.sink, []).append(OutputEvent(active.client_id, event, event.detail))
             if active.first_token_at[choice] is None:
                 self._first_token(active, event, now)
             else:

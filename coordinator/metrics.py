@@ -67,6 +67,7 @@ class Metrics:
         self.prompt_tokens = self._counters["prompt_tokens"]
         self.prompt_tokens_cached = self._counters["prompt_tokens_cached"]
         self.generation_tokens = self._counters["generation_tokens"]
+        self.grammar_mask_seconds = self._counters["grammar_mask_seconds"]
         self.rebuilds = self._counters["group_rebuilds"]
         self.ttft = self._histogram("time_to_first_token_seconds")
         self.itl = self._histogram("inter_token_latency_seconds")

@@ -211,6 +211,7 @@ CATALOGUE: tuple[MetricSpec, ...] = (
     ),
     _own("counter", "graph_bucket_seconds", "Wall time of these steps on rank 0.", ["bucket"]),
     _own("counter", "step_padding_tokens", "Tokens run for nothing, to fill a bucket."),
+    _own("counter", "grammar_mask_seconds", "Rank 0's time on grammar masks, most of it while the forward pass runs."),
     # ---- ranks and collectives
     _own("histogram", "rank_step_seconds", "Wall time of one step on each rank.", ["rank"], STEP_BUCKETS),
     _own("gauge", "rank_last_step", "Latest step that a rank has finished.", ["rank"]),

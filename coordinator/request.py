@@ -10,7 +10,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from tpserve.coordinator.config import SchedulerConfig
-from tpserve.proto.messages import FinishReason, SamplingParams, TokenLogprobs
+from tpserve.proto.messages import FinishReason, Grammar, SamplingParams, TokenLogprobs
 
 _MASK_64 = (1 << 64) - 1
 
@@ -37,6 +37,8 @@ class Request:
     """Choices; each is a sequence of its own."""
     stop_token_ids: frozenset[int] = frozenset()
     """A sequence ends after one of these, which is reported like any token."""
+    grammar: Grammar | None = None
+    """What each choice must match; only passed on."""
 
 
 class TokenEvent(NamedTuple):
@@ -54,6 +56,8 @@ class TokenEvent(NamedTuple):
     num_cached_tokens: int = 0
     """Prompt tokens whose KV was there when the sequence first ran; given in its first event. Choices after the first
     find most of the prompt computed by the first, so only choice 0 says what earlier requests have left."""
+    detail: str = ""
+    """With FAILED, why."""
 
 
 class SequenceStatus(Enum):

@@ -368,8 +368,11 @@ class Scheduler:
         self._prefilling.add(sequence)
         sequence.status = SequenceStatus.PREFILLING
         sequence.num_computed_tokens = num_cached
-        output = sequence.tokens[sequence.num_prompt_tokens :] if sequence.sampling.needs_output_history else ()
-        return SlotAdd(self._slots.acquire(sequence), sequence.sampling, tuple(sequence.page_ids), tuple(output))
+        grammar = group.request.grammar
+        needs_output = sequence.sampling.needs_output_history or grammar is not None
+        output = sequence.tokens[sequence.num_prompt_tokens :] if needs_output else ()
+        slot = self._slots.acquire(sequence)
+        return SlotAdd(slot, sequence.sampling, tuple(sequence.page_ids), tuple(output), grammar)
 
     # ---- leaving
 
@@ -430,7 +433,8 @@ class Scheduler:
         Returns
         -------
         list of TokenEvent
-            One for each sequence that got a token. Tokens of sequences that ended meanwhile are dropped.
+            One for each sequence that got a token, or that its worker cannot go on with. Tokens of sequences that ended
+            meanwhile are dropped.
 
         Raises
         ------
@@ -439,11 +443,14 @@ class Scheduler:
         """
         sequences = self._slots.close_step(result)
         self._last_result = result.step_id
-        logprobs = result.logprobs
+        logprobs, failures = result.logprobs, result.failures
         finished = SequenceStatus.FINISHED
         events: list[TokenEvent] = []
         for sequence, slot, token in zip(sequences, result.slots, result.token_ids, strict=True):
             if sequence.status is finished:
+                continue
+            if failures and slot in failures:
+                events.append(self._failed(sequence, failures[slot]))
                 continue
             tokens = sequence.tokens
             tokens.append(token)
@@ -468,3 +475,8 @@ class Scheduler:
             elif sequence.status is SequenceStatus.WAITING:
                 self._admission_open = True  # preempted; these were the tokens it waited for
         return events
+
+    def _failed(self, sequence: Sequence, detail: str) -> TokenEvent:
+        """End a sequence that its worker cannot go on with."""
+        self._finish(sequence)
+        return TokenEvent(sequence.request_id, sequence.choice, (), finish=FinishReason.FAILED, detail=detail)

@@ -13,7 +13,7 @@ from tpserve.coordinator.engine import Engine, OutputEvent, Unavailable
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.request import QueueFull, RequestInvalid
 from tpserve.coordinator.step_log import MAX_TRACE_STEPS
-from tpserve.proto.messages import SamplingParams
+from tpserve.proto.messages import Grammar, SamplingParams
 from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ class Session:
                 SamplingParams.from_pb(submit.sampling),
                 submit.max_tokens,
                 frozenset(submit.stop_token_ids),
+                Grammar.from_pb(submit.grammar) if submit.HasField("grammar") else None,
                 name=submit.name,
                 traceparent=submit.traceparent,
             )

@@ -79,14 +79,44 @@ class SamplingParams:
         )
 
 
+class GrammarKind(Enum):
+    """How a grammar's source is written; values are those of `common.proto`."""
+
+    JSON_SCHEMA = 1
+    REGEX = 2
+    EBNF = 3
+    STRUCTURAL_TAG = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the output of one sequence must match; `tpserve.proto.grammar` compiles it."""
+
+    kind: GrammarKind
+    source: str
+    stop_token_ids: tuple[int, ...]
+    """Allowed once the output matches, and only then."""
+
+    def to_pb(self) -> common_pb2.Grammar:
+        """Return the protobuf form."""
+        return common_pb2.Grammar(
+            kind=common_pb2.Grammar.Kind.Name(self.kind.value), source=self.source, stop_token_ids=self.stop_token_ids
+        )
+
+    @classmethod
+    def from_pb(cls, pb: common_pb2.Grammar) -> Grammar:
+        """Read the protobuf form."""
+        return cls(GrammarKind(pb.kind), pb.source, tuple(pb.stop_token_ids))
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one sampled position."""
+    """Log-probabilities at one sampled position, of the distribution that a grammar leaves."""
 
     logprob: float
-    """Of the chosen token, after penalties and bias, before temperature and cuts."""
+    """Of the chosen token, after grammar, penalties and bias, before temperature and cuts."""
     top: tuple[tuple[int, float], ...] = ()
-    """(token id, log-probability), best first."""
+    """(token id, log-probability), best first; fewer than asked for where a grammar allows fewer."""
 
     def to_pb(self) -> common_pb2.TokenLogprobs:
         """Return the protobuf form."""
@@ -111,7 +141,9 @@ class SlotAdd:
     page_ids: tuple[int, ...]
     """Start of the page table: prefix-cache hits first, then fresh pages."""
     output_token_ids: tuple[int, ...] = ()
-    """Tokens emitted before a preemption, given only when penalties count them."""
+    """Tokens emitted before a preemption, given only when penalties count them or a grammar has to follow them."""
+    grammar: Grammar | None = None
+    """None: any token may follow any other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +184,7 @@ class StepPlan:
                     sampling=added.sampling.to_pb(),
                     page_ids=added.page_ids,
                     output_token_ids=added.output_token_ids,
+                    grammar=None if added.grammar is None else added.grammar.to_pb(),
                 )
                 for added in self.added_slots
             ],
@@ -181,6 +214,7 @@ class StepPlan:
                     sampling=SamplingParams.from_pb(added.sampling),
                     page_ids=tuple(added.page_ids),
                     output_token_ids=tuple(added.output_token_ids),
+                    grammar=Grammar.from_pb(added.grammar) if added.HasField("grammar") else None,
                 )
                 for added in pb.added_slots
             ),
@@ -221,6 +255,10 @@ class StepResult:
     collective_us: int = 0
     error: str = ""
     """Set when the rank cannot go on; it names the cause."""
+    failures: dict[int, str] = field(default_factory=dict)
+    """By slot, why its sequence cannot go on; its token of this step is void."""
+    mask_us: int = 0
+    """Time spent on grammar masks, beside the step or within it."""
     collectives: tuple[CollectiveUse, ...] = ()
     """Of this step, by kind; empty where they are not timed one by one, as inside a captured graph."""
     started_us: int = 0
@@ -245,6 +283,8 @@ class StepResult:
             step_us=self.step_us,
             collective_us=self.collective_us,
             error=self.error,
+            failures=[worker_pb2.SlotFailure(slot=slot, detail=detail) for slot, detail in self.failures.items()],
+            mask_us=self.mask_us,
             collectives=[
                 worker_pb2.CollectiveUse(
                     kind=use.kind, num_calls=use.num_calls, num_bytes=use.num_bytes, busy_us=use.busy_us
@@ -269,6 +309,8 @@ class StepResult:
             step_us=pb.step_us,
             collective_us=pb.collective_us,
             error=pb.error,
+            failures={item.slot: item.detail for item in pb.failures},
+            mask_us=pb.mask_us,
             collectives=tuple(
                 CollectiveUse(use.kind, use.num_calls, use.num_bytes, use.busy_us) for use in pb.collectives
             ),

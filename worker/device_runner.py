@@ -2,11 +2,15 @@
 
 A plan becomes one copy of a few hundred bytes and one graph launch. Sampled tokens stay on the device, where the next
 step finds them; the host learns them later. Decides nothing.
+
+A step with grammars is two parts: a graph up to the logits, and the sampling behind it. While the graph runs, the host
+learns the tokens of the step before, follows them in their grammars, and sends the masks that the sampling waits for.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from typing import Any
@@ -24,6 +28,7 @@ from tpserve.worker.device_group import DeviceGroup
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_weights import Progress, as_device_tensor, load_device_parameters, pinned
 from tpserve.worker.errors import PlanError
+from tpserve.worker.grammar import ConstrainedRow, GrammarFollower
 from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, load_kernels, tvm
 
 logger = logging.getLogger(__name__)
@@ -41,6 +46,10 @@ class _CapturedStep:
         self.bucket = bucket
         self.inputs = cupy.zeros(bucket.num_inputs, cupy.int32)
         self.graph: Any = None
+        self.forward_graph: Any = None
+        """The same without the sampling; captured when a step of this size first has a grammar."""
+        self.logits: Any = None
+        """What the forward graph writes: memory of the pool, good until the next launch of any graph."""
         parts = [self.inputs[start : start + size] for start, size in zip(bucket.starts, bucket.sizes, strict=True)]
         parts[2].fill(-1)
         parts[4].fill(-1)
@@ -60,6 +69,8 @@ class PendingStep:
         slots: Array | None = None,
         num_tokens: int = 0,
         bucket: Bucket | None = None,
+        failures: dict[int, str] | None = None,
+        mask_us: int = 0,
     ) -> None:
         """Note what was queued; without slots nothing was."""
         self.plan = plan
@@ -68,6 +79,8 @@ class PendingStep:
         self.num_tokens = num_tokens
         self.bucket = bucket
         self.submitted = time.perf_counter()
+        self.failures = failures or {}
+        self.mask_us = mask_us
         self._runner = runner
 
     def wait(self) -> StepResult:
@@ -131,6 +144,9 @@ class DeviceRunner:
         self._sampler = DeviceSampler(
             self._kernels, config.max_num_seqs, manifest.vocab_size, manifest.padded_vocab_size, _NUM_STAGING
         )
+        self._grammars = GrammarFollower(config.model_dir, manifest.vocab_size, _num_mask_threads(config.tp_size))
+        self._constrained: tuple[list[ConstrainedRow], int, int] = ([], 0, 0)
+        """Rows of the last step that had grammars, its number of rows and its staging."""
         self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
         self._window = manifest.attention_window
         num_tokens = manifest.max_num_batched_tokens
@@ -150,6 +166,7 @@ class DeviceRunner:
         self._captured = self._capture(buckets)
         if self._group is not None:
             self._group.meet("graphs")
+        self._grammars.warm_up()
 
     # ---- capture
 
@@ -173,12 +190,37 @@ class DeviceRunner:
         logger.info("captured %d graphs in %.1f s", len(captured), time.perf_counter() - started)
         return captured[::-1]
 
+    def _capture_forward(self, step: _CapturedStep) -> None:
+        """Capture a bucket's step up to the logits; nothing runs, and the pool has room from the whole step's capture.
+
+        The logits' memory goes back to the pool, as it does in every other graph: only what is launched later writes to
+        it, and the sampling stands before that in the stream. Holding it would cost megabytes for each bucket.
+        """
+        started = time.perf_counter()
+        self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+        logits = self._forward(step)
+        step.forward_graph = self._stream.end_capture()
+        step.logits = _unowned(logits)
+        step.forward_graph.upload(self._stream)
+        took_ms = (time.perf_counter() - started) * 1e3
+        logger.info("captured the forward pass of %d tokens for grammars in %.1f ms", step.bucket.num_tokens, took_ms)
+
     def _run(self, step: _CapturedStep) -> None:
         """Queue everything that one step does on the device."""
-        token_ids, positions, token_slots, sample_rows, sample_slots, sample_positions = step.tensors
+        self._sample(step, self._forward(step))
+
+    def _sample(self, step: _CapturedStep, logits: Any) -> None:
+        """Queue the sampling of a step's logits."""
+        sample_slots, sample_positions = step.tensors[4:]
+        ids = self._sampler.queue(logits, sample_slots, sample_positions)
+        self._kernels["store_last_tokens"](ids, sample_slots, self._last_token)
+
+    def _forward(self, step: _CapturedStep) -> Any:
+        """Queue a step up to its logits; return them."""
+        token_ids, positions, token_slots, sample_rows = step.tensors[:4]
         self._kernels["load_last_tokens"](token_slots, self._last_token, token_ids)
         self._kernels["attention_plan"](positions, token_slots, *self._heads, self._window, step.plan)
-        logits = self._step(
+        return self._step(
             token_ids,
             positions,
             token_slots,
@@ -189,8 +231,6 @@ class DeviceRunner:
             self._kv,
             self._params,
         )
-        ids = self._sampler.queue(logits, sample_slots, sample_positions)
-        self._kernels["store_last_tokens"](ids, sample_slots, self._last_token)
 
     # ---- steps
 
@@ -209,6 +249,7 @@ class DeviceRunner:
         self._next_step_id = plan.step_id + 1
         staging, self._next_staging = self._next_staging, (self._next_staging + 1) % _NUM_STAGING
         updates = self._batch.apply(plan)
+        self._grammars.apply(plan)
         arrays = self._batch.prepare(plan)
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             if updates:
@@ -222,14 +263,39 @@ class DeviceRunner:
             step.inputs.data.copy_from_host_async(
                 self._input_staging[staging].ctypes.data, step.inputs.nbytes, self._stream
             )
-            step.graph.launch(self._stream)
+            rows = self._grammars.rows(arrays.sample_slots)
+            failures, mask_us = self._launch(step, rows, staging)
+            self._constrained = (rows, len(arrays.sample_slots), staging)
             self._sampler.fetch(len(arrays.sample_slots), arrays.sample_slots, staging, self._stream)
             if self._group is not None:
                 self._group.fetch(staging, self._stream)
             self._events[staging].record(self._stream)
         slots = arrays.sample_slots.copy()
         self._batch.commit(arrays, None)
-        return PendingStep(self, plan, staging, slots, len(arrays.token_ids), step.bucket)
+        return PendingStep(self, plan, staging, slots, len(arrays.token_ids), step.bucket, failures, mask_us)
+
+    def _launch(self, step: _CapturedStep, rows: list[ConstrainedRow], staging: int) -> tuple[dict[int, str], int]:
+        """Queue a step whose inputs are queued; return which slots cannot go on, and the microseconds of its masks."""
+        before, num_before, staging_before = self._constrained
+        buffer = self._sampler.mask_buffers[staging]
+        if not rows:
+            if before:  # followed no further: those slots have left, or wait for nothing that this step samples
+                buffer.mask_rows.fill(-1)
+                self._sampler.send_masks(staging, 0, self._stream)
+            step.graph.launch(self._stream)
+            return {}, 0
+        if step.forward_graph is None:
+            self._capture_forward(step)
+        step.forward_graph.launch(self._stream)
+        if before:
+            self._events[staging_before].synchronize()
+        started = time.perf_counter()
+        self._grammars.advance(before, self._sampler.token_ids(num_before, staging_before))
+        failures = self._grammars.fill(rows, buffer)
+        self._sampler.send_masks(staging, int(buffer.mask_rows.max()) + 1, self._stream)
+        mask_us = int((time.perf_counter() - started) * 1e6)
+        self._sample(step, step.logits)
+        return failures, mask_us
 
     def finish(self, pending: PendingStep) -> StepResult:
         """Wait for a submitted step; see `PendingStep.wait`."""
@@ -256,10 +322,13 @@ class DeviceRunner:
             num_tokens=pending.num_tokens,
             bucket_tokens=bucket.num_tokens,
             bucket_rows=bucket.num_rows,
+            failures=pending.failures if is_first else {},
+            mask_us=pending.mask_us if is_first else 0,
         )
 
     def close(self) -> None:
         """Wait for what is queued, so that its memory may go, and leave the group."""
+        self._grammars.close()
         self._stream.synchronize()
         if self._group is not None:
             self._group.close()
@@ -283,3 +352,20 @@ class DeviceRunner:
             host[: 3 * len(part)] = np.asarray(part, np.int32).reshape(-1)
             self._page_updates.data.copy_from_host_async(host.ctypes.data, 12 * len(part), self._stream)
             self._kernels["scatter_pages"](self._page_updates_tensor._create_view((len(part), 3)), self._page_table)
+
+
+def _unowned(tensor: Any) -> Any:
+    """Return a tensor over the same memory that does not keep it from its allocator."""
+    view = (
+        cupy.from_dlpack(tensor)
+        if tensor.dtype != "bfloat16"
+        else cupy.from_dlpack(tensor._create_view(tensor.shape, dtype="uint16"))
+    )
+    memory = cupy.cuda.UnownedMemory(view.data.ptr, view.nbytes, owner=None)
+    bare = cupy.ndarray(view.shape, view.dtype, cupy.cuda.MemoryPointer(memory, 0))
+    return as_device_tensor(bare, str(tensor.dtype))
+
+
+def _num_mask_threads(tp_size: int) -> int:
+    """Ranks of one host share its cores; a mask takes microseconds, so a few threads are enough."""
+    return max(1, min(8, (os.cpu_count() or 1) // (2 * tp_size)))

@@ -13,7 +13,8 @@ from tpserve.proto.messages import SlotAdd, TokenLogprobs
 from tpserve.worker.arrays import Array
 from tpserve.worker.device_weights import pinned
 from tpserve.worker.errors import PlanError, WorkerError
-from tpserve.worker.sampler import MAX_LOGPROBS
+from tpserve.worker.grammar import MaskBuffer, num_mask_words
+from tpserve.worker.sampler import MAX_LOGPROBS, best_alternatives
 
 MAX_BIAS = 512
 """Entries of logit_bias that one sequence may have: graphs need a fixed size."""
@@ -48,6 +49,17 @@ class DeviceSampler:
         self._bias_ids = cupy.zeros((size, MAX_BIAS), cupy.int32)
         self._bias_values = cupy.zeros((size, MAX_BIAS), cupy.float32)
         self._output_counts = cupy.zeros((size, vocab_size), cupy.int32)
+        self._masks = cupy.zeros((size, num_mask_words(vocab_size)), cupy.int32)
+        # As the kernel's other parameters by slot; padded, so that its view has an aligned size.
+        self._mask_rows = cupy.full(size, -1, cupy.int32)
+        self.mask_buffers = [
+            MaskBuffer(
+                pinned(self._masks.size, np.int32).reshape(self._masks.shape), pinned(size, np.int32)[:max_num_seqs]
+            )
+            for _ in range(num_staging)
+        ]
+        """Grammar masks of a step in the staging of that number, to be filled before `send_masks`."""
+        self._has_masks = False
         state = (
             views["temperature"],
             views["top_p"],
@@ -61,6 +73,8 @@ class DeviceSampler:
             views["bias_count"],
             self._output_counts,
             views["num_logprobs"],
+            self._masks,
+            self._mask_rows[:max_num_seqs],
         )
         self._state = tuple(tvm_ffi.from_dlpack(array) for array in state)
         # Logits with penalties and bias applied; width is the padded vocabulary.
@@ -113,6 +127,23 @@ class DeviceSampler:
         self._staging[staging][:] = self._host
         self._device.data.copy_from_host_async(self._staging[staging].ctypes.data, self._block_bytes, stream)
 
+    def send_masks(self, staging: int, num_masks: int, stream: Any) -> None:
+        """Queue the copies of a step's masks to the device; with none, slots lose those that the last step had.
+
+        Parameters
+        ----------
+        num_masks
+            Leading rows of the staging's masks that are in use.
+        """
+        if not num_masks and not self._has_masks:
+            return
+        self._has_masks = num_masks > 0
+        buffer = self.mask_buffers[staging]
+        if num_masks:
+            size = num_masks * self._masks[:1].nbytes
+            self._masks.data.copy_from_host_async(buffer.masks.ctypes.data, size, stream)
+        self._mask_rows.data.copy_from_host_async(buffer.mask_rows.ctypes.data, buffer.mask_rows.nbytes, stream)
+
     def queue(self, logits: Any, slots: Any, positions: Any) -> Any:
         """Queue the sampling kernel; return the tensor of sampled ids, (R,) int32."""
         rows = slots.shape[0]
@@ -146,6 +177,11 @@ class DeviceSampler:
         wanted = self._host_views["num_logprobs"][slots]
         for row in np.flatnonzero(wanted >= 0):
             count = int(wanted[row])
-            top = zip(top_ids[row, :count].tolist(), top_values[row, :count].tolist(), strict=True)
-            logprobs[int(slots[row])] = TokenLogprobs(float(chosen[row]), tuple(top))
+            top = best_alternatives(top_ids[row, :count], top_values[row, :count])
+            logprobs[int(slots[row])] = TokenLogprobs(float(chosen[row]), top)
         return tuple(ids[: len(slots)].tolist()), logprobs
+
+    def token_ids(self, num_rows: int, staging: int) -> Array:
+        """Return the ids that a finished step sampled, (R,) int32; a view that the staging's next use overwrites."""
+        ids: Array = self._results[staging][0]
+        return ids[:num_rows]

@@ -27,6 +27,7 @@ def sample_reference(
     params: SamplingParams,
     position: int,
     output_counts: npt.NDArray[np.int32] | None = None,
+    mask: npt.NDArray[np.int32] | None = None,
 ) -> ReferenceSample:
     """Draw the token at `position`.
 
@@ -40,13 +41,15 @@ def sample_reference(
         Of the token being drawn; the counter of the generator.
     output_counts
         (vocab_size,) how often each token stands in the output so far; needed with penalties.
+    mask
+        (ceil(vocab_size / 32),) a grammar's mask: bit i % 32 of word i / 32 allows token i; None allows all.
 
     Raises
     ------
     ValueError
         If the adjusted logits hold a NaN or have no finite maximum, or counts are missing.
     """
-    adjusted = _adjust(logits, params, output_counts)
+    adjusted = _adjust(logits if mask is None else _masked(logits, mask), params, output_counts)
     best = adjusted.max()
     if not np.isfinite(best):
         raise ValueError("logits have a NaN or no finite maximum")
@@ -75,6 +78,12 @@ def philox4x32(key: int, counter: int) -> tuple[int, int, int, int]:
         x = ((b >> 32) ^ x[1] ^ low, b & mask, (a >> 32) ^ x[3] ^ high, a & mask)
         low, high = (low + 0x9E3779B9) & mask, (high + 0xBB67AE85) & mask
     return x
+
+
+def _masked(logits: npt.NDArray[np.float32], mask: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    tokens = np.arange(len(logits))
+    allowed = mask[tokens // 32] >> (tokens % 32) & 1
+    return np.where(allowed == 1, logits, np.float32(-np.inf))
 
 
 def _adjust(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array, aligned_zeros, as_tensor
 from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.errors import PlanError
+from tpserve.worker.grammar import ConstrainedRow, GrammarFollower
 from tpserve.worker.kv_cache import KVCache
 from tpserve.worker.library import Library, check_manifest, load_kernels
 from tpserve.worker.sampler import Sampler
@@ -28,6 +30,10 @@ _ATTACH_TIMEOUT_S = 60.0
 
 Progress = Callable[[int, int], None]
 """Called with (parameters loaded, parameters in all)."""
+
+
+_Masks = tuple[dict[int, str], int]
+"""What came of computing masks: by slot, why its sequence cannot go on; and microseconds."""
 
 
 class Runner:
@@ -75,7 +81,14 @@ class Runner:
         max_pages = -(-manifest.max_model_len // page_size)
         self._batch = Batch(config.max_num_seqs, manifest.max_num_batched_tokens, max_pages, page_size)
         self._sampler = Sampler(kernels["sample"], config.max_num_seqs, manifest.vocab_size)
+        self._grammars = GrammarFollower(config.model_dir, manifest.vocab_size, num_threads=1)
+        self._masking = ThreadPoolExecutor(1, "grammar-masks")
+        self._constrained: list[ConstrainedRow] = []
+        """Rows of the present step; once it is sampled, those that the next step's masks follow."""
+        self._sampled: Array | None = None
+        self._masks: Future[_Masks] | None = None
         self._next_step_id: int | None = None
+        self._grammars.warm_up()
 
     def submit(self, plan: StepPlan) -> DoneStep:
         """Run one step; see `execute`."""
@@ -96,6 +109,7 @@ class Runner:
         arrays, logits = self.forward(plan)
         if logits is None:
             return StepResult(plan.step_id, self._rank)
+        failures, mask_us = self._await_masks()
         token_ids, logprobs = self.sample(arrays, logits)
         step_us = int((time.perf_counter() - started) * 1e6)
         collectives = _since(before, self._collective_totals())
@@ -111,6 +125,8 @@ class Runner:
             collectives=collectives,
             started_us=started_us,
             num_tokens=len(arrays.token_ids),
+            failures=failures if is_first else {},
+            mask_us=mask_us if is_first else 0,
         )
 
     def forward(self, plan: StepPlan) -> tuple[StepArrays, Any]:
@@ -135,23 +151,48 @@ class Runner:
         self._batch.apply(plan)
         for added in plan.added_slots:
             self._sampler.add(added)
+        self._grammars.apply(plan)
         arrays = self._batch.prepare(plan)
         if not len(arrays.token_ids):
             return arrays, None
+        self._start_masks(arrays)
         inputs = (arrays.token_ids, arrays.positions, arrays.token_slots, self._batch.page_table, arrays.sample_rows)
         return arrays, self._step(*map(as_tensor, inputs), *self._no_workspace, self._kv.layers, self._params)
 
     def sample(self, arrays: StepArrays, logits: Any) -> tuple[Array, dict[int, TokenLogprobs]]:
         """Sample what `forward` returned, and make it the next step's input; see `Sampler.sample`."""
+        self._await_masks()
         token_ids, logprobs = self._sampler.sample(logits, arrays)
         self._batch.commit(arrays, token_ids)
+        self._sampled = token_ids.copy() if self._constrained else None
         return token_ids, logprobs
+
+    def _start_masks(self, arrays: StepArrays) -> None:
+        """Follow the last step's tokens and compute this step's masks, while the graph runs."""
+        before, sampled = self._constrained, self._sampled
+        self._constrained = rows = self._grammars.rows(arrays.sample_slots)
+        self._masks = None
+        if before or rows:
+            self._masks = self._masking.submit(self._compute_masks, before, sampled, rows)
+
+    def _compute_masks(self, before: list[ConstrainedRow], sampled: Array | None, rows: list[ConstrainedRow]) -> _Masks:
+        started = time.perf_counter()
+        if sampled is not None:
+            self._grammars.advance(before, sampled)
+        failures = self._grammars.fill(rows, self._sampler.mask_buffer)
+        return failures, int((time.perf_counter() - started) * 1e6)
+
+    def _await_masks(self) -> _Masks:
+        """Wait for this step's masks."""
+        return ({}, 0) if self._masks is None else self._masks.result()
 
     def _collective_totals(self) -> dict[str, CollectiveStats]:
         return {} if self._communicator is None else self._communicator.stats()
 
     def close(self) -> None:
         """Leave the group."""
+        self._grammars.close()
+        self._masking.shutdown(wait=False)
         if self._communicator is not None:
             self._communicator.close()
 

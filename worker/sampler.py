@@ -5,6 +5,7 @@ The kernel is an extern of the artifact (`sample`); its rules are written out in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from tpserve.proto.messages import SamplingParams, SlotAdd, TokenLogprobs
 from tpserve.worker.arrays import Array, aligned_empty, aligned_zeros, as_tensor
 from tpserve.worker.batch import StepArrays
+from tpserve.worker.grammar import MaskBuffer, num_mask_words
 
 MAX_LOGPROBS = 20
 """Most alternatives that one position can report."""
@@ -43,6 +45,11 @@ class Sampler:
         self._bias_values = aligned_zeros((max_num_seqs, 1), np.float32)
         # Counts of output tokens, (max_num_seqs, vocab_size) once a sequence with penalties has come.
         self._output_counts = aligned_empty((0, vocab_size), np.int32)
+        self.mask_buffer = MaskBuffer(
+            aligned_empty((max_num_seqs, num_mask_words(vocab_size)), np.int32),
+            aligned_empty((max_num_seqs,), np.int32),
+        )
+        """Grammar masks, to be filled before `sample`."""
         self._out_ids = aligned_empty((max_num_seqs,), np.int32)
         self._out_logprob = aligned_empty((max_num_seqs,), np.float32)
         self._out_top_ids = aligned_empty((max_num_seqs, MAX_LOGPROBS), np.int32)
@@ -96,10 +103,8 @@ class Sampler:
         logprobs: dict[int, TokenLogprobs] = {}
         for row in np.flatnonzero(wanted >= 0):
             count = int(wanted[row])
-            top = zip(
-                self._out_top_ids[row, :count].tolist(), self._out_top_logprobs[row, :count].tolist(), strict=True
-            )
-            logprobs[int(arrays.sample_slots[row])] = TokenLogprobs(float(self._out_logprob[row]), tuple(top))
+            top = best_alternatives(self._out_top_ids[row, :count], self._out_top_logprobs[row, :count])
+            logprobs[int(arrays.sample_slots[row])] = TokenLogprobs(float(self._out_logprob[row]), top)
         return ids, logprobs
 
     def _set_bias(self, slot: int, sampling: SamplingParams) -> None:
@@ -130,5 +135,13 @@ class Sampler:
             self._bias_count,
             self._output_counts,
             self._num_logprobs,
+            self.mask_buffer.masks,
+            self.mask_buffer.mask_rows,
         )
         return tuple(as_tensor(array) for array in arrays)
+
+
+def best_alternatives(token_ids: Array, logprobs: Array) -> tuple[tuple[int, float], ...]:
+    """Return (token id, log-probability) of the best tokens without those that a grammar forbids."""
+    pairs = zip(token_ids.tolist(), logprobs.tolist(), strict=True)
+    return tuple((token, value) for token, value in pairs if value > -math.inf)

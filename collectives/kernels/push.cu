@@ -15,6 +15,7 @@
 #include <memory>
 
 #include "peer.cuh"
+#include "row_cluster.cuh"
 
 namespace tpserve::cuda {
 namespace {
@@ -24,10 +25,7 @@ using tvm::ffi::Function;
 using tvm::ffi::Map;
 using tvm::ffi::String;
 
-constexpr int kCluster = 8;
-constexpr int kMaxWarps = 64;  // of a row
-constexpr int kMaxThreads = kMaxWarps * 32 / kCluster;
-constexpr float kFp8Max = 448.0f;
+constexpr int kMaxThreads = 256;
 
 enum class Mode { kPlain, kNorm, kQuantize };
 
@@ -47,66 +45,6 @@ struct ReduceParams {
 };
 
 __device__ __forceinline__ Control* control_of(const ReduceParams& p) { return reinterpret_cast<Control*>(p.base[p.rank]); }
-
-/// Sum of squares and largest magnitude of a row, over a cluster: each warp sends its part to every block.
-struct RowStatistics {
-  alignas(16) float2 part[kMaxWarps];
-  alignas(8) uint64_t barrier;
-
-  __device__ __forceinline__ uint32_t address(const void* p) const {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-  }
-
-  __device__ void init() {
-    if (threadIdx.x == 0) {
-      const uint32_t bytes = kCluster * (blockDim.x / 32) * sizeof(float2);
-      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(address(&barrier)) : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
-    }
-    // Waited for only before the first part is sent: free.
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  }
-
-  __device__ float2 reduce(float squares, float largest) {
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      squares += __shfl_xor_sync(~0u, squares, offset);
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
-    }
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    if (lane < kCluster) {
-      const uint32_t mine = address(&part[blockIdx.x % kCluster * warps + threadIdx.x / 32]);
-      uint32_t target, flag;
-      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(target) : "r"(mine), "r"(lane));
-      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(flag) : "r"(address(&barrier)), "r"(lane));
-      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(target),
-                   "r"(__float_as_uint(squares)), "r"(__float_as_uint(largest)), "r"(flag)
-                   : "memory");
-    }
-    uint32_t done = 0;
-    while (!done) {
-      asm volatile(
-          "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
-          "selp.u32 %0, 1, 0, p;\n}"
-          : "=r"(done)
-          : "r"(address(&barrier))
-          : "memory");
-    }
-    float2 total = make_float2(0.0f, 0.0f);
-    for (int i = lane; i < kCluster * warps; i += 32) {
-      total.x += part[i].x;
-      total.y = fmaxf(total.y, part[i].y);
-    }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      total.x += __shfl_xor_sync(~0u, total.x, offset);
-      total.y = fmaxf(total.y, __shfl_xor_sync(~0u, total.y, offset));
-    }
-    return total;
-  }
-};
 
 struct Finished {
   uint4 values;     // kPlain, kNorm
@@ -170,12 +108,6 @@ __device__ __forceinline__ void write(const ReduceParams& p, size_t at, int row,
   }
 }
 
-__device__ __forceinline__ void load_weight(const float* weight, int vector, float (&out)[8]) {
-  const float4 a = __ldg(reinterpret_cast<const float4*>(weight) + 2 * vector);
-  const float4 b = __ldg(reinterpret_cast<const float4*>(weight) + 2 * vector + 1);
-  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
-}
-
 /// Waits for the vectors of all other ranks; `parts[rank]` is already there.
 template <int kRanks>
 __device__ __forceinline__ void gather_parts(const ReduceParams& p, const uint4* source, size_t stride, bool present,
@@ -196,7 +128,7 @@ __device__ __forceinline__ void gather_parts(const ReduceParams& p, const uint4*
 template <int kRanks, Mode kMode>
 __global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_constant__ ReduceParams p) {
   __shared__ RowStatistics statistics;
-  const int row = blockIdx.x / kCluster, vector = blockIdx.x % kCluster * blockDim.x + threadIdx.x;
+  const int row = blockIdx.x / kRowCluster, vector = blockIdx.x % kRowCluster * blockDim.x + threadIdx.x;
   const bool present = vector < p.num_vectors;
   float weight[8] = {};
   if constexpr (kMode != Mode::kPlain) {
@@ -219,7 +151,7 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_cons
       store_peer(reinterpret_cast<uint4*>(p.base[(p.rank + i) % kRanks] + p.at.one_shot) + place, parts[0]);
     }
   }
-  const unsigned rows = gridDim.x / kCluster;
+  const unsigned rows = gridDim.x / kRowCluster;
   advance(turn, epoch, rows);
   uint4* mine = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.one_shot);
   if (present) {  // while the data fly: free the buffer of the call before
@@ -242,7 +174,7 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_cons
 template <int kRanks, Mode kMode>
 __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_constant__ ReduceParams p) {
   __shared__ RowStatistics statistics;
-  const int row = blockIdx.x / kCluster, vector = blockIdx.x % kCluster * blockDim.x + threadIdx.x;
+  const int row = blockIdx.x / kRowCluster, vector = blockIdx.x % kRowCluster * blockDim.x + threadIdx.x;
   const int owner = row % kRanks;
   const bool present = vector < p.num_vectors, own_it = owner == p.rank;  // the same for a whole cluster
   float weight[8] = {};
@@ -271,7 +203,7 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
       residual = load_l2(reinterpret_cast<const uint4*>(p.residual) + at);
     }
   }
-  const unsigned rows = gridDim.x / kCluster;
+  const unsigned rows = gridDim.x / kRowCluster;
   advance(turn, epoch, rows);
   uint4* slots = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.two_shot);
   uint4* received = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.rows);
@@ -501,20 +433,8 @@ class PushGroup {
 
   template <int kRanks, Mode kMode>
   static void launch_piece(const ReduceParams& p, int64_t rows, bool one_shot, cudaStream_t stream) {
-    const int threads = ((p.num_vectors + kCluster - 1) / kCluster + 31) / 32 * 32;
-    cudaLaunchAttribute attributes[2]{};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = kCluster, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(rows * kCluster));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = 2;
     const auto kernel = one_shot ? one_shot_kernel<kRanks, kMode> : two_shot_kernel<kRanks, kMode>;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, p), "launch of an all-reduce");
+    launch_rows(kernel, rows, p.num_vectors, stream, p);
   }
 
   const int rank_, world_size_;
@@ -529,8 +449,8 @@ void check_group(int64_t world_size, int64_t hidden, int64_t gather_bytes) {
     TVM_FFI_THROW(ValueError) << "world_size is " << world_size << ", expected 2, 4 or 8";
   }
   check_multiple("hidden", hidden, 8);
-  if (hidden < 8 || hidden > kMaxThreads * kCluster * 8) {
-    TVM_FFI_THROW(ValueError) << "hidden is " << hidden << ", expected 8 to " << kMaxThreads * kCluster * 8;
+  if (hidden < 8 || hidden > kMaxThreads * kRowCluster * 8) {
+    TVM_FFI_THROW(ValueError) << "hidden is " << hidden << ", expected 8 to " << kMaxThreads * kRowCluster * 8;
   }
   check_multiple("gather_bytes", gather_bytes, 16);
 }

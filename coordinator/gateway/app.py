@@ -32,6 +32,7 @@ def create_app(service: Service) -> ASGIApp:
         service.engine.start()
         yield
         await service.engine.close()
+        await service.grammars.close()
 
     app = FastAPI(title="tpserve", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     _add_openai_routes(app, service)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -12,11 +13,13 @@ from starlette.responses import Response
 
 from tpserve.coordinator.gateway.errors import InvalidRequest
 from tpserve.coordinator.gateway.generation import Update, Usage
-from tpserve.coordinator.gateway.prepare import engine_request, tokenise
-from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, Message, parse_body
+from tpserve.coordinator.gateway.output import Shape, chat_shape
+from tpserve.coordinator.gateway.prepare import engine_request, stop_token_ids, tokenise
+from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, Message, Tool, parse_body
 from tpserve.coordinator.gateway.service import AnswerHead, Service
 from tpserve.coordinator.gateway.stream import sse
 from tpserve.coordinator.gateway.tokenizer import Tokenizer
+from tpserve.coordinator.gateway.tools.parser import CallArguments, CallStart, Content, OutputParser, Part, Reasoning
 
 
 async def create_chat_completion(service: Service, http: Request) -> Response:
@@ -33,7 +36,18 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     if template is None:
         raise InvalidRequest("This model has no chat template; use /v1/completions", param="messages")
     info = service.engine.info
-    prompt = template.render([_template_message(message) for message in request.messages])
+    prompt = template.render(
+        [_template_message(message) for message in request.messages],
+        [_template_tool(tool) for tool in request.tools or ()] if request.tool_choice != "none" else None,
+        request.chat_template_kwargs,
+    )
+    stops = stop_token_ids(request, service.model)
+    if request.constraints or request.callable_tools:  # schemas take milliseconds to check
+        shape = await asyncio.to_thread(chat_shape, request, template, prompt, stops)
+    else:
+        shape = chat_shape(request, template, prompt, stops)
+    if shape.grammar is not None:
+        await service.grammars.check(shape.grammar, info.vocab_size, param=shape.param)
     to_engine = engine_request(
         request,
         await tokenise(service.model, prompt, info, add_special_tokens=False),
@@ -43,14 +57,20 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         requested=request.output_limit,
         default_limit=None,
         num_logprobs=request.num_logprobs,
+        grammar=shape.grammar,
     )
     tokenizer = service.model.tokenizer
     return await service.respond(
         http,
         [to_engine],
         stops=request.stops,
-        writer=(lambda generation: ChatChunks(head, tokenizer, request, generation.usage)) if request.stream else None,
-        answer=lambda: ChatAnswer(head, tokenizer, request),
+        visible_tokens=shape.visible_tokens,
+        writer=(
+            (lambda generation: ChatChunks(head, tokenizer, request, shape, generation.usage))
+            if request.stream
+            else None
+        ),
+        answer=lambda: ChatAnswer(head, tokenizer, request, shape),
     )
 
 
@@ -59,20 +79,24 @@ class ChatChunks:
 
     Parameters
     ----------
+    shape
+        What the text is split into.
     usage
         Counts of the running generation, read when a chunk with usage is written.
     """
 
-    def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: ChatCompletionRequest, usage: Usage) -> None:
+    def __init__(
+        self, head: AnswerHead, tokenizer: Tokenizer, request: ChatCompletionRequest, shape: Shape, usage: Usage
+    ) -> None:
         self._tokenizer = tokenizer
+        self._parsers = None if shape.is_plain else [shape.new_parser() for _ in range(request.n or 1)]
         self._logprobs = request.num_logprobs is not None
         self._include_usage = request.include_usage
         self._usage_by_chunk = request.usage_by_chunk
         self._usage = usage
         self._begun: set[int] = set()
         # One dictionary is made once and patched for each chunk.
-        self._delta: dict[str, Any] = {}
-        self._choice: dict[str, Any] = {"index": 0, "delta": self._delta, "logprobs": None, "finish_reason": None}
+        self._choice: dict[str, Any] = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}
         self._chunk: dict[str, Any] = {
             "id": head.id,
             "object": "chat.completion.chunk",
@@ -85,24 +109,31 @@ class ChatChunks:
 
     def write(self, update: Update) -> bytes:
         """Return the role chunk (once per choice), the text chunk and the finish chunk, as far as there are any."""
-        choice, delta, out = self._choice, self._delta, b""
+        choice, out = self._choice, b""
         choice["index"] = update.index
         if update.index not in self._begun:
             self._begun.add(update.index)
-            delta.update(role="assistant", content="")
+            choice["delta"] = {"role": "assistant", "content": ""}
             out = sse(self._chunk)
-            del delta["role"]
         if self._usage_by_chunk:
             self._chunk["usage"] = self._usage.to_dict()
-        if update.text or self._usage_by_chunk or (self._logprobs and update.token_ids):
-            delta["content"] = update.text
-            if self._logprobs:
-                choice["logprobs"] = {"content": chat_logprobs(self._tokenizer, update), "refusal": None}
+        finish = update.finish
+        deltas: list[dict[str, Any]] = [{"content": update.text}] if update.text else []
+        if self._parsers is not None:
+            parser = self._parsers[update.index]
+            deltas = [_delta(part) for part in _parts(parser, update)]
+            finish = _finish_reason(parser, finish)
+        if not deltas and (self._usage_by_chunk or (self._logprobs and update.token_ids)):
+            deltas = [{"content": ""}]
+        if self._logprobs and deltas:
+            choice["logprobs"] = {"content": chat_logprobs(self._tokenizer, update), "refusal": None}
+        for delta in deltas:
+            choice["delta"] = delta
             out += sse(self._chunk)
             choice["logprobs"] = None
-        if update.finish is not None:
-            delta.clear()
-            choice["finish_reason"] = update.finish
+        if finish is not None:
+            choice["delta"] = {}
+            choice["finish_reason"] = finish
             out += sse(self._chunk)
             choice["finish_reason"] = None
         return out
@@ -117,11 +148,12 @@ class ChatChunks:
 class ChatAnswer:
     """Collects a `chat.completion` object."""
 
-    def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: ChatCompletionRequest) -> None:
+    def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: ChatCompletionRequest, shape: Shape) -> None:
         self._head = head
         self._tokenizer = tokenizer
         num_choices = request.n or 1
-        self._texts: list[list[str]] = [[] for _ in range(num_choices)]
+        self._parsers = None if shape.is_plain else [shape.new_parser() for _ in range(num_choices)]
+        self._messages = [_Message() for _ in range(num_choices)]
         self._finish: list[str | None] = [None] * num_choices
         self._logprobs: list[list[dict[str, Any]]] | None = None
         if request.num_logprobs is not None:
@@ -129,8 +161,15 @@ class ChatAnswer:
 
     def add(self, update: Update) -> None:
         """Take what is new in a choice."""
-        self._texts[update.index].append(update.text)
-        self._finish[update.index] = update.finish
+        message, finish = self._messages[update.index], update.finish
+        if self._parsers is None:
+            message.content.append(update.text)
+        else:
+            parser = self._parsers[update.index]
+            for part in _parts(parser, update):
+                message.add(part)
+            finish = _finish_reason(parser, finish)
+        self._finish[update.index] = finish
         if self._logprobs is not None:
             self._logprobs[update.index] += chat_logprobs(self._tokenizer, update)
 
@@ -145,14 +184,77 @@ class ChatAnswer:
             "choices": [
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": "".join(texts), "refusal": None},
+                    "message": message.to_dict(),
                     "logprobs": None if logprobs is None else {"content": logprobs[index], "refusal": None},
                     "finish_reason": self._finish[index],
                 }
-                for index, texts in enumerate(self._texts)
+                for index, message in enumerate(self._messages)
             ],
             "usage": usage.to_dict(),
         }
+
+
+class _Message:
+    """An assistant message that grows."""
+
+    def __init__(self) -> None:
+        self.content: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[tuple[CallStart, list[str]]] = []
+
+    def add(self, part: Part) -> None:
+        """Take a part of the output."""
+        match part:
+            case Content():
+                self.content.append(part.text)
+            case Reasoning():
+                self._reasoning.append(part.text)
+            case CallStart():
+                self._calls.append((part, []))
+            case CallArguments():
+                self._calls[part.index][1].append(part.text)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return OpenAI's message object; what is only sometimes there is left out otherwise."""
+        content = "".join(self.content)
+        out: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self._calls:
+            out["content"] = content or None
+            out["tool_calls"] = [
+                {
+                    "id": start.call_id,
+                    "type": "function",
+                    "function": {"name": start.name, "arguments": "".join(arguments)},
+                }
+                for start, arguments in self._calls
+            ]
+        if self._reasoning:
+            out["reasoning_content"] = "".join(self._reasoning)
+        return out
+
+
+def _parts(parser: OutputParser, update: Update) -> list[Part]:
+    parts = parser.push(update.text)
+    return parts if update.finish is None else parts + parser.flush()
+
+
+def _finish_reason(parser: OutputParser, finish: str | None) -> str | None:
+    return "tool_calls" if finish == "stop" and parser.has_calls else finish
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """Return the `delta` object of one part."""
+    match part:
+        case Content():
+            return {"content": part.text}
+        case Reasoning():
+            return {"reasoning_content": part.text}
+        case CallStart():
+            function = {"name": part.name, "arguments": ""}
+            call = {"index": part.index, "id": part.call_id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
+        case CallArguments():
+            return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
 
 
 def chat_logprobs(tokenizer: Tokenizer, update: Update) -> list[dict[str, Any]]:
@@ -185,6 +287,8 @@ def _template_message(message: Message) -> dict[str, Any]:
         out["name"] = message.name
     if message.tool_call_id is not None:
         out["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        out["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
         out["tool_calls"] = [
             {
@@ -195,6 +299,13 @@ def _template_message(message: Message) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return out
+
+
+def _template_tool(tool: Tool) -> dict[str, Any]:
+    """Return the tool as chat templates expect it, without fields that are not given."""
+    function = tool.function.model_dump(exclude_none=True, exclude={"strict"})
+    function.setdefault("parameters", {"type": "object", "properties": {}})
+    return {"type": "function", "function": function}
 
 
 def _arguments(text: str) -> dict[str, Any]:

@@ -9,12 +9,16 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
 from tpserve.coordinator.gateway.errors import InvalidRequest
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError, read_json
+from tpserve.coordinator.gateway.tools.formats import format_of
+from tpserve.coordinator.gateway.tools.parser import THINK
+from tpserve.coordinator.gateway.tools.prompt import write_tools
 
 
 class ChatTemplate:
@@ -26,6 +30,15 @@ class ChatTemplate:
         Jinja text, as model folders ship it.
     special_tokens
         Variables such as `bos_token` and `eos_token`.
+    tool_source
+        Used instead of `source` where there are tools, in folders that ship one for each.
+
+    Attributes
+    ----------
+    tool_format : ToolFormat
+        How this model writes tool calls.
+    reasons : bool
+        Its answers may begin with `<think>`.
 
     Raises
     ------
@@ -33,18 +46,24 @@ class ChatTemplate:
         If the template does not compile.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str], tool_source: str | None = None) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
+        tool_source = tool_source or source
         try:
             self._template = environment.from_string(source)
+            self._tool_template = environment.from_string(tool_source)
+            variables = jinja2.meta.find_undeclared_variables(environment.parse(tool_source))
         except jinja2.TemplateError as error:
             raise ModelFilesError(f"the chat template does not compile: {error}") from None
         self._special_tokens = special_tokens
+        self._knows_tools = "tools" in variables
+        self.tool_format = format_of(tool_source)
+        self.reasons = THINK in source
 
     @classmethod
     def load(cls, model_dir: Path) -> ChatTemplate | None:
@@ -59,24 +78,46 @@ class ChatTemplate:
         config = read_json(config_path) if config_path.is_file() else {}
         file = model_dir / "chat_template.jinja"
         source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        tool_source = None
         if isinstance(source, list):  # several named templates
-            source = next((item["template"] for item in source if item.get("name") == "default"), None)
+            by_name = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
+            source, tool_source = by_name.get("default"), by_name.get("tool_use")
         if source is None:
             return None
         if not isinstance(source, str):
             raise ModelFilesError(f"{config_path}: chat_template must be a string or a list of named templates")
-        return cls(source, special_tokens(config))
+        return cls(source, special_tokens(config), tool_source)
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
         """Return the prompt that ends where the assistant's answer begins.
+
+        Parameters
+        ----------
+        messages
+            Arguments of tool calls are objects.
+        tools
+            In OpenAI's form. A template that knows none has them, and the history's calls, written out as text.
+        variables
+            Further ones, for this template.
 
         Raises
         ------
         InvalidRequest
             If the template refuses the messages.
         """
+        if not self._knows_tools:
+            messages = write_tools(messages, tools or ())
+        elif tools:
+            variables = {**(variables or {}), "tools": tools}
+        template = self._tool_template if tools else self._template
+        given = {**(variables or {}), **self._special_tokens, "messages": messages, "add_generation_prompt": True}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            return template.render(given)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             # What the template is given comes from the client alone, so its failure is the request's.
             raise InvalidRequest(

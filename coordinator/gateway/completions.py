@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from typing import Any
@@ -11,7 +12,8 @@ from starlette.responses import Response
 
 from tpserve.coordinator.gateway.errors import InvalidRequest
 from tpserve.coordinator.gateway.generation import Update, Usage
-from tpserve.coordinator.gateway.prepare import engine_request, tokenise
+from tpserve.coordinator.gateway.output import Shape, completion_shape
+from tpserve.coordinator.gateway.prepare import engine_request, stop_token_ids, tokenise
 from tpserve.coordinator.gateway.protocol import MAX_TOTAL_CHOICES, CompletionRequest, parse_body
 from tpserve.coordinator.gateway.service import AnswerHead, Service
 from tpserve.coordinator.gateway.stream import sse
@@ -40,6 +42,11 @@ async def create_completion(service: Service, http: Request) -> Response:
             f"at most {MAX_TOTAL_CHOICES} are allowed in one request",
             param="n",
         )
+    shape = Shape()
+    if request.constraints:  # schemas take milliseconds to check
+        shape = await asyncio.to_thread(completion_shape, request, stop_token_ids(request, model))
+    if shape.grammar is not None:
+        await service.grammars.check(shape.grammar, info.vocab_size, param=shape.param)
     to_engine = []
     echoes: list[str] = []
     for prompt in request.prompts:
@@ -62,6 +69,7 @@ async def create_completion(service: Service, http: Request) -> Response:
                 requested=request.max_tokens,
                 default_limit=DEFAULT_MAX_TOKENS,
                 num_logprobs=request.logprobs,
+                grammar=shape.grammar,
             )
         )
         if request.echo:

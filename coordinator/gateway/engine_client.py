@@ -144,6 +144,7 @@ class EngineClient:
             stop_token_ids=request.stop_token_ids,
             name=request.name,
             traceparent="" if self._traceparent is None else self._traceparent(),
+            grammar=None if request.grammar is None else request.grammar.to_pb(),
         )
         self._outbox.put_nowait(engine_pb2.GatewayMessage(submit=submit))
         return request_id

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tpserve.coordinator.gateway.errors import ApiError
-from tpserve.proto.messages import FinishReason, SamplingParams, TokenLogprobs
+from tpserve.proto.messages import FinishReason, Grammar, SamplingParams, TokenLogprobs
 from tpserve.proto.pb import engine_pb2
 
 
@@ -60,6 +60,8 @@ class EngineRequest:
     sampling: SamplingParams
     max_tokens: int
     stop_token_ids: Sequence[int]
+    grammar: Grammar | None = None
+    """What each choice must match, known to compile."""
 
 
 @dataclass(slots=True)

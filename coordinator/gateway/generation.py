@@ -6,7 +6,7 @@ Knows nothing of HTTP or of how an answer is written.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +62,8 @@ class _Choice:
 
     __slots__ = ("_detokenizer", "_matcher", "finished", "num_chars")
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
-        self._detokenizer = tokenizer.detokenizer()
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...], shown: Mapping[int, bytes]) -> None:
+        self._detokenizer = tokenizer.detokenizer(shown)
         self._matcher = StopMatcher(stops) if stops else None
         self.num_chars = 0
         """Decoded so far, held back or not."""
@@ -96,6 +96,8 @@ class Generation:
         One per prompt, all with the same `n`.
     stops
         Stop strings.
+    visible_tokens
+        Special tokens that stand in the text by their name.
     timeout_s
         Time for the whole of it.
     """
@@ -107,12 +109,14 @@ class Generation:
         requests: Sequence[EngineRequest],
         *,
         stops: tuple[str, ...],
+        visible_tokens: Iterable[str] = (),
         timeout_s: float,
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._n = requests[0].n
-        self._choices = [_Choice(tokenizer, stops) for request in requests for _ in range(request.n)]
+        shown = tokenizer.special_texts(visible_tokens)
+        self._choices = [_Choice(tokenizer, stops, shown) for request in requests for _ in range(request.n)]
         # Only with these does it matter which token of an event did what.
         self._token_by_token = bool(stops) or requests[0].sampling.num_logprobs is not None
         self._num_open = len(self._choices)

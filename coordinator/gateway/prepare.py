@@ -9,7 +9,7 @@ from tpserve.coordinator.gateway.engine_types import EngineInfo, EngineRequest
 from tpserve.coordinator.gateway.errors import ContextLengthExceeded, InvalidRequest
 from tpserve.coordinator.gateway.model import SamplingDefaults, ServedModel
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
-from tpserve.proto.messages import SamplingParams
+from tpserve.proto.messages import Grammar, SamplingParams
 
 SEED_MASK = 2**64 - 1
 
@@ -103,6 +103,7 @@ def engine_request(
     requested: int | None,
     default_limit: int | None,
     num_logprobs: int | None,
+    grammar: Grammar | None = None,
 ) -> EngineRequest:
     """Return what the coordinator is asked for one prompt.
 
@@ -111,15 +112,20 @@ def engine_request(
     InvalidRequest
         If a limit of the model is exceeded.
     """
-    stop_token_ids = set() if request.ignore_eos else {*model.stop_token_ids, *(request.stop_token_ids or ())}
     return EngineRequest(
         name=name,
         prompt_token_ids=prompt_token_ids,
         n=request.n or 1,
         sampling=sampling_params(request, model.defaults, info, num_logprobs),
         max_tokens=output_limit(len(prompt_token_ids), requested, info, default_limit),
-        stop_token_ids=sorted(stop_token_ids),
+        stop_token_ids=stop_token_ids(request, model),
+        grammar=grammar,
     )
+
+
+def stop_token_ids(request: ChatCompletionRequest | CompletionRequest, model: ServedModel) -> list[int]:
+    """Return the tokens that end the output."""
+    return [] if request.ignore_eos else sorted({*model.stop_token_ids, *(request.stop_token_ids or ())})
 
 
 def _too_long(num_tokens: str, info: EngineInfo) -> ContextLengthExceeded:

@@ -31,19 +31,36 @@ class _Wire(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
 
 
+class JsonSchema(_Wire):
+    """`response_format.json_schema`, OpenAI's form."""
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+    """Accepted; the output always follows the schema."""
+
+
 class ResponseFormat(_Wire):
-    """`response_format`; only plain text is served."""
+    """`response_format`: free text, any JSON object, or JSON of a schema."""
 
     type: str
+    json_schema: JsonSchema | None = None
+    """With type `json_schema`."""
+    object_schema: str | dict[str, Any] | None = Field(None, alias="schema")
+    """With type `json_object`: a schema, as text in MLC's form."""
 
-    @field_validator("type")
-    @classmethod
-    def _only_text(cls, value: str) -> str:
-        if value in ("json_object", "json_schema"):
-            raise _Unsupported(f"response_format {value!r} is not supported yet; only 'text' is")
-        if value != "text":
-            raise ValueError(f"{value!r} is not a response format")
-        return value
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.type not in ("text", "json_object", "json_schema"):
+            raise ValueError(f"{self.type!r} is not a response format; text, json_object and json_schema are")
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.json_schema is None):
+            raise ValueError("type 'json_schema' needs the field 'json_schema' with a 'schema'")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError(f"'json_schema' is only allowed with type 'json_schema', not with {self.type!r}")
+        if self.type != "json_object" and self.object_schema is not None:
+            raise ValueError(f"'schema' is only allowed with type 'json_object', not with {self.type!r}")
+        return self
 
 
 class StreamOptions(_Wire):
@@ -86,6 +103,37 @@ class ToolCall(_Wire):
     function: FunctionCall
 
 
+class FunctionDefinition(_Wire):
+    """What a function is called and takes."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema of an object; None takes no arguments."""
+    strict: bool | None = None
+    """Calls that the model makes of its own accord follow `parameters`, as forced ones always do."""
+
+
+class Tool(_Wire):
+    """One entry of `tools`."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(_Wire):
+    """The function of a named tool choice."""
+
+    name: str
+
+
+class NamedToolChoice(_Wire):
+    """`tool_choice` that forces one function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class Message(_Wire):
     """One message of a chat."""
 
@@ -94,6 +142,8 @@ class Message(_Wire):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: Text | None = None
+    """Of an assistant message in the history; templates decide what to do with it."""
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -136,6 +186,14 @@ class _Sampling(_Wire):
     """Extra: further tokens that end the output."""
     user: str | None = None
     response_format: ResponseFormat | None = None
+    guided_json: str | dict[str, Any] | None = None
+    """Extra, as in vLLM: the output is JSON of this schema (the schema itself, or its text)."""
+    guided_regex: Annotated[str, Field(min_length=1)] | None = None
+    """Extra: the whole output matches this regular expression."""
+    guided_choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=4096)
+    """Extra: the output is one of these strings."""
+    guided_grammar: Annotated[str, Field(min_length=1)] | None = None
+    """Extra: the output is derived from the rule `root` of this EBNF (GBNF) grammar."""
 
     @field_validator("stop")
     @classmethod
@@ -151,6 +209,24 @@ class _Sampling(_Wire):
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is only allowed when 'stream' is true")
         return self
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> Self:
+        given = self.constraints
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(map(repr, given))} were given; at most one may shape the output")
+        if given and self.ignore_eos:
+            raise ValueError(f"'ignore_eos' cannot be combined with {given[0]!r}, whose output has an end")
+        return self
+
+    @property
+    def constraints(self) -> list[str]:
+        """Names of the given fields that shape the output."""
+        guided = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+        given = [name for name in guided if getattr(self, name) is not None]
+        if self.response_format is not None and self.response_format.type != "text":
+            given.append("response_format")
+        return given
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -175,20 +251,58 @@ class ChatCompletionRequest(_Sampling):
 
     messages: list[Message] = Field(min_length=1, max_length=2**16)
     logprobs: bool | None = None
+    """Of each token, in the distribution that it was sampled from: a grammar's mask, penalties and bias are in it."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Alternatives per token; a grammar that allows fewer gives fewer."""
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """Newer name of max_tokens; it wins if both are given."""
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    """None is `auto` where there are tools."""
+    parallel_tool_calls: bool | None = None
+    """False: at most one call in an answer."""
     functions: list[Any] | None = None
+    function_call: Any = None
+    debug_config: Any = None
+    """MLC's; refused, so that nobody believes it had an effect."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Extra, as in vLLM: further variables of the chat template, such as Qwen3's `enable_thinking`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' is only allowed when 'logprobs' is true")
-        if (self.tools and self.tool_choice != "none") or self.functions:
-            raise _Unsupported("'tools' are not supported yet; leave them out or send tool_choice 'none'")
+        if self.debug_config is not None:
+            raise _Unsupported("'debug_config' is not served on this route; leave it out")
+        if self.functions or self.function_call:
+            raise _Unsupported("'functions' and 'function_call' are not supported; use 'tools' and 'tool_choice'")
+        names = [tool.function.name for tool in self.tools or ()]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"the tool {min(twice)!r} is defined more than once")
+        if not names and self.tool_choice not in (None, "none"):
+            raise ValueError("'tool_choice' is only allowed when 'tools' are given")
+        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools")
+        if self.forces_tools and self.constraints:
+            raise ValueError(f"a tool_choice that forces a call cannot be combined with {self.constraints[0]!r}")
+        if self.forces_tools and self.ignore_eos:
+            raise ValueError("'ignore_eos' cannot be combined with a tool_choice that forces a call")
         return self
+
+    @property
+    def forces_tools(self) -> bool:
+        """Whether the answer must be a tool call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        if self.tool_choice == "none":
+            return []
+        if isinstance(self.tool_choice, NamedToolChoice):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools or () if tool.function.name == name]
+        return self.tools or []
 
     @property
     def output_limit(self) -> int | None:
@@ -270,13 +384,17 @@ def parse_body(model: type[Request], body: bytes) -> Request:
         raise kind(text, param=param) from None
 
 
+_BRANCHES = ("str", "int", "float", "bool", "dict", "NamedToolChoice")
+"""Names of union branches."""
+
+
 def _param(loc: tuple[int | str, ...]) -> str | None:
     """Write a location as OpenAI does (`messages[0].content`), without the names of union branches."""
     path = ""
     for item in loc:
         if isinstance(item, int):
             path += f"[{item}]"
-        elif item.isidentifier() and item not in ("str", "int", "float", "bool"):
+        elif item.isidentifier() and item not in _BRANCHES:
             path += f".{item}" if path else item
     return path or None
 

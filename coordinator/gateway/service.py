@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from tpserve.coordinator.gateway.engine_client import EngineClient
 from tpserve.coordinator.gateway.engine_types import EngineRequest
 from tpserve.coordinator.gateway.errors import ModelNotFound
 from tpserve.coordinator.gateway.generation import Generation, Update, Usage
+from tpserve.coordinator.gateway.grammar import GrammarChecker
 from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.stream import ChunkWriter, EventStream, json_response
@@ -51,6 +52,7 @@ class Service:
     model: ServedModel
     engine: EngineClient
     metrics: HttpMetrics
+    grammars: GrammarChecker
     tracing: Tracing | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     """When the models appeared, for /v1/models; Unix time, seconds."""
@@ -73,7 +75,8 @@ class Service:
             session_timeout_s=config.session_timeout_s,
             traceparent=tracing.traceparent if tracing is not None else None,
         )
-        return cls(config, ServedModel.load(Path(config.model_dir)), engine, HttpMetrics(), tracing)
+        model = ServedModel.load(Path(config.model_dir))
+        return cls(config, model, engine, HttpMetrics(), GrammarChecker(config.model_dir), tracing)
 
     def resolve_model(self, name: str | None) -> str:
         """Return the name that the answer carries.
@@ -99,6 +102,7 @@ class Service:
         requests: list[EngineRequest],
         *,
         stops: tuple[str, ...],
+        visible_tokens: Iterable[str] = (),
         writer: Callable[[Generation], ChunkWriter] | None,
         answer: Callable[[], Answer],
     ) -> Response:
@@ -108,6 +112,8 @@ class Service:
         ----------
         http
             Its body has been read.
+        visible_tokens
+            Special tokens that stand in the text by their name.
         writer
             Makes the writer of a streamed answer; None answers in one piece, by `answer`.
 
@@ -117,7 +123,12 @@ class Service:
             If nothing has been sent yet.
         """
         generation = Generation(
-            self.engine, self.model.tokenizer, requests, stops=stops, timeout_s=self.config.request_timeout_s
+            self.engine,
+            self.model.tokenizer,
+            requests,
+            stops=stops,
+            visible_tokens=visible_tokens,
+            timeout_s=self.config.request_timeout_s,
         )
         if self.tracing is not None:
             call: TracedCall = http.state.traced_call

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,29 @@ class Tokenizer:
         piece = self.piece(token_id).removeprefix(_BYTE_MARK)
         return piece.decode(errors="replace"), piece
 
-    def detokenizer(self) -> Detokenizer:
-        """Return a fresh detokenizer for one stream of tokens."""
+    def special_texts(self, tokens: Iterable[str]) -> dict[int, bytes]:
+        """Return the bytes of those of `tokens` that are special, by id, for `detokenizer` to show."""
+        ids = {self.token_to_id(token): token.encode() for token in tokens}
+        return {token_id: text for token_id, text in ids.items() if token_id is not None and token_id in self._special}
+
+    def detokenizer(self, shown: Mapping[int, bytes] | None = None) -> Detokenizer:
+        """Return a fresh detokenizer for one stream of tokens.
+
+        Parameters
+        ----------
+        shown
+            Special tokens that are to stand in the text, from `special_texts`.
+        """
+        piece = self.piece
+        if shown:
+
+            def piece(token_id: int) -> bytes:
+                text = shown.get(token_id)
+                return self.piece(token_id) if text is None else text
+
         if isinstance(self._decoder, _ByteLevel):
-            return ByteLevelDetokenizer(self)
-        return ByteFallbackDetokenizer(self, strip_left=self._decoder.strip_left)
+            return ByteLevelDetokenizer(piece)
+        return ByteFallbackDetokenizer(piece, strip_left=self._decoder.strip_left)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of `token_ids`, special tokens left out."""
@@ -164,15 +182,15 @@ class Detokenizer:
 class ByteLevelDetokenizer(Detokenizer):
     """For byte-level BPE (llama 3, qwen, smollm): tokens are bytes, invalid sequences become U+FFFD."""
 
-    __slots__ = ("_tokenizer", "_utf8")
+    __slots__ = ("_piece", "_utf8")
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, piece: Callable[[int], bytes]) -> None:
+        self._piece = piece
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens; return the characters completed."""
-        piece = self._tokenizer.piece
+        piece = self._piece
         return self._utf8.decode(b"".join([piece(token) for token in token_ids]))
 
     def flush(self) -> str:
@@ -187,10 +205,10 @@ class ByteFallbackDetokenizer(Detokenizer):
     the run ends.
     """
 
-    __slots__ = ("_run", "_strip_left", "_tokenizer")
+    __slots__ = ("_piece", "_run", "_strip_left")
 
-    def __init__(self, tokenizer: Tokenizer, *, strip_left: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, piece: Callable[[int], bytes], *, strip_left: int) -> None:
+        self._piece = piece
         self._strip_left = strip_left
         self._run = b""
 
@@ -198,7 +216,7 @@ class ByteFallbackDetokenizer(Detokenizer):
         """Take tokens; return the text up to an open run of byte tokens."""
         parts = []
         for token in token_ids:
-            piece = self._tokenizer.piece(token)
+            piece = self._piece(token)
             if piece.startswith(_BYTE_MARK):
                 self._run += piece[len(_BYTE_MARK) :]
             elif piece:

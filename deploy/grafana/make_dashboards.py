@@ -225,6 +225,12 @@ SCHEDULER = Board(
             ((ratio(rate("step_padding_tokens_total"), rate("iteration_tokens_sum")), "padded / real tokens"),),
         ),
         Panel(
+            "Grammar masks, share of a step",
+            "percentunit",
+            ((ratio(rate("grammar_mask_seconds_total"), rate("step_seconds_sum")), "masks / step"),),
+            "Most of it runs beside the forward pass.",
+        ),
+        Panel(
             "Cache configuration",
             "short",
             ((f"tpserve_cache_config_info{{{MODEL}}}", "{{num_gpu_blocks}} pages of {{block_size}} tokens"),),

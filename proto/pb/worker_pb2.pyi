@@ -26,16 +26,18 @@ class StepPlan(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., removed_slots: _Optional[_Iterable[int]] = ..., added_slots: _Optional[_Iterable[_Union[SlotAdd, _Mapping]]] = ..., append_slots: _Optional[_Iterable[int]] = ..., append_pages: _Optional[_Iterable[int]] = ..., chunks: _Optional[_Iterable[_Union[PromptChunk, _Mapping]]] = ..., num_draft_tokens: _Optional[int] = ...) -> None: ...
 
 class SlotAdd(_message.Message):
-    __slots__ = ("slot", "sampling", "page_ids", "output_token_ids")
+    __slots__ = ("slot", "sampling", "page_ids", "output_token_ids", "grammar")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     slot: int
     sampling: _common_pb2.SamplingParams
     page_ids: _containers.RepeatedScalarFieldContainer[int]
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, slot: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., page_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    grammar: _common_pb2.Grammar
+    def __init__(self, slot: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., page_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ...) -> None: ...
 
 class PromptChunk(_message.Message):
     __slots__ = ("slot", "start", "token_ids", "sample")
@@ -50,7 +52,7 @@ class PromptChunk(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sample: _Optional[bool] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "rank", "slots", "token_ids", "logprobs", "step_us", "collective_us", "error", "collectives", "started_us", "num_tokens", "bucket_tokens", "bucket_rows")
+    __slots__ = ("step_id", "rank", "slots", "token_ids", "logprobs", "step_us", "collective_us", "error", "failures", "mask_us", "collectives", "started_us", "num_tokens", "bucket_tokens", "bucket_rows")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +61,8 @@ class StepResult(_message.Message):
     STEP_US_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVE_US_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    MASK_US_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVES_FIELD_NUMBER: _ClassVar[int]
     STARTED_US_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -72,12 +76,14 @@ class StepResult(_message.Message):
     step_us: int
     collective_us: int
     error: str
+    failures: _containers.RepeatedCompositeFieldContainer[SlotFailure]
+    mask_us: int
     collectives: _containers.RepeatedCompositeFieldContainer[CollectiveUse]
     started_us: int
     num_tokens: int
     bucket_tokens: int
     bucket_rows: int
-    def __init__(self, step_id: _Optional[int] = ..., rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[SlotLogprobs, _Mapping]]] = ..., step_us: _Optional[int] = ..., collective_us: _Optional[int] = ..., error: _Optional[str] = ..., collectives: _Optional[_Iterable[_Union[CollectiveUse, _Mapping]]] = ..., started_us: _Optional[int] = ..., num_tokens: _Optional[int] = ..., bucket_tokens: _Optional[int] = ..., bucket_rows: _Optional[int] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[SlotLogprobs, _Mapping]]] = ..., step_us: _Optional[int] = ..., collective_us: _Optional[int] = ..., error: _Optional[str] = ..., failures: _Optional[_Iterable[_Union[SlotFailure, _Mapping]]] = ..., mask_us: _Optional[int] = ..., collectives: _Optional[_Iterable[_Union[CollectiveUse, _Mapping]]] = ..., started_us: _Optional[int] = ..., num_tokens: _Optional[int] = ..., bucket_tokens: _Optional[int] = ..., bucket_rows: _Optional[int] = ...) -> None: ...
 
 class CollectiveUse(_message.Message):
     __slots__ = ("kind", "num_calls", "num_bytes", "busy_us")
@@ -90,6 +96,14 @@ class CollectiveUse(_message.Message):
     num_bytes: int
     busy_us: int
     def __init__(self, kind: _Optional[str] = ..., num_calls: _Optional[int] = ..., num_bytes: _Optional[int] = ..., busy_us: _Optional[int] = ...) -> None: ...
+
+class SlotFailure(_message.Message):
+    __slots__ = ("slot", "detail")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    detail: str
+    def __init__(self, slot: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class SlotLogprobs(_message.Message):
     __slots__ = ("slot", "logprobs")

@@ -79,7 +79,7 @@ def check(kernels: Kernels, num_n: int, num_k: int, dtype: Any, all_m: list[int]
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize(("num_n", "num_k"), llama_shapes())
 def test_llama_shapes(kernels: Kernels, num_n: int, num_k: int, dtype: Any) -> None:
-    check(kernels, num_n, num_k, dtype, [1, 8, 11, 32, 64, 100, 300])
+    check(kernels, num_n, num_k, dtype, [1, 8, 11, 32, 64, 100, 160, 200, 256, 300])
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
@@ -87,7 +87,13 @@ def test_llama_shapes(kernels: Kernels, num_n: int, num_k: int, dtype: Any) -> N
     ("num_n", "num_k"), [(64, 128), (960, 576), (576, 1536), (16032, 512), (1000, 1040), (200, 64)]
 )
 def test_odd_shapes(kernels: Kernels, num_n: int, num_k: int, dtype: Any) -> None:
-    check(kernels, num_n, num_k, dtype, [1, 2, 7, 9, 16, 17, 31, 33, 63, 65, 128, 129, 257, 512, 1000, 2048])
+    check(
+        kernels,
+        num_n,
+        num_k,
+        dtype,
+        [1, 2, 7, 9, 16, 17, 31, 33, 63, 65, 128, 129, 192, 193, 257, 384, 512, 1000, 2048],
+    )
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])

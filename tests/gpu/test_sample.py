@@ -27,8 +27,10 @@ def run(
     rows: list[tuple[int, int]],
     params: list[SamplingParams],
     counts: np.ndarray[Any, Any] | None = None,
+    masks: np.ndarray[Any, Any] | None = None,
+    mask_rows: list[int] | None = None,
 ) -> tuple[Any, ...]:
-    """Sample rows of (slot, position); parameters by slot."""
+    """Sample rows of (slot, position); parameters by slot, and its row of `masks`, -1 for none."""
     num_slots = len(params)
     max_bias = max(1, *(len(p.logit_bias) for p in params))
     bias_ids, bias_values = np.zeros((num_slots, max_bias), np.int32), np.zeros((num_slots, max_bias), np.float32)
@@ -63,6 +65,8 @@ def run(
         column([len(p.logit_bias) for p in params], np.int32),
         output_counts,
         column([-1 if p.num_logprobs is None else p.num_logprobs for p in params], np.int32),
+        to_device(np.zeros((1, -(-vocab_size // 32)), np.int32) if masks is None else masks),
+        column([-1] * num_slots if mask_rows is None else mask_rows, np.int32),
         poisoned(logits.shape, np.float32),
         *outputs,
     )
@@ -82,6 +86,15 @@ RULES: list[dict[str, Any]] = [
     {"temperature": 0.0, "frequency_penalty": 1.5},
     {"temperature": 1.0, "top_k": 3, "logit_bias": ((5, 8.0), (7, -100.0), (5, 1.0))},
 ]
+
+
+def random_masks(rng: np.random.Generator, num_slots: int, vocab_size: int) -> tuple[Any, list[int]]:
+    """Masks for every second slot, from few tokens to nearly all; bits past the vocabulary too."""
+    masked = range(0, num_slots, 2)
+    bits = rng.random((len(masked), -(-vocab_size // 32) * 32)) < rng.random((len(masked), 1)) ** 3
+    bits[range(len(masked)), rng.integers(0, vocab_size, len(masked))] = True
+    masks = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    return masks, [slot // 2 if slot in masked else -1 for slot in range(num_slots)]
 
 
 @pytest.mark.parametrize("vocab_size", [1, 33, 1000, 49152, 128256])
@@ -104,8 +117,9 @@ def test_draws_the_reference_token(kernels: Kernels, vocab_size: int, dtype: Any
         order = rng.permutation(len(params))
         rows = [(int(slot), int(rng.integers(1, 4000))) for slot in order]
         rows.insert(3, (-1, 0))
+        masks, mask_rows = random_masks(rng, len(params), vocab_size)
         ids, logprobs, top_ids, top_logprobs, after = run(
-            kernels, to_device(logits[: len(rows)]), vocab_size, rows, params, counts
+            kernels, to_device(logits[: len(rows)]), vocab_size, rows, params, counts, masks, mask_rows
         )
         expected_counts = counts.copy()
         for r, (slot, position) in enumerate(rows):
@@ -113,7 +127,8 @@ def test_draws_the_reference_token(kernels: Kernels, vocab_size: int, dtype: Any
                 assert ids[r] == -1  # as it was
                 continue
             row = logits[r, :vocab_size].astype(np.float32)
-            expected = sample_reference(row, params[slot], position, counts[slot])
+            mask = None if mask_rows[slot] < 0 else masks[mask_rows[slot]]
+            expected = sample_reference(row, params[slot], position, counts[slot], mask)
             drawn += 1
             differing += int(ids[r]) != expected.token_id
             assert 0 <= ids[r] < vocab_size
@@ -127,9 +142,13 @@ def test_draws_the_reference_token(kernels: Kernels, vocab_size: int, dtype: Any
             if ids[r] == expected.token_id:
                 assert abs(logprobs[r] - expected.logprobs.logprob) < 1e-4
             top = expected.logprobs.top
+            if mask is not None:
+                assert mask[ids[r] // 32] >> (ids[r] % 32) & 1
+                top = tuple(pair for pair in top if pair[1] > -np.inf)
+                assert (top_logprobs[r, len(top) :] == -np.inf).all()
             assert top_ids[r, : len(top)].tolist() == [token for token, _ in top]
             np.testing.assert_allclose(top_logprobs[r, : len(top)], [value for _, value in top], atol=1e-4)
-            assert (top_ids[r, len(top) :] == -1).all()
+            assert (top_ids[r, len(expected.logprobs.top) :] == -1).all()
         assert (after == expected_counts).all()
     assert differing <= drawn // 20  # only where the uniform number falls on a border
 

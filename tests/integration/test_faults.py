@@ -41,9 +41,18 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def long_requests(num_tokens: int) -> list[dict[str, Any]]:
-    """Eight requests, every second one greedy."""
+    """Eight requests, every second one greedy, every second pair bound to a grammar that outlasts it."""
+    numbers = {"type": "array", "items": {"type": "string", "minLength": 3}, "minItems": 1000}
+    bound = {"response_format": {"type": "json_schema", "json_schema": {"name": "list", "schema": numbers}}}
     return [
-        chat_request(prompt, max_tokens=num_tokens, temperature=number % 2, seed=number, stream=True)
+        chat_request(
+            prompt,
+            max_tokens=num_tokens,
+            temperature=number % 2,
+            seed=number,
+            stream=True,
+            **(bound if number % 4 > 1 else {}),
+        )
         for number, prompt in enumerate(PROMPTS)
     ]
 

@@ -1,6 +1,7 @@
-// The next token of each row of logits: penalties and bias, log-probabilities, cuts, and one draw.
+// The next token of each row of logits: grammar mask, penalties and bias, log-probabilities, cuts, and one draw.
 //
 // Rules for a row (worker/reference_sampler.py is the plain twin):
+//   0. Where the slot has a mask, logits of tokens without a bit become -inf.
 //   1. logits += bias; logits -= frequency_penalty * count + presence_penalty * (count > 0).
 //   2. Log-probabilities are the log-softmax of that.
 //   3. temperature 0: the highest logit, the lowest id among equals.
@@ -291,13 +292,35 @@ struct State {
   const float *temperature, *top_p, *min_p, *frequency, *presence, *bias_values;
   const int32_t *top_k, *bias_ids, *bias_count, *num_logprobs;
   const int64_t* seed;
-  int32_t* counts;  // null without penalties
-  int64_t num_slots, max_bias, vocab_size;
+  int32_t* counts;           // null without penalties
+  const int32_t* masks;      // bit i % 32 of word i / 32: token i is allowed
+  const int32_t* mask_rows;  // by slot; -1: all are
+  int64_t num_slots, max_bias, vocab_size, num_masks;
+
+  int64_t mask_words() const { return (vocab_size + 31) / 32; }
 
   bool has_penalties(int64_t slot) const { return frequency[slot] != 0.0f || presence[slot] != 0.0f; }
 };
 
+void apply_mask(const int32_t* mask, float* logits, int64_t size) {
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  for (int64_t begin = 0; begin < size; begin += 32) {
+    const uint32_t word = static_cast<uint32_t>(mask[begin / 32]);
+    const int64_t count = std::min<int64_t>(32, size - begin);
+    if (word == 0) {
+      std::fill_n(logits + begin, count, kNever);
+    } else if (word != ~0u) {
+      for (int64_t i = 0; i < count; ++i) {
+        if ((word >> i & 1u) == 0) logits[begin + i] = kNever;
+      }
+    }
+  }
+}
+
 void adjust(const State& state, int64_t slot, float* logits) {
+  if (const int32_t row = state.mask_rows[slot]; row >= 0) {
+    apply_mask(state.masks + row * state.mask_words(), logits, state.vocab_size);
+  }
   for (int64_t i = 0; i < state.bias_count[slot]; ++i) {
     logits[state.bias_ids[slot * state.max_bias + i]] += state.bias_values[slot * state.max_bias + i];
   }
@@ -335,6 +358,10 @@ void check_state(const State& state, const int32_t* slots, int64_t num_rows) {
       TVM_FFI_THROW(ValueError) << "bias_count of slot " << slot << " is " << state.bias_count[slot] << ", expected 0 to "
                                 << state.max_bias;
     }
+    if (state.mask_rows[slot] < -1 || state.mask_rows[slot] >= state.num_masks) {
+      TVM_FFI_THROW(ValueError) << "mask_rows of slot " << slot << " is " << state.mask_rows[slot] << ", expected -1 to "
+                                << state.num_masks - 1;
+    }
     check_indices("bias_ids of a slot", state.bias_ids + slot * state.max_bias, state.bias_count[slot], state.vocab_size);
   }
 }
@@ -342,9 +369,11 @@ void check_state(const State& state, const int32_t* slots, int64_t num_rows) {
 void sample(TensorView logits, int64_t vocab_size, TensorView slots, TensorView positions, TensorView temperature,
             TensorView top_p, TensorView top_k, TensorView min_p, TensorView frequency_penalty,
             TensorView presence_penalty, TensorView seed, TensorView bias_ids, TensorView bias_values,
-            TensorView bias_count, TensorView output_counts, TensorView num_logprobs, TensorView out_ids,
-            TensorView out_logprob, TensorView out_top_ids, TensorView out_top_logprobs) {
+            TensorView bias_count, TensorView output_counts, TensorView num_logprobs, TensorView masks,
+            TensorView mask_rows, TensorView out_ids, TensorView out_logprob, TensorView out_top_ids,
+            TensorView out_top_logprobs) {
   check_rank("logits", logits, 2);
+  check_rank("masks", masks, 2);
   check_rank("temperature", temperature, 1);
   check_rank("bias_ids", bias_ids, 2);
   check_rank("output_counts", output_counts, 2);
@@ -370,9 +399,12 @@ void sample(TensorView logits, int64_t vocab_size, TensorView slots, TensorView 
                     checked<int32_t>("num_logprobs", num_logprobs, {num_slots}),
                     checked<int64_t>("seed", seed, {num_slots}),
                     has_counts ? counts : nullptr,
+                    checked<int32_t>("masks", masks, {masks.size(0), (vocab_size + 31) / 32}),
+                    checked<int32_t>("mask_rows", mask_rows, {num_slots}),
                     num_slots,
                     max_bias,
-                    vocab_size};
+                    vocab_size,
+                    masks.size(0)};
   int32_t* ids = checked<int32_t>("out_ids", out_ids, {num_rows});
   float* logprob = checked<float>("out_logprob", out_logprob, {num_rows});
   int32_t* top_ids = checked<int32_t>("out_top_ids", out_top_ids, {num_rows, kMaxTop});

@@ -1,14 +1,16 @@
-// Norms, activation, row copies and quantisation to fp8: one block per token, the row in registers.
+// Norms, activation, row copies and quantisation to fp8: one block per token, or a cluster of blocks where tokens are few;
+// the row in registers.
 //
 // Activations and the residual stream are bfloat16, sums float32. A quantised row is e4m3 with one float32 scale, the
 // largest magnitude / 448; `scale` times the stored value is the value.
-#include "common.cuh"
+#include "row_cluster.cuh"
 
 namespace tpserve::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr float kFp8Max = 448.0f;
+constexpr int kMaxClusterRows = 64;  // more rows keep the GPU busy with a block each
+constexpr int kMaxClusterThreads = 512;
 
 enum class Row { kCopy, kNorm, kAddNorm, kSilu };
 
@@ -112,9 +114,69 @@ __global__ void __launch_bounds__(kThreads) transform_rows(const __grid_constant
   }
 }
 
+/// The same by a cluster for each row, except for copies.
+template <Row kRow, bool kQuantize>
+__global__ void __launch_bounds__(kMaxClusterThreads) transform_few_rows(const __grid_constant__ RowParams p) {
+  constexpr bool kIsNorm = kRow == Row::kNorm || kRow == Row::kAddNorm;
+  __shared__ RowStatistics statistics;
+  const int row = blockIdx.x / kRowCluster, v = blockIdx.x % kRowCluster * blockDim.x + threadIdx.x;
+  const bool present = v < p.size / 8;
+  statistics.init();
+  float weight[8] = {};
+  if (kIsNorm && present) load_weight(p.weight, v, weight);
+  pdl_launch();
+  pdl_wait();
+  float values[8] = {}, squares = 0.0f, largest = 0.0f;
+  const int64_t at = static_cast<int64_t>(row) * p.size + v * 8;
+  if (present) {
+    unpack8(load_l2(p.x + (kRow == Row::kSilu ? at + static_cast<int64_t>(row) * p.size : at)), values);
+    if constexpr (kRow == Row::kAddNorm) {
+      float other[8];
+      unpack8(load_l2(p.residual + at), other);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[j] += other[j];
+      const uint4 sum = pack8(values);
+      *reinterpret_cast<uint4*>(p.residual_out + at) = sum;
+      unpack8(sum, values);  // the norm sees the residual stream as the next layer will
+    }
+    if constexpr (kRow == Row::kSilu) {
+      float up[8];
+      unpack8(load_l2(p.x + at + static_cast<int64_t>(row + 1) * p.size), up);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[j] = silu(values[j]) * up[j];
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      squares += values[j] * values[j];
+      if constexpr (kIsNorm) values[j] *= weight[j];
+      largest = fmaxf(largest, fabsf(values[j]));
+    }
+  }
+  const float2 total = statistics.reduce(squares, largest);
+  if (!present) return;
+  const float factor = kIsNorm ? rsqrtf(total.x / static_cast<float>(p.size) + p.eps) : 1.0f;
+  if constexpr (kQuantize) {  // the norm's factor cancels in what is stored and stays in the scale
+    const float most = fmaxf(total.y, 1e-12f), inverse = kFp8Max / most;
+    uint2 q;
+    q.x = pack4_fp8(values[0] * inverse, values[1] * inverse, values[2] * inverse, values[3] * inverse);
+    q.y = pack4_fp8(values[4] * inverse, values[5] * inverse, values[6] * inverse, values[7] * inverse);
+    *reinterpret_cast<uint2*>(p.quantized + at) = q;
+    if (v == 0) p.scale[row] = most * factor / kFp8Max;
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) values[j] *= factor;
+    *reinterpret_cast<uint4*>(p.out + at) = pack8(values);
+  }
+}
+
 template <Row kRow, bool kQuantize>
 void run(const RowParams& p, int64_t rows, cudaStream_t stream) {
   check_multiple("the row size", p.size, 8);
+  if constexpr (kRow != Row::kCopy || kQuantize) {
+    if (rows <= kMaxClusterRows && p.size <= kMaxClusterThreads * kRowCluster * 8) {
+      return launch_rows(transform_few_rows<kRow, kQuantize>, rows, p.size / 8, stream, p);
+    }
+  }
   const int vectors = (p.size / 8 + kThreads - 1) / kThreads;
   const dim3 grid(static_cast<unsigned>(rows));
   if (vectors <= 1) return launch(transform_rows<kRow, 1, kQuantize>, grid, kThreads, 0, stream, p);

@@ -2,7 +2,7 @@
 //
 // Swapped operands: weights are wgmma's A (64 channels), tokens its B, so that few tokens waste nothing. One kernel:
 //   kBlocks 1 (M <= 128): a unit of work is one packed stage, 64 channels x 256 bytes of K, against all tokens.
-//   kBlocks 2 (M > 128):  a unit is 128 channels x 128 bytes of K against 256 tokens; each warp group has 64 channels.
+//   kBlocks 2 (M > 128):  a unit is 128 channels x 128 bytes of K against 96 to 256 tokens; each warp group has 64 channels.
 // Units in the order (channels, tokens, K) are dealt to kGrid blocks in equal contiguous runs (stream-K). For kBlocks 1 the
 // packed order is the order in which the grid reads: unit i of block c is stage i * kGrid + c, so all blocks together read
 // one contiguous span at a time. A run that starts inside a tile leaves float32 partial sums in its block's slot of the
@@ -10,35 +10,14 @@
 // 0xffffffff, a NaN that no arithmetic makes: the data is its own flag, and the reader restores it.
 //
 // One warp fetches; it fills the ring with weights before `pdl_wait`, while the kernel before still runs.
-#include <cuda.h>
-
-#include "wgmma.cuh"
+#include "gemm_parts.cuh"
 
 namespace tpserve::cuda {
 namespace {
 
-constexpr int kGrid = 132;  // blocks, one per multiprocessor; part of the packed layout
-constexpr int kStageBytes = 16384;
-constexpr int kTileBytes = 8192;  // 64 channels x 128 bytes of K
 constexpr int kMaxDevices = 16;
-constexpr int64_t kWorkspaceBytes = static_cast<int64_t>(kGrid) * 2 * 256 * 64 * 4;
 
 uint8_t* workspace_of_device[kMaxDevices] = {};
-
-struct GemmParams {
-  const uint8_t* weights;
-  const float* channel_scale;  // e4m3 only
-  const float* token_scale;    // e4m3 only
-  const float* bias;           // or null
-  void* out;
-  float4* partial;
-  int M, N;
-  int units_of_k;                      // per tile
-  int base, rem;                       // units of block c: base + (c < rem)
-  int token_tiles, channel_blocks;     // of kTokens tokens, of 64 channels
-  int packed_k, packed_base, packed_rem;  // stages of K per 64 channels, and their runs
-  bool out_float32;
-};
 
 template <int kTokens, int kBlocks>
 struct Shape {
@@ -58,37 +37,44 @@ struct Shape {
   static constexpr int kPace = 3;
 };
 
-__device__ __forceinline__ void tensor_copy(uint32_t target, const CUtensorMap* map, int k, int token, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          target),
-      "l"(map), "r"(k), "r"(token), "r"(shared_address(barrier))
-      : "memory");
-}
-
-__device__ __forceinline__ uint4 load_slot(const float4* p) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_slot(float4* p, uint4 v) {
-  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
-__device__ __forceinline__ bool is_empty(uint4 v) { return v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u; }
-
-__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
-  uint32_t r;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-  return r;
-}
-
 #define TPSERVE_BAR(op, id, count) asm volatile("bar." op " " #id ", " #count ";" ::: "memory")
+
+/// Where the units of a block's run are, one after the other.
+template <int kTokens, int kBlocks>
+struct UnitCursor {
+  int k, token = 0, block = 0;  // unit within its tile, first token, first 64 channels
+  WeightCursor weights[kBlocks];
+
+  __device__ __forceinline__ UnitCursor(const GemmParams& p, int unit) {
+    k = unit % p.units_of_k;
+    if constexpr (kBlocks > 1) {
+      const int tile = unit / p.units_of_k;
+      token = tile % p.token_tiles * kTokens, block = tile / p.token_tiles * kBlocks;
+      start_tile(p);
+    }
+  }
+  __device__ __forceinline__ void start_tile(const GemmParams& p) {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) weights[i].start(p, min(block + i, p.channel_blocks - 1) * p.packed_k + k / 2);
+  }
+  __device__ __forceinline__ void advance(const GemmParams& p) {
+    if (++k < p.units_of_k) {
+      if constexpr (kBlocks > 1) {
+        if (k % 2 == 0) {
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i) weights[i].advance(p);
+        }
+      }
+      return;
+    }
+    k = 0;
+    if constexpr (kBlocks > 1) {
+      token += kTokens;
+      if (token >= p.token_tiles * kTokens) token = 0, block += kBlocks;
+      start_tile(p);
+    }
+  }
+};
 
 /// The warp that fetches; one lane works.
 template <typename T, int kTokens, int kBlocks>
@@ -99,108 +85,47 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
   const uint64_t once = evict_first_policy();
   const int ahead = count < S::kStages ? count : S::kStages;
   const uint8_t* source = p.weights + static_cast<size_t>(blockIdx.x) * kStageBytes;
-  const auto load_weights = [&](int slot, int unit, int bytes) {
+  UnitCursor<kTokens, kBlocks> weights(p, first), tokens = weights;
+  const auto load_weights = [&](int slot, int bytes) {
     const uint32_t target = ring + slot * S::kBytes;
     if constexpr (kBlocks == 1) {
       barrier_expect(full + slot, bytes);
       bulk_copy_once(target, source, kStageBytes, full + slot, once);
       source += static_cast<size_t>(kGrid) * kStageBytes;
     } else {
-      const int tile = unit / p.units_of_k, k = unit % p.units_of_k, block = tile / p.token_tiles * 2;
-      const int present = p.channel_blocks - block < 2 ? 1 : 2;
+      const int present = p.channel_blocks - weights.block < 2 ? 1 : 2;
       barrier_expect(full + slot, bytes - (2 - present) * kTileBytes);
-      for (int i = 0; i < present; ++i) {
-        const int stage = (block + i) * p.packed_k + k / 2, long_runs = p.packed_rem * (p.packed_base + 1);
-        const int run = stage < long_runs ? stage / (p.packed_base + 1)
-                                          : p.packed_rem + (stage - long_runs) / p.packed_base;
-        const int place = stage - (p.packed_base * run + min(run, p.packed_rem));
-        bulk_copy(target + i * kTileBytes,
-                  p.weights + (static_cast<size_t>(place) * kGrid + run) * kStageBytes + k % 2 * kTileBytes, kTileBytes,
-                  full + slot);
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        if (i >= present) break;
+        bulk_copy(target + i * kTileBytes, weights.weights[i].address(p, weights.k % 2), kTileBytes, full + slot);
       }
+      weights.advance(p);
     }
   };
-  const auto load_tokens = [&](int slot, int unit, uint64_t* barrier) {
-    const int k = unit % p.units_of_k, token = kBlocks == 1 ? 0 : unit / p.units_of_k % p.token_tiles * kTokens;
+  const auto load_tokens = [&](int slot, uint64_t* barrier) {
     const uint32_t target = ring + slot * S::kBytes + kStageBytes;
 #pragma unroll
     for (int i = 0; i < S::kTilesOfK; ++i) {
-      tensor_copy(target + i * kTokens * 128, map, (k * S::kTilesOfK + i) * kTileK, token, barrier);
+      tensor_copy(target + i * kTokens * 128, map, (tokens.k * S::kTilesOfK + i) * kTileK, tokens.token, barrier);
     }
+    tokens.advance(p);
   };
   for (int i = 0; i < ahead; ++i) {
     if (S::kPaced && i >= S::kPace) barrier_wait(full + i - S::kPace, 0);
-    load_weights(i, first + i, S::kPaced ? kStageBytes : S::kBytes);
+    load_weights(i, S::kPaced ? kStageBytes : S::kBytes);
   }
   pdl_wait();
   uint64_t* own = full + S::kStages;
   if (S::kPaced) barrier_expect(own, ahead * S::kTokenBytes);
-  for (int i = 0; i < ahead; ++i) load_tokens(i, first + i, S::kPaced ? own : full + i);
+  for (int i = 0; i < ahead; ++i) load_tokens(i, S::kPaced ? own : full + i);
   RingPlace place;
   for (int i = ahead; i < count; ++i) {
     barrier_wait(empty + place.slot, place.parity);
-    load_weights(place.slot, first + i, S::kBytes);
-    load_tokens(place.slot, first + i, full + place.slot);
+    load_weights(place.slot, S::kBytes);
+    load_tokens(place.slot, full + place.slot);
     place.advance(S::kStages);
   }
-}
-
-/// Scales and stores a warp's 16 channels x kTokens tokens.
-template <typename T, int kTokens>
-__device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token) {
-  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
-  float scale[2] = {1.0f, 1.0f}, bias[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int at = channel + lane / 4 + h * 8;
-    if (at >= p.N) continue;
-    if (sizeof(T) == 1) scale[h] = __ldg(p.channel_scale + at);
-    if (p.bias != nullptr) bias[h] = __ldg(p.bias + at);
-  }
-#pragma unroll
-  for (int b = 0; b < kTokens / 8; ++b) {
-    float values[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int m = token + b * 8 + column + j % 2;
-      float factor = scale[j / 2];
-      if (sizeof(T) == 1) factor *= m < p.M ? __ldcg(p.token_scale + m) : 0.0f;
-      values[j] = sizeof(T) == 1 ? fmaf(sums[b * 4 + j], factor, bias[j / 2]) : sums[b * 4 + j] + bias[j / 2];
-    }
-    if (p.out_float32) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int m = token + b * 8 + column + j % 2, n = channel + lane / 4 + j / 2 * 8;
-        if (m < p.M && n < p.N) static_cast<float*>(p.out)[static_cast<int64_t>(m) * p.N + n] = values[j];
-      }
-    } else {
-      const int m = token + b * 8 + lane / 4;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {  // to pairs of channels of one token
-        const uint32_t pair = transpose_8x8(pack2(values[h * 2], values[h * 2 + 1]));
-        const int n = channel + h * 8 + column;
-        if (m < p.M && n < p.N) {
-          *reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(m) * p.N + n) = pair;
-        }
-      }
-    }
-  }
-}
-
-/// Blocks after `cta` that have a part of the units [covered, tile_end).
-__device__ __forceinline__ int sharers_of(const GemmParams& p, int cta, int covered, int tile_end) {
-  int count = 0;
-  while (covered < tile_end) covered += p.base + (cta + ++count < p.rem);
-  return count;
-}
-
-/// Adds four partial sums once they are there, and marks their place as empty again.
-template <int kRegisters>
-__device__ __forceinline__ void add_partial(float (&sums)[kRegisters], int b, uint4 v, float4* place) {
-  while (is_empty(v)) v = load_slot(place);
-  store_slot(place, make_uint4(~0u, ~0u, ~0u, ~0u));
-  sums[b * 4] += __uint_as_float(v.x), sums[b * 4 + 1] += __uint_as_float(v.y);
-  sums[b * 4 + 2] += __uint_as_float(v.z), sums[b * 4 + 3] += __uint_as_float(v.w);
 }
 
 template <typename T, int kTokens, int kBlocks>
@@ -381,41 +306,6 @@ __global__ void __launch_bounds__(256)
 
 // --- Host -----------------------------------------------------------------------------------------------------------
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
-               "cuTensorMapEncodeTiled");
-    if (found != cudaDriverEntryPointSuccess) TVM_FFI_THROW(RuntimeError) << "the driver has no cuTensorMapEncodeTiled";
-    return reinterpret_cast<EncodeTiled>(entry);
-  }();
-  return function;
-}
-
-/// Boxes of 128 bytes of K by `tokens` rows; what is outside of x reads as zero.
-template <typename T>
-CUtensorMap token_map(const T* x, int64_t M, int64_t K, int tokens) {
-  CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(K), static_cast<cuuint64_t>(M)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(K) * sizeof(T)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / sizeof(T)), static_cast<cuuint32_t>(tokens)};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult status = encode_tiled()(
-      &map, sizeof(T) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<T*>(x), sizes,
-      strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    TVM_FFI_THROW(RuntimeError) << "cuTensorMapEncodeTiled: CUresult " << static_cast<int>(status) << " for x (" << M
-                                << ", " << K << ")";
-  }
-  return map;
-}
-
 template <typename T, int kTokens, int kBlocks>
 void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   const int64_t bytes = K * sizeof(T);
@@ -427,24 +317,23 @@ void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
          Shape<kTokens, kBlocks>::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
 }
 
-/// Chooses the tile for p.M tokens.
+/// Chooses the tile for p.M tokens, as measured: `gpu_kernels.py` on an H200, every tile at every shape of 8B and 70B.
 template <typename T>
-void dispatch(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
-  constexpr int kHalf = 128;
+void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
+  // None of 16 tokens: alone it takes less time than that of 32, in a chain of dependent kernels more.
   if (p.M <= 8) return run<T, 8, 1>(p, x, K, stream);
-  if (p.M <= 16) return run<T, 16, 1>(p, x, K, stream);
   if (p.M <= 32) return run<T, 32, 1>(p, x, K, stream);
   if (p.M <= 64) return run<T, 64, 1>(p, x, K, stream);
-  if (p.M <= kHalf) return run<T, kHalf, 1>(p, x, K, stream);
-  if (p.M > 2 * kHalf || p.channel_blocks > 128) return run<T, 256, 2>(p, x, K, stream);
-  // So few tiles of 256 tokens would be shared by many blocks: reading the weights twice takes less time.
-  GemmParams rest = p;
-  p.M = kHalf;
-  run<T, kHalf, 1>(p, x, K, stream);
-  rest.M -= kHalf;
-  rest.out = static_cast<uint8_t*>(rest.out) + static_cast<int64_t>(kHalf) * p.N * (p.out_float32 ? 4 : 2);
-  if (rest.token_scale != nullptr) rest.token_scale += kHalf;
-  dispatch(rest, x + kHalf * K, K, stream);
+  if (p.M <= 128) return run<T, 128, 1>(p, x, K, stream);
+  if (p.M <= 256 && p.channel_blocks <= 128) {
+    // Few channels: one tile of all tokens would be shared by so many blocks that adding their sums takes longer than
+    // the products.
+    if (p.M <= 192) return run<T, 96, 2>(p, x, K, stream);
+    return run<T, 128, 2>(p, x, K, stream);
+  }
+  const auto padded = [&](int tile) { return (p.M + tile - 1) / tile * tile; };
+  if (padded(192) < padded(256)) return run<T, 192, 2>(p, x, K, stream);
+  run<T, 256, 2>(p, x, K, stream);
 }
 
 template <typename T>

@@ -1,4 +1,5 @@
 // The next token of each row of logits, by the rules of the CPU's `sample` (worker/reference_sampler.py is the plain twin):
+//   0. Where the slot has a grammar mask, logits of tokens without a bit become -inf.
 //   1. logits += bias; logits -= frequency_penalty * count + presence_penalty * (count > 0).
 //   2. Log-probabilities are the log-softmax of that.
 //   3. temperature 0: the highest logit, the lowest id among equals.
@@ -32,15 +33,17 @@ using Sum = unsigned long long;
 
 struct SampleParams {
   const void* logits;  // (R, width) float32 or bfloat16
-  float* adjusted;     // (R, width); rows with bias or penalties are worked on here
+  float* adjusted;     // (R, width); rows with a mask, bias or penalties are worked on here
   const int32_t *slots, *positions;
   const float *temperature, *top_p, *min_p, *frequency, *presence, *bias_values;
   const int32_t *top_k, *bias_ids, *bias_count, *num_logprobs;
   const int64_t* seed;
-  int32_t* counts;  // null: no slot has penalties
+  int32_t* counts;           // null: no slot has penalties
+  const int32_t* masks;      // (M, words); bit i % 32 of word i / 32: token i is allowed
+  const int32_t* mask_rows;  // by slot; -1: all are
   int32_t *out_ids, *out_top_ids;
   float *out_logprob, *out_top_logprobs;
-  int width, vocab_size, max_bias, num_slots;
+  int width, vocab_size, max_bias, num_slots, num_masks;
 };
 
 /// Orders as the logit does.
@@ -492,9 +495,18 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
   const bool penalised = p.counts != nullptr && (frequency != 0.0f || presence != 0.0f);
   const int num_bias = min(p.bias_count[slot], p.max_bias);
   int32_t* counts = penalised ? p.counts + static_cast<int64_t>(slot) * size : nullptr;
-  if (penalised || num_bias > 0) {
+  const int mask_row = __ldcg(p.mask_rows + slot);  // written while the forward pass ran: never from a stale cache
+  const bool masked = mask_row >= 0 && mask_row < p.num_masks;
+  if (masked || penalised || num_bias > 0) {
     float* adjusted = p.adjusted + offset;
-    for_each(RowView<T>{logits}, 0, size, [&](int i, float logit) { adjusted[i] = logit; });
+    if (masked) {
+      const int32_t* mask = p.masks + static_cast<int64_t>(mask_row) * ((size + 31) / 32);
+      for_each(RowView<T>{logits}, 0, size, [&](int i, float logit) {
+        adjusted[i] = __ldcg(mask + i / 32) >> (i % 32) & 1 ? logit : -INFINITY;
+      });
+    } else {
+      for_each(RowView<T>{logits}, 0, size, [&](int i, float logit) { adjusted[i] = logit; });
+    }
     __syncthreads();
     if (threadIdx.x == 0) {  // in the order given: an id may come twice
       for (int i = 0; i < num_bias; ++i) {
@@ -518,16 +530,17 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
 }
 
 /// As the CPU's `sample`, all on the device. logits (R, width) float32 or bfloat16 stay as they are; `workspace` is (R,
-/// width) float32 and needed only by rows with bias or penalties. A slot has at most one row. Parameters are not checked.
+/// width) float32 and needed only by rows with a mask, bias or penalties. A slot has at most one row. Parameters are not checked.
 void sample(TensorView logits, int64_t vocab_size, TensorView slots, TensorView positions, TensorView temperature,
             TensorView top_p, TensorView top_k, TensorView min_p, TensorView frequency_penalty,
             TensorView presence_penalty, TensorView seed, TensorView bias_ids, TensorView bias_values,
-            TensorView bias_count, TensorView output_counts, TensorView num_logprobs, TensorView workspace,
-            TensorView out_ids, TensorView out_logprob, TensorView out_top_ids, TensorView out_top_logprobs) {
+            TensorView bias_count, TensorView output_counts, TensorView num_logprobs, TensorView masks,
+            TensorView mask_rows, TensorView workspace, TensorView out_ids, TensorView out_logprob, TensorView out_top_ids, TensorView out_top_logprobs) {
   check_rank("logits", logits, 2);
   check_rank("temperature", temperature, 1);
   check_rank("bias_ids", bias_ids, 2);
   check_rank("output_counts", output_counts, 2);
+  check_rank("masks", masks, 2);
   const int64_t num_rows = logits.size(0), width = logits.size(1), num_slots = temperature.size(0);
   const int64_t max_bias = bias_ids.size(1);
   if (vocab_size < 1 || vocab_size > width || vocab_size > 1 << 18) {
@@ -553,6 +566,9 @@ void sample(TensorView logits, int64_t vocab_size, TensorView slots, TensorView 
   const bool has_counts = output_counts.size(0) != 0;
   if (has_counts) p.counts = checked<int32_t>("output_counts", output_counts, {num_slots, vocab_size});
   p.num_logprobs = checked<int32_t>("num_logprobs", num_logprobs, {num_slots});
+  p.masks = checked<int32_t>("masks", masks, {masks.size(0), (vocab_size + 31) / 32});
+  p.mask_rows = checked<int32_t>("mask_rows", mask_rows, {num_slots});
+  p.num_masks = static_cast<int>(masks.size(0));
   p.out_ids = checked<int32_t>("out_ids", out_ids, {num_rows});
   p.out_logprob = checked<float>("out_logprob", out_logprob, {num_rows});
   p.out_top_ids = checked<int32_t>("out_top_ids", out_top_ids, {num_rows, kMaxTop});

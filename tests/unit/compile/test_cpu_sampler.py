@@ -36,8 +36,13 @@ def run(
     *,
     counts: Array | None = None,
     padding: int = 0,
+    masks: Array | None = None,
+    mask_rows: Sequence[int] | None = None,
 ) -> Sampled:
-    """Sample row r for slot `num_slots - 1 - r`; `padding` columns of large logits follow the vocabulary."""
+    """Sample row r for slot `num_slots - 1 - r`; `padding` columns of large logits follow the vocabulary.
+
+    Row r has the mask `masks[mask_rows[r]]`, or none where that is -1.
+    """
     num_rows, vocab = logits.shape
     num_slots = num_rows + 2
     slots = num_slots - 1 - np.arange(num_rows, dtype=np.int32)
@@ -76,6 +81,9 @@ def run(
         bias_values,
         np.array([len(p.logit_bias) for p in by_slot], np.int32),
     ]
+    if masks is None:
+        masks = np.zeros((0, -(-vocab // 32)), np.int32)
+    by_row = [-1] * num_rows if mask_rows is None else list(mask_rows)
     wanted = np.array([-1 if p.num_logprobs is None else p.num_logprobs for p in by_slot], np.int32)
     results = [tvm.runtime.tensor(out) for out in outputs]
     kernel(
@@ -84,6 +92,8 @@ def run(
         *map(tvm.runtime.tensor, arguments),
         counts_tensor,
         tvm.runtime.tensor(wanted),
+        tvm.runtime.tensor(masks),
+        tvm.runtime.tensor(np.array([-1, -1, *reversed(by_row)], np.int32)),
         *results,
     )
     ids, logprob, top_ids, top_logprobs = (result.numpy() for result in results)
@@ -105,6 +115,21 @@ def random_params(rng: np.random.Generator, vocab: int) -> SamplingParams:
         logit_bias=tuple((int(rng.integers(vocab)), float(rng.uniform(-5, 5))) for _ in range(rng.integers(0, 4))),
         num_logprobs=maybe(int(rng.integers(0, 21)), None),
     )
+
+
+def random_masks(rng: np.random.Generator, logits: Array) -> tuple[Array, list[int]]:
+    """Masks for every second row, from few tokens to nearly all, each with a finite logit; bits past the end too."""
+    num_rows, vocab = logits.shape
+    masked = list(range(0, num_rows, 2))
+    bits = rng.random((len(masked), -(-vocab // 32) * 32)) < rng.random((len(masked), 1)) ** 3
+    for index, row in enumerate(masked):
+        bits[index, rng.choice(np.flatnonzero(np.isfinite(logits[row])))] = True
+    masks = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    order = rng.permutation(len(masked))  # rows of masks are in no order of rows
+    mask_rows = [-1] * num_rows
+    for place, index in enumerate(order):
+        mask_rows[masked[index]] = place
+    return masks[order], mask_rows
 
 
 @pytest.mark.parametrize(
@@ -130,9 +155,20 @@ def test_equal_to_the_reference(kernels: Kernels, vocab: int, num_rows: int, spr
     params = [random_params(rng, vocab) for _ in range(num_rows)]
     counts = rng.poisson(0.3, (num_rows, vocab)).astype(np.int32)
     positions = rng.integers(0, 2**31 - 1, num_rows)
-    out = run(kernels("sample"), logits, params, positions.tolist(), counts=counts, padding=11)
+    masks, mask_rows = random_masks(rng, logits)
+    out = run(
+        kernels("sample"),
+        logits,
+        params,
+        positions.tolist(),
+        counts=counts,
+        padding=11,
+        masks=masks,
+        mask_rows=mask_rows,
+    )
     for row, p in enumerate(params):
-        expected = sample_reference(logits[row], p, int(positions[row]), counts[row])
+        mask = None if mask_rows[row] < 0 else masks[mask_rows[row]]
+        expected = sample_reference(logits[row], p, int(positions[row]), counts[row], mask)
         assert out.ids[row] == expected.token_id, p
         counts[row, expected.token_id] += p.needs_output_history
         if expected.logprobs is None:
@@ -203,6 +239,26 @@ def test_bad_logits_name_the_slot(kernels: Kernels, bad: float) -> None:
     logits[1, 49] = bad
     with pytest.raises(ValueError, match="logits of slot 3 at position 8 have a NaN or no finite maximum"):
         run(kernels("sample"), logits, [SamplingParams()] * 3, [7, 8, 9])
+
+
+def test_only_the_allowed_are_drawn_and_have_log_probabilities(kernels: Kernels) -> None:
+    logits = np.zeros((2, 40), np.float32)
+    masks = np.array([[1 << 7, 1 << 3]], np.int32)  # tokens 7 and 35
+    params = [SamplingParams(num_logprobs=4, logit_bias=((5, 100.0),), temperature=2.0)] * 2
+    out = run(kernels("sample"), logits, params, [1, 2], masks=masks, mask_rows=[0, -1])
+    assert out.ids[0] in (7, 35)
+    assert out.top_ids[0, :2].tolist() == [7, 35]
+    np.testing.assert_allclose(out.logprob[0], np.log(0.5), rtol=1e-6)
+    np.testing.assert_allclose(out.top_logprobs[0, :4], [np.log(0.5)] * 2 + [-np.inf] * 2, rtol=1e-6)
+    assert out.ids[1] == 5
+
+
+def test_a_mask_without_a_token_is_no_distribution(kernels: Kernels) -> None:
+    masks = np.zeros((1, 2), np.int32)
+    with pytest.raises(ValueError, match="logits of slot 2 at position 1 have a NaN or no finite maximum"):
+        run(kernels("sample"), np.zeros((1, 40), np.float32), [SamplingParams()], [1], masks=masks, mask_rows=[0])
+    with pytest.raises(ValueError, match="mask_rows of slot 2 is 1, expected -1 to 0"):
+        run(kernels("sample"), np.zeros((1, 40), np.float32), [SamplingParams()], [1], masks=masks, mask_rows=[1])
 
 
 def test_bad_parameters_name_the_slot(kernels: Kernels) -> None:

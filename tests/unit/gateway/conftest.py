@@ -26,8 +26,7 @@ from unit.gateway.scripted_engine import ScriptedEngine, seeded_script
 
 TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'tool' and not message.get('tool_call_id') %}"
-    "{{ raise_exception('a tool message needs tool_call_id') }}{% endif %}"
+    "{% if message.get('name') == 'nobody' %}{{ raise_exception('nobody cannot speak') }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

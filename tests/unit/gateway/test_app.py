@@ -52,8 +52,8 @@ async def test_bad_bodies_never_fail_the_server(make_stack: StackFactory) -> Non
         ({"logit_bias": {"100000": 1}}, 400, None, "logit_bias"),
         ({"max_tokens": 512}, 400, "context_length_exceeded", "max_tokens"),
         ({"messages": [{"role": "user", "content": "the " * 3000}]}, 400, "context_length_exceeded", None),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, None, "messages"),
-        ({"messages": [USER], "tools": [{"type": "function"}]}, 400, "unsupported_feature", None),
+        ({"messages": [{**USER, "name": "nobody"}]}, 400, None, "messages"),
+        ({"messages": [USER], "functions": [{"name": "f"}]}, 400, "unsupported_feature", None),
     ],
 )
 async def test_refusals(

@@ -199,8 +199,9 @@ async def test_history_with_tools_and_parts(make_stack: StackFactory, tokenizer:
     async with make_stack() as stack:
         await stack.client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
     prompt = (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
-        "<|im_start|>tool\nok<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>\n<|im_start|>user\n'
+        "<tool_response>\nok\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
     expected = tokenizer.encode(prompt, add_special_tokens=False)
     assert list(stack.engine.submits[0].prompt_token_ids) == expected

@@ -13,6 +13,14 @@ from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, Completi
 USER = {"role": "user", "content": "hi"}
 
 
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
 def chat(**fields: Any) -> ChatCompletionRequest:
     return parse_body(ChatCompletionRequest, json.dumps({"messages": [USER], **fields}).encode())
 
@@ -75,7 +83,26 @@ def test_accepted(name: str, values: list[Any]) -> None:
         ("user", [5]),
         ("logprobs", [1, "true"]),
         ("top_logprobs", [-1, 21, "1"]),
-        ("response_format", [{"type": "json_object"}, {"type": "x"}, "text", {}]),
+        (
+            "response_format",
+            [
+                {"type": "x"},
+                "text",
+                {},
+                {"type": "json_schema"},
+                {"type": "json_schema", "json_schema": {"name": "x"}},
+                {"type": "json_object", "json_schema": {"schema": {}}},
+                {"type": "json_schema", "json_schema": {"schema": {}}, "schema": "{}"},
+                {"type": "json_object", "schema": 5},
+            ],
+        ),
+        ("guided_json", [5, []]),
+        ("guided_regex", ["", 5]),
+        ("guided_choice", [[], [""], "a", [1]]),
+        ("guided_grammar", ["", {}]),
+        ("tools", [{}, [{"type": "x"}], [{"type": "function"}], [tool("a b")], [tool("")], [tool("x" * 65)]]),
+        ("tool_choice", ["x", {}, {"type": "function"}, 5]),
+        ("parallel_tool_calls", ["yes"]),
     ],
 )
 def test_refused_by_name(name: str, values: list[Any]) -> None:
@@ -93,7 +120,16 @@ def test_refused_by_name(name: str, values: list[Any]) -> None:
     [
         ({"top_logprobs": 3}, "'logprobs' is true"),
         ({"stream_options": {"include_usage": True}}, "'stream' is true"),
-        ({"tools": [{"type": "function"}]}, "not supported yet"),
+        ({"tools": [tool("f"), tool("f")]}, "'f' is defined more than once"),
+        ({"tool_choice": "required"}, "only allowed when 'tools' are given"),
+        ({"tool_choice": "auto", "tools": []}, "only allowed when 'tools' are given"),
+        ({"tools": [tool("f")], "tool_choice": named("g")}, "names 'g', which is not among the tools"),
+        ({"tools": [tool("f")], "tool_choice": "required", "guided_regex": "a"}, "cannot be combined"),
+        ({"tools": [tool("f")], "tool_choice": named("f"), "ignore_eos": True}, "cannot be combined"),
+        ({"functions": [{"name": "f"}]}, "use 'tools'"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "at most one may shape the output"),
+        ({"guided_json": {}, "response_format": {"type": "json_object"}}, "at most one may shape the output"),
+        ({"guided_json": {}, "ignore_eos": True}, "'ignore_eos' cannot be combined with 'guided_json'"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "needs the field 'text'"),
         (
             {"messages": [{**USER, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": ""}}]}]},
@@ -115,10 +151,25 @@ def test_what_is_not_served_says_so() -> None:
         chat(messages=[USER, image])
     assert caught.value.param == "messages[1].content[1]"
     assert caught.value.code == "unsupported_feature"
-    with pytest.raises(InvalidRequest, match=r"json_schema.*not supported yet") as caught:
-        chat(response_format={"type": "json_schema", "json_schema": {}})
+    with pytest.raises(InvalidRequest, match="'functions'") as caught:
+        chat(functions=[{"name": "f"}])
     assert caught.value.code == "unsupported_feature"
-    assert chat(tools=[{"type": "function"}], tool_choice="none").messages
+
+
+def test_which_tools_may_be_called() -> None:
+    tools = [tool("f"), tool("g")]
+
+    def callable_names(**fields: Any) -> list[str]:
+        return [item.function.name for item in chat(tools=tools, **fields).callable_tools]
+
+    assert (
+        callable_names() == callable_names(tool_choice="auto") == callable_names(tool_choice="required") == ["f", "g"]
+    )
+    assert callable_names(tool_choice="none") == []
+    assert callable_names(tool_choice=named("g")) == ["g"]
+    forced = [chat(tools=tools, tool_choice=choice).forces_tools for choice in (None, "none", "auto", "required")]
+    assert forced == [False, False, False, True]
+    assert chat(tools=tools, tool_choice=named("g")).forces_tools
 
 
 def test_output_limit_prefers_the_newer_name() -> None:

@@ -1,0 +1,172 @@
+// What the GEMMs share: their parameters, the slots of partial sums, and how a finished tile is written.
+#pragma once
+
+#include <cuda.h>
+
+#include "wgmma.cuh"
+
+namespace tpserve::cuda {
+
+constexpr int kGrid = 132;  // blocks, one per multiprocessor; part of the packed layout
+constexpr int kStageBytes = 16384;
+constexpr int kTileBytes = 8192;  // 64 channels x 128 bytes of K
+constexpr int64_t kWorkspaceBytes = static_cast<int64_t>(kGrid) * 2 * 256 * 64 * 4;
+
+struct GemmParams {
+  const uint8_t* weights;
+  const float* channel_scale;  // e4m3 only
+  const float* token_scale;    // e4m3 only
+  const float* bias;           // or null
+  void* out;
+  float4* partial;
+  int M, N;
+  int units_of_k;                      // per tile
+  int base, rem;                       // units of block c: base + (c < rem)
+  int token_tiles, channel_blocks;     // of kTokens tokens, of 64 channels
+  int packed_k, packed_base, packed_rem;  // stages of K per 64 channels, and their runs
+  bool out_float32;
+};
+
+__device__ __forceinline__ void tensor_copy(uint32_t target, const CUtensorMap* map, int k, int token, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          target),
+      "l"(map), "r"(k), "r"(token), "r"(shared_address(barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ uint4 load_slot(const float4* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_slot(float4* p, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ bool is_empty(uint4 v) { return v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u; }
+
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
+/// Where the weights of consecutive units are. Advanced by additions: a division takes as long as a unit's products.
+struct WeightCursor {
+  int run, place, length;  // of the packed stage: which run, its place there, stages of the run
+
+  __device__ __forceinline__ void start(const GemmParams& p, int stage) {
+    const int long_runs = p.packed_rem * (p.packed_base + 1);
+    run = stage < long_runs ? stage / (p.packed_base + 1) : p.packed_rem + (stage - long_runs) / p.packed_base;
+    place = stage - (p.packed_base * run + min(run, p.packed_rem));
+    length = p.packed_base + (run < p.packed_rem);
+  }
+  __device__ __forceinline__ void advance(const GemmParams& p) {
+    if (++place < length) return;
+    place = 0, length = p.packed_base + (++run < p.packed_rem);
+  }
+  __device__ __forceinline__ const uint8_t* address(const GemmParams& p, int half) const {
+    return p.weights + (static_cast<size_t>(place) * kGrid + run) * kStageBytes + half * kTileBytes;
+  }
+};
+
+/// Scales and stores a warp's 16 channels x kTokens tokens.
+template <typename T, int kTokens>
+__device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token) {
+  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+  float scale[2] = {1.0f, 1.0f}, bias[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int at = channel + lane / 4 + h * 8;
+    if (at >= p.N) continue;
+    if (sizeof(T) == 1) scale[h] = __ldg(p.channel_scale + at);
+    if (p.bias != nullptr) bias[h] = __ldg(p.bias + at);
+  }
+#pragma unroll
+  for (int b = 0; b < kTokens / 8; ++b) {
+    float values[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int m = token + b * 8 + column + j % 2;
+      float factor = scale[j / 2];
+      if (sizeof(T) == 1) factor *= m < p.M ? __ldcg(p.token_scale + m) : 0.0f;
+      values[j] = sizeof(T) == 1 ? fmaf(sums[b * 4 + j], factor, bias[j / 2]) : sums[b * 4 + j] + bias[j / 2];
+    }
+    if (p.out_float32) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int m = token + b * 8 + column + j % 2, n = channel + lane / 4 + j / 2 * 8;
+        if (m < p.M && n < p.N) static_cast<float*>(p.out)[static_cast<int64_t>(m) * p.N + n] = values[j];
+      }
+    } else {
+      const int m = token + b * 8 + lane / 4;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {  // to pairs of channels of one token
+        const uint32_t pair = transpose_8x8(pack2(values[h * 2], values[h * 2 + 1]));
+        const int n = channel + h * 8 + column;
+        if (m < p.M && n < p.N) {
+          *reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(m) * p.N + n) = pair;
+        }
+      }
+    }
+  }
+}
+
+/// Blocks after `cta` that have a part of the units [covered, tile_end).
+__device__ __forceinline__ int sharers_of(const GemmParams& p, int cta, int covered, int tile_end) {
+  int count = 0;
+  while (covered < tile_end) covered += p.base + (cta + ++count < p.rem);
+  return count;
+}
+
+/// Adds four partial sums once they are there, and marks their place as empty again.
+template <int kRegisters>
+__device__ __forceinline__ void add_partial(float (&sums)[kRegisters], int b, uint4 v, float4* place) {
+  while (is_empty(v)) v = load_slot(place);
+  store_slot(place, make_uint4(~0u, ~0u, ~0u, ~0u));
+  sums[b * 4] += __uint_as_float(v.x), sums[b * 4 + 1] += __uint_as_float(v.y);
+  sums[b * 4 + 2] += __uint_as_float(v.z), sums[b * 4 + 3] += __uint_as_float(v.w);
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+inline EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+               "cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess) TVM_FFI_THROW(RuntimeError) << "the driver has no cuTensorMapEncodeTiled";
+    return reinterpret_cast<EncodeTiled>(entry);
+  }();
+  return function;
+}
+
+/// Boxes of 128 bytes of K by `tokens` rows; what is outside of x reads as zero.
+template <typename T>
+CUtensorMap token_map(const T* x, int64_t M, int64_t K, int tokens) {
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(K), static_cast<cuuint64_t>(M)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(K) * sizeof(T)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / sizeof(T)), static_cast<cuuint32_t>(tokens)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult status = encode_tiled()(
+      &map, sizeof(T) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<T*>(x), sizes,
+      strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    TVM_FFI_THROW(RuntimeError) << "cuTensorMapEncodeTiled: CUresult " << static_cast<int>(status) << " for x (" << M
+                                << ", " << K << ")";
+  }
+  return map;
+}
+
+}  // namespace tpserve::cuda
