@@ -18,6 +18,7 @@ from tpserve.coordinator.gateway.edge import Edge
 from tpserve.coordinator.gateway.engine_types import EngineStatus
 from tpserve.coordinator.gateway.errors import FAULT_MESSAGE, ApiError, EngineUnavailable, InternalError, error_object
 from tpserve.coordinator.gateway.metrics import CONTENT_TYPE
+from tpserve.coordinator.gateway.page_routes import add_page_routes
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.stream import error_response, json_response
 
@@ -34,6 +35,7 @@ def create_app(service: Service) -> ASGIApp:
     app = FastAPI(title="tpserve", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     _add_openai_routes(app, service)
     _add_operations_routes(app, service)
+    add_page_routes(app)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_fault)
@@ -76,16 +78,6 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_operations_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/")
-    async def root() -> Response:
-        return json_response(
-            {
-                "name": "tpserve",
-                "models": service.config.served_model_names,
-                "status": service.engine.state.status.value,
-            }
-        )
-
     @app.get("/health")
     async def health() -> Response:
         state = service.engine.state
