@@ -30,7 +30,7 @@ _SPIN_OVERSUBSCRIBED_US = 2
 
 @dataclass(frozen=True, slots=True)
 class CollectiveStats:
-    """Totals of one communicator since it was made."""
+    """Totals of one kind of call on one communicator since it was made."""
 
     num_calls: int
     num_bytes: int
@@ -118,10 +118,12 @@ class SharedMemoryCommunicator:
         tvm_ffi.register_global_func(ALL_REDUCE, self._all_reduce, override=True)
         tvm_ffi.register_global_func(ALL_GATHER, self._all_gather, override=True)
 
-    def stats(self) -> CollectiveStats:
-        """Return totals; from any thread."""
-        totals = self._stats()
-        return CollectiveStats(totals["calls"], totals["bytes"], totals["microseconds"])
+    def stats(self) -> dict[str, CollectiveStats]:
+        """Return totals by kind, `all_reduce` and `all_gather`; from any thread."""
+        return {
+            str(kind): CollectiveStats(totals["calls"], totals["bytes"], totals["microseconds"])
+            for kind, totals in self._stats().items()
+        }
 
     def abort(self) -> None:
         """Make every waiting and later call on every rank raise; from any thread."""

@@ -24,10 +24,13 @@ from tpserve.coordinator.cluster import Cluster, ClusterConfig
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.engine import Engine, EngineConfig
 from tpserve.coordinator.errors import ClusterError
-from tpserve.coordinator.metrics import Metrics
+from tpserve.coordinator.log import LogFormat, configure, take_over_rank_output
+from tpserve.coordinator.metrics import Compat, Metrics
+from tpserve.coordinator.operations import OperationsServer
 from tpserve.coordinator.process import end_with_parent, tell_parent
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.coordinator.service import EngineService
+from tpserve.coordinator.tracing import Tracing, TracingUnavailable
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 from tpserve.proto.rank import RankConfig
@@ -64,6 +67,14 @@ class CoordinatorConfig:
     step_timeout_s: float = 30.0
     collective_timeout_s: float = 20.0
     drain_timeout_s: float = 30.0
+    metrics_compat: Compat = "none"
+    otlp_traces_endpoint: str | None = None
+    """Where spans are sent; None: nowhere."""
+    log_format: LogFormat = "text"
+    operations_port: int | None = None
+    """Port of the coordinator's own /metrics and /health, on `host`; None: only gateways have them."""
+    enable_debug: bool = False
+    """Whether a gateway may ask for a trace of steps."""
 
 
 def make_cluster(config: CoordinatorConfig, manifest: Manifest) -> Cluster:
@@ -85,9 +96,9 @@ def make_cluster(config: CoordinatorConfig, manifest: Manifest) -> Cluster:
     return Cluster(ClusterConfig(rank, config.start_timeout_s, config.ray_address, temp_dir))
 
 
-async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster) -> int:
+async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster, tracing: Tracing | None) -> int:
     """Serve until SIGTERM; return the exit code."""
-    metrics = Metrics(config.model_name)
+    metrics = Metrics(config.model_name, compat=config.metrics_compat)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
@@ -100,12 +111,16 @@ async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster) -
         )
     )
     engine_config = EngineConfig(step_timeout_s=config.step_timeout_s)
-    engine = Engine(engine_config, scheduler, cluster, metrics, config.model_name)
+    engine = Engine(engine_config, scheduler, cluster, metrics, tracing)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    service = EngineService(engine, metrics, _info(config, manifest))
+    service = EngineService(engine, metrics, _info(config, manifest), enable_debug=config.enable_debug)
     server = await _listen(config, service)
+    operations = None
+    if config.operations_port is not None:
+        operations = OperationsServer(engine, metrics, config.host, config.operations_port)
+        operating = asyncio.create_task(operations.serve())
     serving = asyncio.create_task(engine.run())
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -121,6 +136,9 @@ async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster) -
             await serving
         service.close()
         await server.stop(grace=1)
+        if operations is not None:
+            operations.should_exit = True
+            await operating
     return 0
 
 
@@ -151,25 +169,32 @@ async def _listen(config: CoordinatorConfig, service: EngineService) -> grpc.aio
 
 def main() -> int:
     """Run the coordinator; return the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s coordinator: %(message)s")
     config = CoordinatorConfig(**json.loads(sys.argv[1]))
+    configure(config.log_format, "coordinator")
+    tracing = None
     manifest = Manifest.load(Path(config.artifact_dir), verify_files=False)
     cluster = make_cluster(config, manifest)
     # Until the event loop handles it: what was started so far is ended by the `finally` below.
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         end_with_parent(config.parent_pid)
+        if config.otlp_traces_endpoint is not None:
+            tracing = Tracing(config.otlp_traces_endpoint, "coordinator")
         # Before the event loop: Ray forks its daemons, which must not happen beside running gRPC threads.
         cluster.connect()
+        if config.log_format == "json":
+            take_over_rank_output()
         # Requests are cyclic but few; what stands now never dies. Full collections in the step loop cost milliseconds.
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
-        return asyncio.run(run(config, manifest, cluster))
-    except ClusterError as error:
+        return asyncio.run(run(config, manifest, cluster, tracing))
+    except (ClusterError, TracingUnavailable) as error:
         tell_parent(error=str(error))
         return 1
     finally:
         cluster.shutdown()
+        if tracing is not None:
+            tracing.shutdown()
 
 
 if __name__ == "__main__":

@@ -38,8 +38,6 @@ class RankState:
     rank: int
     last_step: int = 0
     """Latest step that it has finished."""
-    step_us: int = 0
-    collective_us: int = 0
 
 
 class WorkerGroup:
@@ -49,7 +47,13 @@ class WorkerGroup:
     `next_result` raises `RankLost` naming it.
     """
 
-    def __init__(self, addresses: Sequence[str], step_timeout_s: float, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        step_timeout_s: float,
+        on_lost: Callable[[], None],
+        on_result: Callable[[StepResult], None] = lambda _: None,
+    ) -> None:
         """Open the streams.
 
         Parameters
@@ -58,9 +62,12 @@ class WorkerGroup:
             `host:port` by rank.
         on_lost
             Called once when a rank is lost.
+        on_result
+            Called with every rank's result of every step, rank 0's included.
         """
         self._lost: RankLost | None = None
         self._on_lost = on_lost
+        self._on_result = on_result
         self.ranks = [RankState(rank) for rank in range(len(addresses))]
         self._step_timeout_s = step_timeout_s
         self._sent_at: dict[int, float] = {}
@@ -142,8 +149,7 @@ class WorkerGroup:
                     lost = RankLost(rank, f"failed in step {result.step_id}: {result.error}")
                     break
                 state.last_step = result.step_id
-                state.step_us = result.step_us
-                state.collective_us = result.collective_us
+                self._on_result(result)
                 if rank == 0:
                     self._sent_at.pop(result.step_id, None)
                     self._results.put_nowait(result)

@@ -15,9 +15,11 @@ from enum import Enum
 from tpserve.coordinator.client import RankState, WorkerGroup
 from tpserve.coordinator.cluster import Cluster
 from tpserve.coordinator.errors import ClusterError, RankLost
-from tpserve.coordinator.metrics import EngineCollector, Metrics
+from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.request import QueueFull, Request, RequestInvalid, TokenEvent
 from tpserve.coordinator.scheduler import Scheduler, SchedulerStats
+from tpserve.coordinator.step_log import StepLog, StepTrace
+from tpserve.coordinator.tracing import RequestSpans, Tracing
 from tpserve.proto.messages import FinishReason, SamplingParams, StepResult
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,14 @@ class _Active:
     num_tokens: list[int]
     """Output tokens by choice."""
     open_choices: set[int]
+    started_at: list[float | None]
+    """When the first step of each choice was planned."""
+    last_token_at: list[float]
+    """By choice; of no meaning before the first token."""
+    finished: list[str]
+    """Why each choice that has ended did."""
+    spans: RequestSpans | None = None
+    """If the request is traced."""
 
 
 class Engine:
@@ -89,7 +99,7 @@ class Engine:
         scheduler: Scheduler,
         cluster: Cluster,
         metrics: Metrics,
-        model_name: str,
+        tracing: Tracing | None = None,
     ) -> None:
         self._config = config
         self._scheduler = scheduler
@@ -101,13 +111,23 @@ class Engine:
         self._wake = asyncio.Event()
         self._status = EngineStatus.STARTING
         self._detail = "starting the TP group"
+        self.was_ready = False
+        """Whether it has ever been READY."""
         self._watchers: list[Callable[[], None]] = []
         self._draining = False
         self._drained = asyncio.Event()
         self._give_up: asyncio.TimerHandle | None = None
         """Set while a lost group is rebuilt: when its requests have waited long enough."""
         self._gave_up = False
-        metrics.registry.register(EngineCollector(model_name, self))
+        self._tracing = tracing
+        self._step_log: StepLog | None = None
+        """Of the present group."""
+        self._trace = StepTrace()
+        self._after_idle: set[int] = set()
+        """Steps in flight before which there was nothing to run."""
+        self._last_end_us = 0
+        """When rank 0 ended its latest step, Unix time."""
+        metrics.read_from(self)
 
     # ---- what sessions use
 
@@ -134,8 +154,17 @@ class Engine:
         sampling: SamplingParams,
         max_tokens: int,
         stop_token_ids: frozenset[int],
+        name: str = "",
+        traceparent: str = "",
     ) -> int:
         """Accept a request; its events go to `sink` under `client_id`.
+
+        Parameters
+        ----------
+        name
+            The API's id of the request, for its spans.
+        traceparent
+            W3C trace context of the caller's span; empty: not traced.
 
         Returns
         -------
@@ -167,9 +196,17 @@ class Engine:
             first_token_at=[None] * n,
             num_tokens=[0] * n,
             open_choices=set(range(n)),
+            started_at=[None] * n,
+            last_token_at=[0.0] * n,
+            finished=[],
         )
-        self._metrics.prompt_tokens.inc(len(prompt_token_ids))
-        self._metrics.request_prompt_tokens.observe(len(prompt_token_ids))
+        if self._tracing is not None and traceparent:
+            self._active[key].spans = RequestSpans(self._tracing, traceparent, name, len(prompt_token_ids))
+        metrics = self._metrics
+        metrics.prompt_tokens.inc(len(prompt_token_ids))
+        metrics.request_prompt_tokens.observe(len(prompt_token_ids))
+        metrics.request_n.observe(n)
+        metrics.request_max_tokens.observe(max_tokens)
         self._wake.set()
         return key
 
@@ -181,6 +218,7 @@ class Engine:
         ended = active.open_choices if choice is None else active.open_choices & {choice}
         for _ in ended:
             self._metrics.count_finish("aborted")
+            active.finished.append("aborted")
         self._scheduler.abort(key, choice)
         active.open_choices -= set(ended)
         if not active.open_choices:
@@ -201,6 +239,10 @@ class Engine:
     def ranks(self) -> Sequence[RankState]:
         """See EngineGauges."""
         return self._group.ranks if self._group is not None else []
+
+    async def trace(self, num_steps: int, timeout_s: float) -> str:
+        """Record the next steps in Chrome's trace event format; see `StepTrace.record`."""
+        return await self._trace.record(num_steps, len(self.ranks()), timeout_s)
 
     # ---- the loop
 
@@ -261,8 +303,13 @@ class Engine:
         if self._give_up is not None:
             self._give_up.cancel()
         self._gave_up = False
+        self._step_log = StepLog(len(addresses))
+        self._metrics.make_ranks(len(addresses))
         self._group = WorkerGroup(
-            [address.target for address in addresses], self._config.step_timeout_s, on_lost=self._wake.set
+            [address.target for address in addresses],
+            self._config.step_timeout_s,
+            on_lost=self._wake.set,
+            on_result=self._on_rank_result,
         )
         self._set_status(EngineStatus.DRAINING if self._draining else EngineStatus.READY, "")
 
@@ -277,60 +324,141 @@ class Engine:
         group, scheduler = self._group, self._scheduler
         assert group is not None
         events: list[TokenEvent] = []
+        step_id = 0
+        idle = True
+        clock, trace = time.perf_counter, self._trace
+        self._after_idle.clear()
         while True:
             # Keep the ranks fed first; what the last step brought is published while they work.
-            while (plan := scheduler.schedule()) is not None:
+            while True:
+                begun = clock()
+                plan = scheduler.schedule()
+                if plan is None:
+                    break
+                trace.host("schedule", begun, plan.step_id)
+                if idle:
+                    self._after_idle.add(plan.step_id)
+                    idle = False
+                begun = clock()
                 await group.send(plan)
+                trace.host("send", begun, plan.step_id)
+                if plan.added_slots:
+                    self._note_started()
             if events:
-                self._publish(events)
+                begun = clock()
+                self._publish(events, step_id)
+                trace.host("publish", begun, step_id)
                 events = []
             if scheduler.num_in_flight_steps == 0:
+                idle = True
                 self._wake.clear()
                 group.raise_if_lost()
                 await self._wake.wait()
                 continue
             result = await group.next_result()
+            begun = clock()
+            step_id = result.step_id
             events = scheduler.update(result)
+            trace.host("update", begun, step_id)
             self._observe(result)
 
-    def _observe(self, result: StepResult) -> None:
-        self._metrics.step.observe(result.step_us / 1e6)
-        self._metrics.step_tokens.observe(len(result.slots))
+    def _on_rank_result(self, result: StepResult) -> None:
+        """Take in what any rank says of a step, rank 0 included."""
+        if not result.num_tokens:
+            return
+        assert self._step_log is not None
+        self._metrics.observe_rank(result)
+        self._trace.rank(result)
+        ranks = self._step_log.add(result)
+        if ranks is not None and len(ranks) > 1:
+            self._metrics.observe_group(ranks)
 
-    def _publish(self, events: Sequence[TokenEvent]) -> None:
+    def _observe(self, result: StepResult) -> None:
+        """Account for a step by rank 0's word, in order."""
+        if not result.num_tokens:
+            return
+        gap_us = max(0, result.started_us - self._last_end_us)
+        self._last_end_us = result.started_us + result.step_us
+        fresh = result.step_id in self._after_idle
+        self._after_idle.discard(result.step_id)
+        self._metrics.observe_step(result, None if fresh else gap_us)
+
+    def _note_started(self) -> None:
+        """Note which choices have just entered the batch for the first time."""
+        now = time.perf_counter()
+        for key, choice in self._scheduler.take_started():
+            active = self._active.get(key)
+            if active is None or choice not in active.open_choices:
+                continue
+            if active.spans is not None and not any(active.started_at):
+                active.spans.started()
+            active.started_at[choice] = now
+            self._metrics.queue_time.observe(now - active.accepted_at)
+
+    def _publish(self, events: Sequence[TokenEvent], step_id: int) -> None:
         """Give each session its events of a step, and account for them."""
         now = time.perf_counter()
         by_sink: dict[EventSink, list[OutputEvent]] = {}
+        # Sequences that step together get their tokens together, so few latencies differ: count equal ones at once.
+        previous: dict[float, int] = {}
+        num_tokens = 0
         for event in events:
             active = self._active.get(event.request_id)
-            if active is None or event.choice not in active.open_choices:
+            choice = event.choice
+            if active is None or choice not in active.open_choices:
                 continue  # aborted meanwhile
             by_sink.setdefault(active.sink, []).append(OutputEvent(active.client_id, event))
-            if active.first_token_at[event.choice] is None:
-                active.first_token_at[event.choice] = now
-                self._metrics.ttft.observe(now - active.accepted_at)
-            active.num_tokens[event.choice] += len(event.token_ids)
+            if active.first_token_at[choice] is None:
+                self._first_token(active, event, now)
+            else:
+                last = active.last_token_at[choice]
+                previous[last] = previous.get(last, 0) + 1
+            active.last_token_at[choice] = now
+            active.num_tokens[choice] += len(event.token_ids)
             # Not as sampled: a step that was sent before a stop was known runs over it, and that token is nobody's.
-            self._metrics.generation_tokens.inc(len(event.token_ids))
+            num_tokens += len(event.token_ids)
+            if active.spans is not None and self._step_log is not None:
+                active.spans.step(step_id, self._step_log)
             if event.finish is not None:
                 self._close_choice(event.request_id, active, event, now)
+        self._metrics.generation_tokens.inc(num_tokens)
+        for last, count in previous.items():
+            self._metrics.itl.observe(now - last, count)
         for sink, batch in by_sink.items():
             sink(batch)
+
+    def _first_token(self, active: _Active, event: TokenEvent, now: float) -> None:
+        if active.spans is not None and not any(active.first_token_at):
+            active.spans.first_token()
+        active.first_token_at[event.choice] = now
+        self._metrics.ttft.observe(now - active.accepted_at)
+        self._metrics.count_prompt(active.num_prompt_tokens, event.num_cached_tokens)
+        started = active.started_at[event.choice]
+        if started is not None:
+            self._metrics.prefill_time.observe(now - started)
 
     def _close_choice(self, key: int, active: _Active, event: TokenEvent, now: float) -> None:
         assert event.finish is not None
         first, count = active.first_token_at[event.choice], active.num_tokens[event.choice]
-        if first is not None and count > 1:
-            self._metrics.tpot.observe((now - first) / (count - 1))
+        if first is not None:
+            self._metrics.decode_time.observe(now - first)
+            if count > 1:
+                self._metrics.tpot.observe((now - first) / (count - 1))
+        started = active.started_at[event.choice]
+        if started is not None:
+            self._metrics.inference_time.observe(now - started)
         self._metrics.e2e.observe(now - active.accepted_at)
         self._metrics.request_generation_tokens.observe(count)
         self._metrics.count_finish(event.finish.name.lower())
+        active.finished.append(event.finish.name.lower())
         active.open_choices.discard(event.choice)
         if not active.open_choices:
             self._forget(key)
 
     def _forget(self, key: int) -> None:
-        del self._active[key]
+        active = self._active.pop(key)
+        if active.spans is not None:
+            active.spans.end(active.finished, sum(active.num_tokens), self._step_log)
         if self._draining and not self._active:
             self._drained.set()
 
@@ -351,12 +479,14 @@ class Engine:
             ]
             for _ in batch:
                 self._metrics.count_finish("failed")
+                active.finished.append("failed")
             self._forget(key)
             active.sink(batch)
 
     def _set_status(self, status: EngineStatus, detail: str) -> None:
         self._status = status
         self._detail = detail
+        self.was_ready |= status is EngineStatus.READY
         logger.info("engine is %s%s", status.name, f": {detail}" if detail else "")
         for watcher in list(self._watchers):
             watcher()

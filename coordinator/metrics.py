@@ -1,133 +1,34 @@
-"""Every Prometheus metric of the coordinator, with its unit in the name."""
+"""The coordinator's metrics: what events feed, and what is read from its owner when scraped.
+
+Names, labels and buckets are the catalogue's. Everything here runs on the event loop's thread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.samples import Sample
 
 from tpserve.coordinator.client import RankState
+from tpserve.coordinator.metric_values import CounterFamily, Histogram, HistogramFamily, counter_metric, gauge_metric
+from tpserve.coordinator.metrics_catalogue import BY_NAME, CATALOGUE, VLLM_PREFIX, MetricSpec
 from tpserve.coordinator.scheduler import SchedulerStats
+from tpserve.proto.messages import StepResult
 
-# vLLM's buckets, with the range of 1 to 20 ms made fine: a token of a fast engine falls there.
-_TTFT_BUCKETS: tuple[float, ...] = (
-    0.001,
-    0.0025,
-    0.005,
-    0.0075,
-    0.01,
-    0.015,
-    0.02,
-    0.03,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.15,
-    0.25,
-    0.5,
-)
-_TTFT_BUCKETS += (0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-_TPOT_BUCKETS: tuple[float, ...] = tuple(
-    ms / 1000 for ms in (*range(1, 11), 12, 14, 16, 18, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300)
-)
-_TPOT_BUCKETS += (0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
-_E2E_BUCKETS = (
-    0.1,
-    0.3,
-    0.5,
-    0.8,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    5.0,
-    10.0,
-    15.0,
-    20.0,
-    30.0,
-    40.0,
-    50.0,
-    60.0,
-    120.0,
-    240.0,
-    480.0,
-)
-_STEP_BUCKETS = tuple(
-    ms / 1000 for ms in (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 75, 100, 200, 500, 1000, 5000)
-)
-_TOKENS_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+Compat = Literal["none", "vllm"]
+"""Whether a scrape also holds the metrics that vLLM has, under vLLM's names."""
 
-
-class Metrics:
-    """Counters and histograms that events feed; gauges are read from their owners when scraped.
-
-    Parameters
-    ----------
-    model_name
-        Label of every metric.
-    """
-
-    def __init__(self, model_name: str) -> None:
-        self.registry = CollectorRegistry()
-
-        def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
-            return Counter(f"tpserve_{name}", text, ["model_name", *labels], registry=self.registry)
-
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            metric = Histogram(f"tpserve_{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
-            labelled: Histogram = metric.labels(model_name)
-            return labelled
-
-        self._model_name = model_name
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.").labels(model_name)
-        self.generation_tokens = counter("generation_tokens", "Output tokens sent to clients.").labels(model_name)
-        self._requests = counter("requests", "Choices ended, by reason.", ["finish_reason"])
-        self._rejections = counter("request_rejections", "Requests not accepted, by reason.", ["reason"])
-        self.rebuilds = counter("group_rebuilds", "Times that the TP group was rebuilt after a loss.").labels(
-            model_name
-        )
-        self._ranks_lost = counter("ranks_lost", "Ranks that died, failed or missed their deadline.", ["rank"])
-        self.ttft = histogram("time_to_first_token_seconds", "From acceptance to the first token.", _TTFT_BUCKETS)
-        self.tpot = histogram(
-            "request_time_per_output_token_seconds",
-            "(last token - first token) / (tokens - 1), one value for each choice of two tokens or more.",
-            _TPOT_BUCKETS,
-        )
-        self.e2e = histogram(
-            "e2e_request_latency_seconds", "From acceptance to the last token of a choice.", _E2E_BUCKETS
-        )
-        self.step = histogram("step_seconds", "Wall time of one step on rank 0.", _STEP_BUCKETS)
-        self.step_tokens = histogram("step_sampled_tokens", "Tokens sampled in one step.", _TOKENS_BUCKETS)
-        self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS_BUCKETS)
-        self.request_generation_tokens = histogram(
-            "request_generation_tokens", "Output tokens of a choice.", _TOKENS_BUCKETS
-        )
-        for reason in ("stop", "length", "aborted", "failed"):
-            self._requests.labels(model_name, reason)
-
-    def count_finish(self, reason: str) -> None:
-        """Count one ended choice."""
-        self._requests.labels(self._model_name, reason).inc()
-
-    def count_rejection(self, reason: str) -> None:
-        """Count one request that was not accepted."""
-        self._rejections.labels(self._model_name, reason).inc()
-
-    def count_lost_rank(self, rank: int) -> None:
-        """Count the loss of a rank."""
-        self._ranks_lost.labels(self._model_name, str(rank)).inc()
-
-    def text(self) -> str:
-        """Return everything in Prometheus text format."""
-        return generate_latest(self.registry).decode()
+STRAGGLER_SHARE = 0.1
+"""Of a step: a rank for which another waits longer is a straggler."""
+_FINISHED_REASONS = {"stop": "stop", "length": "length", "aborted": "abort", "failed": "error"}
+"""Ours, and vLLM's word for it, which the label has."""
 
 
 class EngineGauges(Protocol):
-    """What the collector reads; the engine gives it."""
+    """What is read when scraped; the engine gives it."""
 
     def scheduler_stats(self) -> SchedulerStats:
         """Return the scheduler's gauges and counters."""
@@ -139,50 +40,216 @@ class EngineGauges(Protocol):
         """Return what is known of the ranks; empty while the group is down."""
 
 
-class EngineCollector(Collector):
-    """Gauges of the scheduler and the ranks, read when scraped so that steps do not pay for them."""
+class Metrics:
+    """Counters and histograms that events feed.
 
-    def __init__(self, model_name: str, source: EngineGauges) -> None:
-        self._model_name = model_name
+    Parameters
+    ----------
+    model_name, engine
+        Labels of every metric: the served model's name and the replica's number.
+    compat
+        `vllm` adds vLLM's metrics under vLLM's names, which have a colon.
+    """
+
+    def __init__(self, model_name: str, engine: str = "0", compat: Compat = "none") -> None:
+        self._base = (model_name, engine)
+        self._compat = compat
+        self._source: EngineGauges | None = None
+        self._counters: dict[str, CounterFamily] = {}
+        self._histograms: dict[str, HistogramFamily] = {}
+        for spec in CATALOGUE:
+            if spec.source != "coordinator" or spec.name in _SCRAPED:
+                continue
+            if spec.kind == "histogram":
+                self._histograms[spec.name] = HistogramFamily(spec, self._base)
+            else:
+                self._counters[spec.name] = CounterFamily(spec, self._base)
+        self.prompt_tokens = self._counters["prompt_tokens"]
+        self.prompt_tokens_cached = self._counters["prompt_tokens_cached"]
+        self.generation_tokens = self._counters["generation_tokens"]
+        self.rebuilds = self._counters["group_rebuilds"]
+        self.ttft = self._histogram("time_to_first_token_seconds")
+        self.itl = self._histogram("inter_token_latency_seconds")
+        self.tpot = self._histogram("request_time_per_output_token_seconds")
+        self.e2e = self._histogram("e2e_request_latency_seconds")
+        self.queue_time = self._histogram("request_queue_time_seconds")
+        self.prefill_time = self._histogram("request_prefill_time_seconds")
+        self.decode_time = self._histogram("request_decode_time_seconds")
+        self.inference_time = self._histogram("request_inference_time_seconds")
+        self.request_prompt_tokens = self._histogram("request_prompt_tokens")
+        self.request_generation_tokens = self._histogram("request_generation_tokens")
+        self.request_n = self._histogram("request_params_n")
+        self.request_max_tokens = self._histogram("request_params_max_tokens")
+        self.iteration_tokens = self._histogram("iteration_tokens")
+        self.host_gap = self._histogram("host_gap_seconds")
+        self._step_kinds = {kind: self._histogram("step_seconds", kind) for kind in ("decode", "mixed")}
+        self._rank_steps: dict[int, Histogram] = {}
+        # Counters without labels stand at zero from the start, and so do those whose labels are known.
+        for name, counter in self._counters.items():
+            if not BY_NAME[name].labels:
+                counter.inc(0)
+        for reason in _FINISHED_REASONS.values():
+            self._counters["request_success"].inc(0, reason)
+        for reason in ("queue_full", "invalid", "unavailable"):
+            self._counters["admission_rejections"].inc(0, reason)
+        for source in ("local_compute", "local_cache_hit"):
+            self._counters["prompt_tokens_by_source"].inc(0, source)
+        self._counters["spec_decode_num_accepted_tokens_per_pos"].inc(0, "0")
+
+    def _histogram(self, name: str, *labels: str) -> Histogram:
+        return self._histograms[name].labels(*labels)
+
+    # ---- events
+
+    def count_finish(self, reason: str) -> None:
+        """Count one ended choice: `stop`, `length`, `aborted` or `failed`."""
+        self._counters["request_success"].inc(1, _FINISHED_REASONS[reason])
+
+    def count_rejection(self, reason: str) -> None:
+        """Count one request that was not accepted."""
+        self._counters["admission_rejections"].inc(1, reason)
+
+    def count_lost_rank(self, rank: int) -> None:
+        """Count the loss of a rank."""
+        self._counters["ranks_lost"].inc(1, str(rank))
+
+    def count_prompt(self, num_tokens: int, num_cached: int) -> None:
+        """Count where the prompt of a choice that has started to answer came from."""
+        sources = self._counters["prompt_tokens_by_source"]
+        sources.inc(num_cached, "local_cache_hit")
+        sources.inc(num_tokens - num_cached, "local_compute")
+        self.prompt_tokens_cached.inc(num_cached)
+
+    def make_ranks(self, num_ranks: int) -> None:
+        """Make the metrics of each rank appear, at zero."""
+        for rank in range(num_ranks):
+            self._rank_steps[rank] = self._histogram("rank_step_seconds", str(rank))
+            for name in ("straggler_steps", "straggler_wait_seconds", "ranks_lost"):
+                self._counters[name].inc(0, str(rank))
+
+    def observe_rank(self, result: StepResult) -> None:
+        """Take in what one rank says of one step that ran tokens."""
+        rank = str(result.rank)
+        self._rank_steps[result.rank].observe(result.step_us / 1e6)
+        for use in result.collectives:
+            self._counters["collective_seconds"].inc(use.busy_us / 1e6, rank, use.kind)
+            self._counters["collective_bytes"].inc(use.num_bytes, rank, use.kind)
+            self._counters["collective_calls"].inc(use.num_calls, rank, use.kind)
+
+    def observe_step(self, result: StepResult, gap_us: int | None) -> None:
+        """Take in rank 0's result of a step that ran tokens.
+
+        Parameters
+        ----------
+        gap_us
+            Since the end of the step before; None if there was nothing to run meanwhile.
+        """
+        step_s = result.step_us / 1e6
+        kind = "mixed" if result.num_tokens > len(result.slots) else "decode"
+        self._step_kinds[kind].observe(step_s)
+        self.iteration_tokens.observe(result.num_tokens)
+        bucket = str(result.bucket_tokens) if result.bucket_tokens else "exact"
+        self._counters["graph_bucket_steps"].inc(1, bucket)
+        self._counters["graph_bucket_seconds"].inc(step_s, bucket)
+        if result.bucket_tokens:
+            self._counters["step_padding_tokens"].inc(result.bucket_tokens - result.num_tokens)
+        if gap_us is not None:
+            self.host_gap.observe(gap_us / 1e6)
+
+    def observe_group(self, results: Sequence[StepResult]) -> None:
+        """Compare the ranks in a step that all have finished.
+
+        In a collective all wait for the last to come, so that one has spent the least time there.
+        """
+        times = [result.collective_us for result in results]
+        waited_us = max(times) - min(times)
+        if waited_us:
+            last = results[times.index(min(times))]
+            self._counters["straggler_wait_seconds"].inc(waited_us / 1e6, str(last.rank))
+            if waited_us > STRAGGLER_SHARE * last.step_us:
+                self._counters["straggler_steps"].inc(1, str(last.rank))
+
+    # ---- scraping
+
+    def read_from(self, source: EngineGauges) -> None:
+        """Say where gauges are read when scraped, so that steps do not pay for them."""
         self._source = source
 
-    def collect(self) -> Iterable[Metric]:
-        """Read the gauges."""
-        stats = self._source.scheduler_stats()
-        used = stats.num_held_pages / stats.num_pages
-        yield self._gauge("num_requests_running", "Sequences in the batch.", stats.num_running)
-        yield self._gauge("num_requests_waiting", "Sequences that wait for a slot or pages.", stats.num_waiting)
-        yield self._gauge("kv_cache_usage_ratio", "Share of KV pages that running sequences hold.", used)
-        yield self._gauge("kv_pages", "KV pages of each rank.", stats.num_pages)
-        yield self._gauge("kv_pages_evictable", "Pages kept for their prefix only.", stats.num_evictable_pages)
-        yield self._counter("prefix_cache_query_tokens", "Prompt tokens looked up.", stats.num_prefix_query_tokens)
-        yield self._counter("prefix_cache_hit_tokens", "Prompt tokens found.", stats.num_prefix_hit_tokens)
-        yield self._counter("preemptions", "Sequences preempted for lack of pages.", stats.num_preemptions)
-        yield self._counter("steps", "Steps planned.", stats.num_steps)
-        status = GaugeMetricFamily("tpserve_engine_state", "1 for the engine's state.", labels=["model_name", "state"])
-        for name, active in self._source.states():
-            status.add_metric([self._model_name, name], float(active))
-        yield status
-        last = GaugeMetricFamily("tpserve_rank_last_step", "Latest step finished.", labels=["model_name", "rank"])
-        step = GaugeMetricFamily("tpserve_rank_step_seconds", "Wall time of it.", labels=["model_name", "rank"])
-        busy = GaugeMetricFamily(
-            "tpserve_rank_collective_seconds",
-            "Time inside collectives in the latest step, waiting included.",
-            labels=["model_name", "rank"],
-        )
-        for rank in self._source.ranks():
-            labels = [self._model_name, str(rank.rank)]
-            last.add_metric(labels, rank.last_step)
-            step.add_metric(labels, rank.step_us / 1e6)
-            busy.add_metric(labels, rank.collective_us / 1e6)
-        yield from (last, step, busy)
+    def collect(self) -> Iterator[Metric]:
+        """Return every metric, in the catalogue's order; the client library calls this."""
+        scraped = {} if self._source is None else _read(self._source)
+        for spec in CATALOGUE:
+            if spec.name in scraped:
+                make = counter_metric if spec.kind == "counter" else gauge_metric
+                yield make(spec, self._base, scraped[spec.name])
+            elif spec.name in self._histograms:
+                yield from self._histograms[spec.name].collect()
+            elif spec.name in self._counters:
+                yield from self._counters[spec.name].collect()
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(f"tpserve_{name}", text, labels=["model_name"])
-        family.add_metric([self._model_name], value)
-        return family
+    def text(self) -> str:
+        """Return everything in Prometheus text format."""
+        found = generate_latest(self).decode()
+        if self._compat == "vllm":
+            found += generate_latest(_VllmNames(self)).decode()
+        return found
 
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"tpserve_{name}", text, labels=["model_name"])
-        family.add_metric([self._model_name], value)
-        return family
+
+class _VllmNames:
+    """The metrics that vLLM has, under its names."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._metrics.collect():
+            spec = _by_family(metric.name)
+            if spec.vllm is None:
+                continue
+            name = VLLM_PREFIX + spec.vllm
+            renamed = Metric(name, metric.documentation, metric.type)
+            renamed.samples = [
+                Sample(name + sample.name.removeprefix(spec.full_name), sample.labels, sample.value)
+                for sample in metric.samples
+            ]
+            yield renamed
+
+
+def _by_family(name: str) -> MetricSpec:
+    return BY_NAME[name.removeprefix("tpserve_")]
+
+
+_SCRAPED = frozenset(
+    {
+        *("num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc"),
+        *("cache_config_info", "kv_pages", "kv_pages_evictable", "prefix_cache_queries", "prefix_cache_hits"),
+        *("num_preemptions", "steps", "engine_state", "rank_last_step"),
+    }
+)
+"""Read from the engine."""
+
+
+def _read(source: EngineGauges) -> dict[str, dict[tuple[str, ...], float]]:
+    """Return what is read when scraped: by name, by the labels' values."""
+    stats = source.scheduler_stats()
+    cache = (str(stats.page_size), str(stats.num_pages), str(stats.has_prefix_cache))
+    found: dict[str, dict[tuple[str, ...], float]] = {
+        "num_requests_running": {(): stats.num_running},
+        "num_requests_waiting": {(): stats.num_waiting},
+        "num_requests_waiting_by_reason": {
+            ("capacity",): stats.num_waiting - stats.num_deferred,
+            ("deferred",): stats.num_deferred,
+        },
+        "kv_cache_usage_perc": {(): stats.num_held_pages / stats.num_pages},
+        "cache_config_info": {cache: 1},
+        "kv_pages": {(): stats.num_pages},
+        "kv_pages_evictable": {(): stats.num_evictable_pages},
+        "prefix_cache_queries": {(): stats.num_prefix_query_tokens},
+        "prefix_cache_hits": {(): stats.num_prefix_hit_tokens},
+        "num_preemptions": {(): stats.num_preemptions},
+        "steps": {(): stats.num_steps},
+        "engine_state": {(name,): float(active) for name, active in source.states()},
+        "rank_last_step": {(str(rank.rank),): rank.last_step for rank in source.ranks()},
+    }
+    assert found.keys() == _SCRAPED
+    return found

@@ -46,9 +46,14 @@ class SchedulerStats:
     """Sequences with a slot."""
     num_waiting: int
     """Sequences without one that still have tokens to schedule."""
+    num_deferred: int
+    """Of those, that wait for the prompt of another choice of their request."""
     num_queued_requests: int
     """Requests of which nothing has run."""
     num_pages: int
+    page_size: int
+    """Tokens in one page."""
+    has_prefix_cache: bool
     num_held_pages: int
     num_evictable_pages: int
     """Pages kept only for their content; they count as free."""
@@ -82,6 +87,7 @@ class Scheduler:
         self._num_query_tokens = 0
         self._num_hit_tokens = 0
         self._num_preemptions = 0
+        self._started: list[tuple[int, int]] = []
         # False once nobody who waits can run, until a slot, a page or a result comes in: spares the search.
         self._admission_open = True
 
@@ -111,12 +117,15 @@ class Scheduler:
         return self._slots.num_in_flight
 
     def stats(self) -> SchedulerStats:
-        """Return gauges and counters; costs nothing that grows."""
+        """Return gauges and counters; costs no more than a look at who waits."""
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
+            num_deferred=sum(sequence.group.prompt_leader is not None for sequence in self._waiting),
             num_queued_requests=self._num_queued,
             num_pages=self._config.num_pages,
+            page_size=self._config.page_size,
+            has_prefix_cache=self._config.enable_prefix_cache,
             num_held_pages=self._pages.num_held,
             num_evictable_pages=self._pages.num_evictable,
             num_prefix_query_tokens=self._num_query_tokens,
@@ -141,6 +150,11 @@ class Scheduler:
         )
         num_due = len(self._end_calendar), len(self._page_calendar)
         assert num_due[0] == self._num_decoding >= num_due[1], f"{self._num_decoding} decode, {num_due} in calendars"
+
+    def take_started(self) -> list[tuple[int, int]]:
+        """Return (request id, choice) of what has entered the batch for the first time since the last call."""
+        started, self._started = self._started, []
+        return started
 
     # ---- requests come and go
 
@@ -342,6 +356,7 @@ class Scheduler:
             self._num_query_tokens += sequence.num_prompt_tokens
             self._num_hit_tokens += num_cached
             sequence.num_cached_tokens = num_cached
+            self._started.append((sequence.request_id, sequence.choice))
         if not group.started:
             group.started = True
             self._num_queued -= 1

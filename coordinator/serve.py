@@ -13,13 +13,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.log import LOG_FORMATS, configure
 from tpserve.coordinator.memory import (
     MODE_MAX_NUM_SEQS,
     available_device_bytes,
@@ -75,11 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--engine-host", default="127.0.0.1", help="where the coordinator listens for gateways")
     parser.add_argument("--engine-port", type=int, default=0, help="0 takes a free port")
+    parser.add_argument(
+        "--operations-port",
+        type=_positive,
+        metavar="PORT",
+        help="the coordinator's own /metrics and /health, on --engine-host (default: only the gateway has them)",
+    )
     parser.add_argument("--parent-pid", type=_positive, help=argparse.SUPPRESS)  # of a process that this ends with
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
     parser.add_argument("--served-model-name", nargs="+", help="names clients may use (default: the model's)")
     parser.add_argument("--api-key", action="append", default=[], help="may be given several times")
+    parser.add_argument("--api-key-file", type=Path, help="more keys, one a line; a mounted secret")
     parser.add_argument("--allow-origins", nargs="*", default=[], help="origins for CORS")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     parser.add_argument("--ray-address", help="an existing Ray cluster (default: start Ray here)")
@@ -89,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step-timeout", type=float, default=30.0, help="seconds after which a step's late rank is lost"
     )
+    add_observability_arguments(parser)
     policies = ["ON", "OFF", "REDO", "READONLY"]
     parser.add_argument("--jit-policy", choices=policies, default=os.environ.get("TPSERVE_JIT_POLICY", "ON"))
     parser.add_argument(
@@ -96,9 +106,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_observability_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about logs, metrics and traces."""
+    parser.add_argument("--log-format", choices=LOG_FORMATS, default="text", help="json: one object per line")
+    parser.add_argument(
+        "--metrics-compat", choices=["none", "vllm"], default="none", help="vllm: /metrics has vLLM's names besides"
+    )
+    parser.add_argument("--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry spans there, over OTLP")
+    parser.add_argument("--enable-debug", action="store_true", help="open /debug/trace: Chrome traces of engine steps")
+
+
 def main(args: argparse.Namespace) -> int:
     """Serve until a signal or a failure; return the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    configure(args.log_format, "serve")
     server = _Server(args)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, server.on_signal)
@@ -151,6 +171,8 @@ class _Server:
         if not args.no_gateway:
             _require_free_port("", args.host, args.port)
         _require_free_port("engine-", args.engine_host, args.engine_port)
+        if args.operations_port is not None:
+            _require_free_port("operations-", args.engine_host, args.operations_port)
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         folders = self._compile(max_num_seqs, "cuda" if on_gpu else "cpu")
         manifest = Manifest.load(Path(folders["artifact_dir"]))
@@ -192,7 +214,7 @@ class _Server:
         url = self._start_gateway(folders, names, engine_address)
         self._await_healthy(url)
         if not self._stopping:
-            logger.info("Ready at %s\n\n%s\n", url, _curl(url, names[0], bool(args.api_key)))
+            logger.info("Ready at %s\n\n%s\n", url, _curl(url, names[0], bool(args.api_key or args.api_key_file)))
 
     def watch(self) -> int:
         """Wait for a signal or for a process that ends on its own; return the exit code."""
@@ -241,11 +263,14 @@ class _Server:
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if args.log_format == "json" else None,
             text=True,
             env=environ,
             start_new_session=True,  # as in `_spawn`; and its own compilers end with it
             preexec_fn=lambda: end_with_parent(pid),
         ) as process:
+            if process.stderr is not None:
+                threading.Thread(target=_log_lines, args=(process.stderr,), daemon=True).start()
             while process.poll() is None:
                 if self._stopping:
                     os.killpg(process.pid, signal.SIGTERM)
@@ -280,6 +305,9 @@ class _Server:
             "ray_address": args.ray_address,
             "ray_temp_dir": ray_temp_dir,
             "drain_timeout_s": args.drain_timeout,
+            "metrics_compat": args.metrics_compat,
+            "operations_port": args.operations_port,
+            **self._observability(),
             "step_timeout_s": args.step_timeout,
             "collective_timeout_s": args.step_timeout * 2 / 3,
             "host": args.engine_host,
@@ -288,6 +316,15 @@ class _Server:
         }
         self._coordinator = _spawn("tpserve.coordinator", config, _ray_environment(args.ray_address))
         return _first_words("coordinator", self._coordinator, "address")
+
+    def _observability(self) -> dict[str, Any]:
+        """Return what coordinator and gateway are both told."""
+        args = self._args
+        return {
+            "log_format": args.log_format,
+            "enable_debug": args.enable_debug,
+            "otlp_traces_endpoint": args.otlp_traces_endpoint,
+        }
 
     def _start_gateway(self, folders: dict[str, str], names: list[str], engine_address: str) -> str:
         args = self._args
@@ -298,8 +335,10 @@ class _Server:
             "host": args.host,
             "port": args.port,
             "api_keys": args.api_key,
+            "api_key_file": None if args.api_key_file is None else str(args.api_key_file),
             "allow_origins": args.allow_origins,
             "drain_timeout_s": args.drain_timeout,
+            **self._observability(),
             "parent_pid": os.getpid(),
         }
         self._gateway = _spawn("tpserve.coordinator.gateway", config, {})
@@ -336,6 +375,13 @@ class _Server:
             if process is not None and process.poll() is not None:
                 assert process.stdout is not None
                 raise ServeError(_last_words(name, process, process.stdout.readline()))
+
+
+def _log_lines(stream: IO[str]) -> None:
+    """Log what a process writes that knows no JSON."""
+    for line in stream:
+        if text := line.strip():
+            logging.getLogger("tpserve.compile").info("%s", text)
 
 
 def _spawn(module: str, config: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[str]:

@@ -6,11 +6,13 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 
+import grpc
 import grpc.aio
 
 from tpserve.coordinator.engine import Engine, OutputEvent, Unavailable
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.request import QueueFull, RequestInvalid
+from tpserve.coordinator.step_log import MAX_TRACE_STEPS
 from tpserve.proto.messages import SamplingParams
 from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 
@@ -26,9 +28,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     ----------
     info
         What `Describe` answers, without the state.
+    enable_debug
+        Whether `Trace` is answered.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, info: engine_pb2.EngineInfo) -> None:
+    def __init__(
+        self, engine: Engine, metrics: Metrics, info: engine_pb2.EngineInfo, *, enable_debug: bool = False
+    ) -> None:
+        self._enable_debug = enable_debug
         self._engine = engine
         self._metrics = metrics
         self._info = info
@@ -82,6 +89,24 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         """Give every metric of the coordinator."""
         return engine_pb2.MetricsText(text=self._metrics.text())
 
+    async def Trace(
+        self,
+        request: engine_pb2.TraceRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.TraceRequest, engine_pb2.StepTrace],
+    ) -> engine_pb2.StepTrace:
+        """Record the next steps."""
+        if not self._enable_debug:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "start the server with --enable-debug")
+        if not 1 <= request.num_steps <= MAX_TRACE_STEPS:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"steps is {request.num_steps}: it must be in 1..{MAX_TRACE_STEPS}"
+            )
+        try:
+            trace = await self._engine.trace(request.num_steps, request.timeout_s)
+        except RuntimeError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return engine_pb2.StepTrace(json=trace)
+
 
 class Session:
     """Requests of one gateway, and what is to be sent to it."""
@@ -124,6 +149,8 @@ class Session:
                 SamplingParams.from_pb(submit.sampling),
                 submit.max_tokens,
                 frozenset(submit.stop_token_ids),
+                name=submit.name,
+                traceparent=submit.traceparent,
             )
         except RequestInvalid as error:
             self._reject(submit, engine_pb2.Rejected.INVALID, str(error))

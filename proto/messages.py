@@ -193,6 +193,19 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class CollectiveUse:
+    """What one rank did in one kind of collective during one step."""
+
+    kind: str
+    """all_reduce or all_gather."""
+    num_calls: int
+    num_bytes: int
+    """Put in by this rank."""
+    busy_us: int
+    """Inside the calls, waiting included."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What one rank says of one step. Rank 0 carries tokens, the others the id alone."""
 
@@ -208,6 +221,16 @@ class StepResult:
     collective_us: int = 0
     error: str = ""
     """Set when the rank cannot go on; it names the cause."""
+    collectives: tuple[CollectiveUse, ...] = ()
+    """Of this step, by kind; empty where they are not timed one by one, as inside a captured graph."""
+    started_us: int = 0
+    """Unix time at which the step began on this rank."""
+    num_tokens: int = 0
+    """Run in this step; 0 if the plan only changed the batch."""
+    bucket_tokens: int = 0
+    """Tokens of the captured graph that the step ran in, padding included; 0 where steps run at their exact size."""
+    bucket_rows: int = 0
+    """Sampled rows of that graph."""
 
     def to_pb(self) -> worker_pb2.StepResult:
         """Return the protobuf form."""
@@ -222,6 +245,16 @@ class StepResult:
             step_us=self.step_us,
             collective_us=self.collective_us,
             error=self.error,
+            collectives=[
+                worker_pb2.CollectiveUse(
+                    kind=use.kind, num_calls=use.num_calls, num_bytes=use.num_bytes, busy_us=use.busy_us
+                )
+                for use in self.collectives
+            ],
+            started_us=self.started_us,
+            num_tokens=self.num_tokens,
+            bucket_tokens=self.bucket_tokens,
+            bucket_rows=self.bucket_rows,
         )
 
     @classmethod
@@ -236,4 +269,11 @@ class StepResult:
             step_us=pb.step_us,
             collective_us=pb.collective_us,
             error=pb.error,
+            collectives=tuple(
+                CollectiveUse(use.kind, use.num_calls, use.num_bytes, use.busy_us) for use in pb.collectives
+            ),
+            started_us=pb.started_us,
+            num_tokens=pb.num_tokens,
+            bucket_tokens=pb.bucket_tokens,
+            bucket_rows=pb.bucket_rows,
         )

@@ -223,13 +223,15 @@ class Server:
         return reply.status_code, body
 
     def metrics(self) -> dict[str, float]:
-        """Return every sample by name, labels other than the model's name in braces."""
+        """Return every sample by name, labels other than the model's name and the replica's number in braces."""
         text = httpx.get(f"{self.url}/metrics", timeout=10).text
         samples = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 labels = ",".join(
-                    f"{key}={value}" for key, value in sorted(sample.labels.items()) if key != "model_name"
+                    f"{key}={value}"
+                    for key, value in sorted(sample.labels.items())
+                    if key not in ("model_name", "engine")
                 )
                 samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return samples

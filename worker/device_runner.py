@@ -60,11 +60,23 @@ class _CapturedStep:
 class PendingStep:
     """A step on its way; `wait` blocks until the device has done it."""
 
-    def __init__(self, runner: DeviceRunner, plan: StepPlan, slots: Array | None, staging: int) -> None:
+    def __init__(
+        self,
+        runner: DeviceRunner,
+        plan: StepPlan,
+        staging: int,
+        slots: Array | None = None,
+        num_tokens: int = 0,
+        bucket: Bucket | None = None,
+    ) -> None:
+        """Note what was queued; without slots nothing was."""
+        self.plan = plan
+        self.slots = slots
+        self.staging = staging
+        self.num_tokens = num_tokens
+        self.bucket = bucket
+        self.submitted = time.perf_counter()
         self._runner = runner
-        self._plan = plan
-        self._slots = slots
-        self._staging = staging
 
     def wait(self) -> StepResult:
         """Return the result; the coordinator's deadline of a step bounds the wait.
@@ -74,7 +86,7 @@ class PendingStep:
         WorkerError
             If the logits of a slot had a NaN or no finite maximum.
         """
-        return self._runner.finish(self._plan, self._slots, self._staging)
+        return self._runner.finish(self)
 
 
 class DeviceRunner:
@@ -219,7 +231,7 @@ class DeviceRunner:
             if plan.added_slots:
                 self._sampler.add(plan.added_slots, staging, self._stream)
             if not len(arrays.token_ids):
-                return PendingStep(self, plan, None, staging)
+                return PendingStep(self, plan, staging)
             step = self._bucket_for(arrays)
             fill(step.bucket, arrays, self._input_staging[staging])
             step.inputs.data.copy_from_host_async(
@@ -230,25 +242,31 @@ class DeviceRunner:
             self._events[staging].record(self._stream)
         slots = arrays.sample_slots.copy()
         self._batch.commit(arrays, None)
-        return PendingStep(self, plan, slots, staging)
+        return PendingStep(self, plan, staging, slots, len(arrays.token_ids), step.bucket)
 
-    def finish(self, plan: StepPlan, slots: Array | None, staging: int) -> StepResult:
+    def finish(self, pending: PendingStep) -> StepResult:
         """Wait for a submitted step; see `PendingStep.wait`."""
-        if slots is None:
+        plan, slots, bucket = pending.plan, pending.slots, pending.bucket
+        if slots is None or bucket is None:
             return StepResult(plan.step_id, self._rank)
-        self._events[staging].synchronize()
+        self._events[pending.staging].synchronize()
         now = time.perf_counter()
-        step_us, self._last_finish = int((now - self._last_finish) * 1e6), now
-        if self._rank != 0:
-            return StepResult(plan.step_id, self._rank, step_us=step_us)
-        token_ids, logprobs = self._sampler.results(slots, staging)
+        # It ran from the end of the step before it, or from its submission where the device had nothing to do.
+        step_us = int((now - max(self._last_finish, pending.submitted)) * 1e6)
+        self._last_finish = now
+        is_first = self._rank == 0  # only it carries tokens
+        token_ids, logprobs = self._sampler.results(slots, pending.staging) if is_first else ((), {})
         return StepResult(
             plan.step_id,
             self._rank,
-            slots=tuple(slots.tolist()),
+            slots=tuple(slots.tolist()) if is_first else (),
             token_ids=token_ids,
             logprobs=logprobs,
             step_us=step_us,
+            started_us=time.time_ns() // 1000 - step_us,
+            num_tokens=pending.num_tokens,
+            bucket_tokens=bucket.num_tokens,
+            bucket_rows=bucket.num_rows,
         )
 
     def close(self) -> None:

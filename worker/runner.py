@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tpserve.collectives.cpu import SharedMemoryCommunicator
-from tpserve.proto.messages import StepPlan, StepResult, TokenLogprobs
+from tpserve.collectives.cpu import CollectiveStats, SharedMemoryCommunicator
+from tpserve.proto.messages import CollectiveUse, StepPlan, StepResult, TokenLogprobs
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array, aligned_zeros, as_tensor
 from tpserve.worker.batch import Batch, StepArrays
@@ -91,24 +91,26 @@ class Runner:
         RuntimeError
             From a collective, naming the late rank; from a kernel, naming the slot whose logits are not finite.
         """
-        started = time.perf_counter()
-        collective_us = self._collective_us()
+        started_us, started = time.time_ns() // 1000, time.perf_counter()
+        before = self._collective_totals()
         arrays, logits = self.forward(plan)
         if logits is None:
             return StepResult(plan.step_id, self._rank)
         token_ids, logprobs = self.sample(arrays, logits)
         step_us = int((time.perf_counter() - started) * 1e6)
-        collective_us = self._collective_us() - collective_us
-        if self._rank != 0:
-            return StepResult(plan.step_id, self._rank, step_us=step_us, collective_us=collective_us)
+        collectives = _since(before, self._collective_totals())
+        is_first = self._rank == 0  # only it carries tokens
         return StepResult(
             step_id=plan.step_id,
             rank=self._rank,
-            slots=tuple(arrays.sample_slots.tolist()),
-            token_ids=tuple(token_ids.tolist()),
-            logprobs=logprobs,
+            slots=tuple(arrays.sample_slots.tolist()) if is_first else (),
+            token_ids=tuple(token_ids.tolist()) if is_first else (),
+            logprobs=logprobs if is_first else {},
             step_us=step_us,
-            collective_us=collective_us,
+            collective_us=sum(use.busy_us for use in collectives),
+            collectives=collectives,
+            started_us=started_us,
+            num_tokens=len(arrays.token_ids),
         )
 
     def forward(self, plan: StepPlan) -> tuple[StepArrays, Any]:
@@ -145,10 +147,23 @@ class Runner:
         self._batch.commit(arrays, token_ids)
         return token_ids, logprobs
 
-    def _collective_us(self) -> int:
-        return 0 if self._communicator is None else int(self._communicator.stats().busy_us)
+    def _collective_totals(self) -> dict[str, CollectiveStats]:
+        return {} if self._communicator is None else self._communicator.stats()
 
     def close(self) -> None:
         """Leave the group."""
         if self._communicator is not None:
             self._communicator.close()
+
+
+def _since(before: dict[str, CollectiveStats], after: dict[str, CollectiveStats]) -> tuple[CollectiveUse, ...]:
+    """Return what was done between two readings of the totals."""
+    return tuple(
+        CollectiveUse(
+            kind,
+            now.num_calls - before[kind].num_calls,
+            now.num_bytes - before[kind].num_bytes,
+            int(now.busy_us - before[kind].busy_us),
+        )
+        for kind, now in after.items()
+    )

@@ -145,7 +145,7 @@ class Communicator {
     const float* source = data<float>(x);
     float* target = data<float>(out);
     const int64_t total = x.numel(), step = capacity_ / static_cast<int64_t>(sizeof(float));
-    Call call(*this, total * static_cast<int64_t>(sizeof(float)));
+    Call call(*this, Op::kAllReduce, total * static_cast<int64_t>(sizeof(float)));
     for (int64_t begin = 0; begin < total; begin += step) {
       const int64_t count = std::min(step, total - begin);
       exchange(Op::kAllReduce, source + begin, count * static_cast<int64_t>(sizeof(float)));
@@ -163,7 +163,7 @@ class Communicator {
     const float* source = data<float>(x);
     float* target = data<float>(out);
     const int64_t columns = x.size(1), total = x.numel(), step = capacity_ / static_cast<int64_t>(sizeof(float));
-    Call call(*this, total * static_cast<int64_t>(sizeof(float)));
+    Call call(*this, Op::kAllGather, total * static_cast<int64_t>(sizeof(float)));
     for (int64_t begin = 0; begin < total; begin += step) {
       const int64_t end = std::min(total, begin + step);
       exchange(Op::kAllGather, source + begin, (end - begin) * static_cast<int64_t>(sizeof(float)));
@@ -204,9 +204,14 @@ class Communicator {
 
   Map<String, Any> stats() const {
     Map<String, Any> out;
-    out.Set("calls", num_calls_.load());
-    out.Set("bytes", num_bytes_.load());
-    out.Set("microseconds", static_cast<double>(busy_ns_.load()) * 1e-3);
+    for (const Op op : {Op::kAllReduce, Op::kAllGather}) {
+      const Totals& totals = totals_of(op);
+      Map<String, Any> one;
+      one.Set("calls", totals.num_calls.load());
+      one.Set("bytes", totals.num_bytes.load());
+      one.Set("microseconds", static_cast<double>(totals.busy_ns.load()) * 1e-3);
+      out.Set(name_of(op), one);
+    }
     return out;
   }
 
@@ -215,11 +220,17 @@ class Communicator {
   struct Call {
     Communicator& self;
     std::lock_guard<std::mutex> lock;
+    Op op;
     int64_t bytes, begin;
     int exceptions;
 
-    Call(Communicator& owner, int64_t size)
-        : self(owner), lock(owner.call_mutex_), bytes(size), begin(now_ns()), exceptions(std::uncaught_exceptions()) {
+    Call(Communicator& owner, Op kind, int64_t size)
+        : self(owner),
+          lock(owner.call_mutex_),
+          op(kind),
+          bytes(size),
+          begin(now_ns()),
+          exceptions(std::uncaught_exceptions()) {
       if (self.header_ == nullptr) TVM_FFI_THROW(RuntimeError) << "communicator of rank " << self.rank_ << " is closed";
       if (self.broken_) {
         TVM_FFI_THROW(RuntimeError) << "communicator of rank " << self.rank_ << " failed in call " << self.sequence_
@@ -228,11 +239,18 @@ class Communicator {
     }
     ~Call() {
       if (std::uncaught_exceptions() > exceptions) self.broken_ = true;
-      self.num_calls_.fetch_add(1, std::memory_order_relaxed);
-      self.num_bytes_.fetch_add(bytes, std::memory_order_relaxed);
-      self.busy_ns_.fetch_add(now_ns() - begin, std::memory_order_relaxed);
+      Totals& totals = self.totals_[static_cast<int64_t>(op) - 1];
+      totals.num_calls.fetch_add(1, std::memory_order_relaxed);
+      totals.num_bytes.fetch_add(bytes, std::memory_order_relaxed);
+      totals.busy_ns.fetch_add(now_ns() - begin, std::memory_order_relaxed);
     }
   };
+
+  struct Totals {
+    std::atomic<int64_t> num_calls{0}, num_bytes{0}, busy_ns{0};
+  };
+
+  const Totals& totals_of(Op op) const { return totals_[static_cast<int64_t>(op) - 1]; }
 
   static void check(const char* name, const TensorView& t) {
     const DLDataType d = t.dtype();
@@ -451,7 +469,7 @@ class Communicator {
   std::mutex call_mutex_, map_mutex_;
   uint64_t sequence_ = 0;
   bool broken_ = false;
-  std::atomic<int64_t> num_calls_{0}, num_bytes_{0}, busy_ns_{0};
+  Totals totals_[2];  // by Op
 };
 
 /// The functions of one communicator. They share it; `close` ends it for all.

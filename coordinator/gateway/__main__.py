@@ -23,7 +23,9 @@ from tpserve.coordinator.gateway.config import ConfigError, GatewayConfig
 from tpserve.coordinator.gateway.errors import EngineUnavailable
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
+from tpserve.coordinator.log import configure
 from tpserve.coordinator.process import end_with_parent, tell_parent
+from tpserve.coordinator.tracing import TracingUnavailable
 
 logger = logging.getLogger("tpserve.coordinator.gateway")
 
@@ -98,7 +100,7 @@ def bind(host: str, port: int) -> socket.socket:
 def main(argv: list[str] | None = None) -> int:
     """Run the gateway; return the exit code."""
     args = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(format="%(asctime)s %(levelname).1s gateway: %(message)s", level=logging.INFO)
+    configure("text", "gateway")
     if len(args) != 1:
         logger.error("usage: python -m tpserve.coordinator.gateway CONFIG (a JSON object, or - for standard input)")
         return 2
@@ -107,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         logger.error("%s", error)
         return 2
-    logging.getLogger().setLevel(config.log_level.upper())
+    configure(
+        "json" if config.log_format == "json" else "text", "gateway", logging.getLevelName(config.log_level.upper())
+    )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and end are told here
     if config.parent_pid is not None:
         end_with_parent(config.parent_pid)
@@ -120,10 +124,14 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             service = Service.load(config)
-        except ModelFilesError as error:
+        except (ModelFilesError, TracingUnavailable) as error:
+            return _fail(str(error))
+        try:
+            app = create_app(service)
+        except ConfigError as error:
             return _fail(str(error))
         uvicorn_config = uvicorn.Config(
-            create_app(service),
+            app,
             loop="uvloop",
             http="httptools",
             ws="none",
@@ -135,6 +143,8 @@ def main(argv: list[str] | None = None) -> int:
             timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + DRAIN_GRACE_S,
         )
         Server(uvicorn_config, service).run(sockets=[bound])
+        if service.tracing is not None:
+            service.tracing.shutdown()
     return 0
 
 

@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from tpserve.coordinator.gateway import chat, completions
+from tpserve.coordinator.gateway import chat, completions, debug
 from tpserve.coordinator.gateway.edge import Edge
 from tpserve.coordinator.gateway.engine_types import EngineStatus
 from tpserve.coordinator.gateway.errors import FAULT_MESSAGE, ApiError, EngineUnavailable, InternalError, error_object
@@ -21,6 +21,8 @@ from tpserve.coordinator.gateway.metrics import CONTENT_TYPE
 from tpserve.coordinator.gateway.page_routes import add_page_routes
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.stream import error_response, json_response
+from tpserve.coordinator.gateway.tracing import TraceRequests
+from tpserve.coordinator.health import PROBES, passes
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -36,14 +38,16 @@ def create_app(service: Service) -> ASGIApp:
     _add_openai_routes(app, service)
     _add_operations_routes(app, service)
     add_page_routes(app)
+    if service.config.enable_debug:
+        debug.add_routes(app, service)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_fault)
     edge: ASGIApp = Edge(
-        app,
+        app if service.tracing is None else TraceRequests(app, service.tracing),
         metrics=service.metrics,
         routes=[path for route in app.routes if isinstance(path := getattr(route, "path", None), str)],
-        api_keys=service.config.api_keys,
+        api_keys=service.config.all_api_keys(),
         max_body_bytes=service.config.max_body_bytes,
     )
     if service.config.allow_origins:
@@ -83,6 +87,15 @@ def _add_operations_routes(app: FastAPI, service: Service) -> None:
         state = service.engine.state
         body = {"status": state.status.value, "detail": state.detail}
         return json_response(body, 200 if state.status is EngineStatus.READY else 503)
+
+    @app.get("/health/{probe}")
+    async def probe(probe: str) -> Response:
+        if probe not in PROBES:
+            raise HTTPException(404)
+        state = service.engine.state
+        body = {"status": state.status.value, "detail": state.detail}
+        good = passes(probe, state.status.value, was_ready=service.engine.was_ready)
+        return json_response(body, 200 if good else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -6,7 +6,10 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
+
+from tpserve.coordinator.log import LOG_FORMATS
 
 
 class ConfigError(ValueError):
@@ -28,6 +31,8 @@ class GatewayConfig:
     """0 takes a free port; the log says which."""
     api_keys: tuple[str, ...] = ()
     """Any of them opens /v1; empty leaves it open."""
+    api_key_file: str | None = None
+    """More keys, one a line; read at the start."""
     allow_origins: tuple[str, ...] = ()
     """Origins for CORS; `*` is any; empty turns CORS off."""
     max_body_bytes: int = 16 * 2**20
@@ -44,6 +49,12 @@ class GatewayConfig:
     drain_timeout_s: float = 30.0
     """After SIGTERM, running requests get this long."""
     log_level: str = "info"
+    log_format: str = "text"
+    """text or json."""
+    enable_debug: bool = False
+    """Opens /debug."""
+    otlp_traces_endpoint: str | None = None
+    """Where spans are sent; None: nowhere."""
     parent_pid: int | None = None
     """The process that started this one; the gateway ends with it. None: it stands alone."""
 
@@ -62,6 +73,26 @@ class GatewayConfig:
                 raise ConfigError(f"{name} is {value}: it must be positive and finite")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"log_level is {self.log_level!r}: it must be debug, info, warning or error")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format is {self.log_format!r}: it must be text or json")
+
+    def all_api_keys(self) -> tuple[str, ...]:
+        """Return the keys given here and in the file.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be read or has none: it would leave the door open.
+        """
+        if self.api_key_file is None:
+            return self.api_keys
+        try:
+            keys = [line.strip() for line in Path(self.api_key_file).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"api_key_file {self.api_key_file} cannot be read: {error}") from None
+        if not keys:
+            raise ConfigError(f"api_key_file {self.api_key_file} has no key: write one a line, or leave it out")
+        return (*self.api_keys, *keys)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -93,8 +124,13 @@ def _convert(name: str, annotation: str, value: Any) -> object:
     if annotation == "tuple[str, ...]":
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
-    elif annotation == "str":
+    elif annotation in ("str", "str | None"):
         if isinstance(value, str):
+            return value
+        if value is None and annotation == "str | None":
+            return None
+    elif annotation == "bool":
+        if isinstance(value, bool):
             return value
     elif isinstance(value, bool):
         pass

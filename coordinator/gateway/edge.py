@@ -25,8 +25,11 @@ from tpserve.coordinator.gateway.stream import error_response
 
 logger = logging.getLogger(__name__)
 
-QUIET_ROUTES = ("/health", "/metrics")
+QUIET_ROUTES = ("/health", "/health/{probe}", "/metrics")
 """Scraped all the time; logged at debug level."""
+
+GUARDED_PATHS = ("/v1/", "/debug/")
+"""Need a key where there are keys."""
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -67,11 +70,13 @@ class Edge:
         exchange = _Exchange(send, _request_id(headers))
         path: str = scope["path"]
         route = path if path in self._routes else "other"
+        if path.startswith("/health/"):
+            route = "/health/{probe}"
         scope.setdefault("state", {})["request_id"] = exchange.request_id
         self._metrics.begin(route)
         try:
             try:
-                if path.startswith("/v1/") and self._api_keys:
+                if path.startswith(GUARDED_PATHS) and self._api_keys:
                     self._check_key(headers)
                 await self._app(scope, self._limited(headers, receive), exchange.send)
             except ClientDisconnect:
@@ -79,7 +84,11 @@ class Edge:
             except ApiError:
                 raise
             except Exception as fault:
-                logger.exception("request %s: a fault of the gateway", exchange.request_id)
+                logger.exception(
+                    "request %s: a fault of the gateway",
+                    exchange.request_id,
+                    extra={"request_id": exchange.request_id},
+                )
                 raise InternalError(FAULT_MESSAGE) from fault
         except ApiError as error:
             if exchange.status is None:
@@ -96,6 +105,7 @@ class Edge:
                 status,
                 1000 * duration_s,
                 exchange.request_id,
+                extra={"request_id": exchange.request_id, "route": route, "status": status},
             )
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:

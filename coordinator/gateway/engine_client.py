@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 import grpc.aio
@@ -51,15 +51,27 @@ class EngineClient:
         Deadline of unary calls; the coordinator is asked for its state this often.
     session_timeout_s
         Silence after which the session is given up.
+    traceparent
+        Returns the W3C trace context of the request being submitted; None: requests are not traced.
     """
 
-    def __init__(self, address: str, *, rpc_timeout_s: float, session_timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        rpc_timeout_s: float,
+        session_timeout_s: float,
+        traceparent: Callable[[], str] | None = None,
+    ) -> None:
         self._address = address
+        self._traceparent = traceparent
         self._rpc_timeout_s = rpc_timeout_s
         self._session_timeout_s = session_timeout_s
         self._disconnected = EngineState(EngineStatus.DISCONNECTED, f"no session with the coordinator at {address}")
         self._state = self._disconnected
         self._responsive = True
+        self.was_ready = False
+        """Whether the engine has ever been ready, as far as this side knows."""
         self._info: EngineInfo | None = None
         self._mailboxes: dict[int, Mailbox] = {}
         self._next_request_id = 1
@@ -131,6 +143,7 @@ class EngineClient:
             max_tokens=request.max_tokens,
             stop_token_ids=request.stop_token_ids,
             name=request.name,
+            traceparent="" if self._traceparent is None else self._traceparent(),
         )
         self._outbox.put_nowait(engine_pb2.GatewayMessage(submit=submit))
         return request_id
@@ -168,6 +181,29 @@ class EngineClient:
             raise EngineUnavailable(f"the coordinator gave no metrics: {error.details()}") from None
         return reply.text
 
+    async def trace(self, num_steps: int, timeout_s: float) -> str:
+        """Return a trace of the next steps, in Chrome's trace event format.
+
+        Raises
+        ------
+        InvalidRequest
+            If the coordinator does not take the numbers, or records a trace for somebody else.
+        EngineUnavailable
+            If it does not answer.
+        """
+        if self._stub is None:
+            raise self._unavailable()
+        try:
+            reply: engine_pb2.StepTrace = await self._stub.Trace(
+                engine_pb2.TraceRequest(num_steps=num_steps, timeout_s=timeout_s),
+                timeout=timeout_s + self._rpc_timeout_s,
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION):
+                raise InvalidRequest(error.details() or "", param="steps") from None
+            raise EngineUnavailable(f"the coordinator gave no trace: {error.details()}") from None
+        return reply.json
+
     def _unavailable(self) -> EngineUnavailable:
         state = self.state
         return EngineUnavailable(
@@ -185,7 +221,7 @@ class EngineClient:
                         engine_pb2.DescribeRequest(), timeout=self._rpc_timeout_s, wait_for_ready=True
                     )
                     self._info = EngineInfo(info.max_model_len, info.vocab_size, info.version)
-                    self._state = EngineState.from_pb(info.state)
+                    self._set_state(EngineState.from_pb(info.state))
                     backoff_s = FIRST_BACKOFF_S
                     logger.info("session with the coordinator at %s: %s", self._address, self._state.status.value)
                     await self._session(stub)
@@ -295,6 +331,7 @@ class EngineClient:
         if state != self._state:
             logger.info("the engine is %s%s", state.status.value, f": {state.detail}" if state.detail else "")
         self._state = state
+        self.was_ready |= state.status is EngineStatus.READY
 
     def _lose_session(self) -> None:
         """Fail every request: with the session, the coordinator has forgotten them."""

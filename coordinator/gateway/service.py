@@ -19,6 +19,8 @@ from tpserve.coordinator.gateway.generation import Generation, Update, Usage
 from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.stream import ChunkWriter, EventStream, json_response
+from tpserve.coordinator.gateway.tracing import TracedCall
+from tpserve.coordinator.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Service:
     model: ServedModel
     engine: EngineClient
     metrics: HttpMetrics
+    tracing: Tracing | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     """When the models appeared, for /v1/models; Unix time, seconds."""
 
@@ -60,11 +63,17 @@ class Service:
         ------
         ModelFilesError
             If the model folder is not usable.
+        TracingUnavailable
+            If spans cannot be sent.
         """
+        tracing = None if config.otlp_traces_endpoint is None else Tracing(config.otlp_traces_endpoint, "gateway")
         engine = EngineClient(
-            config.engine_address, rpc_timeout_s=config.rpc_timeout_s, session_timeout_s=config.session_timeout_s
+            config.engine_address,
+            rpc_timeout_s=config.rpc_timeout_s,
+            session_timeout_s=config.session_timeout_s,
+            traceparent=tracing.traceparent if tracing is not None else None,
         )
-        return cls(config, ServedModel.load(Path(config.model_dir)), engine, HttpMetrics())
+        return cls(config, ServedModel.load(Path(config.model_dir)), engine, HttpMetrics(), tracing)
 
     def resolve_model(self, name: str | None) -> str:
         """Return the name that the answer carries.
@@ -110,6 +119,9 @@ class Service:
         generation = Generation(
             self.engine, self.model.tokenizer, requests, stops=stops, timeout_s=self.config.request_timeout_s
         )
+        if self.tracing is not None:
+            call: TracedCall = http.state.traced_call
+            call.begin(requests, self.config.served_model_names[0], generation.usage, is_stream=writer is not None)
         handed_over = False
         try:
             await generation.start(http.receive, self.config.accept_timeout_s)

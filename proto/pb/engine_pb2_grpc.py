@@ -49,6 +49,11 @@ class EngineStub:
                 request_serializer=tpserve_dot_proto_dot_pb_dot_engine__pb2.MetricsRequest.SerializeToString,
                 response_deserializer=tpserve_dot_proto_dot_pb_dot_engine__pb2.MetricsText.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_unary(
+                '/tpserve.Engine/Trace',
+                request_serializer=tpserve_dot_proto_dot_pb_dot_engine__pb2.TraceRequest.SerializeToString,
+                response_deserializer=tpserve_dot_proto_dot_pb_dot_engine__pb2.StepTrace.FromString,
+                _registered_method=True)
 
 
 class EngineServicer:
@@ -73,6 +78,13 @@ class EngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """the next steps, for debugging
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +102,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Metrics,
                     request_deserializer=tpserve_dot_proto_dot_pb_dot_engine__pb2.MetricsRequest.FromString,
                     response_serializer=tpserve_dot_proto_dot_pb_dot_engine__pb2.MetricsText.SerializeToString,
+            ),
+            'Trace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=tpserve_dot_proto_dot_pb_dot_engine__pb2.TraceRequest.FromString,
+                    response_serializer=tpserve_dot_proto_dot_pb_dot_engine__pb2.StepTrace.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -173,6 +190,33 @@ class Engine:
             '/tpserve.Engine/Metrics',
             tpserve_dot_proto_dot_pb_dot_engine__pb2.MetricsRequest.SerializeToString,
             tpserve_dot_proto_dot_pb_dot_engine__pb2.MetricsText.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tpserve.Engine/Trace',
+            tpserve_dot_proto_dot_pb_dot_engine__pb2.TraceRequest.SerializeToString,
+            tpserve_dot_proto_dot_pb_dot_engine__pb2.StepTrace.FromString,
             options,
             channel_credentials,
             insecure,

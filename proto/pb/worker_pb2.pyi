@@ -50,7 +50,7 @@ class PromptChunk(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sample: _Optional[bool] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "rank", "slots", "token_ids", "logprobs", "step_us", "collective_us", "error")
+    __slots__ = ("step_id", "rank", "slots", "token_ids", "logprobs", "step_us", "collective_us", "error", "collectives", "started_us", "num_tokens", "bucket_tokens", "bucket_rows")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,11 @@ class StepResult(_message.Message):
     STEP_US_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVE_US_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVES_FIELD_NUMBER: _ClassVar[int]
+    STARTED_US_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_ROWS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     rank: int
     slots: _containers.RepeatedScalarFieldContainer[int]
@@ -67,7 +72,24 @@ class StepResult(_message.Message):
     step_us: int
     collective_us: int
     error: str
-    def __init__(self, step_id: _Optional[int] = ..., rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[SlotLogprobs, _Mapping]]] = ..., step_us: _Optional[int] = ..., collective_us: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    collectives: _containers.RepeatedCompositeFieldContainer[CollectiveUse]
+    started_us: int
+    num_tokens: int
+    bucket_tokens: int
+    bucket_rows: int
+    def __init__(self, step_id: _Optional[int] = ..., rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[SlotLogprobs, _Mapping]]] = ..., step_us: _Optional[int] = ..., collective_us: _Optional[int] = ..., error: _Optional[str] = ..., collectives: _Optional[_Iterable[_Union[CollectiveUse, _Mapping]]] = ..., started_us: _Optional[int] = ..., num_tokens: _Optional[int] = ..., bucket_tokens: _Optional[int] = ..., bucket_rows: _Optional[int] = ...) -> None: ...
+
+class CollectiveUse(_message.Message):
+    __slots__ = ("kind", "num_calls", "num_bytes", "busy_us")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NUM_CALLS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUSY_US_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    num_calls: int
+    num_bytes: int
+    busy_us: int
+    def __init__(self, kind: _Optional[str] = ..., num_calls: _Optional[int] = ..., num_bytes: _Optional[int] = ..., busy_us: _Optional[int] = ...) -> None: ...
 
 class SlotLogprobs(_message.Message):
     __slots__ = ("slot", "logprobs")

@@ -345,8 +345,8 @@ def test_a_repeated_prompt_hits_the_prefix_cache(server: Server, client: openai.
     assert cached is not None
     assert second.usage.prompt_tokens - 32 <= cached < second.usage.prompt_tokens
     moved = changes(before, server.metrics())
-    assert moved["tpserve_prefix_cache_hit_tokens_total"] >= cached
-    assert moved["tpserve_prefix_cache_query_tokens_total"] == 2 * first.usage.prompt_tokens
+    assert moved["tpserve_prefix_cache_hits_total"] >= cached
+    assert moved["tpserve_prefix_cache_queries_total"] == 2 * first.usage.prompt_tokens
 
 
 def changes(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
@@ -362,15 +362,15 @@ def test_metrics_count_what_happened(server: Server, client: openai.OpenAI) -> N
     usages = [reply.usage for reply in (*replies, stopped) if reply.usage is not None]
     assert moved["tpserve_prompt_tokens_total"] == sum(usage.prompt_tokens for usage in usages)
     assert moved["tpserve_generation_tokens_total"] == sum(usage.completion_tokens for usage in usages)
-    assert moved["tpserve_requests_total{finish_reason=length}"] == 3
-    assert moved["tpserve_requests_total{finish_reason=stop}"] == 1
+    assert moved["tpserve_request_success_total{finished_reason=length}"] == 3
+    assert moved["tpserve_request_success_total{finished_reason=stop}"] == 1
     for name in ("time_to_first_token", "request_time_per_output_token", "e2e_request_latency"):
         assert moved[f"tpserve_{name}_seconds_count"] == 4
         assert moved[f"tpserve_{name}_seconds_sum"] > 0
     assert moved["tpserve_http_requests_total{code=200,route=/v1/chat/completions}"] == 4
     after = server.metrics()
     assert after["tpserve_num_requests_running"] == after["tpserve_num_requests_waiting"] == 0
-    assert after["tpserve_kv_cache_usage_ratio"] == 0
+    assert after["tpserve_kv_cache_usage_perc"] == 0
     assert after["tpserve_engine_state{state=ready}"] == 1
     assert after["tpserve_rank_last_step{rank=0}"] == after["tpserve_rank_last_step{rank=1}"] > 0
 

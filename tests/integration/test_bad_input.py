@@ -193,5 +193,5 @@ def test_every_api_key_opens(server: Server) -> None:
 def test_failed_requests_hold_nothing(server: Server) -> None:
     metrics = server.metrics()
     assert metrics["tpserve_num_requests_running"] == metrics["tpserve_num_requests_waiting"] == 0
-    assert metrics["tpserve_kv_cache_usage_ratio"] == 0
+    assert metrics["tpserve_kv_cache_usage_perc"] == 0
     assert not any(line.startswith("Traceback") for line in server.log.splitlines())

@@ -117,7 +117,7 @@ def wait_idle(server: Server, within_s: float = 2) -> None:
 
     def idle() -> bool:
         metrics = server.metrics()
-        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         return all(metrics[f"tpserve_{name}"] == 0 for name in names)
 
     until(idle, within_s=within_s, what="idle")
@@ -234,7 +234,7 @@ async def test_client_that_leaves_frees_its_pages(server: Server, stream: bool) 
         request = chat_request(PROMPTS[0], max_tokens=4000, stream=stream, n=2, temperature=1, logit_bias={"2": -100})
         task = asyncio.create_task(client.chat.completions.create(**request))
         await asyncio.to_thread(until, lambda: server.metric("num_requests_running") == 2, within_s=10, what="running")
-        assert server.metric("kv_cache_usage_ratio") > 0
+        assert server.metric("kv_cache_usage_perc") > 0
         if stream:
             answer = await task
             await anext(answer.__aiter__())

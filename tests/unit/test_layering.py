@@ -15,7 +15,14 @@ ALLOWED = {
     "worker": {"worker", "proto", "collectives"},
     "coordinator": {"coordinator", "proto"},
 }
-GATEWAY_ALLOWED = ("tpserve.proto", "tpserve.coordinator.gateway", "tpserve.coordinator.process")
+GATEWAY_ALLOWED = (
+    "tpserve.proto",
+    "tpserve.coordinator.gateway",
+    *(
+        f"tpserve.coordinator.{name}"
+        for name in ("process", "health", "log", "metrics_catalogue", "step_log", "tracing")
+    ),
+)
 BENCH_ALLOWED = ("tpserve.proto", "tpserve.coordinator.bench", "tpserve.coordinator.process")
 PYTHON_ENGINE_ALLOWED = (*GATEWAY_ALLOWED, "tpserve.coordinator.serve", "tpserve.coordinator.python_engine")
 PURE = ("scheduler", "page_pool", "prefix_cache", "kv_pages", "slot_table", "sequence_list", "step_calendar", "request")

@@ -101,7 +101,7 @@ async def test_nobody_waits_longer_than_promised() -> None:
     received: asyncio.Queue[Sequence[OutputEvent]] = asyncio.Queue()
     async with ranks("ValueError: broken") as addresses:
         cluster = FailingCluster(addresses)
-        engine = Engine(EngineConfig(replay_timeout_s=0.05), Scheduler(make_config()), cluster, Metrics("m"), "m")
+        engine = Engine(EngineConfig(replay_timeout_s=0.05), Scheduler(make_config()), cluster, Metrics("m"))
         arguments: Any = ((1, 2, 3), 1, SamplingParams(), 4, frozenset())
         engine.submit(7, received.put_nowait, *arguments)
         serving = asyncio.create_task(engine.run())

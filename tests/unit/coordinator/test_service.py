@@ -20,7 +20,7 @@ from tpserve.proto.rank import RankConfig
 def make_engine() -> tuple[Engine, Scheduler]:
     rank = RankConfig(0, 1, Path(), Path(), "auto", 8, 4, 1, "", 1.0)
     scheduler = Scheduler(make_config())
-    return Engine(EngineConfig(), scheduler, Cluster(ClusterConfig(rank, 1.0)), Metrics("m"), "m"), scheduler
+    return Engine(EngineConfig(), scheduler, Cluster(ClusterConfig(rank, 1.0)), Metrics("m")), scheduler
 
 
 def submit(request_id: int, n: int = 1) -> engine_pb2.GatewayMessage:
