@@ -13,11 +13,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from tpserve.coordinator.gateway import chat, completions, debug
+from tpserve.coordinator.gateway import chat, completions, debug, responses, tokens
 from tpserve.coordinator.gateway.edge import Edge
 from tpserve.coordinator.gateway.engine_types import EngineStatus
 from tpserve.coordinator.gateway.errors import FAULT_MESSAGE, ApiError, EngineUnavailable, InternalError, error_object
 from tpserve.coordinator.gateway.metrics import CONTENT_TYPE
+from tpserve.coordinator.gateway.openapi import openapi_document
 from tpserve.coordinator.gateway.page_routes import add_page_routes
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.stream import error_response, json_response
@@ -70,6 +71,10 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
     async def text_completions(request: Request) -> Response:
         return await completions.create_completion(service, request)
 
+    @app.post("/v1/responses")
+    async def create_response(request: Request) -> Response:
+        return await responses.create_response(service, request)
+
     @app.get("/v1/models")
     async def models() -> Response:
         return json_response(
@@ -82,6 +87,21 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_operations_routes(app: FastAPI, service: Service) -> None:
+    config = service.config
+    document = openapi_document(enable_debug=config.enable_debug, with_keys=bool(config.api_keys))
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return await tokens.tokenize(service, request)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return await tokens.detokenize(service, request)
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return json_response(document)
+
     @app.get("/health")
     async def health() -> Response:
         state = service.engine.state

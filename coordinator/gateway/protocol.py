@@ -27,11 +27,13 @@ class _Unsupported(ValueError):
     """Raised by a validator for what OpenAI accepts and this server does not (yet)."""
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
+    """What every request body is: strict types, unknown fields ignored."""
+
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
 
 
-class ResponseFormat(_Wire):
+class ResponseFormat(Wire):
     """`response_format`; only plain text is served."""
 
     type: str
@@ -46,7 +48,7 @@ class ResponseFormat(_Wire):
         return value
 
 
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
     """`stream_options`."""
 
     include_usage: bool = False
@@ -54,7 +56,7 @@ class StreamOptions(_Wire):
     """Extra, as in vLLM: with `include_usage`, each chunk carries the usage so far, and tokens without text get one."""
 
 
-class ContentPart(_Wire):
+class ContentPart(Wire):
     """One part of a message's content list; only text is served."""
 
     type: str
@@ -71,14 +73,14 @@ class ContentPart(_Wire):
         return self
 
 
-class FunctionCall(_Wire):
+class FunctionCall(Wire):
     """The function of a tool call in the history."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Wire):
+class ToolCall(Wire):
     """A tool call in the history."""
 
     id: str
@@ -86,7 +88,7 @@ class ToolCall(_Wire):
     function: FunctionCall
 
 
-class Message(_Wire):
+class Message(Wire):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -111,7 +113,7 @@ class Message(_Wire):
         return "".join(part.text or "" for part in self.content)
 
 
-class _Sampling(_Wire):
+class _Sampling(Wire):
     """What chat and completions share."""
 
     model: str | None = None
@@ -240,7 +242,7 @@ class CompletionRequest(_Sampling):
         return self.prompt
 
 
-Request = TypeVar("Request", ChatCompletionRequest, CompletionRequest)
+Request = TypeVar("Request", bound=Wire)
 
 
 def parse_body(model: type[Request], body: bytes) -> Request:

@@ -81,7 +81,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
 
 @pytest.fixture
 def page(browser: WebDriver, server: Server) -> Page:
-    browser.get(server.url)
+    browser.get(f"{server.url}/version")  # of the same origin, and no page that writes while it is left
     browser.execute_script("localStorage.clear()")
     return Page(browser, server.url)
 
