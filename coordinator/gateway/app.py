@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -88,7 +89,8 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 
 def _add_operations_routes(app: FastAPI, service: Service) -> None:
     config = service.config
-    document = openapi_document(enable_debug=config.enable_debug, with_keys=bool(config.api_keys))
+    # With the standard library: bounds of seeds are integers of more than 64 bits.
+    document = json.dumps(openapi_document(enable_debug=config.enable_debug, with_keys=bool(config.api_keys)))
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -100,7 +102,7 @@ def _add_operations_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
-        return json_response(document)
+        return Response(document, media_type="application/json")
 
     @app.get("/health")
     async def health() -> Response:

@@ -162,7 +162,10 @@ def _operation(operation: Operation, with_keys: bool) -> dict[str, Any]:
     content = {answer: {}} if isinstance(answer, str) else {"application/json": {"schema": _ref(answer)}}
     good: dict[str, Any] = {"description": "The answer.", "content": content}
     if operation.events is not None:
-        good["content"] = {**content, "text/event-stream": {"schema": {"type": "string"}}}
+        good["content"] = {
+            **content,
+            "text/event-stream": {"schema": {"type": "string"}, "x-event-schema": _ref(operation.events)},
+        }
         good["description"] = f"The answer; with `stream`, events whose data is `{operation.events.__name__}`."
     out: dict[str, Any] = {
         "summary": operation.summary,
