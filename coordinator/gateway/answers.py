@@ -187,6 +187,16 @@ class Health(Answer):
     detail: str
 
 
+class Tasks(Answer):
+    """Answer of GET /debug/tasks."""
+
+    pid: int
+    """Of the gateway process that answers."""
+    count: int
+    tasks: dict[str, int]
+    """How many by the name of their coroutine."""
+
+
 class Version(Answer):
     """Answer of GET /version."""
 

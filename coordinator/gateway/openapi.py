@@ -16,6 +16,7 @@ from tpserve.coordinator.gateway.answers import (
     Health,
     ModelList,
     ModelObject,
+    Tasks,
     Version,
 )
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
@@ -108,6 +109,7 @@ OPERATIONS = (
         "get",
         "Describe the model",
         ModelObject,
+        Tasks,
         errors=(401, 404, 500, 503),
         parameters=(_NAME,),
         key=True,
@@ -121,12 +123,14 @@ OPERATIONS = (
     Operation("/openapi.json", "get", "This document", "application/json"),
 )
 DEBUG_OPERATIONS = (
+    Operation("/debug/tasks", "get", "What the gateway's event loop runs", Tasks, errors=(401,), key=True),
     Operation(
         "/debug/trace",
         "get",
         "A trace of the next steps",
         "application/json",
-        errors=(400, 503),
+        errors=(400, 401, 503),
+        key=True,
         parameters=(_number("steps", "integer", 1, 10_000, 100), _number("timeout", "number", 0.1, 300, 30)),
     ),
 )
@@ -162,10 +166,9 @@ def _operation(operation: Operation, with_keys: bool) -> dict[str, Any]:
     content = {answer: {}} if isinstance(answer, str) else {"application/json": {"schema": _ref(answer)}}
     good: dict[str, Any] = {"description": "The answer.", "content": content}
     if operation.events is not None:
-        good["content"] = {
-            **content,
-            "text/event-stream": {"schema": {"type": "string"}, "x-event-schema": _ref(operation.events)},
-        }
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(operation.events)}
+        event = {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}
+        good["content"] = {**content, "text/event-stream": {"schema": event}}
         good["description"] = f"The answer; with `stream`, events whose data is `{operation.events.__name__}`."
     out: dict[str, Any] = {
         "summary": operation.summary,
