@@ -2,7 +2,7 @@
 
 Regime: C equal requests (256 tokens in, 129 out) decoding together, greedy, prefix cache off: the `step` column of the
 peer's table. The real scheduler drives the real device runner with two plans in flight; weights are random. Floor:
-weights once through memory at 4.70 TB/s. Prints one line per point and, last, one JSON object.
+weights once through memory, 4.70 TB/s on an H200. Prints one line per point and, last, one JSON object.
 
 Run on a host with GPUs: python benchmarks/gpu_decode.py --artifact FOLDER --model FOLDER [--concurrency 1 8 ...].
 """
@@ -14,18 +14,20 @@ import json
 import logging
 import math
 import statistics
+import subprocess
 import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from rank_group import RankGroup, RankProcesses
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import SamplingParams
-from tpserve.proto.rank import RankConfig
 
 BYTES_PER_S = 4.70e12
 PROMPT_TOKENS, OUTPUT_TOKENS = 256, 129
@@ -46,26 +48,31 @@ def make_scheduler(manifest: Manifest, num_pages: int) -> Scheduler:
 
 
 def decode(
-    runner: Any, scheduler: Scheduler, vocab_size: int, concurrency: int, first_id: int
+    ranks: RankGroup, scheduler: Scheduler, vocab_size: int, concurrency: int, first_id: int
 ) -> tuple[list[float], float]:
     """Return the times between results of pure decode steps, and the whole time."""
     for i in range(concurrency):
         prompt = tuple((first_id + i * 7919 + j * 31) % vocab_size for j in range(PROMPT_TOKENS))
         scheduler.add_request(Request(first_id + i, prompt, SamplingParams(temperature=0.0), OUTPUT_TOKENS))
-    pending: deque[Any] = deque()
+    mixed: deque[bool] = deque()
     gaps, started, last = [], time.perf_counter(), 0.0
-    while scheduler.has_unfinished:
+    while scheduler.has_unfinished or mixed:
         while (plan := scheduler.schedule()) is not None:
-            pending.append((runner.submit(plan), bool(plan.chunks)))
-        step, mixed = pending.popleft()
-        events = scheduler.update(step.wait())
+            ranks.submit(plan)
+            mixed.append(bool(plan.chunks))
+        events = scheduler.update(ranks.wait())
         now = time.perf_counter()
-        if not mixed and last and len(events) == concurrency:
+        if not mixed.popleft() and last and len(events) == concurrency:
             gaps.append(now - last)
         last = now
-    while pending:
-        scheduler.update(pending.popleft()[0].wait())
     return gaps, time.perf_counter() - started
+
+
+def weight_bytes(manifest: Manifest) -> int:
+    """Return the bytes of weights that one rank reads in a step."""
+    sizes = {"bfloat16": 2, "float8_e4m3fn": 1}
+    packed = (param for param in manifest.params if param.layout == "wgmma64x256g132")
+    return sum(sizes[param.dtype] * math.prod(param.shape) for param in packed)
 
 
 def main() -> None:
@@ -74,49 +81,52 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16, 32, 64])
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="dummy")
+    parser.add_argument("--collectives", choices=["auto", "push", "nccl"], default="auto")
+    parser.add_argument("--bandwidth", type=float, default=4.70, help="TB/s that one kernel reaches on this device")
+    parser.add_argument("--commit", default="", help="of the tree that is measured")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    from tpserve.worker.device_runner import DeviceRunner
-
     manifest = Manifest.load(args.artifact)
     num_pages = max(args.concurrency) * math.ceil((PROMPT_TOKENS + OUTPUT_TOKENS + 16) / manifest.kv.page_size)
-    loading = time.perf_counter()
-    config = RankConfig(
-        rank=0,
-        tp_size=1,
-        model_dir=args.model,
-        artifact_dir=args.artifact,
-        load_format=args.load_format,
-        num_pages=num_pages,
-        max_num_seqs=manifest.max_num_seqs,
-        num_threads=1,
-        group_name="benchmark",
-        collective_timeout_s=60.0,
-        device=0,
-    )
-    runner = DeviceRunner(config, lambda done, total: None)
-    ready_s = time.perf_counter() - loading
-    weight_bytes = sum(2 * math.prod(param.shape) for param in manifest.params if param.layout == "wgmma64x256g132")
-    floor_ms = weight_bytes / BYTES_PER_S * 1e3
+    floor_ms = weight_bytes(manifest) / (args.bandwidth * 1e12) * 1e3
     points, next_id = {}, 0
     scheduler = make_scheduler(manifest, num_pages)
-    for concurrency in [args.concurrency[0], *args.concurrency]:  # the first once more: a warm-up
-        gaps, total_s = decode(runner, scheduler, manifest.vocab_size, concurrency, next_id)
-        next_id += concurrency
-        step_ms = statistics.median(gaps) * 1e3
-        points[concurrency] = {
-            "step_ms": step_ms,
-            "step_p99_ms": sorted(gaps)[int(0.99 * len(gaps))] * 1e3,
-            "tokens_per_s": concurrency * OUTPUT_TOKENS / total_s,
-            "ratio_to_floor": step_ms / floor_ms,
-        }
-        ratio = step_ms / floor_ms
-        print(f"C={concurrency}: step {step_ms:.3f} ms, {ratio:.2f} x the floor of {floor_ms:.2f} ms", flush=True)
+    processes = RankProcesses()
+    loading = time.perf_counter()
+    with processes.group(
+        args.model,
+        args.artifact,
+        manifest.tp_size,
+        num_pages=num_pages,
+        max_num_seqs=manifest.max_num_seqs,
+        load_format=args.load_format,
+        devices=range(manifest.tp_size),
+        collectives=args.collectives,
+    ) as ranks:
+        ready_s = time.perf_counter() - loading
+        for concurrency in [args.concurrency[0], *args.concurrency]:  # the first once more: a warm-up
+            gaps, total_s = decode(ranks, scheduler, manifest.vocab_size, concurrency, next_id)
+            next_id += concurrency
+            step_ms = statistics.median(gaps) * 1e3
+            points[concurrency] = {
+                "step_ms": step_ms,
+                "step_p99_ms": sorted(gaps)[int(0.99 * len(gaps))] * 1e3,
+                "tokens_per_s": concurrency * OUTPUT_TOKENS / total_s,
+                "ratio_to_floor": step_ms / floor_ms,
+            }
+            ratio = step_ms / floor_ms
+            print(f"C={concurrency}: step {step_ms:.3f} ms, {ratio:.2f} x the floor of {floor_ms:.2f} ms", flush=True)
+    processes.close()
     result = {
         "benchmark": "gpu_decode",
+        "commit": args.commit,
+        "device": device_name(),
+        "compiler": manifest.compiler,
+        "arguments": {name: str(value) for name, value in vars(args).items() if name != "output"},
         "model": args.model.name,
-        "tp": 1,
+        "tp": manifest.tp_size,
+        "quantization": manifest.quantization,
         "weights": "random",
         "ready_s": ready_s,
         "floor_ms": floor_ms,
@@ -125,6 +135,12 @@ def main() -> None:
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+
+
+def device_name() -> str:
+    """Return the first GPU's name, by the driver's own tool."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
 
 
 if __name__ == "__main__":

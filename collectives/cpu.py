@@ -16,9 +16,7 @@ import numpy.typing as npt
 import tvm_ffi
 
 from tpserve.collectives.base import DLPackTensor
-
-ALL_REDUCE = "tpserve.all_reduce"
-ALL_GATHER = "tpserve.all_gather"
+from tpserve.collectives.names import ALL_GATHER, ALL_REDUCE
 
 tvm_ffi.register_error("TimeoutError", TimeoutError)  # else native code's arrives as RuntimeError
 

@@ -42,7 +42,7 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face folder, GGUF file or HF://org/name")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel degree: 1, 2, 4 or 8")
     parser.add_argument("--device", choices=sorted(_TARGETS), default="cpu", help="cuda:sm_90a builds without a GPU")
-    parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16"], default="auto")
+    parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16", "fp8"], default="auto")
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-model-len", type=int, help="longest sequence, prompt and output, in tokens")
     parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="most tokens in one step")
@@ -70,7 +70,10 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
         )
     quantization = args.quantization
     if quantization == "auto":
-        quantization = "q0bf16" if _TARGETS[args.device] == "cuda" else stored_quantization(model_dir)
+        if config.stored_fp8:
+            quantization = "fp8"
+        else:
+            quantization = "q0bf16" if _TARGETS[args.device] == "cuda" else stored_quantization(model_dir)
     compile_config = CompileConfig(
         tp_size=args.tp,
         quantization=quantization,
@@ -80,6 +83,7 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
     )
+    compile_config.check_model(config)
     artifact = build_artifact(config, compile_config, policy)
     return {"model_dir": str(model_dir), "artifact_dir": str(artifact)}
 

@@ -63,6 +63,8 @@ class ModelConfig:
     """RMSNorm on each head of q and k before rotation (qwen3)."""
     sliding_window: int | None
     """Attend to this many latest positions only."""
+    stored_fp8: bool
+    """Whether the checkpoint's layers are e4m3 with stored scales (compressed-tensors, ModelOpt)."""
     sha256: str
     """Of config.json."""
 
@@ -103,8 +105,7 @@ class ModelConfig:
         activation = keys.pop("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise ModelConfigError(f"{path}: hidden_act {activation!r} is not supported, only silu")
-        if keys.pop("quantization_config", None) is not None:
-            raise ModelConfigError(f"{path}: quantization_config is not supported: give an unquantised checkpoint")
+        stored_fp8 = _reads_as_fp8(keys.pop("quantization_config", None), path)
         num_heads = _integer("num_attention_heads", need("num_attention_heads"), path)
         hidden_size = _integer("hidden_size", need("hidden_size"), path)
         theta, scaling = _read_rope(keys, path)
@@ -139,6 +140,7 @@ class ModelConfig:
             mlp_bias=mlp_bias,
             qk_norm=model_type == "qwen3",
             sliding_window=None if sliding_window is None else _integer("sliding_window", sliding_window, path),
+            stored_fp8=stored_fp8,
             sha256=sha256_file(path),
         )
         if keys:
@@ -204,6 +206,39 @@ def _number(name: str, value: object, path: Path) -> float:
     return float(value)
 
 
+def _reads_as_fp8(given: object, path: Path) -> bool:
+    """Return whether a checkpoint's quantization_config is one of e4m3 weights, False for none.
+
+    compressed-tensors stores `weight_scale` by output channel or tensor, ModelOpt by tensor. Both quantise activations
+    too; a stored `input_scale` is left aside, since rows are quantised by their own largest magnitude.
+    """
+    if given is None:
+        return False
+    if not isinstance(given, dict):
+        raise ModelConfigError(f"{path}: quantization_config is {given!r}, expected an object or null")
+    method = given.get("quant_method")
+    remedy = "give an unquantised checkpoint, or one of FP8 weights by compressed-tensors or ModelOpt"
+    if method == "modelopt":
+        nested = given.get("quantization")
+        algorithm = (nested if isinstance(nested, dict) else given).get("quant_algo")
+        if algorithm != "FP8":
+            raise ModelConfigError(f"{path}: ModelOpt's quant_algo {algorithm!r} is not supported: {remedy}")
+    elif method == "compressed-tensors":
+        groups = given.get("config_groups")
+        schemes = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
+        for weights in schemes:
+            facts = (weights.get("num_bits"), weights.get("type"), weights.get("strategy"))
+            if facts[:2] != (8, "float") or facts[2] not in ("channel", "tensor"):
+                raise ModelConfigError(
+                    f"{path}: weights of {facts[0]} bits, type {facts[1]!r} by {facts[2]!r} are not supported: {remedy}"
+                )
+        if not schemes:
+            raise ModelConfigError(f"{path}: quantization_config has no config_groups: {remedy}")
+    else:
+        raise ModelConfigError(f"{path}: quantization_config of {method!r} is not supported: {remedy}")
+    return True
+
+
 def _read_rope(keys: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
     """Take rope_theta and scaling out of `keys`, in the form before or after transformers 5."""
     theta = keys.pop("rope_theta", 10000.0)
@@ -248,8 +283,8 @@ class CompileConfig:
 
     tp_size: int
     """Ranks of one tensor-parallel group: 1, 2, 4 or 8."""
-    quantization: Literal["q0f32", "q0bf16"]
-    """Storage of the weights."""
+    quantization: Literal["q0f32", "q0bf16", "fp8"]
+    """Storage of the weights; fp8: e4m3 in the layers, bfloat16 in embeddings and head."""
     kernels: Literal["tuned", "portable"]
     """tuned: the target's own kernels; portable: TVM's for every operator."""
     target: Literal["llvm", "cuda"]
@@ -271,12 +306,24 @@ class CompileConfig:
                 raise ModelConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.page_size != 16:
             raise ModelConfigError(f"page_size {self.page_size} is not supported by the kernels, only 16")
-        if self.target == "cuda" and self.tp_size != 1:
+        if self.target == "cuda" and (self.kernels != "tuned" or self.quantization == "q0f32"):
             raise ModelConfigError(
-                f"target cuda has no collectives yet, so TP={self.tp_size} cannot be built: use --tp 1, or --device cpu"
+                f"target cuda has tuned kernels for q0bf16 and fp8 only, not {self.kernels} for {self.quantization}: "
+                "use --kernels tuned --quantization q0bf16 or fp8"
             )
-        if self.target == "cuda" and (self.kernels, self.quantization) != ("tuned", "q0bf16"):
+        if self.target == "llvm" and self.quantization == "fp8":
+            raise ModelConfigError("fp8 needs a GPU: use --device cuda, or --quantization q0bf16")
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Check this against a model.
+
+        Raises
+        ------
+        ModelConfigError
+            If the checkpoint's storage cannot be compiled so.
+        """
+        if model.stored_fp8 and self.quantization != "fp8":
             raise ModelConfigError(
-                f"target cuda has tuned kernels for q0bf16 only, not {self.kernels} for {self.quantization}: "
-                "use --kernels tuned --quantization q0bf16"
+                f"the checkpoint's weights are fp8, --quantization {self.quantization} cannot read them: "
+                "use --quantization fp8 on --device cuda"
             )

@@ -9,7 +9,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor
 
 from tpserve.compile.config import ModelConfig
-from tpserve.compile.operators import AttentionShape, BatchInputs, Operators, all_reduce
+from tpserve.compile.operators import AttentionShape, BatchInputs, GemmInput, GemmWeight, Operators
 from tpserve.compile.sharding import PANEL_ROWS, Sharding
 from tpserve.proto.manifest import ParamSource, ParamSpec
 from tpserve.proto.packing import packed_shape
@@ -25,6 +25,8 @@ class GraphContext:
     weight_dtype: str
     page_size: int
     weight_layout: Literal["panel16", "wgmma64x256g132"]
+    quantized: bool
+    """Whether the layers' weights are e4m3 with a scale for each output channel."""
     specs: dict[int, ParamSpec] = field(default_factory=dict)
     """By identity of the graph's parameter."""
 
@@ -38,13 +40,9 @@ class GraphContext:
         """(size,) float32, whole on each rank: a norm's weight."""
         return self.parameter(ParamSpec(name, (size,), "float32", "plain", (ParamSource(name),)))
 
-    def reduce(self, x: Tensor) -> Tensor:
-        """Sum partial results over ranks."""
-        return all_reduce(x) if self.sharding.tp_size > 1 else x
-
 
 class Linear(nn.Module):
-    """y = x W^T + b with W in panels of sixteen output rows.
+    """y = x W^T + b with W packed as the target's GEMM reads it.
 
     Parameters
     ----------
@@ -56,6 +54,8 @@ class Linear(nn.Module):
         Empty for none.
     out_dtype : str or None
         Of the result, if not that of activations.
+    quantized : bool
+        False keeps the weight unquantised in any model.
     """
 
     def __init__(
@@ -67,26 +67,32 @@ class Linear(nn.Module):
         columns: int,
         bias: tuple[ParamSource, ...] = (),
         out_dtype: str | None = None,
+        quantized: bool = True,
     ) -> None:
         self._operators = context.operators
         self._rows = rows
         self._out_dtype = out_dtype
+        quantized = quantized and context.quantized
         layout = context.weight_layout
         if layout == "panel16":
             shape = (rows // PANEL_ROWS, columns, PANEL_ROWS)
         else:
-            shape = packed_shape(rows, columns, itemsize=2)
-        spec = ParamSpec(name, shape, context.weight_dtype, layout, sources, (rows, columns))
-        self.weight = context.parameter(spec)
+            shape = packed_shape(rows, columns, itemsize=1 if quantized else 2)
+        dtype = "float8_e4m3fn" if quantized else context.weight_dtype
+        self.weight = context.parameter(ParamSpec(name, shape, dtype, layout, sources, (rows, columns)))
+        self.scale: nn.Parameter | None = None
+        if quantized:
+            self.scale = context.parameter(ParamSpec(f"{name}.scale", (rows,), "float32", "channel_scale", sources))
         self.bias = context.parameter(ParamSpec(f"{name}.bias", (rows,), "float32", "plain", bias)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: GemmInput) -> Tensor:
         """(T, columns) -> (T, rows)."""
-        return self._operators.gemm(x, self.weight, self.bias, self._rows, self._out_dtype)
+        weight = GemmWeight(self.weight, self.scale)
+        return self._operators.gemm(x, weight, self.bias, self._rows, self._out_dtype)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over paged KV: heads are split, the output projection's sum is reduced over ranks."""
+    """Grouped-query attention over paged KV: heads are split, so each rank has a part of the output's sum."""
 
     def __init__(self, context: GraphContext, prefix: str) -> None:
         config, sharding = context.config, context.sharding
@@ -121,16 +127,16 @@ class Attention(nn.Module):
             self.q_norm = context.vector(f"{prefix}.q_norm.weight", config.head_dim)
             self.k_norm = context.vector(f"{prefix}.k_norm.weight", config.head_dim)
 
-    def forward(self, x: Tensor, batch: BatchInputs, pages: Tensor) -> Tensor:
-        """(T, H) -> (T, H), summed over ranks; writes the tokens' K and V to `pages`."""
+    def forward(self, x: GemmInput, batch: BatchInputs, pages: Tensor) -> Tensor:
+        """(T, H) -> (T, H), a part of the sum over ranks; writes the tokens' K and V to `pages`."""
         config, operators = self._context.config, self._context.operators
         qk_norm = (self.q_norm, self.k_norm, config.rms_norm_eps) if config.qk_norm else None
         q = operators.rope_append(self.qkv(x), qk_norm, batch, pages, self._shape)
-        return self._context.reduce(self.o(operators.attention(q, batch, pages, self._shape)))
+        return self.o(operators.gemm_input(operators.attention(q, batch, pages, self._shape)))
 
 
 class MLP(nn.Module):
-    """Gated feed-forward layer: columns of gate and up are split, the down projection's sum is reduced over ranks."""
+    """Gated feed-forward layer: columns of gate and up are split, so each rank has a part of the output's sum."""
 
     def __init__(self, context: GraphContext, prefix: str) -> None:
         config, sharding = context.config, context.sharding
@@ -154,9 +160,9 @@ class MLP(nn.Module):
             bias=(ParamSource(f"{prefix}.down_proj.bias", 0, "once"),) if config.mlp_bias else (),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, H) -> (T, H), summed over ranks."""
-        return self._context.reduce(self.down(self._context.operators.silu_mul(self.gate_up(x))))
+    def forward(self, x: GemmInput) -> Tensor:
+        """(T, H) -> (T, H), a part of the sum over ranks."""
+        return self.down(self._context.operators.silu_mul(self.gate_up(x)))
 
 
 class DecoderLayer(nn.Module):

@@ -19,10 +19,11 @@ import tvm_ffi.libinfo
 from tpserve.compile.errors import CompileError
 from tpserve.compile.progress import Progress
 
-_KERNELS = Path(__file__).parent / "kernels" / "cuda"
+_PACKAGE = Path(__file__).parent.parent
+_FOLDERS = (_PACKAGE / "compile" / "kernels" / "cuda", _PACKAGE / "collectives" / "kernels")
 
-CUDA_KERNEL_SOURCES: tuple[Path, ...] = tuple(sorted(_KERNELS.glob("*.cu")))
-"""Everything `kernels_sm90a.so` is made of."""
+CUDA_KERNEL_SOURCES: tuple[Path, ...] = tuple(sorted(path for folder in _FOLDERS for path in folder.glob("*.cu")))
+"""Everything a CUDA artifact's `kernels.so` is made of."""
 
 ARCH = "sm_90a"
 """Hopper with its own instructions (wgmma): the code runs on no other generation."""
@@ -60,7 +61,7 @@ def build_cuda_library(
     Parameters
     ----------
     sources
-        `.cu` files; headers are found beside them.
+        `.cu` files; headers are found beside them and in the kernels' folders.
     out
         Path of the shared library; its folder must exist.
     extra_flags
@@ -80,6 +81,7 @@ def build_cuda_library(
     nvcc = _nvcc()
     library = Path(tvm_ffi.libinfo.find_libtvm_ffi())
     headers = [flag for path in tvm_ffi.libinfo.include_paths() for flag in ("-isystem", str(path))]
+    headers += [f"-I{folder}" for folder in _FOLDERS]
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         objects = [Path(scratch) / f"{index}-{source.stem}.o" for index, source in enumerate(sources)]
 
@@ -114,7 +116,8 @@ def nvcc_version() -> str:
 def cuda_source_hash(sources: Sequence[Path], *, extra_flags: Sequence[str] = ()) -> str:
     """Return a hex digest of the sources, the headers beside them, the flags, nvcc's and tvm_ffi's versions."""
     digest = hashlib.sha256()
-    headers = {header for source in sources for header in source.parent.glob("*.cuh")}
+    folders = {*_FOLDERS, *(source.parent for source in sources)}
+    headers = {header for folder in folders for header in folder.glob("*.cuh")}
     for path in sorted({*sources, *headers}, key=lambda path: (path.name, str(path))):
         digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
     digest.update("\0".join([*_FLAGS, *extra_flags, nvcc_version(), tvm_ffi.__version__]).encode())

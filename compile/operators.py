@@ -52,23 +52,56 @@ class AttentionShape:
         return float(self.head_dim**-0.5)
 
 
+@dataclass(frozen=True, slots=True)
+class GemmInput:
+    """Rows that a GEMM takes."""
+
+    values: Tensor
+    """(T, K), of the activations' type, or e4m3."""
+    scale: Tensor | None = None
+    """(T,) float32 for e4m3: a value is its stored value times its row's scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class GemmWeight:
+    """Output channels of a GEMM, packed for the target."""
+
+    values: Tensor
+    scale: Tensor | None = None
+    """(rows,) float32 for e4m3, by output channel."""
+
+
 class Operators(Protocol):
-    """What a graph may call. Activations are float32."""
+    """What a graph may call.
+
+    Activations are float32, or what a kernel set was made with. Where weights are e4m3, whatever makes the input of a
+    GEMM quantises it in the same pass, one scale a row.
+    """
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         """(T,) int32, (V, H) -> (T, H)."""
 
-    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, dtype: str | None = None) -> Tensor:
+    def gemm(
+        self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int, dtype: str | None = None
+    ) -> Tensor:
         """(T, K), packed weight of `rows` output rows, (rows,) -> (T, rows), in `dtype` if not that of activations."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> GemmInput:
         """(T, H), (H,) -> (T, H)."""
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return (x + residual, its norm)."""
+    def sum_add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, tp_size: int, quantize: bool = True
+    ) -> tuple[Tensor, GemmInput]:
+        """Return (sum over ranks of x + residual, its norm).
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        On several GPUs the first of the two may be whole only in some rows, which the next call takes as they are.
+        """
+
+    def silu_mul(self, gate_up: Tensor) -> GemmInput:
         """(T, 2F), gate then up -> (T, F)."""
+
+    def gemm_input(self, x: Tensor) -> GemmInput:
+        """Make any activations the input of a GEMM."""
 
     def rope_append(
         self,
@@ -87,9 +120,9 @@ class Operators(Protocol):
         """(T, H), (R,) int32 -> (R, H)."""
 
 
-def all_reduce(x: Tensor) -> Tensor:
+def all_reduce(x: Tensor, tp_size: int) -> Tensor:
     """Sum over ranks, in rank order."""
-    return op.extern("tpserve.all_reduce", [x], Tensor.placeholder(x.shape, x.dtype))
+    return x if tp_size == 1 else op.extern("tpserve.all_reduce", [x], Tensor.placeholder(x.shape, x.dtype))
 
 
 def all_gather(x: Tensor, tp_size: int) -> Tensor:
@@ -107,40 +140,60 @@ class TunedOperators:
         `cpu` or `cuda`: the part of the externs' names.
     dtype
         Of activations.
+    quantize
+        Whether GEMMs take e4m3 rows.
     """
 
-    def __init__(self, target: str, dtype: str) -> None:
+    def __init__(self, target: str, dtype: str, *, quantize: bool = False) -> None:
         self._target = target
         self._prefix = f"tpserve.{target}."
         self._dtype = dtype
+        self._quantize = quantize
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         """See Operators."""
         return self._extern("embed", [ids, table], (ids.shape[0], table.shape[1]))
 
-    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, dtype: str | None = None) -> Tensor:
+    def gemm(
+        self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int, dtype: str | None = None
+    ) -> Tensor:
         """See Operators."""
-        out = (x.shape[0], rows)
-        if bias is None:
-            return self._extern("gemm", [x, weight], out, dtype)
-        return self._extern("gemm_bias", [x, weight, bias], out, dtype)
+        name, args = "gemm", [x.values, weight.values]
+        if x.scale is not None and weight.scale is not None:
+            name, args = "gemm_fp8", [x.values, x.scale, weight.values, weight.scale]
+        if bias is not None:
+            name, args = f"{name}_bias", [*args, bias]
+        return self._extern(name, args, (x.values.shape[0], rows), dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> GemmInput:
         """See Operators."""
-        return self._extern("rms_norm", [x, weight, eps], x.shape)
+        return self._gemm_input("rms_norm", [x, weight, eps], x.shape)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def sum_add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, tp_size: int, quantize: bool = True
+    ) -> tuple[Tensor, GemmInput]:
         """See Operators."""
-        # op.extern takes one output only.
-        args = [x._expr, residual._expr, weight._expr, relax.prim_value(eps)]
-        ty = Tensor.placeholder(x.shape, self._dtype)._expr.ty
-        outputs = relax.call_dps_packed(f"{self._prefix}add_rms_norm", args, out_ty=[ty, ty])
-        total, normed = wrap_nested(outputs, "add_rms_norm")
-        return total, normed
+        name = f"{self._prefix}add_rms_norm"
+        if self._target == "cuda" and tp_size > 1:
+            name = "tpserve.all_reduce_add_rms_norm"
+        else:
+            x = all_reduce(x, tp_size)
+        args = [x, residual, weight, eps]
+        if self._quantize and quantize:
+            total, values, scale = self._call(f"{name}_fp8", args, [(x.shape, self._dtype), *_quantized(x.shape)])
+            return total, GemmInput(values, scale)
+        total, normed = self._call(name, args, [(x.shape, self._dtype)] * 2)
+        return total, GemmInput(normed)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor) -> GemmInput:
         """See Operators."""
-        return self._extern("silu_mul", [gate_up], (gate_up.shape[0], gate_up.shape[1] // 2))
+        return self._gemm_input("silu_mul", [gate_up], (gate_up.shape[0], gate_up.shape[1] // 2))
+
+    def gemm_input(self, x: Tensor) -> GemmInput:
+        """See Operators."""
+        if not self._quantize:
+            return GemmInput(x)
+        return GemmInput(*self._call(f"{self._prefix}quantize_fp8", [x], _quantized(x.shape)))
 
     def rope_append(
         self,
@@ -174,6 +227,24 @@ class TunedOperators:
     ) -> Tensor:
         return op.extern(self._prefix + name, args, Tensor.placeholder(shape, dtype or self._dtype))
 
+    def _gemm_input(self, name: str, args: list[Tensor | int | float], shape: tuple[object, ...]) -> GemmInput:
+        if not self._quantize:
+            return GemmInput(self._extern(name, args, shape))
+        return GemmInput(*self._call(f"{self._prefix}{name}_fp8", args, _quantized(shape)))
+
+    def _call(
+        self, name: str, args: list[Tensor | int | float], outputs: list[tuple[tuple[object, ...], str]]
+    ) -> tuple[Tensor, ...]:
+        """Call a function of several outputs, which `op.extern` cannot."""
+        exprs = [arg._expr if isinstance(arg, Tensor) else relax.prim_value(arg) for arg in args]
+        types = [Tensor.placeholder(shape, dtype)._expr.ty for shape, dtype in outputs]
+        return tuple(wrap_nested(relax.call_dps_packed(name, exprs, out_ty=types), name.rpartition(".")[2]))
+
+
+def _quantized(shape: tuple[object, ...]) -> list[tuple[tuple[object, ...], str]]:
+    """Return the outputs of whatever quantises rows: e4m3 values and a scale each."""
+    return [(tuple(shape), "float8_e4m3fn"), ((shape[0],), "float32")]
+
 
 class PortableOperators:
     """TVM for everything: the twin that tuned kernels are compared with, and the start of any new target."""
@@ -182,7 +253,9 @@ class PortableOperators:
         """See Operators."""
         return op.take(table, ids, axis=0).astype("float32")
 
-    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, dtype: str | None = None) -> Tensor:
+    def gemm(
+        self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int, dtype: str | None = None
+    ) -> Tensor:
         """See Operators."""
 
         def compute(x: te.Tensor, w: te.Tensor) -> te.Tensor:
@@ -193,22 +266,28 @@ class PortableOperators:
                 name="gemm",
             )
 
-        out = op.tensor_expr_op(compute, "gemm_panel16", [x, weight])
+        out = op.tensor_expr_op(compute, "gemm_panel16", [x.values, weight.values])
         return out if bias is None else op.add(out, bias)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> GemmInput:
         """See Operators."""
-        return op.rms_norm(x, weight, axes=-1, epsilon=eps)
+        return GemmInput(op.rms_norm(x, weight, axes=-1, epsilon=eps))
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def sum_add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, tp_size: int, quantize: bool = True
+    ) -> tuple[Tensor, GemmInput]:
         """See Operators."""
-        total = op.add(x, residual)
+        total = op.add(all_reduce(x, tp_size), residual)
         return total, self.rms_norm(total, weight, eps)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor) -> GemmInput:
         """See Operators."""
         gate, up = op.split(gate_up, 2, axis=-1)
-        return op.multiply(op.silu(gate), up)
+        return GemmInput(op.multiply(op.silu(gate), up))
+
+    def gemm_input(self, x: Tensor) -> GemmInput:
+        """See Operators."""
+        return GemmInput(x)
 
     def rope_append(
         self,
@@ -234,8 +313,8 @@ class PortableOperators:
         tokens = qkv.shape[0]
         q_dim, kv_dim = shape.num_q_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         q, k, v = op.split(qkv, [q_dim, q_dim + kv_dim], axis=-1)
-        q = self.rms_norm(op.reshape(q, (tokens, shape.num_q_heads, shape.head_dim)), q_weight, eps)
-        k = self.rms_norm(op.reshape(k, (tokens, shape.num_kv_heads, shape.head_dim)), k_weight, eps)
+        q = op.rms_norm(op.reshape(q, (tokens, shape.num_q_heads, shape.head_dim)), q_weight, axes=-1, epsilon=eps)
+        k = op.rms_norm(op.reshape(k, (tokens, shape.num_kv_heads, shape.head_dim)), k_weight, axes=-1, epsilon=eps)
         return op.concat([op.reshape(q, (tokens, q_dim)), op.reshape(k, (tokens, kv_dim)), v], dim=-1)
 
     def attention(self, q: Tensor, batch: BatchInputs, pages: Tensor, shape: AttentionShape) -> Tensor:

@@ -15,7 +15,8 @@ from tpserve.compile.operators import Operators, PortableOperators, TunedOperato
 from tpserve.compile.sharding import Sharding, shard
 from tpserve.proto.manifest import ParamSpec
 
-WEIGHT_DTYPES = {"q0f32": "float32", "q0bf16": "bfloat16"}
+WEIGHT_DTYPES = {"q0f32": "float32", "q0bf16": "bfloat16", "fp8": "bfloat16"}
+"""Of what is not quantised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,10 @@ def build_graph(config: ModelConfig, compile_config: CompileConfig) -> Graph:
     sharding = shard(config, compile_config.tp_size)
     on_gpu = compile_config.target == "cuda"
     dtype = "bfloat16" if on_gpu else "float32"
+    quantized = compile_config.quantization == "fp8"
     operators: Operators = PortableOperators()
     if compile_config.kernels == "tuned":
-        operators = TunedOperators("cuda" if on_gpu else "cpu", dtype)
+        operators = TunedOperators("cuda" if on_gpu else "cpu", dtype, quantize=quantized)
     context = GraphContext(
         config,
         sharding,
@@ -45,6 +47,7 @@ def build_graph(config: ModelConfig, compile_config: CompileConfig) -> Graph:
         WEIGHT_DTYPES[compile_config.quantization],
         compile_config.page_size,
         "wgmma64x256g132" if on_gpu else "panel16",
+        quantized,
     )
     model = LlamaForCausalLM(context, compile_config.max_model_len)
     page_values = config.head_dim * compile_config.page_size

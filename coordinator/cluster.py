@@ -54,6 +54,11 @@ class RankActor:
         address: RankAddress = self._rank.start(config)
         return address
 
+    def open_door(self, host: str) -> str:
+        """Open the place where ranks on GPUs meet; see `tpserve.worker.actor`."""
+        address: str = self._rank.open_door(host)
+        return address
+
 
 class Cluster:
     """The Ray side of one replica."""
@@ -119,6 +124,8 @@ class Cluster:
             ).remote()
             for _ in range(template.tp_size)
         ]
+        if template.device is not None and template.tp_size > 1:
+            template = replace(template, rendezvous=await self._open_door(template.host))
         starts = [
             asyncio.ensure_future(_result(actor.start.remote(_rank_config(template, rank, group_name))))
             for rank, actor in enumerate(self._actors)
@@ -144,6 +151,16 @@ class Cluster:
                 with contextlib.suppress(OSError):  # it died just now, or lives in a container: then Ray ends it alone
                     self._pidfds.append(os.pidfd_open(address.pid))
         return addresses
+
+    async def _open_door(self, host: str) -> str:
+        """Let rank 0 open the group's rendezvous; return its address."""
+        opening = _result(self._actors[0].open_door.remote(host))
+        try:
+            return await asyncio.wait_for(opening, self._config.start_timeout_s)
+        except TimeoutError:
+            raise ClusterError(f"rank 0 did not start within {self._config.start_timeout_s:g} s") from None
+        except Exception as error:  # whatever the actor raised, Ray wraps it
+            raise ClusterError(f"rank 0 cannot start: {_root_cause(error)}") from None
 
     async def kill_ranks(self) -> None:
         """End every rank of the group at once."""
@@ -172,9 +189,8 @@ class Cluster:
             remove_folder(self._temp_dir)
 
 
-async def _result(ref: Any) -> RankAddress:
-    address: RankAddress = await ref
-    return address
+async def _result(ref: Any) -> Any:
+    return await ref
 
 
 def _rank_config(template: RankConfig, rank: int, group_name: str) -> RankConfig:

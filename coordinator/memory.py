@@ -11,7 +11,7 @@ from pathlib import Path
 from tpserve.coordinator.errors import ClusterError
 from tpserve.proto.manifest import Manifest
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 MODE_MAX_NUM_SEQS = {"local": 4, "interactive": 1, "server": 64}
 _LOCAL_KV_TOKENS = 8192
 """KV capacity of mode local, if the model's length does not ask for more."""

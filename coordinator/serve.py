@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="local",
         help="local: a few users; interactive: one; server: as many as memory allows",
     )
-    parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16"], default="auto")
+    parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16", "fp8"], default="auto")
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-num-seqs", type=_positive, help="sequences that run at once (default: by mode)")
     parser.add_argument("--max-num-batched-tokens", type=_positive, default=256, help="tokens of one step")

@@ -56,11 +56,11 @@ class ParamSpec:
     shape: tuple[int, ...]
     """Per rank, after packing."""
     dtype: str
-    layout: Literal["plain", "panel16", "wgmma64x256g132", "rope_table"]
+    layout: Literal["plain", "panel16", "wgmma64x256g132", "channel_scale", "rope_table"]
     """plain: as in the checkpoint. panel16: (rows / 16, columns, 16), sixteen output rows side by side for each
     input column, so a GEMM reads weights once and in order. wgmma64x256g132: stages of 64 rows by 256 bytes, see
-    `proto.packing`. rope_table: (max_model_len, head_dim) float32, cosines then sines, computed from
-    `Manifest.rope_inv_freq`."""
+    `proto.packing`. channel_scale: of the e4m3 weight before it, for each of its rows; `sources` are the weight's.
+    rope_table: (max_model_len, head_dim) float32, cosines then sines, computed from `Manifest.rope_inv_freq`."""
     sources: tuple[ParamSource, ...] = ()
     """Concatenated along dimension 0 after the split."""
     unpacked_shape: tuple[int, int] | None = None
@@ -104,7 +104,8 @@ class Manifest:
     """Of the model's config.json as compiled; a worker refuses another."""
     tp_size: int
     quantization: str
-    """q0f32 or q0bf16: storage of the weights."""
+    """Storage of the weights: q0f32, q0bf16, or fp8 (e4m3 with a scale for each output channel, inputs of GEMMs with
+    one for each token; embeddings and lm_head bfloat16)."""
     target: dict[str, str]
     """`kind` (llvm or cuda) and what the machine code needs (`cpu_features`, `arch`)."""
     kernels: Literal["tuned", "portable"]

@@ -33,6 +33,10 @@ class RankConfig:
     """Address to listen on for step plans."""
     device: int | None = None
     """GPU of this rank; None computes on the CPU."""
+    rendezvous: str = ""
+    """`host:port` of rank 0's door, where ranks on GPUs meet; empty for one rank, and on the CPU."""
+    collectives: Literal["auto", "push", "nccl"] = "auto"
+    """Between GPUs: over peer memory, or by NCCL; auto takes peer memory wherever ranks can map it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,18 @@
-"""Real tensor-parallel groups without Ray: each rank is a process with a `worker.runner.Runner`, fed over a pipe.
+"""Real tensor-parallel groups without Ray: each rank is a process with a runner, on CPUs or GPUs, fed over a pipe.
 
 Processes are kept from group to group, since starting one takes longer than a small model's test.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import socket
+import tempfile
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -21,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from tpserve.collectives.rendezvous import listen
 from tpserve.compile.artifact import build_artifact
 from tpserve.compile.cache import CachePolicy
 from tpserve.compile.config import CompileConfig, ModelConfig
@@ -69,8 +73,10 @@ class RankProcesses:
         max_num_seqs: int = 16,
         num_threads: int = 1,
         load_format: Literal["auto", "dummy"] = "auto",
+        devices: Sequence[int] | None = None,
+        collectives: Literal["auto", "push", "nccl"] = "auto",
     ) -> Iterator[RankGroup]:
-        """Load a model on the first `tp_size` processes."""
+        """Load a model on the first `tp_size` processes; rank r on GPU `devices[r]`, or all on CPUs."""
         context = multiprocessing.get_context("spawn")
         while len(self._ranks) < tp_size:
             ours, theirs = context.Pipe()
@@ -81,6 +87,10 @@ class RankProcesses:
         pipes = [pipe for _, pipe in self._ranks[:tp_size]]
         name = f"tpserve-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
+            rendezvous = ""
+            if devices is not None and tp_size > 1:
+                pipes[0].send(("open door", "127.0.0.1"))
+                rendezvous = _collect(pipes[:1])[0]
             for rank, pipe in enumerate(pipes):
                 config = RankConfig(
                     rank=rank,
@@ -93,6 +103,9 @@ class RankProcesses:
                     num_threads=num_threads,
                     group_name=name,
                     collective_timeout_s=60.0,
+                    device=None if devices is None else devices[rank],
+                    rendezvous=rendezvous,
+                    collectives=collectives,
                 )
                 pipe.send(("load", config))
             _collect(pipes)
@@ -112,39 +125,67 @@ class RankGroup:
         self._pipes = pipes
         self._next_step = 1
         self._occupied: set[int] = set()
+        self._submitted: deque[int] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue one step on all ranks, behind those before it."""
+        self._send("submit", plan)
+        self._submitted.append(plan.step_id)
+
+    def wait(self) -> StepResult:
+        """Return rank 0's result of the oldest step that was submitted."""
+        for pipe in self._pipes:
+            pipe.send(("wait", None))
+        result: StepResult = _collect(self._pipes)[0]
+        return replace(result, step_id=self._submitted.popleft())
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step on all ranks; return rank 0's result."""
-        result: StepResult = self._run("execute", plan)[0]
-        return replace(result, step_id=plan.step_id)
+        self.submit(plan)
+        return self.wait()
 
     def logits(self, plan: StepPlan) -> list[Logits]:
-        """Run one step; return each rank's (R, padded vocabulary)."""
-        return self._run("logits", plan)
+        """Run one step on CPUs; return each rank's (R, padded vocabulary)."""
+        self._send("logits", plan)
+        return _collect(self._pipes)
+
+    def profile(self) -> None:
+        """Begin to record what rank 0's GPU does; needs torch, for its profiler."""
+        self._pipes[0].send(("profile", None))
+        _collect(self._pipes[:1])
+
+    def profiled(self) -> list[tuple[str, float, float]]:
+        """End the recording; return each kernel's and copy's name, start and end in microseconds."""
+        self._pipes[0].send(("profiled", None))
+        events: list[tuple[str, float, float]] = _collect(self._pipes[:1])[0]
+        return events
 
     def clear(self) -> None:
         """Empty all slots."""
-        self.execute(StepPlan(0, removed_slots=tuple(self._occupied)))
+        self.submit(StepPlan(0, removed_slots=tuple(self._occupied)))
+        self.wait()
 
-    def _run(self, kind: str, plan: StepPlan) -> list[Any]:
+    def _send(self, kind: str, plan: StepPlan) -> None:
         self._occupied -= set(plan.removed_slots)
         self._occupied |= {added.slot for added in plan.added_slots}
         numbered = replace(plan, step_id=self._next_step)
         self._next_step += 1
         for pipe in self._pipes:
             pipe.send((kind, numbered))
-        return _collect(self._pipes)
 
 
-def run_scheduler(group: RankGroup, scheduler: Scheduler) -> list[TokenEvent]:
-    """Step until every request has ended, with as many plans ahead of results as the scheduler makes."""
+def run_scheduler(group: RankGroup, scheduler: Scheduler, *, clear: bool = True) -> list[TokenEvent]:
+    """Step until every request has ended, with as many plans ahead of results as the scheduler makes.
+
+    Then the slots are emptied for the next scheduler, unless this one goes on: it removes its sequences itself.
+    """
     events: list[TokenEvent] = []
-    results: deque[StepResult] = deque()
-    while scheduler.has_unfinished or results:
+    while scheduler.has_unfinished or scheduler.num_in_flight_steps:
         while (plan := scheduler.schedule()) is not None:
-            results.append(group.execute(plan))
-        events += scheduler.update(results.popleft())
-    group.clear()
+            group.submit(plan)
+        events += scheduler.update(group.wait())
+    if clear:
+        group.clear()
     return events
 
 
@@ -163,13 +204,15 @@ class Artifacts:
         max_model_len: int = 256,
         max_num_batched_tokens: int = 1024,
         max_num_seqs: int = 16,
+        target: Literal["llvm", "cuda"] = "llvm",
+        quantization: Literal["q0f32", "q0bf16", "fp8"] | None = None,
     ) -> Path:
-        """Return the artifact of a model."""
+        """Return the artifact of a model; weights are as stored, if not said otherwise."""
         config = CompileConfig(
             tp_size=tp_size,
-            quantization=stored_quantization(model_dir),
+            quantization=quantization or stored_quantization(model_dir),
             kernels=kernels,
-            target="llvm",
+            target=target,
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
@@ -210,20 +253,41 @@ def _serve(pipe: Connection) -> None:
     """Run in each process: do what comes over the pipe until it is closed."""
     from tpserve.worker.runner import Runner
 
-    runner: Runner | None = None
+    runner: Any = None
+    profiler: Any = None
+    door: socket.socket | None = None
+    pending: deque[Any] = deque()
     try:
         while True:
             kind, what = pipe.recv()
             answer: object = None
-            if kind == "load":
+            if kind == "submit":
+                assert runner is not None, "submit before load"
+                pending.append(runner.submit(what))
+                continue
+            if kind == "open door":
+                door = listen(what)
+                answer = f"{what}:{door.getsockname()[1]}"
+            elif kind == "load" and what.device is not None:
+                from tpserve.worker.device_runner import DeviceRunner
+
+                runner = DeviceRunner(what, lambda done, total: None, door=door)
+            elif kind == "load":
                 runner = Runner(what, lambda done, total: None)
             elif runner is None:
                 raise AssertionError(f"{kind} before load")
             elif kind == "close":
                 runner.close()
                 runner = None
-            elif kind == "execute":
-                answer = runner.execute(what)
+            elif kind == "wait":
+                answer = pending.popleft().wait()
+            elif kind == "profile":
+                import torch
+
+                profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                profiler.start()
+            elif kind == "profiled":
+                answer = _kernels_of(profiler)
             else:
                 arrays, logits = runner.forward(what)
                 answer = np.from_dlpack(logits).copy()
@@ -236,3 +300,13 @@ def _serve(pipe: Connection) -> None:
     finally:
         if runner is not None:
             runner.close()
+
+
+def _kernels_of(profiler: Any) -> list[tuple[str, float, float]]:
+    profiler.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    device = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return sorted((event["name"], event["ts"], event["ts"] + event["dur"]) for event in device)

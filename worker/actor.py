@@ -19,6 +19,14 @@ class Rank:
     def __init__(self) -> None:
         self._server: Any = None
         self._runner: Any = None
+        self._door: socket.socket | None = None
+
+    def open_door(self, host: str) -> str:
+        """Open the place where ranks on GPUs meet; return its `host:port`. For rank 0, before `start`."""
+        from tpserve.collectives.rendezvous import listen
+
+        self._door = listen(host)
+        return f"{host}:{self._door.getsockname()[1]}"
 
     def start(self, config: RankConfig) -> RankAddress:
         """Load the library and this rank's weights, join the group, listen.
@@ -46,7 +54,7 @@ class Rank:
         else:
             from tpserve.worker.device_runner import DeviceRunner
 
-            self._runner = DeviceRunner(config, _log_progress)
+            self._runner = DeviceRunner(config, _log_progress, door=self._door)
         self._server, port = serve(self._runner, config.rank, config.host)
         return RankAddress(config.rank, config.host, port, os.getpid(), socket.gethostname())
 

@@ -7,37 +7,29 @@ step finds them; the host learns them later. Decides nothing.
 from __future__ import annotations
 
 import logging
+import socket
 import time
-import zlib
-from collections.abc import Callable
 from typing import Any
 
 import cupy
-import ml_dtypes
 import numpy as np
 import tvm_ffi
 
-from tpserve.proto.manifest import Manifest, ParamSpec
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.buckets import Bucket, fill, make_buckets
+from tpserve.worker.device_group import DeviceGroup
 from tpserve.worker.device_sampler import DeviceSampler
+from tpserve.worker.device_weights import Progress, as_device_tensor, load_device_parameters, pinned
 from tpserve.worker.errors import PlanError
 from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, load_kernels, tvm
-from tpserve.worker.weights import load_parameters, rope_table
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Called with (parameters loaded, parameters in all)."""
-
 _NUM_STAGING = 4
 """Pinned copies of a step's inputs and outputs: more than plans can be in flight."""
-_DUMMY_SCALE = 0.02
-"""Of random weights: that of Hugging Face's initialisation, at which activations stay finite."""
-_DUMMY_PIECE = 1 << 26
 _MAX_PAGE_UPDATES = 4096
 """Page-table entries that one step may change."""
 
@@ -92,13 +84,20 @@ class PendingStep:
 class DeviceRunner:
     """The compiled model with its weights, pages and batch on one GPU, as one rank of its group."""
 
-    def __init__(self, config: RankConfig, progress: Progress) -> None:
-        """Load everything and capture every bucket.
+    def __init__(self, config: RankConfig, progress: Progress, door: socket.socket | None = None) -> None:
+        """Join the group, load everything and capture every bucket; returns when all ranks have.
+
+        Parameters
+        ----------
+        door
+            Of rank 0 in a group: what the ranks come to, at `config.rendezvous`.
 
         Raises
         ------
         WorkerError
             If the artifact or the weights cannot be used.
+        TimeoutError
+            If a rank of the group does not come in time; names it.
         """
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
         self._config = config
@@ -109,9 +108,13 @@ class DeviceRunner:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._kernels = load_kernels(config.artifact_dir)
         self._kernels["init_device"](config.device)
+        self._group: DeviceGroup | None = None
+        if config.tp_size > 1:  # before the library, which looks its collectives up
+            self._group = DeviceGroup(self._kernels, config, manifest.hidden_size, door, _NUM_STAGING)
         library = Library(config.artifact_dir, manifest, self._kernels, self._device)
         self._step = library.step
-        self._params = self._load(manifest, progress)
+        with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
+            self._params = load_device_parameters(manifest, config, self._kernels, self._stream, progress)
         kv = manifest.kv
         self._kv = [
             as_device_tensor(cupy.zeros(kv.layer_shape(config.num_pages), cupy.uint16), kv.dtype)
@@ -136,35 +139,17 @@ class DeviceRunner:
         self._workspace = tvm_ffi.from_dlpack(cupy.zeros(max(1, floats), cupy.float32))
         buckets = make_buckets(config.max_num_seqs, manifest.max_num_batched_tokens)
         size = max(bucket.num_inputs for bucket in buckets)
-        self._input_staging = [_pinned(size, np.int32) for _ in range(_NUM_STAGING)]
-        self._update_staging = [_pinned(3 * _MAX_PAGE_UPDATES, np.int32) for _ in range(_NUM_STAGING)]
+        self._input_staging = [pinned(size, np.int32) for _ in range(_NUM_STAGING)]
+        self._update_staging = [pinned(3 * _MAX_PAGE_UPDATES, np.int32) for _ in range(_NUM_STAGING)]
         self._events = [cupy.cuda.Event(block=True, disable_timing=True) for _ in range(_NUM_STAGING)]
         self._next_staging = 0
         self._next_step_id: int | None = None
         self._last_finish = time.perf_counter()
+        if self._group is not None:
+            self._group.meet("weights")  # a rank that is still loading must not look late to a kernel
         self._captured = self._capture(buckets)
-
-    def _load(self, manifest: Manifest, progress: Progress) -> list[Any]:
-        """Return the parameters on the device; those of GEMMs are packed there."""
-        config = self._config
-        dummy = config.load_format == "dummy"
-        params: list[Any] = []
-        with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
-            if dummy:
-                source: Any = (random_parameter(manifest, spec, config.rank) for spec in manifest.params)
-            else:
-                source = load_parameters(manifest, config.model_dir, config.rank)
-            for spec, array in zip(manifest.params, source, strict=True):
-                raw = array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
-                tensor = as_device_tensor(cupy.asarray(raw), spec.dtype)
-                if spec.layout == "wgmma64x256g132" and not dummy:
-                    packed = as_device_tensor(cupy.empty(spec.shape, cupy.uint16), spec.dtype)
-                    self._kernels["pack_weight"](tensor, packed)
-                    tensor = packed
-                params.append(tensor)
-                progress(len(params), len(manifest.params))
-            self._stream.synchronize()
-        return params
+        if self._group is not None:
+            self._group.meet("graphs")
 
     # ---- capture
 
@@ -239,6 +224,8 @@ class DeviceRunner:
             )
             step.graph.launch(self._stream)
             self._sampler.fetch(len(arrays.sample_slots), arrays.sample_slots, staging, self._stream)
+            if self._group is not None:
+                self._group.fetch(staging, self._stream)
             self._events[staging].record(self._stream)
         slots = arrays.sample_slots.copy()
         self._batch.commit(arrays, None)
@@ -250,6 +237,8 @@ class DeviceRunner:
         if slots is None or bucket is None:
             return StepResult(plan.step_id, self._rank)
         self._events[pending.staging].synchronize()
+        if self._group is not None:
+            self._group.raise_if_late(pending.staging)
         now = time.perf_counter()
         # It ran from the end of the step before it, or from its submission where the device had nothing to do.
         step_us = int((now - max(self._last_finish, pending.submitted)) * 1e6)
@@ -270,8 +259,10 @@ class DeviceRunner:
         )
 
     def close(self) -> None:
-        """Wait for what is queued, so that its memory may go."""
+        """Wait for what is queued, so that its memory may go, and leave the group."""
         self._stream.synchronize()
+        if self._group is not None:
+            self._group.close()
 
     def _plan_words(self, num_tokens: int) -> int:
         return int(self._kernels["attention_plan_size"](num_tokens, self._config.max_num_seqs))
@@ -292,34 +283,3 @@ class DeviceRunner:
             host[: 3 * len(part)] = np.asarray(part, np.int32).reshape(-1)
             self._page_updates.data.copy_from_host_async(host.ctypes.data, 12 * len(part), self._stream)
             self._kernels["scatter_pages"](self._page_updates_tensor._create_view((len(part), 3)), self._page_table)
-
-
-def random_parameter(manifest: Manifest, spec: ParamSpec, rank: int) -> Any:
-    """Return a seeded random parameter made on the device, as it is stored; norms are ones, biases zeros."""
-    if spec.layout == "rope_table":
-        return cupy.asarray(rope_table(manifest))
-    if len(spec.shape) == 1:
-        return cupy.full(spec.shape, 0.0 if spec.name.endswith(".bias") else 1.0, cupy.float32)
-    # Replicated parameters must be the same on every rank.
-    split = any(part.split for part in spec.sources)
-    rng = cupy.random.default_rng([zlib.crc32(spec.name.encode()), rank if split else 0])
-    out = cupy.empty(spec.shape, cupy.uint16)
-    flat = out.reshape(-1)
-    for start in range(0, flat.size, _DUMMY_PIECE):  # at once would need three times the memory
-        piece = flat[start : start + _DUMMY_PIECE]
-        values = rng.standard_normal(piece.shape, dtype=cupy.float32) * cupy.float32(_DUMMY_SCALE)
-        piece[...] = (values.view(cupy.uint32) >> 16).astype(cupy.uint16)  # towards zero: any bfloat16 will do
-    return out
-
-
-def as_device_tensor(array: Any, dtype: str) -> Any:
-    """Return a TVM tensor over a CuPy array; bfloat16 is stored as uint16 there."""
-    tensor = tvm_ffi.from_dlpack(array)
-    if dtype == "bfloat16":
-        return tensor._create_view(array.shape, dtype="bfloat16")
-    return tensor
-
-
-def _pinned(size: int, dtype: Any) -> Array:
-    memory = cupy.cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize)
-    return np.frombuffer(memory, dtype, size)

@@ -11,6 +11,7 @@ import tvm_ffi
 
 from tpserve.proto.messages import SlotAdd, TokenLogprobs
 from tpserve.worker.arrays import Array
+from tpserve.worker.device_weights import pinned
 from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.sampler import MAX_LOGPROBS
 
@@ -40,7 +41,7 @@ class DeviceSampler:
         self._block_bytes = 8 * size + 4 * size * (len(_FLOATS) + 3)
         self._host = np.zeros(self._block_bytes, np.uint8)
         self._device = cupy.zeros(self._block_bytes, cupy.uint8)
-        self._staging = [_pinned(self._block_bytes, np.uint8) for _ in range(num_staging)]
+        self._staging = [pinned(self._block_bytes, np.uint8) for _ in range(num_staging)]
         self._host_views = self._views(self._host)
         views = self._views(self._device)
         self._host_views["num_logprobs"][:] = -1
@@ -73,7 +74,7 @@ class DeviceSampler:
         # Made once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
         self._out_tensors = [tvm_ffi.from_dlpack(array) for array in self._out]
         self._results = [
-            [_pinned(array.size, array.dtype).reshape(array.shape) for array in self._out] for _ in range(num_staging)
+            [pinned(array.size, array.dtype).reshape(array.shape) for array in self._out] for _ in range(num_staging)
         ]
 
     def _views(self, block: Any) -> dict[str, Any]:
@@ -148,8 +149,3 @@ class DeviceSampler:
             top = zip(top_ids[row, :count].tolist(), top_values[row, :count].tolist(), strict=True)
             logprobs[int(slots[row])] = TokenLogprobs(float(chosen[row]), tuple(top))
         return tuple(ids[: len(slots)].tolist()), logprobs
-
-
-def _pinned(size: int, dtype: Any) -> Array:
-    memory = cupy.cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize)
-    return np.frombuffer(memory, dtype, size)

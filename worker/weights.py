@@ -1,79 +1,98 @@
-"""Parameters of one rank: its shard of the checkpoint, in the layout that the library's kernels read.
+"""Parameters of one rank: which parts of the checkpoint fill them, and their layouts on a CPU.
 
-The manifest says which blocks of which tensors make a parameter; safetensors are memory-mapped, so a rank reads only
-its own blocks.
+The manifest says which blocks of which tensors make a parameter; `worker.device_weights` brings the same to a GPU.
 """
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from tpserve.proto.manifest import Manifest, ParamSource, ParamSpec
 from tpserve.worker.arrays import Array, aligned_empty
+from tpserve.worker.checkpoint import Checkpoint
 from tpserve.worker.errors import WeightsError
 
 _DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
-class Checkpoint:
-    """Safetensors files of a Hugging Face folder, memory-mapped; close it after loading."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A block of a parameter that the checkpoint gives; what no part covers is zero."""
 
-    def __init__(self, model_dir: Path) -> None:
-        """Open the files.
+    row: int
+    column: int
+    values: Array
+    """(rows, columns), or (rows,) of a vector: a view of the checkpoint."""
 
-        Raises
-        ------
-        WeightsError
-            If a file is missing or corrupt.
-        """
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
-        index = model_dir / "model.safetensors.index.json"
-        try:
-            if index.is_file():
-                self._file_of = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(self._file_of.values())) or ["model.safetensors"]
-            for name in names:
-                self._files[name] = self._stack.enter_context(safe_open(model_dir / name, framework="numpy"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            self.close()
-            raise WeightsError(f"cannot read the weights of {model_dir}: {error}") from None
-        if not self._file_of:
-            self._file_of = dict.fromkeys(self._files["model.safetensors"].keys(), "model.safetensors")
 
-    def close(self) -> None:
-        """Unmap the files."""
-        self._stack.close()
+def parts_of(checkpoint: Checkpoint, manifest: Manifest, spec: ParamSpec, rank: int) -> list[Part]:
+    """Return what fills a parameter of this rank.
 
-    def slice_of(self, name: str) -> Any:
-        """Return the lazy slice of a tensor.
+    Raises
+    ------
+    WeightsError
+        If a tensor is missing or its shape does not give the parameter's.
+    """
+    expected = spec.unpacked_shape or spec.shape
+    parts: list[Part] = []
+    row = 0
+    for source in spec.sources:
+        given = _blocks_of(checkpoint.tensor(source.name), manifest, source, rank, row)
+        if given.row_shape != expected[1:]:
+            raise WeightsError(
+                f"{source.name}: the checkpoint gives rows of {given.row_shape}, the library takes {expected[1:]}"
+            )
+        parts += given.parts
+        row += given.rows
+    if row != expected[0]:
+        names = ", ".join(source.name for source in spec.sources)
+        raise WeightsError(f"{spec.name}: {names} give {row} rows, the library takes {expected}")
+    return parts
 
-        Raises
-        ------
-        WeightsError
-            If the checkpoint has no such tensor.
-        """
-        if name not in self._file_of:
-            raise WeightsError(f"the checkpoint has no tensor {name!r}, which the library needs")
-        file = self._file_of[name]
-        try:
-            return self._files[file].get_slice(name)
-        except SafetensorError:
-            raise WeightsError(f"the checkpoint has no tensor {name!r} in {file}, where its index says it is") from None
+
+def scales_of(checkpoint: Checkpoint, manifest: Manifest, spec: ParamSpec, rank: int) -> Array | None:
+    """Return the stored scales of the e4m3 weight that a `channel_scale` belongs to; None if it stores none.
+
+    Returns
+    -------
+    (rows,) float32, one for each output channel: a scale of a whole tensor is repeated. Zero channels have 1.
+
+    Raises
+    ------
+    WeightsError
+        If only some of the weight's tensors have scales, or a scale's shape fits neither.
+    """
+    names = [f"{source.name}_scale" for source in spec.sources]
+    missing = [name for name in names if name not in checkpoint]
+    if len(missing) == len(names):
+        return None
+    if missing:
+        raise WeightsError(f"{spec.name}: the checkpoint has no {missing[0]!r}, but has other scales of this weight")
+    out = np.ones(spec.shape, np.float32)
+    row = 0
+    for source, name in zip(spec.sources, names, strict=True):
+        stored = checkpoint.tensor(name).astype(np.float32).reshape(-1)
+        channels = checkpoint.tensor(source.name).shape[0]
+        if len(stored) not in (1, channels):
+            raise WeightsError(f"{name} has {len(stored)} values, expected 1 or one for each of {channels} channels")
+        whole = np.broadcast_to(stored, (channels,))
+        # Of a weight that is split along its columns, every rank has all channels.
+        blocks = _blocks_of(whole, manifest, source if source.axis == 0 else ParamSource(source.name), rank, row)
+        for part in blocks.parts:
+            out[part.row : part.row + len(part.values)] = part.values
+        row += blocks.rows
+    return out
 
 
 def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[Array]:
-    """Yield this rank's parameters in the manifest's order.
+    """Yield this rank's parameters in the manifest's order, as a CPU's kernels read them.
 
     Raises
     ------
@@ -81,21 +100,14 @@ def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[
         If a tensor is missing or its shape does not give the parameter's.
     """
     checkpoint = Checkpoint(model_dir)
-    try:
-        for spec in manifest.params:
-            if spec.layout == "rope_table":
-                yield rope_table(manifest)
-                continue
-            parts = [_read(checkpoint, manifest, source, rank) for source in spec.sources]
-            expected = spec.unpacked_shape or spec.shape
-            for source, part in zip(spec.sources, parts, strict=True):
-                if part.shape[1:] != expected[1:]:
-                    raise WeightsError(
-                        f"{source.name}: the checkpoint gives {part.shape}, the library takes rows of {expected[1:]}"
-                    )
-            yield pack(spec, np.concatenate(parts))
-    finally:
-        checkpoint.close()
+    for spec in manifest.params:
+        if spec.layout == "rope_table":
+            yield rope_table(manifest)
+            continue
+        rows = np.zeros(spec.unpacked_shape or spec.shape, _DTYPES[spec.dtype])
+        for part in parts_of(checkpoint, manifest, spec, rank):
+            copy_values(rows[_place(part)], part.values)
+        yield pack(spec, rows)
 
 
 def dummy_parameters(manifest: Manifest, rank: int) -> Iterator[Array]:
@@ -128,50 +140,67 @@ def rope_table(manifest: Manifest) -> Array:
 
 
 def pack(spec: ParamSpec, rows: Array) -> Array:
-    """Bring concatenated checkpoint rows into the parameter's shape, dtype and layout.
+    """Bring a parameter's rows into its shape and layout on a CPU.
 
     Raises
     ------
     WeightsError
-        If the shapes do not agree.
+        If there are other rows than the parameter's.
     """
     expected = spec.unpacked_shape or spec.shape
     if rows.shape != expected:
         raise WeightsError(f"{spec.name}: the checkpoint gives {rows.shape}, the library takes {expected}")
-    if spec.layout == "wgmma64x256g132":
-        return np.ascontiguousarray(rows.astype(_DTYPES[spec.dtype], copy=False))  # the device packs
     out = aligned_empty(spec.shape, _DTYPES[spec.dtype])
     if spec.layout == "panel16":
         panels, columns, lanes = spec.shape
         rows = rows.reshape(panels, lanes, columns).transpose(0, 2, 1)
-        if rows.dtype == out.dtype and out.dtype.itemsize == 2:
-            out.view(np.uint16)[...] = rows.view(np.uint16)  # numpy copies integers faster than its extension types
-            return out
-    out[...] = rows
+    copy_values(out, rows)
     return out
 
 
-def _read(checkpoint: Checkpoint, manifest: Manifest, source: ParamSource, rank: int) -> Array:
-    """Return this rank's part of one tensor, zero blocks included."""
-    tensor = checkpoint.slice_of(source.name)
+def copy_values(target: Array, values: Array) -> None:
+    """Copy and convert; numpy copies integers faster than its extension types."""
+    if values.dtype == target.dtype and target.dtype.itemsize == 2:
+        target.view(np.uint16)[...] = values.view(np.uint16)
+    else:
+        target[...] = values
+
+
+def _place(part: Part) -> tuple[slice, ...]:
+    return tuple(
+        slice(start, start + size) for start, size in zip((part.row, part.column), part.values.shape, strict=False)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """One rank's part of a tensor."""
+
+    parts: list[Part]
+    rows: int
+    """That it takes, zeros included."""
+    row_shape: tuple[int, ...]
+
+
+def _blocks_of(tensor: Array, manifest: Manifest, source: ParamSource, rank: int, row: int) -> _Blocks:
+    """Return this rank's part of a tensor, to stand at `row` of a parameter."""
     if source.axis is None or source.split is None:
-        whole: Array = tensor[:]
-        return whole
+        return _Blocks([Part(row, 0, tensor)], tensor.shape[0], tensor.shape[1:])
     split = manifest.splits[source.split]
-    shape = tensor.get_shape()
-    if len(shape) <= source.axis or shape[source.axis] != split.size:
+    if tensor.ndim <= source.axis or tensor.shape[source.axis] != split.size:
         raise WeightsError(
-            f"{source.name}: the checkpoint gives {tuple(shape)}, "
+            f"{source.name}: the checkpoint gives {tensor.shape}, "
             f"the library takes {split.size} in dimension {source.axis}"
         )
-    parts: list[Array] = []
-    for block in split.ranks[rank]:
+    parts: list[Part] = []
+    for index, block in enumerate(split.ranks[rank]):
         start = split.size if block is None else min(block * split.block, split.size)
         stop = min(start + split.block, split.size)
-        if stop > start:
-            parts.append(tensor[start:stop] if source.axis == 0 else tensor[:, start:stop])
-        if stop - start < split.block:
-            missing = list(shape)
-            missing[source.axis] = split.block - (stop - start)
-            parts.append(np.zeros(missing, tensor[0:1].dtype))
-    return np.concatenate(parts, axis=source.axis)
+        at = index * split.block
+        if stop == start:
+            continue
+        parts.append(
+            Part(row + at, 0, tensor[start:stop]) if source.axis == 0 else Part(row, at, tensor[:, start:stop])
+        )
+    extent = split.block * len(split.ranks[rank])
+    return _Blocks(parts, *((extent, tensor.shape[1:]) if source.axis == 0 else (tensor.shape[0], (extent,))))

@@ -6,7 +6,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor
 
 from tpserve.compile.layers import DecoderLayer, GraphContext, Linear
-from tpserve.compile.operators import BatchInputs, all_gather
+from tpserve.compile.operators import BatchInputs, GemmInput, all_gather
 from tpserve.proto.manifest import ParamSource, ParamSpec
 
 
@@ -37,6 +37,7 @@ class LlamaForCausalLM(nn.Module):
             rows=sharding.vocab_size,
             columns=config.hidden_size,
             out_dtype="float32",
+            quantized=False,
         )
 
     def step(
@@ -74,15 +75,16 @@ class LlamaForCausalLM(nn.Module):
         config, operators = self._context.config, self._context.operators
         batch = BatchInputs(positions, token_slots, page_table, self.rope, plan, workspace)
         residual = operators.embed(token_ids, self.embed_tokens)
-        x = operators.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
+        eps, tp_size = config.rms_norm_eps, self._context.sharding.tp_size
+        x = operators.rms_norm(residual, self.layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for layer, pages, next_norm in zip(self.layers, kv, next_norms, strict=True):
-            x = layer.attention(x, batch, pages)
-            residual, x = operators.add_rms_norm(x, residual, layer.post_attention_norm, config.rms_norm_eps)
-            x = layer.mlp(x)
-            residual, x = operators.add_rms_norm(x, residual, next_norm, config.rms_norm_eps)
-        logits = self.lm_head(operators.take_rows(x, sample_rows))
-        tp_size = self._context.sharding.tp_size
+            part = layer.attention(x, batch, pages)
+            residual, x = operators.sum_add_rms_norm(part, residual, layer.post_attention_norm, eps, tp_size=tp_size)
+            part = layer.mlp(x)
+            last = next_norm is self.norm
+            residual, x = operators.sum_add_rms_norm(part, residual, next_norm, eps, tp_size=tp_size, quantize=not last)
+        logits = self.lm_head(GemmInput(operators.take_rows(x.values, sample_rows)))
         if tp_size > 1:
             logits = all_gather(logits, tp_size)
         return logits

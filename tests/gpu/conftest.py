@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,22 +10,12 @@ from typing import Any
 import pytest
 import tvm_ffi
 
+from gpu_devices import NUM_DEVICES
+
 LIBRARY_VARIABLE = "TPSERVE_CUDA_KERNELS"
 """Path of a built library to test, instead of building one."""
 
 
-def _count_devices() -> int:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
-
-
-NUM_DEVICES = _count_devices()
 collect_ignore_glob = [] if NUM_DEVICES else ["test_*.py"]
 
 
@@ -38,15 +27,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """The CUDA kernels, by the last part of their global name."""
+def kernel_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of CUDA kernels."""
+    if given := os.environ.get(LIBRARY_VARIABLE):
+        return Path(given)
     from tpserve.compile import native_cuda
 
-    given = os.environ.get(LIBRARY_VARIABLE)
-    path = Path(given) if given else tmp_path_factory.mktemp("kernels") / "kernels_sm90a.so"
-    if not given:
-        native_cuda.build_cuda_library(native_cuda.CUDA_KERNEL_SOURCES, path)
-    module = tvm_ffi.load_module(str(path))
+    path = tmp_path_factory.mktemp("kernels") / "kernels_sm90a.so"
+    native_cuda.build_cuda_library(native_cuda.CUDA_KERNEL_SOURCES, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def kernels(kernel_library: Path) -> Callable[[str], Any]:
+    """The CUDA kernels, by the last part of their global name."""
+    module = tvm_ffi.load_module(str(kernel_library))
     module["init_device"](0)
     return lambda name: module[name]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,23 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"model_type": REMOVED}, "has no 'model_type'"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not one of"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only silu"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported: give an unquantised checkpoint"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config of None is not supported: give an unquantised"),
+        ({"quantization_config": [8]}, r"quantization_config is \[8\], expected an object or null"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config of 'awq' is not supported"),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+            "ModelOpt's quant_algo 'NVFP4' is not supported",
+        ),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config has no config_groups"),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int", "strategy": "group"}}},
+                }
+            },
+            "weights of 4 bits, type 'int' by 'group' are not supported",
+        ),
         ({"moe_top": 2, "aux": 1}, "keys that this compiler does not know: aux, moe_top; remove them"),
         ({"vocab_size": REMOVED}, "has no 'vocab_size'"),
         ({"vocab_size": 0}, "vocab_size is 0, expected a positive integer"),
@@ -162,8 +179,8 @@ def test_rope_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
         ({"max_model_len": 0}, "max_model_len is 0, expected at least 1"),
         ({"max_num_seqs": -1}, "max_num_seqs is -1, expected at least 1"),
         ({"page_size": 32}, "page_size 32 is not supported by the kernels, only 16"),
-        ({"target": "cuda", "tp_size": 2}, "target cuda has no collectives yet, so TP=2 cannot be built"),
-        ({"target": "cuda", "tp_size": 1}, "target cuda has tuned kernels for q0bf16 only"),
+        ({"target": "cuda", "quantization": "q0f32"}, "target cuda has tuned kernels for q0bf16 and fp8 only"),
+        ({"target": "llvm", "quantization": "fp8"}, "fp8 needs a GPU: use --device cuda, or --quantization q0bf16"),
     ],
 )
 def test_compile_settings_are_checked(changes: dict[str, Any], message: str) -> None:
@@ -179,3 +196,33 @@ def test_compile_settings_are_checked(changes: dict[str, Any], message: str) -> 
     assert CompileConfig(**good).page_size == 16
     with pytest.raises(ModelConfigError, match=message):
         CompileConfig(**good | changes)
+
+
+FP8_CHECKPOINTS: list[dict[str, Any]] = [
+    {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": None},
+    {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
+    {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False},
+                "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+            }
+        },
+    },
+]
+
+
+@pytest.mark.parametrize("given", FP8_CHECKPOINTS)
+def test_checkpoints_of_stored_fp8_are_compiled_as_such_and_as_nothing_else(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    model = read(tmp_path, quantization_config=given)
+    assert model.stored_fp8
+    fp8 = CompileConfig(2, "fp8", "tuned", "cuda", max_model_len=64, max_num_batched_tokens=64, max_num_seqs=4)
+    fp8.check_model(model)
+    with pytest.raises(ModelConfigError, match="weights are fp8, --quantization q0bf16 cannot read them"):
+        replace(fp8, quantization="q0bf16").check_model(model)

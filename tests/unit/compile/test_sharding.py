@@ -36,6 +36,7 @@ def make_config(num_kv: int, group: int, *, intermediate: int = 64, vocab: int =
         mlp_bias=False,
         qk_norm=False,
         sliding_window=None,
+        stored_fp8=False,
         sha256="",
     )
 

@@ -1,0 +1,133 @@
+// What collectives over peer memory share: the workspace, loads and stores that other GPUs see, and waiting with a deadline.
+//
+// Every rank owns one workspace, mapped by all others. Data travel by 16-byte stores into the receiver's workspace and are
+// their own flag: a place that was not written holds the word 0xffffffff, a NaN that no arithmetic makes, and the sender
+// replaces that word by another NaN. Three buffers take turns. A call frees the buffer of the call before, after which two
+// more calls pass before anybody writes there again: a peer that starts call e + 3 has ended e + 2, which needed this rank's
+// part of e + 2, which came after this rank's e + 1 had ended.
+#pragma once
+
+#include "common.cuh"
+
+namespace tpserve::cuda {
+
+constexpr int kMaxRanks = 8;
+constexpr int kBuffers = 3;
+constexpr int kPieceRows = 512;    // most rows of one launch; more go in pieces
+constexpr int kOneShotRows = 128;  // most rows that are sent to everybody
+constexpr uint32_t kEmpty = ~0u;
+constexpr int kGatherBlocks = 128;
+
+/// Counters of one kind of call, in its own rank's memory, zero at the start.
+struct Turn {
+  unsigned epoch;           // calls so far
+  unsigned arrived;         // blocks of the present call that have read it
+  unsigned rows[kBuffers];  // rows that the last call in each buffer used
+};
+
+struct Control {
+  Turn one_shot, two_shot, gather;
+  unsigned late;  // 1 + the rank that a wait gave up on; 0 while all is well
+  unsigned flags[kMaxRanks][kGatherBlocks];  // all-gather: calls whose part has come, by source and block
+};
+
+/// Where things are in a workspace, in bytes; the same on all ranks.
+struct Workspace {
+  size_t one_shot;  // [buffer][source][row]
+  size_t two_shot;  // [buffer][source][row / ranks]: rows that this rank reduces
+  size_t rows;      // [buffer][row]: reduced rows that other ranks send
+  size_t scales;    // [buffer][row] float32
+  size_t gather;    // [2][source][bytes]
+  size_t total;
+};
+
+inline Workspace workspace_of(int64_t world_size, int64_t hidden, int64_t gather_bytes) {
+  const auto aligned = [](size_t bytes) { return (bytes + 1023) / 1024 * 1024; };
+  const size_t row = static_cast<size_t>(hidden) * 2, ranks = static_cast<size_t>(world_size);
+  const size_t owned = (kPieceRows + ranks - 1) / ranks;
+  Workspace w{};
+  w.one_shot = aligned(sizeof(Control));
+  w.two_shot = w.one_shot + aligned(kBuffers * ranks * kOneShotRows * row);
+  w.rows = w.two_shot + aligned(kBuffers * ranks * owned * row);
+  w.scales = w.rows + aligned(kBuffers * kPieceRows * row);
+  w.gather = w.scales + aligned(kBuffers * kPieceRows * sizeof(float));
+  w.total = w.gather + aligned(2 * ranks * static_cast<size_t>(gather_bytes));
+  return w;
+}
+
+__device__ __forceinline__ uint4 load_peer(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 load_peer(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint32_t load_peer(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_peer(uint4* p, uint4 v) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_peer(uint2* p, uint2 v) {
+  asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+__device__ __forceinline__ void store_peer(uint32_t* p, uint32_t v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// Per word: nothing is assumed of the atomicity of 16 bytes.
+__device__ __forceinline__ bool has_come(uint4 v) { return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty; }
+__device__ __forceinline__ bool has_come(uint2 v) { return v.x != kEmpty && v.y != kEmpty; }
+__device__ __forceinline__ bool has_come(uint32_t v) { return v != kEmpty; }
+
+/// Replaces the word that means "not come" by another NaN of the type.
+__device__ __forceinline__ uint32_t sendable(uint32_t w, uint32_t other) { return w == kEmpty ? other : w; }
+__device__ __forceinline__ uint4 sendable(uint4 v) {
+  constexpr uint32_t kNan = 0x7FFF7FFFu;  // two of bfloat16
+  return {sendable(v.x, kNan), sendable(v.y, kNan), sendable(v.z, kNan), sendable(v.w, kNan)};
+}
+__device__ __forceinline__ uint2 sendable(uint2 v) {
+  constexpr uint32_t kNan = 0x7F7F7F7Fu;  // four of e4m3
+  return {sendable(v.x, kNan), sendable(v.y, kNan)};
+}
+
+/// A wait gives up when its deadline has passed, or soon after another one did.
+struct Patience {
+  unsigned tries = 0;
+  uint64_t since = 0;
+
+  __device__ __forceinline__ bool is_over(Control* control, uint64_t timeout_ns, int late_rank) {
+    if (++tries % 1024 != 0) return false;
+    if (*static_cast<volatile unsigned*>(&control->late) != 0) return true;
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (since == 0) since = now;
+    if (now - since < timeout_ns) return false;
+    atomicCAS(&control->late, 0u, static_cast<unsigned>(late_rank) + 1);
+    return true;
+  }
+};
+
+/// Called by all threads after they have read the epoch: the last block to come advances it. Without the barrier a slow
+/// warp would read the next call's.
+__device__ __forceinline__ void advance(Turn* turn, unsigned epoch, unsigned rows) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (atomicAdd(&turn->arrived, 1u) != gridDim.x - 1) return;
+  turn->arrived = 0;
+  turn->rows[epoch % kBuffers] = rows;
+  __threadfence();
+  // 2^32 - 1 is a multiple of three, so the order of buffers survives the wrap.
+  *static_cast<volatile unsigned*>(&turn->epoch) = epoch == 0xFFFFFFFEu ? 0 : epoch + 1;
+}
+
+}  // namespace tpserve::cuda

@@ -1,0 +1,586 @@
+// All-reduce over peer memory, alone or fused with residual + RMSNorm (+ quantisation to e4m3), and all-gather.
+//
+// One-shot, for few rows: every rank sends its partial sums to every other, and all add them, in rank order, so that all
+// have the same bits. Two-shot: row t belongs to rank t % ranks, which alone reduces, adds its shard of the residual,
+// normalises, quantises, and sends the result; a rank's residual stream is then whole only in its own rows, which the
+// next call, of equally many rows, takes as it is.
+//
+// A row is handled by a cluster of eight blocks, a thread has one vector of eight elements. Row statistics go through the
+// cluster's shared memory. Measured against NCCL in benchmarks/README.md.
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/map.h>
+#include <tvm/ffi/string.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "peer.cuh"
+
+namespace tpserve::cuda {
+namespace {
+
+using tvm::ffi::Array;
+using tvm::ffi::Function;
+using tvm::ffi::Map;
+using tvm::ffi::String;
+
+constexpr int kCluster = 8;
+constexpr int kMaxWarps = 64;  // of a row
+constexpr int kMaxThreads = kMaxWarps * 32 / kCluster;
+constexpr float kFp8Max = 448.0f;
+
+enum class Mode { kPlain, kNorm, kQuantize };
+
+struct ReduceParams {
+  const bf16* x;         // (rows, hidden): this rank's partial sums
+  const bf16* residual;  // the same shape, unless kPlain
+  const float* weight;   // (hidden,)
+  bf16* residual_out;
+  bf16* out;       // sums (kPlain) or normed
+  fp8* quantized;  // kQuantize
+  float* scale;    // (rows,)
+  uint8_t* base[kMaxRanks];
+  Workspace at;
+  uint64_t timeout_ns;
+  int rank, num_vectors, owned_rows;
+  float eps;
+};
+
+__device__ __forceinline__ Control* control_of(const ReduceParams& p) { return reinterpret_cast<Control*>(p.base[p.rank]); }
+
+/// Sum of squares and largest magnitude of a row, over a cluster: each warp sends its part to every block.
+struct RowStatistics {
+  alignas(16) float2 part[kMaxWarps];
+  alignas(8) uint64_t barrier;
+
+  __device__ __forceinline__ uint32_t address(const void* p) const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  }
+
+  __device__ void init() {
+    if (threadIdx.x == 0) {
+      const uint32_t bytes = kCluster * (blockDim.x / 32) * sizeof(float2);
+      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(address(&barrier)) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
+    }
+    // Waited for only before the first part is sent: free.
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  }
+
+  __device__ float2 reduce(float squares, float largest) {
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      squares += __shfl_xor_sync(~0u, squares, offset);
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+    }
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if (lane < kCluster) {
+      const uint32_t mine = address(&part[blockIdx.x % kCluster * warps + threadIdx.x / 32]);
+      uint32_t target, flag;
+      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(target) : "r"(mine), "r"(lane));
+      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(flag) : "r"(address(&barrier)), "r"(lane));
+      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(target),
+                   "r"(__float_as_uint(squares)), "r"(__float_as_uint(largest)), "r"(flag)
+                   : "memory");
+    }
+    uint32_t done = 0;
+    while (!done) {
+      asm volatile(
+          "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
+          "selp.u32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(address(&barrier))
+          : "memory");
+    }
+    float2 total = make_float2(0.0f, 0.0f);
+    for (int i = lane; i < kCluster * warps; i += 32) {
+      total.x += part[i].x;
+      total.y = fmaxf(total.y, part[i].y);
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      total.x += __shfl_xor_sync(~0u, total.x, offset);
+      total.y = fmaxf(total.y, __shfl_xor_sync(~0u, total.y, offset));
+    }
+    return total;
+  }
+};
+
+struct Finished {
+  uint4 values;     // kPlain, kNorm
+  uint2 quantized;  // kQuantize
+  float scale;
+};
+
+/// Adds the ranks' parts of one vector and the residual, and makes the output.
+template <int kRanks, Mode kMode>
+__device__ __forceinline__ Finished finish(const ReduceParams& p, RowStatistics& statistics, size_t at, bool present,
+                                           const uint4 (&parts)[kRanks], uint4 residual, const float (&weight)[8]) {
+  Finished done{};
+  float sum[8], other[8];
+  unpack8(parts[0], sum);
+#pragma unroll
+  for (int r = 1; r < kRanks; ++r) {
+    unpack8(parts[r], other);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] += other[i];
+  }
+  if constexpr (kMode == Mode::kPlain) {
+    done.values = pack8(sum);
+    return done;
+  } else {
+    unpack8(residual, other);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] += other[i];
+    const uint4 total = pack8(sum);
+    if (present) reinterpret_cast<uint4*>(p.residual_out)[at] = total;
+    unpack8(total, sum);  // the norm sees the residual stream as the next layer will
+    float squares = 0.0f, largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      squares += sum[i] * sum[i];
+      sum[i] *= weight[i];
+      if constexpr (kMode == Mode::kQuantize) largest = fmaxf(largest, fabsf(sum[i]));
+    }
+    const float2 row = statistics.reduce(squares, largest);
+    const float factor = rsqrtf(row.x / static_cast<float>(p.num_vectors * 8) + p.eps);
+    if constexpr (kMode == Mode::kNorm) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] *= factor;
+      done.values = pack8(sum);
+    } else {  // the norm's factor cancels in what is stored and stays in the scale
+      const float most = fmaxf(row.y, 1e-12f), inverse = kFp8Max / most;
+      done.quantized.x = pack4_fp8(sum[0] * inverse, sum[1] * inverse, sum[2] * inverse, sum[3] * inverse);
+      done.quantized.y = pack4_fp8(sum[4] * inverse, sum[5] * inverse, sum[6] * inverse, sum[7] * inverse);
+      done.scale = most * factor / kFp8Max;
+    }
+    return done;
+  }
+}
+
+template <Mode kMode>
+__device__ __forceinline__ void write(const ReduceParams& p, size_t at, int row, int vector, const Finished& done) {
+  if constexpr (kMode == Mode::kQuantize) {
+    reinterpret_cast<uint2*>(p.quantized)[at] = done.quantized;
+    if (vector == 0) p.scale[row] = done.scale;
+  } else {
+    reinterpret_cast<uint4*>(p.out)[at] = done.values;
+  }
+}
+
+__device__ __forceinline__ void load_weight(const float* weight, int vector, float (&out)[8]) {
+  const float4 a = __ldg(reinterpret_cast<const float4*>(weight) + 2 * vector);
+  const float4 b = __ldg(reinterpret_cast<const float4*>(weight) + 2 * vector + 1);
+  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+}
+
+/// Waits for the vectors of all other ranks; `parts[rank]` is already there.
+template <int kRanks>
+__device__ __forceinline__ void gather_parts(const ReduceParams& p, const uint4* source, size_t stride, bool present,
+                                             uint4 (&parts)[kRanks]) {
+  if (!present) return;
+  const uint4 own = parts[0];
+  Patience patience;
+  while (true) {
+    int late = -1;
+#pragma unroll
+    for (int r = 0; r < kRanks; ++r) parts[r] = r == p.rank ? own : load_peer(source + r * stride);
+#pragma unroll
+    for (int r = 0; r < kRanks; ++r) late = late < 0 && !has_come(parts[r]) ? r : late;
+    if (late < 0 || patience.is_over(control_of(p), p.timeout_ns, late)) return;
+  }
+}
+
+template <int kRanks, Mode kMode>
+__global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_constant__ ReduceParams p) {
+  __shared__ RowStatistics statistics;
+  const int row = blockIdx.x / kCluster, vector = blockIdx.x % kCluster * blockDim.x + threadIdx.x;
+  const bool present = vector < p.num_vectors;
+  float weight[8] = {};
+  if constexpr (kMode != Mode::kPlain) {
+    statistics.init();
+    if (present) load_weight(p.weight, vector, weight);
+  }
+  pdl_launch();
+  pdl_wait();
+  Turn* turn = &control_of(p)->one_shot;
+  const unsigned epoch = *static_cast<volatile unsigned*>(&turn->epoch), buffer = epoch % kBuffers;
+  const size_t at = static_cast<size_t>(row) * p.num_vectors + vector;
+  const size_t stride = static_cast<size_t>(kOneShotRows) * p.num_vectors;  // of a source
+  uint4 parts[kRanks] = {}, residual{};
+  if (present) {
+    parts[0] = sendable(load_l2(reinterpret_cast<const uint4*>(p.x) + at));
+    if constexpr (kMode != Mode::kPlain) residual = load_l2(reinterpret_cast<const uint4*>(p.residual) + at);
+    const size_t place = (buffer * kRanks + p.rank) * stride + at;
+#pragma unroll
+    for (int i = 1; i < kRanks; ++i) {  // each rank begins with another peer
+      store_peer(reinterpret_cast<uint4*>(p.base[(p.rank + i) % kRanks] + p.at.one_shot) + place, parts[0]);
+    }
+  }
+  const unsigned rows = gridDim.x / kCluster;
+  advance(turn, epoch, rows);
+  uint4* mine = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.one_shot);
+  if (present) {  // while the data fly: free the buffer of the call before
+    const unsigned before = (epoch + 2) % kBuffers, used = *static_cast<volatile unsigned*>(&turn->rows[before]);
+    for (unsigned t = row; t < used; t += rows) {
+#pragma unroll
+      for (int r = 0; r < kRanks; ++r) {
+        if (r == p.rank) continue;
+        __stcg(mine + (before * kRanks + r) * stride + static_cast<size_t>(t) * p.num_vectors + vector,
+               make_uint4(kEmpty, kEmpty, kEmpty, kEmpty));
+      }
+    }
+  }
+  gather_parts<kRanks>(p, mine + buffer * kRanks * stride + at, stride, present, parts);
+  __syncwarp();
+  const Finished done = finish<kRanks, kMode>(p, statistics, at, present, parts, residual, weight);
+  if (present) write<kMode>(p, at, row, vector, done);
+}
+
+template <int kRanks, Mode kMode>
+__global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_constant__ ReduceParams p) {
+  __shared__ RowStatistics statistics;
+  const int row = blockIdx.x / kCluster, vector = blockIdx.x % kCluster * blockDim.x + threadIdx.x;
+  const int owner = row % kRanks;
+  const bool present = vector < p.num_vectors, own_it = owner == p.rank;  // the same for a whole cluster
+  float weight[8] = {};
+  if constexpr (kMode != Mode::kPlain) {
+    if (own_it) {
+      statistics.init();
+      if (present) load_weight(p.weight, vector, weight);
+    }
+  }
+  pdl_launch();
+  pdl_wait();
+  Control* control = control_of(p);
+  Turn* turn = &control->two_shot;
+  const unsigned epoch = *static_cast<volatile unsigned*>(&turn->epoch), buffer = epoch % kBuffers;
+  const size_t at = static_cast<size_t>(row) * p.num_vectors + vector;
+  const size_t stride = static_cast<size_t>(p.owned_rows) * p.num_vectors;  // of a source
+  const size_t place = static_cast<size_t>(row / kRanks) * p.num_vectors + vector;
+  const size_t rows_place = (static_cast<size_t>(buffer) * kPieceRows + row) * p.num_vectors;
+  uint4 parts[kRanks] = {}, residual{};
+  if (present) {
+    parts[0] = sendable(load_l2(reinterpret_cast<const uint4*>(p.x) + at));
+    if (!own_it) {
+      store_peer(reinterpret_cast<uint4*>(p.base[owner] + p.at.two_shot) + (buffer * kRanks + p.rank) * stride + place,
+                 parts[0]);
+    } else if constexpr (kMode != Mode::kPlain) {
+      residual = load_l2(reinterpret_cast<const uint4*>(p.residual) + at);
+    }
+  }
+  const unsigned rows = gridDim.x / kCluster;
+  advance(turn, epoch, rows);
+  uint4* slots = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.two_shot);
+  uint4* received = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.rows);
+  uint32_t* scales = reinterpret_cast<uint32_t*>(p.base[p.rank] + p.at.scales);
+  if (present) {  // while the data fly: free the buffer of the call before
+    const unsigned before = (epoch + 2) % kBuffers, used = *static_cast<volatile unsigned*>(&turn->rows[before]);
+    const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
+    for (unsigned t = row; t < used; t += rows) {
+      if (static_cast<int>(t % kRanks) == p.rank) {
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r) {
+          if (r == p.rank) continue;
+          __stcg(slots + (before * kRanks + r) * stride + static_cast<size_t>(t / kRanks) * p.num_vectors + vector, empty);
+        }
+      } else {
+        __stcg(received + (static_cast<size_t>(before) * kPieceRows + t) * p.num_vectors + vector, empty);
+        if (vector == 0) __stcg(scales + before * kPieceRows + t, kEmpty);
+      }
+    }
+  }
+  if (!own_it) {
+    if (!present) return;
+    Finished done{};
+    Patience patience;
+    if constexpr (kMode == Mode::kQuantize) {
+      const uint2* source = reinterpret_cast<const uint2*>(received + rows_place) + vector;
+      while (!has_come(done.quantized = load_peer(source)) && !patience.is_over(control, p.timeout_ns, owner)) {
+      }
+      if (vector == 0) {
+        uint32_t word;
+        while (!has_come(word = load_peer(scales + buffer * kPieceRows + row)) &&
+               !patience.is_over(control, p.timeout_ns, owner)) {
+        }
+        done.scale = __uint_as_float(word);
+      }
+    } else {
+      const uint4* source = received + rows_place + vector;
+      while (!has_come(done.values = load_peer(source)) && !patience.is_over(control, p.timeout_ns, owner)) {
+      }
+    }
+    write<kMode>(p, at, row, vector, done);
+    return;
+  }
+  gather_parts<kRanks>(p, slots + buffer * kRanks * stride + place, stride, present, parts);
+  __syncwarp();
+  Finished done = finish<kRanks, kMode>(p, statistics, at, present, parts, residual, weight);
+  if (!present) return;
+  if constexpr (kMode == Mode::kQuantize) {
+    done.quantized = sendable(done.quantized);
+    const uint32_t scale = sendable(__float_as_uint(done.scale), 0x7FFFFFFFu);
+#pragma unroll
+    for (int i = 1; i < kRanks; ++i) {
+      uint8_t* peer = p.base[(p.rank + i) % kRanks];
+      store_peer(reinterpret_cast<uint2*>(reinterpret_cast<uint4*>(peer + p.at.rows) + rows_place) + vector,
+                 done.quantized);
+      if (vector == 0) store_peer(reinterpret_cast<uint32_t*>(peer + p.at.scales) + buffer * kPieceRows + row, scale);
+    }
+  } else {
+    done.values = sendable(done.values);
+#pragma unroll
+    for (int i = 1; i < kRanks; ++i) {
+      store_peer(reinterpret_cast<uint4*>(p.base[(p.rank + i) % kRanks] + p.at.rows) + rows_place + vector, done.values);
+    }
+  }
+  write<kMode>(p, at, row, vector, done);
+}
+
+struct GatherParams {
+  const uint4* x;
+  uint4* out;
+  uint8_t* base[kMaxRanks];
+  size_t at, slot_bytes;  // of the buffers in a workspace, and of one source's part
+  uint64_t timeout_ns;
+  int rank, world_size, row_vectors;  // 16-byte vectors of a row of x
+  int64_t count;                      // vectors of x
+};
+
+/// A block sends its share of the vectors to everybody, says so, waits for the others' shares and puts them in place.
+__global__ void __launch_bounds__(512) all_gather_kernel(const __grid_constant__ GatherParams p) {
+  pdl_launch();
+  pdl_wait();
+  Control* control = reinterpret_cast<Control*>(p.base[p.rank]);
+  const unsigned epoch = *static_cast<volatile unsigned*>(&control->gather.epoch), buffer = epoch % 2;
+  const auto slot_of = [&](int holder, int source) {
+    return reinterpret_cast<uint4*>(p.base[holder] + p.at + (buffer * p.world_size + source) * p.slot_bytes);
+  };
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x, row = p.row_vectors;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const auto place = [&](int source, int64_t i) { return (i / row * p.world_size + source) * row + i % row; };
+  for (int64_t i = begin; i < p.count; i += step) {
+    const uint4 v = load_l2(p.x + i);
+    p.out[place(p.rank, i)] = v;
+    for (int k = 1; k < p.world_size; ++k) store_peer(slot_of((p.rank + k) % p.world_size, p.rank) + i, v);
+  }
+  advance(&control->gather, epoch, 0);
+  const unsigned target = epoch + 1;
+  if (threadIdx.x < static_cast<unsigned>(p.world_size) && static_cast<int>(threadIdx.x) != p.rank) {
+    const int peer = threadIdx.x;
+    // The barrier in `advance` puts the block's stores before this; the fence makes them so for the peer.
+    __threadfence_system();
+    unsigned* flag = &reinterpret_cast<Control*>(p.base[peer])->flags[p.rank][blockIdx.x];
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(target) : "memory");
+    const unsigned* own = &control->flags[peer][blockIdx.x];
+    Patience patience;
+    while (true) {
+      unsigned seen;
+      asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(own) : "memory");
+      if (static_cast<int>(seen - target) >= 0 || patience.is_over(control, p.timeout_ns, peer)) break;
+    }
+  }
+  __syncthreads();
+  for (int k = 1; k < p.world_size; ++k) {
+    const int source = (p.rank + k) % p.world_size;
+    const uint4* slot = slot_of(p.rank, source);
+    for (int64_t i = begin; i < p.count; i += step) p.out[place(source, i)] = load_l2(slot + i);
+  }
+}
+
+/// One rank's side of a group. Its functions queue kernels on the current stream and wait for nothing.
+class PushGroup {
+ public:
+  PushGroup(int64_t rank, const Array<int64_t>& bases, int64_t hidden, int64_t gather_bytes, int64_t one_shot_rows,
+            double timeout_s)
+      : rank_(static_cast<int>(rank)),
+        world_size_(static_cast<int>(bases.size())),
+        hidden_(hidden),
+        gather_bytes_(gather_bytes),
+        one_shot_rows_(std::min<int64_t>(one_shot_rows, kOneShotRows)),
+        timeout_ns_(static_cast<uint64_t>(timeout_s * 1e9)),
+        at_(workspace_of(world_size_, hidden, gather_bytes)) {
+    for (int r = 0; r < world_size_; ++r) base_[r] = reinterpret_cast<uint8_t*>(bases[r]);
+  }
+
+  void all_reduce(const TensorView& x, const TensorView& out) const {
+    ReduceParams p = params(x);
+    p.out = checked<bf16>("out", out, {x.size(0), hidden_});
+    reduce<Mode::kPlain>(p, x.size(0), stream_of(out));
+  }
+
+  void add_rms_norm(const TensorView& x, const TensorView& residual, const TensorView& weight, double eps,
+                    const TensorView& residual_out, const TensorView& out) const {
+    ReduceParams p = params(x, residual, weight, eps, residual_out);
+    p.out = checked<bf16>("out", out, {x.size(0), hidden_});
+    reduce<Mode::kNorm>(p, x.size(0), stream_of(out));
+  }
+
+  void add_rms_norm_fp8(const TensorView& x, const TensorView& residual, const TensorView& weight, double eps,
+                        const TensorView& residual_out, const TensorView& out, const TensorView& scale) const {
+    ReduceParams p = params(x, residual, weight, eps, residual_out);
+    p.quantized = checked<fp8>("out", out, {x.size(0), hidden_});
+    p.scale = checked<float>("scale", scale, {x.size(0)});
+    reduce<Mode::kQuantize>(p, x.size(0), stream_of(out));
+  }
+
+  void all_gather(const TensorView& x, const TensorView& out) const {
+    check_rank("x", x, 2);
+    const int64_t rows = x.size(0), row_bytes = x.size(1) * 4;
+    check_multiple("bytes of a row", row_bytes, 16);
+    const auto* source = reinterpret_cast<const uint8_t*>(checked<float>("x", x, {rows, x.size(1)}));
+    auto* target = reinterpret_cast<uint8_t*>(checked<float>("out", out, {rows, x.size(1) * world_size_}));
+    if (row_bytes > gather_bytes_) {
+      TVM_FFI_THROW(ValueError) << "a row of " << row_bytes << " bytes, at most " << gather_bytes_ << " were reserved";
+    }
+    const int64_t piece = gather_bytes_ / row_bytes;
+    for (int64_t first = 0; first < rows; first += piece) {
+      const int64_t count = std::min(piece, rows - first);
+      GatherParams p{};
+      p.x = reinterpret_cast<const uint4*>(source + first * row_bytes);
+      p.out = reinterpret_cast<uint4*>(target + first * row_bytes * world_size_);
+      std::copy(base_, base_ + world_size_, p.base);
+      p.at = at_.gather, p.slot_bytes = static_cast<size_t>(gather_bytes_);
+      p.timeout_ns = timeout_ns_;
+      p.rank = rank_, p.world_size = world_size_;
+      p.row_vectors = static_cast<int>(row_bytes / 16), p.count = count * row_bytes / 16;
+      const int64_t blocks = std::min<int64_t>(kGatherBlocks, (p.count + 511) / 512);
+      launch(all_gather_kernel, dim3(static_cast<unsigned>(blocks)), 512, 0, stream_of(out), p);
+    }
+  }
+
+ private:
+  ReduceParams params(const TensorView& x) const {
+    check_rank("x", x, 2);
+    ReduceParams p{};
+    p.x = checked<bf16>("x", x, {x.size(0), hidden_});
+    std::copy(base_, base_ + world_size_, p.base);
+    p.at = at_;
+    p.timeout_ns = timeout_ns_;
+    p.rank = rank_;
+    p.num_vectors = static_cast<int>(hidden_ / 8);
+    p.owned_rows = (kPieceRows + world_size_ - 1) / world_size_;
+    return p;
+  }
+
+  ReduceParams params(const TensorView& x, const TensorView& residual, const TensorView& weight, double eps,
+                      const TensorView& residual_out) const {
+    ReduceParams p = params(x);
+    p.residual = checked<bf16>("residual", residual, {x.size(0), hidden_});
+    p.weight = checked<float>("weight", weight, {hidden_});
+    p.residual_out = checked<bf16>("residual_out", residual_out, {x.size(0), hidden_});
+    p.eps = static_cast<float>(eps);
+    return p;
+  }
+
+  template <Mode kMode>
+  void reduce(ReduceParams p, int64_t rows, cudaStream_t stream) const {
+    // By the rows of the whole call, so that all calls of a step agree on who holds the residual stream.
+    const bool one_shot = rows <= one_shot_rows_;
+    while (rows > 0) {
+      const int64_t piece = std::min<int64_t>(rows, kPieceRows);
+      switch (world_size_) {
+        case 2:
+          launch_piece<2, kMode>(p, piece, one_shot, stream);
+          break;
+        case 4:
+          launch_piece<4, kMode>(p, piece, one_shot, stream);
+          break;
+        default:
+          launch_piece<8, kMode>(p, piece, one_shot, stream);
+      }
+      rows -= piece;
+      p.x += piece * hidden_;
+      if (p.residual != nullptr) p.residual += piece * hidden_, p.residual_out += piece * hidden_;
+      if (p.out != nullptr) p.out += piece * hidden_;
+      if (p.quantized != nullptr) p.quantized += piece * hidden_, p.scale += piece;
+    }
+  }
+
+  template <int kRanks, Mode kMode>
+  static void launch_piece(const ReduceParams& p, int64_t rows, bool one_shot, cudaStream_t stream) {
+    const int threads = ((p.num_vectors + kCluster - 1) / kCluster + 31) / 32 * 32;
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = kCluster, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(rows * kCluster));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+    const auto kernel = one_shot ? one_shot_kernel<kRanks, kMode> : two_shot_kernel<kRanks, kMode>;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, p), "launch of an all-reduce");
+  }
+
+  const int rank_, world_size_;
+  const int64_t hidden_, gather_bytes_, one_shot_rows_;
+  const uint64_t timeout_ns_;
+  const Workspace at_;
+  uint8_t* base_[kMaxRanks] = {};
+};
+
+void check_group(int64_t world_size, int64_t hidden, int64_t gather_bytes) {
+  if (world_size != 2 && world_size != 4 && world_size != 8) {
+    TVM_FFI_THROW(ValueError) << "world_size is " << world_size << ", expected 2, 4 or 8";
+  }
+  check_multiple("hidden", hidden, 8);
+  if (hidden < 8 || hidden > kMaxThreads * kCluster * 8) {
+    TVM_FFI_THROW(ValueError) << "hidden is " << hidden << ", expected 8 to " << kMaxThreads * kCluster * 8;
+  }
+  check_multiple("gather_bytes", gather_bytes, 16);
+}
+
+/// Bytes of each rank's workspace.
+int64_t push_workspace_bytes(int64_t world_size, int64_t hidden, int64_t gather_bytes) {
+  check_group(world_size, hidden, gather_bytes);
+  return static_cast<int64_t>(workspace_of(world_size, hidden, gather_bytes).total);
+}
+
+/// Brings a new workspace of the current device into its first state; waits for it.
+void push_clear(int64_t workspace, int64_t world_size, int64_t hidden, int64_t gather_bytes) {
+  check_group(world_size, hidden, gather_bytes);
+  const Workspace at = workspace_of(world_size, hidden, gather_bytes);
+  auto* memory = reinterpret_cast<uint8_t*>(workspace);
+  check_cuda(cudaMemset(memory, 0, at.one_shot), "cudaMemset");
+  check_cuda(cudaMemset(memory + at.one_shot, 0xff, at.total - at.one_shot), "cudaMemset");
+  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+}
+
+/// The functions of one rank. `workspaces`: addresses by rank, as this process sees them, each cleared before any call.
+Map<String, Function> push_create(int64_t rank, Array<int64_t> workspaces, int64_t hidden, int64_t gather_bytes,
+                                  int64_t one_shot_rows, double timeout_s) {
+  check_group(static_cast<int64_t>(workspaces.size()), hidden, gather_bytes);
+  const auto group = std::make_shared<PushGroup>(rank, workspaces, hidden, gather_bytes, one_shot_rows, timeout_s);
+  Map<String, Function> out;
+  out.Set("all_reduce", Function::FromTyped([group](TensorView x, TensorView y) { group->all_reduce(x, y); }));
+  out.Set("all_gather", Function::FromTyped([group](TensorView x, TensorView y) { group->all_gather(x, y); }));
+  out.Set("all_reduce_add_rms_norm",
+          Function::FromTyped([group](TensorView x, TensorView residual, TensorView weight, double eps,
+                                      TensorView residual_out, TensorView y) {
+            group->add_rms_norm(x, residual, weight, eps, residual_out, y);
+          }));
+  out.Set("all_reduce_add_rms_norm_fp8",
+          Function::FromTyped([group](TensorView x, TensorView residual, TensorView weight, double eps,
+                                      TensorView residual_out, TensorView y, TensorView scale) {
+            group->add_rms_norm_fp8(x, residual, weight, eps, residual_out, y, scale);
+          }));
+  return out;
+}
+
+/// Address of the int32 word that names the rank a wait gave up on, plus one, in a workspace at `workspace`.
+int64_t push_late_address(int64_t workspace) {
+  return workspace + static_cast<int64_t>(offsetof(Control, late));
+}
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(push_workspace_bytes, push_workspace_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(push_clear, push_clear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(push_create, push_create);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(push_late_address, push_late_address);
+
+}  // namespace
+}  // namespace tpserve::cuda

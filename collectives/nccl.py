@@ -1,0 +1,109 @@
+"""Collectives by NCCL, through CuPy: what works between any GPUs, and the plain twin of `push`.
+
+Slower than `push` in a decode step (benchmarks/README.md); taken where ranks cannot map each other's memory.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import cupy
+import tvm_ffi
+from cupy.cuda import nccl
+
+from tpserve.collectives.names import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_REDUCE_ADD_RMS_NORM,
+    ALL_REDUCE_ADD_RMS_NORM_FP8,
+)
+from tpserve.collectives.rendezvous import Rendezvous
+
+_NCCL_BFLOAT16 = 9  # ncclBfloat16: CuPy has no name for it
+
+
+class NcclCommunicator:
+    """One rank of a group; see `PushCommunicator` for the parameters.
+
+    Sums are in NCCL's order, the same on all ranks. Norms and quantisation are kernels of their own. Calls are queued
+    on the current stream and can be captured in a graph.
+
+    Raises
+    ------
+    TimeoutError
+        If a rank does not come to the rendezvous.
+    """
+
+    def __init__(self, kernels: Any, rendezvous: Rendezvous, rank: int, world_size: int) -> None:
+        token = rendezvous.exchange(nccl.get_unique_id() if rank == 0 else b"")[0]
+        self._communicator = nccl.NcclCommunicator(world_size, token, rank)
+        self._world_size = world_size
+        self._kernels = kernels
+        self._address = kernels["device_address"]
+        self._scratch: dict[tuple[tuple[int, ...], str], Any] = {}
+        self._functions = {
+            ALL_REDUCE: self._all_reduce,
+            ALL_GATHER: self._all_gather,
+            ALL_REDUCE_ADD_RMS_NORM: self._all_reduce_add_rms_norm,
+            ALL_REDUCE_ADD_RMS_NORM_FP8: self._all_reduce_add_rms_norm_fp8,
+        }
+
+    def function(self, name: str) -> Any:
+        """Return a collective by its global name, for tests."""
+        return self._functions[name]
+
+    def register(self) -> None:
+        """Make this communicator the one that compiled graphs call."""
+        for name, function in self._functions.items():
+            tvm_ffi.register_global_func(name, function, override=True)
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._communicator.destroy()
+
+    def abort(self) -> None:
+        """End calls that wait for a lost rank; from any thread."""
+        self._communicator.abort()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    def _all_reduce(self, x: Any, out: Any) -> None:
+        stream = tvm_ffi.get_raw_stream(x.device)
+        source, target = self._address(x), self._address(out)
+        self._communicator.allReduce(source, target, x.numel(), _NCCL_BFLOAT16, nccl.NCCL_SUM, stream)
+
+    def _all_gather(self, x: Any, out: Any) -> None:
+        rows, columns = x.shape
+        parts = self._scratch_of((self._world_size, rows, columns), "float32")
+        stream = tvm_ffi.get_raw_stream(x.device)
+        self._communicator.allGather(self._address(x), self._address(parts), x.numel(), nccl.NCCL_FLOAT32, stream)
+        self._kernels["join_columns"](parts, out)
+
+    def _all_reduce_add_rms_norm(
+        self, x: Any, residual: Any, weight: Any, eps: float, residual_out: Any, out: Any
+    ) -> None:
+        total = self._scratch_of(tuple(x.shape), "bfloat16")
+        self._all_reduce(x, total)
+        self._kernels["add_rms_norm"](total, residual, weight, eps, residual_out, out)
+
+    def _all_reduce_add_rms_norm_fp8(
+        self, x: Any, residual: Any, weight: Any, eps: float, residual_out: Any, out: Any, scale: Any
+    ) -> None:
+        total = self._scratch_of(tuple(x.shape), "bfloat16")
+        self._all_reduce(x, total)
+        self._kernels["add_rms_norm_fp8"](total, residual, weight, eps, residual_out, out, scale)
+
+    def _scratch_of(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Return a buffer that stays where it is, as captured graphs need; made when a shape is first used."""
+        if (shape, dtype) not in self._scratch:
+            bits = cupy.empty(shape, cupy.float32 if dtype == "float32" else cupy.uint16)
+            self._scratch[shape, dtype] = tvm_ffi.from_dlpack(bits)._create_view(shape, dtype=dtype)
+        return self._scratch[shape, dtype]

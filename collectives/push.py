@@ -1,0 +1,114 @@
+"""Collectives between the GPUs of one host over peer memory: no library call, no host, one kernel each.
+
+Owns the workspaces that ranks map from one another. The protocol is in kernels/peer.cuh and kernels/push.cu.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import cupy
+import tvm_ffi
+
+from tpserve.collectives.names import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_REDUCE_ADD_RMS_NORM,
+    ALL_REDUCE_ADD_RMS_NORM_FP8,
+)
+from tpserve.collectives.rendezvous import Rendezvous
+
+ONE_SHOT_MAX_BYTES = {2: 1 << 20, 4: 196_608, 8: 98_304}
+"""Size of a call up to which every rank sends its rows to every other (one-shot); larger ones reduce where the row
+belongs (two-shot). TP=2 and 4: measured at hidden sizes 8192 and 4096, benchmarks/README.md; 8: an estimate."""
+_MAX_ONE_SHOT_ROWS = 128
+_GATHER_BYTES = 16 << 20
+"""Of one rank's part of an all-gather that is sent at once; larger ones go in pieces."""
+
+
+class PushCommunicator:
+    """One rank of a group of processes on one host, each with a GPU of its own.
+
+    Parameters
+    ----------
+    kernels
+        The loaded kernel library, which holds `push_create`.
+    rendezvous
+        Where the ranks exchange handles of their memory; used here and in `close`.
+    rank, world_size
+        2, 4 or 8 ranks.
+    hidden_size
+        Of the rows that are reduced.
+    timeout_s
+        Deadline of each wait on the device; `late_rank` then names who was waited for.
+
+    Raises
+    ------
+    TimeoutError
+        If a rank does not come to the rendezvous.
+    RuntimeError
+        If the GPUs cannot reach each other's memory.
+    """
+
+    def __init__(
+        self,
+        kernels: Any,
+        rendezvous: Rendezvous,
+        rank: int,
+        world_size: int,
+        hidden_size: int,
+        *,
+        timeout_s: float,
+    ) -> None:
+        self._rendezvous = rendezvous
+        runtime = cupy.cuda.runtime
+        sizes = (world_size, hidden_size, _GATHER_BYTES)
+        num_bytes = kernels["push_workspace_bytes"](*sizes)
+        self._workspace = runtime.malloc(num_bytes)  # not from the pool: only whole allocations can be shared
+        self._opened: list[int] = []
+        kernels["push_clear"](self._workspace, *sizes)
+        handles = rendezvous.exchange(bytes(runtime.ipcGetMemHandle(self._workspace)))
+        addresses = []
+        for peer, handle in enumerate(handles):
+            if peer == rank:
+                addresses.append(self._workspace)
+                continue
+            try:
+                # 1: peer access is enabled as needed
+                address = runtime.ipcOpenMemHandle(handle, 1)
+            except runtime.CUDARuntimeError as error:
+                raise RuntimeError(f"rank {rank} cannot map the memory of rank {peer}: {error}") from None
+            self._opened.append(address)
+            addresses.append(address)
+        one_shot_rows = min(_MAX_ONE_SHOT_ROWS, ONE_SHOT_MAX_BYTES[world_size] // (2 * hidden_size))
+        functions = kernels["push_create"](rank, addresses, hidden_size, _GATHER_BYTES, one_shot_rows, timeout_s)
+        self._functions = {name: functions[name] for name in functions}
+        self.late_address: int = kernels["push_late_address"](self._workspace)
+        """Device address of an int32: 0, or one more than the rank that a wait gave up on."""
+        rendezvous.exchange(b"mapped")  # nobody may send before everybody is there
+
+    def function(self, name: str) -> Any:
+        """Return a collective by the last part of its global name, for tests."""
+        return self._functions[name.rpartition(".")[2]]
+
+    def register(self) -> None:
+        """Make this communicator the one that compiled graphs call."""
+        for name in (ALL_REDUCE, ALL_GATHER, ALL_REDUCE_ADD_RMS_NORM, ALL_REDUCE_ADD_RMS_NORM_FP8):
+            tvm_ffi.register_global_func(name, self.function(name), override=True)
+
+    def close(self) -> None:
+        """Leave the group, when all ranks do; memory that another rank still maps must not be freed before."""
+        for address in self._opened:
+            cupy.cuda.runtime.ipcCloseMemHandle(address)
+        self._rendezvous.exchange(b"unmapped")
+        cupy.cuda.runtime.free(self._workspace)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()

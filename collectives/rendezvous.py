@@ -1,0 +1,205 @@
+"""Where the ranks of a group meet before they share memory: small messages over TCP, each with a deadline.
+
+Rank 0 listens, the others come. One exchange gives every rank what all ranks brought, and is a barrier besides. Used
+while a group starts and by nothing in a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import secrets
+import socket
+import struct
+import time
+from types import TracebackType
+from typing import Self
+
+_HEADER = struct.Struct("!iI")  # rank, bytes that follow
+_MAX_BYTES = 1 << 20
+_NONCE_BYTES = 16
+_RETRY_S = 0.05
+
+
+def listen(host: str, port: int = 0) -> socket.socket:
+    """Open rank 0's door; port 0 takes a free one."""
+    return socket.create_server((host, port))
+
+
+class Rendezvous:
+    """One rank's place at the meeting.
+
+    Parameters
+    ----------
+    rank, world_size
+        This process and the number of processes.
+    address
+        `host:port` of rank 0's door.
+    secret
+        Shared by the group; a stranger is turned away.
+    timeout_s
+        Deadline of each exchange, the first of which waits for the slowest process to start.
+    door
+        Rank 0's listening socket, from `listen`; closed with the rest.
+
+    Raises
+    ------
+    TimeoutError
+        Naming the ranks that did not come.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        address: str,
+        secret: str,
+        *,
+        timeout_s: float,
+        door: socket.socket | None = None,
+    ) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._secret = secret.encode()
+        self._timeout_s = timeout_s
+        self._peers: dict[int, socket.socket] = {}
+        self._door = door
+        deadline = time.monotonic() + timeout_s
+        if rank == 0:
+            if door is None:
+                raise ValueError("rank 0 needs the door that it opened with `listen`")
+            self._receive_all(door, deadline)
+        else:
+            self._peers[0] = self._reach(address, deadline)
+
+    def exchange(self, payload: bytes) -> list[bytes]:
+        """Give `payload`, return what every rank gave, by rank.
+
+        Raises
+        ------
+        TimeoutError
+            Naming the late rank.
+        ConnectionError
+            If a rank has ended.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        if self._rank != 0:
+            _send(self._peers[0], self._rank, payload, deadline)
+            return _split(self._take(0, deadline))
+        gathered = [payload] + [self._take(rank, deadline) for rank in range(1, self._world_size)]
+        everything = b"".join(struct.pack("!I", len(part)) + part for part in gathered)
+        for rank in range(1, self._world_size):
+            _send(self._peers[rank], 0, everything, deadline)
+        return gathered
+
+    def close(self) -> None:
+        """Leave."""
+        for peer in self._peers.values():
+            peer.close()
+        if self._door is not None:
+            self._door.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take(self, rank: int, deadline: float) -> bytes:
+        try:
+            return _receive(self._peers[rank], deadline)[1]
+        except TimeoutError:
+            raise TimeoutError(f"rank {self._rank} waited {self._timeout_s:g} s for rank {rank} to exchange") from None
+        except ConnectionError as error:
+            raise ConnectionError(f"rank {rank} left the rendezvous of its group ({error})") from None
+
+    def _receive_all(self, door: socket.socket, deadline: float) -> None:
+        while len(self._peers) < self._world_size - 1:
+            try:
+                door.settimeout(_left(deadline))
+                peer, _ = door.accept()
+                rank = self._admit(peer, deadline)
+            except TimeoutError:
+                absent = [str(rank) for rank in range(1, self._world_size) if rank not in self._peers]
+                raise TimeoutError(
+                    f"rank 0 waited {self._timeout_s:g} s for rank {', '.join(absent)} to come"
+                ) from None
+            if rank is not None:
+                self._peers[rank] = peer
+
+    def _admit(self, peer: socket.socket, deadline: float) -> int | None:
+        """Return the rank that came, or None for a stranger."""
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        try:
+            _send(peer, 0, nonce, deadline)
+            rank, answer = _receive(peer, deadline)
+        except (ConnectionError, ValueError):
+            peer.close()
+            return None
+        known = hmac.compare_digest(answer, _proof(self._secret, nonce, rank))
+        if not known or not 0 < rank < self._world_size or rank in self._peers:
+            peer.close()
+            return None
+        return rank
+
+    def _reach(self, address: str, deadline: float) -> socket.socket:
+        host, _, port = address.rpartition(":")
+        while True:
+            try:
+                peer = socket.create_connection((host, int(port)), timeout=_left(deadline))
+                _, nonce = _receive(peer, deadline)
+                _send(peer, self._rank, _proof(self._secret, nonce, self._rank), deadline)
+            except TimeoutError:
+                raise TimeoutError(
+                    f"rank {self._rank} waited {self._timeout_s:g} s for rank 0 at {address} to answer"
+                ) from None
+            except ConnectionError:
+                time.sleep(min(_RETRY_S, _left(deadline)))
+                continue
+            return peer
+
+
+def _proof(secret: bytes, nonce: bytes, rank: int) -> bytes:
+    return hmac.digest(secret, nonce + struct.pack("!i", rank), "sha256")
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _send(peer: socket.socket, rank: int, payload: bytes, deadline: float) -> None:
+    peer.settimeout(_left(deadline))
+    with contextlib.suppress(BrokenPipeError):  # whoever left shows in the answer that does not come
+        peer.sendall(_HEADER.pack(rank, len(payload)) + payload)
+
+
+def _receive(peer: socket.socket, deadline: float) -> tuple[int, bytes]:
+    rank, size = _HEADER.unpack(_receive_exactly(peer, _HEADER.size, deadline))
+    if size > _MAX_BYTES:
+        raise ValueError(f"a message of {size} bytes, at most {_MAX_BYTES} are taken")
+    return rank, _receive_exactly(peer, size, deadline)
+
+
+def _receive_exactly(peer: socket.socket, size: int, deadline: float) -> bytes:
+    parts = bytearray()
+    while len(parts) < size:
+        peer.settimeout(_left(deadline))
+        part = peer.recv(size - len(parts))
+        if not part:
+            raise ConnectionError("the connection was closed")
+        parts += part
+    return bytes(parts)
+
+
+def _split(everything: bytes) -> list[bytes]:
+    parts, at = [], 0
+    while at < len(everything):
+        (size,) = struct.unpack_from("!I", everything, at)
+        parts.append(everything[at + 4 : at + 4 + size])
+        at += 4 + size
+    return parts

@@ -1,0 +1,278 @@
+"""One rank of a group of collectives, run as a process of its own: checks against sums in rank order, and prints JSON.
+
+Every rank makes all ranks' inputs from one seed, so each knows what the sums must be: in float32, rank by rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import cupy
+import numpy as np
+import tvm_ffi
+
+from tpserve.collectives.names import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_REDUCE_ADD_RMS_NORM,
+    ALL_REDUCE_ADD_RMS_NORM_FP8,
+)
+from tpserve.collectives.nccl import NcclCommunicator
+from tpserve.collectives.push import PushCommunicator
+from tpserve.collectives.rendezvous import Rendezvous, listen
+from tpserve.worker.library import tvm  # whose tensors have views
+
+EPS = 1e-5
+BANK = 4096 + 64 * 31  # rows of random values that all cases draw from
+
+
+def tensor(bits: Any, dtype: str) -> Any:
+    return tvm.runtime.from_dlpack(bits)._create_view(bits.shape, dtype=dtype)
+
+
+def widen(bits: Any) -> Any:
+    """bfloat16 bits to float32."""
+    return (bits.astype(cupy.uint32) << 16).view(cupy.float32)
+
+
+def narrow(values: Any) -> Any:
+    """float32 to bfloat16 bits, to nearest even."""
+    word = values.view(cupy.uint32)
+    return ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).astype(cupy.uint16)
+
+
+class Case:
+    """Inputs of one call on all ranks, and what must come out."""
+
+    def __init__(self, ranks: Ranks, rows: int, offset: int) -> None:
+        self.inputs = [ranks.bank[r][offset : offset + rows] for r in range(ranks.world_size)]
+        self.residual = ranks.bank[-1][offset : offset + rows]
+        total = widen(self.inputs[0])
+        for part in self.inputs[1:]:
+            total = total + widen(part)
+        self.sum = narrow(total)
+        self.total = narrow(total + widen(self.residual))
+        wide = widen(self.total).astype(cupy.float64)
+        factor = 1 / cupy.sqrt((wide**2).mean(axis=1, keepdims=True) + EPS)
+        self.normed = wide * factor * ranks.weight.astype(cupy.float64)
+
+
+class Ranks:
+    """This rank with its communicator and random values."""
+
+    def __init__(self, args: argparse.Namespace, kernels: Any) -> None:
+        self.rank, self.world_size, self.hidden = args.rank, args.world_size, args.hidden
+        door = listen("127.0.0.1", args.port) if self.rank == 0 else None
+        self.rendezvous = Rendezvous(
+            self.rank, self.world_size, f"127.0.0.1:{args.port}", "secret", timeout_s=120, door=door
+        )
+        make: Any = PushCommunicator if args.backend == "push" else NcclCommunicator
+        extra = {"hidden_size": self.hidden, "timeout_s": args.timeout} if args.backend == "push" else {}
+        self.group = make(kernels, self.rendezvous, rank=self.rank, world_size=self.world_size, **extra)
+        rng = cupy.random.RandomState(11)
+        values = rng.standard_normal((self.world_size + 1, BANK, self.hidden), dtype=cupy.float32)
+        self.bank = narrow(values)
+        self.bank[:, ::7, ::5] = 0x8000  # minus zero
+        self.weight = rng.standard_normal(self.hidden, dtype=cupy.float32)
+
+    def call(self, name: str, *arrays: Any) -> None:
+        self.group.function(name)(*arrays)
+
+    def reduce(self, case: Case) -> tuple[Any, ...]:
+        """Run all three fused and plain sums on poisoned outputs; return bits: sum, total, normed, total8, q, scale."""
+        rows = case.inputs[0].shape[0]
+        shape = (rows, self.hidden)
+        plain, total, normed, total8 = (cupy.full(shape, 0xFFFF, cupy.uint16) for _ in range(4))
+        codes, scale = cupy.full(shape, 0xFF, cupy.uint8), cupy.full(rows, cupy.nan, cupy.float32)
+        x = tensor(cupy.ascontiguousarray(case.inputs[self.rank]), "bfloat16")
+        residual = tensor(cupy.ascontiguousarray(case.residual), "bfloat16")
+        weight = tvm_ffi.from_dlpack(self.weight)
+        self.call(ALL_REDUCE, x, tensor(plain, "bfloat16"))
+        norm = (x, residual, weight, EPS)
+        self.call(ALL_REDUCE_ADD_RMS_NORM, *norm, tensor(total, "bfloat16"), tensor(normed, "bfloat16"))
+        outputs = (tensor(total8, "bfloat16"), tensor(codes, "float8_e4m3fn"), tvm_ffi.from_dlpack(scale))
+        self.call(ALL_REDUCE_ADD_RMS_NORM_FP8, *norm, *outputs)
+        return plain, total, normed, total8, codes, scale
+
+    def owns(self, rows: int) -> Any:
+        """Rows in which this rank's residual stream must be whole: at least every world_size-th."""
+        return slice(self.rank, rows, self.world_size)
+
+    def check(self, case: Case, *, exact: bool) -> None:
+        plain, total, normed, total8, codes, scale = self.reduce(case)
+        rows = plain.shape[0]
+        own = self.owns(rows)
+        if exact:
+            assert bool((plain == case.sum).all()), f"{rows} rows: sums differ"
+            assert bool((total[own] == case.total[own]).all()), f"{rows} rows: residual differs"
+            assert bool((total8[own] == case.total[own]).all()), f"{rows} rows: residual of fp8 differs"
+        error = relative(widen(plain), widen(case.sum))
+        assert error < 4e-3, f"{rows} rows: sum off by {error}"
+        error = relative(widen(normed), case.normed)
+        assert error < 6e-3, f"{rows} rows: norm off by {error}"
+        error = relative(decode(codes) * scale[:, None].astype(cupy.float64), case.normed)
+        assert error < 4e-2, f"{rows} rows: fp8 off by {error}"
+
+    def same_everywhere(self, arrays: tuple[Any, ...]) -> None:
+        digest = b"".join(np.uint64(hash_of(array)).tobytes() for array in arrays)
+        assert len(set(self.rendezvous.exchange(digest))) == 1, "ranks have other bits"
+
+
+def hash_of(array: Any) -> int:
+    words = array.reshape(-1).view(cupy.uint8).astype(cupy.uint64)
+    return int((words * (cupy.arange(words.size, dtype=cupy.uint64) * 2654435761 + 12345)).sum().get())
+
+
+def relative(actual: Any, expected: Any) -> float:
+    actual, expected = actual.astype(cupy.float64), expected.astype(cupy.float64)
+    return float(cupy.linalg.norm(actual - expected) / cupy.linalg.norm(expected))
+
+
+def decode(codes: Any) -> Any:
+    import ml_dtypes
+
+    table = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    return cupy.asarray(table)[codes]
+
+
+def check_sizes(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+    exact = args.backend == "push"
+    for i, rows in enumerate(args.rows):
+        case = Case(ranks, rows, i * 31)
+        ranks.check(case, exact=exact)
+        plain, _, normed, _, codes, scale = ranks.reduce(case)
+        ranks.same_everywhere((plain, normed, codes, scale))
+    return {}
+
+
+def check_gather(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+    for rows, columns in ((1, 64), (1, 64128), (7, 24592), (64, 64128), (3, 16)):
+        rng = cupy.random.RandomState(rows)
+        parts = rng.standard_normal((ranks.world_size, rows, columns), dtype=cupy.float32)
+        out = cupy.full((rows, ranks.world_size * columns), cupy.nan, cupy.float32)
+        mine = cupy.ascontiguousarray(parts[ranks.rank])
+        for _ in range(3):
+            ranks.call(ALL_GATHER, tvm_ffi.from_dlpack(mine), tvm_ffi.from_dlpack(out))
+        assert bool((out == parts.transpose(1, 0, 2).reshape(rows, -1)).all()), f"{rows} x {columns} differs"
+    return {}
+
+
+def check_soak(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+    """Thousands of calls of changing size with ranks out of step, checked on the device, hashes compared at the end."""
+    rng = np.random.default_rng(5)  # the same on all ranks
+    delays = np.random.default_rng(ranks.rank)
+    wrong = cupy.zeros(1, cupy.int64)
+    sizes = [1, 2, 3, 4, 8, 16, 33, 64, 100, 130]
+    cases = {rows: [Case(ranks, rows, 40 * k) for k in range(4)] for rows in sizes}
+    digest = cupy.zeros(1, cupy.uint64)
+    for _ in range(args.iterations):
+        rows = sizes[rng.integers(len(sizes))]
+        case = cases[rows][rng.integers(4)]
+        if delays.random() < 0.02:
+            time.sleep(delays.random() * 2e-3)
+        plain, total, normed, _, codes, _ = ranks.reduce(case)
+        own = ranks.owns(rows)
+        wrong += (plain != case.sum).sum() + (total[own] != case.total[own]).sum()
+        digest = digest * cupy.uint64(31) + normed.sum(dtype=cupy.uint64) + codes.sum(dtype=cupy.uint64)
+    assert int(wrong[0]) == 0, f"{int(wrong[0])} elements differ"
+    assert len(set(ranks.rendezvous.exchange(bytes(digest.get().tobytes())))) == 1, "ranks have other bits"
+    return {"calls": 3 * args.iterations}
+
+
+def check_graph(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+    """Seven calls in a graph, an odd number against three buffers, replayed with eager calls between."""
+    case = Case(ranks, 5, 0)
+    weight = tvm_ffi.from_dlpack(ranks.weight)
+    x = tensor(cupy.ascontiguousarray(case.inputs[ranks.rank]), "bfloat16")
+    residual_bits = cupy.ascontiguousarray(case.residual)
+    residual, outs = tensor(residual_bits, "bfloat16"), []
+    for _ in range(7):
+        outs.append((cupy.zeros_like(residual_bits), cupy.zeros_like(residual_bits)))
+    tensors = [(tensor(total, "bfloat16"), tensor(normed, "bfloat16")) for total, normed in outs]
+    stream = cupy.cuda.get_current_stream()
+
+    def run() -> None:
+        for total, normed in tensors:
+            ranks.call(ALL_REDUCE_ADD_RMS_NORM, x, residual, weight, EPS, total, normed)
+
+    run()
+    stream.synchronize()
+    stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+    run()
+    graph = stream.end_capture()
+    own = ranks.owns(5)
+    for i in range(args.iterations):
+        for total, _ in outs:
+            total.fill(0xFFFF)
+        graph.launch(stream)
+        if i % 3 == 0:
+            ranks.check(case, exact=args.backend == "push")
+        if args.backend == "push":
+            for total, _ in outs:
+                assert bool((total[own] == case.total[own]).all()), f"replay {i} differs"
+    return {}
+
+
+def check_late(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+    """The last rank stays away from one call: the others give up by themselves and know whom they waited for."""
+    case = Case(ranks, 4, 0)
+    late = ranks.world_size - 1
+    started = time.monotonic()
+    if ranks.rank != late:
+        ranks.reduce(case)
+        cupy.cuda.get_current_stream().synchronize()
+    waited = time.monotonic() - started
+    word = np.zeros(1, np.int32)
+    cupy.cuda.runtime.memcpy(word.ctypes.data, ranks.group.late_address, 4, cupy.cuda.runtime.memcpyDeviceToHost)
+    ranks.rendezvous.exchange(b"seen")
+    return {"late": int(word[0]) - 1, "waited_s": waited}
+
+
+CHECKS = {
+    "sizes": check_sizes,
+    "gather": check_gather,
+    "soak": check_soak,
+    "graph": check_graph,
+    "late": check_late,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--world-size", type=int, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--device", type=int, required=True)
+    parser.add_argument("--kernels", required=True)
+    parser.add_argument("--backend", choices=["push", "nccl"], required=True)
+    parser.add_argument("--hidden", type=int, required=True)
+    parser.add_argument("--checks", nargs="+", choices=sorted(CHECKS), required=True)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1])
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--timeout", type=float, default=60.0)
+    args = parser.parse_args()
+    cupy.cuda.Device(args.device).use()
+    cupy.zeros(1)
+    module = tvm_ffi.load_module(args.kernels)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream, tvm_ffi.use_raw_stream(tvm_ffi.device("cuda", args.device), stream.ptr):
+        ranks = Ranks(args, module)
+        result: dict[str, Any] = {}
+        for check in args.checks:
+            result |= CHECKS[check](ranks, args)
+            stream.synchronize()
+        if "late" not in args.checks:
+            ranks.group.close()
+        ranks.rendezvous.close()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

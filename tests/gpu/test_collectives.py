@@ -1,0 +1,92 @@
+"""Collectives between GPUs: bit for bit the sum in rank order on all ranks, alone and fused, in graphs and out."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_devices import NUM_DEVICES
+
+SCRIPT = Path(__file__).parent / "collective_ranks.py"
+DEADLINE_S = 280
+ROWS = [1, 2, 3, 5, 8, 12, 16, 17, 31, 33, 64, 65, 100, 127, 128, 129, 200, 256, 511, 512, 513, 700]
+two_gpus = pytest.mark.gpu(count=2)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        port: int = bound.getsockname()[1]
+        return port
+
+
+def run_ranks(
+    library: Path, world_size: int, backend: str, hidden: int, arguments: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Run one process a rank; return what each printed. With fewer GPUs than ranks, ranks share them by turns."""
+    port = free_port()
+    ranks = []
+    for rank in range(world_size):
+        command = [sys.executable, str(SCRIPT), "--rank", str(rank), "--world-size", str(world_size)]
+        command += ["--port", str(port), "--device", str(rank % NUM_DEVICES), "--kernels", str(library)]
+        command += ["--backend", backend, "--hidden", str(hidden), *arguments]
+        ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    results, failures = [], []
+    try:
+        for rank, process in enumerate(ranks):
+            output, errors = process.communicate(timeout=DEADLINE_S)
+            if process.returncode != 0:
+                failures.append(f"rank {rank}: {errors[-2000:]}")
+            else:
+                results.append(json.loads(output.splitlines()[-1]))
+    finally:
+        for process in ranks:
+            process.kill()
+    assert not failures, "\n".join(failures)
+    return results
+
+
+def rows(sizes: Sequence[int]) -> list[str]:
+    return ["--rows", *map(str, sizes)]
+
+
+@two_gpus
+@pytest.mark.parametrize("hidden", [576, 4096, 8192])
+def test_sums_are_those_in_rank_order(kernel_library: Path, hidden: int) -> None:
+    run_ranks(kernel_library, 2, "push", hidden, ["--checks", "sizes", "gather", *rows(ROWS)])
+
+
+@two_gpus
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_more_ranks_than_gpus_by_turns(kernel_library: Path, world_size: int) -> None:
+    run_ranks(kernel_library, world_size, "push", 2048, ["--checks", "sizes", "gather", *rows([1, 8, 33, 130])])
+
+
+@two_gpus
+def test_nccl_gives_the_same_within_rounding(kernel_library: Path) -> None:
+    run_ranks(kernel_library, 2, "nccl", 4096, ["--checks", "sizes", "gather", "graph", *rows([1, 16, 129])])
+
+
+@two_gpus
+def test_ten_thousand_steps_of_ranks_out_of_step(kernel_library: Path) -> None:
+    results = run_ranks(kernel_library, 2, "push", 4096, ["--checks", "soak", "--iterations", "10000"])
+    assert results[0]["calls"] == 30_000
+
+
+@two_gpus
+def test_graphs_replay(kernel_library: Path) -> None:
+    run_ranks(kernel_library, 2, "push", 8192, ["--checks", "graph", "--iterations", "300"])
+
+
+@two_gpus
+def test_a_late_rank_is_named(kernel_library: Path) -> None:
+    results = run_ranks(kernel_library, 2, "push", 4096, ["--checks", "late", "--timeout", "1"])
+    assert results[0]["late"] == 1
+    assert 0.9 < results[0]["waited_s"] < 10
+    assert results[1]["late"] == -1

@@ -1,0 +1,115 @@
+"""A rank's place in its group of GPUs: which collectives the graph calls, and how a late rank shows.
+
+Nothing here runs within a step; kernels that wait in vain leave a word in device memory, which comes back with the
+step's results.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+import cupy
+import numpy as np
+
+from tpserve.collectives.nccl import NcclCommunicator
+from tpserve.collectives.push import PushCommunicator
+from tpserve.collectives.rendezvous import Rendezvous
+from tpserve.proto.rank import RankConfig
+from tpserve.worker.device_weights import pinned
+
+logger = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 600.0
+"""For the slowest rank to load its weights or to capture its graphs; the coordinator's own deadline is shorter or the
+same."""
+
+
+class DeviceGroup:
+    """The communicator of one rank, and its rendezvous.
+
+    Parameters
+    ----------
+    kernels
+        The artifact's kernel library.
+    hidden_size
+        Of the rows that are reduced.
+    door
+        Rank 0's, or None.
+    num_staging
+        Results that may be on their way at once.
+
+    Raises
+    ------
+    TimeoutError
+        If a rank does not come in time; names it.
+    RuntimeError
+        If collectives over peer memory were asked for and the GPUs cannot reach one another.
+    """
+
+    def __init__(
+        self, kernels: Any, config: RankConfig, hidden_size: int, door: socket.socket | None, num_staging: int
+    ) -> None:
+        self._rank = config.rank
+        self._timeout_s = config.collective_timeout_s
+        size = config.tp_size
+        self._rendezvous = Rendezvous(
+            config.rank, size, config.rendezvous, config.group_name, timeout_s=_START_TIMEOUT_S, door=door
+        )
+        self._communicator: PushCommunicator | NcclCommunicator
+        if config.collectives == "push" or (config.collectives == "auto" and self._can_map(config.device)):
+            self._communicator = PushCommunicator(
+                kernels, self._rendezvous, config.rank, size, hidden_size, timeout_s=config.collective_timeout_s
+            )
+            self._late_address = self._communicator.late_address
+        else:
+            if config.collectives == "auto":
+                logger.warning("ranks cannot map each other's memory: collectives go by NCCL, which is slower")
+            self._communicator = NcclCommunicator(kernels, self._rendezvous, config.rank, size)
+            self._late_address = 0
+        self._communicator.register()
+        self._late = [pinned(1, np.int32) for _ in range(num_staging)]
+
+    def meet(self, what: str) -> None:
+        """Wait until every rank has come as far.
+
+        Raises
+        ------
+        RuntimeError
+            If ranks meet at different places.
+        """
+        words = self._rendezvous.exchange(what.encode())
+        if any(word != what.encode() for word in words):
+            raise RuntimeError(f"rank {self._rank} is at {what!r}, the group at {[word.decode() for word in words]}")
+
+    def fetch(self, staging: int, stream: Any) -> None:
+        """Queue the copy of the word that names a late rank."""
+        if self._late_address:
+            host = self._late[staging].ctypes.data
+            cupy.cuda.runtime.memcpyAsync(host, self._late_address, 4, cupy.cuda.runtime.memcpyDeviceToHost, stream.ptr)
+
+    def raise_if_late(self, staging: int) -> None:
+        """Look at a word that has come.
+
+        Raises
+        ------
+        TimeoutError
+            Naming the rank that a kernel waited for in vain.
+        """
+        late = int(self._late[staging][0])
+        if late:
+            raise TimeoutError(f"rank {self._rank} waited {self._timeout_s:g} s in a collective for rank {late - 1}")
+
+    def close(self) -> None:
+        """Leave, when all ranks do."""
+        self._communicator.close()
+        self._rendezvous.close()
+
+    def _can_map(self, device: int | None) -> bool:
+        """Tell whether all ranks are on one host, on GPUs that reach each other's memory; all ranks get one answer."""
+        facts = self._rendezvous.exchange(f"{socket.gethostname()} {device}".encode())
+        hosts = {fact.split()[0] for fact in facts}
+        peers = {int(fact.split()[1]) for fact in facts} - {device}
+        reach = len(hosts) == 1 and all(cupy.cuda.runtime.deviceCanAccessPeer(device, peer) for peer in peers)
+        return all(answer == b"yes" for answer in self._rendezvous.exchange(b"yes" if reach else b"no"))
