@@ -13,7 +13,6 @@ from server import Server
 
 CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
 CONFIG = """
-[project]
 [[operations]]
 include-path = "/v1/models/{name}"
 parameters = { name = "demo" }
