@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 import cupy
@@ -47,6 +48,8 @@ class _CapturedStep:
         self.tensors = [tvm_ffi.from_dlpack(part) for part in parts]
         """token_ids, positions, token_slots, sample_rows, sample_slots, sample_positions."""
         self.plan: Any = None
+        self.hidden: Any = None
+        """Of the captured run: (R, hidden_size) bfloat16, written by every replay."""
 
 
 class PendingStep:
@@ -60,8 +63,10 @@ class PendingStep:
         slots: Array | None = None,
         num_tokens: int = 0,
         bucket: Bucket | None = None,
+        hidden: dict[int, Array] | None = None,
     ) -> None:
-        """Note what was queued; without slots nothing was."""
+        """Note what was queued; without slots nothing was. `hidden` is by slot, of those that asked for their rows."""
+        self.hidden = hidden or {}
         self.plan = plan
         self.slots = slots
         self.staging = staging
@@ -144,6 +149,8 @@ class DeviceRunner:
         self._events = [cupy.cuda.Event(block=True, disable_timing=True) for _ in range(_NUM_STAGING)]
         self._next_staging = 0
         self._next_step_id: int | None = None
+        self._hidden_slots: set[int] = set()
+        """Slots whose sequence wants its hidden rows."""
         self._last_finish = time.perf_counter()
         if self._group is not None:
             self._group.meet("weights")  # a rank that is still loading must not look late to a kernel
@@ -178,7 +185,7 @@ class DeviceRunner:
         token_ids, positions, token_slots, sample_rows, sample_slots, sample_positions = step.tensors
         self._kernels["load_last_tokens"](token_slots, self._last_token, token_ids)
         self._kernels["attention_plan"](positions, token_slots, *self._heads, self._window, step.plan)
-        logits = self._step(
+        logits, step.hidden = self._step(
             token_ids,
             positions,
             token_slots,
@@ -215,6 +222,8 @@ class DeviceRunner:
                 self._update_pages(updates, staging)
             if plan.added_slots:
                 self._sampler.add(plan.added_slots, staging, self._stream)
+                for added in plan.added_slots:
+                    (self._hidden_slots.add if added.sampling.wants_hidden else self._hidden_slots.discard)(added.slot)
             if not len(arrays.token_ids):
                 return PendingStep(self, plan, staging)
             step = self._bucket_for(arrays)
@@ -226,10 +235,11 @@ class DeviceRunner:
             self._sampler.fetch(len(arrays.sample_slots), arrays.sample_slots, staging, self._stream)
             if self._group is not None:
                 self._group.fetch(staging, self._stream)
+            hidden = self._fetch_hidden(step, arrays) if self._hidden_slots else {}
             self._events[staging].record(self._stream)
         slots = arrays.sample_slots.copy()
         self._batch.commit(arrays, None)
-        return PendingStep(self, plan, staging, slots, len(arrays.token_ids), step.bucket)
+        return PendingStep(self, plan, staging, slots, len(arrays.token_ids), step.bucket, hidden)
 
     def finish(self, pending: PendingStep) -> StepResult:
         """Wait for a submitted step; see `PendingStep.wait`."""
@@ -245,6 +255,9 @@ class DeviceRunner:
         self._last_finish = now
         is_first = self._rank == 0  # only it carries tokens
         token_ids, logprobs = self._sampler.results(slots, pending.staging) if is_first else ((), {})
+        for slot, row in pending.hidden.items() if is_first else ():
+            # bfloat16 is the upper half of a float32.
+            logprobs[slot] = replace(logprobs[slot], hidden=(row.astype(np.uint32) << 16).tobytes())
         return StepResult(
             plan.step_id,
             self._rank,
@@ -263,6 +276,19 @@ class DeviceRunner:
         self._stream.synchronize()
         if self._group is not None:
             self._group.close()
+
+    def _fetch_hidden(self, step: _CapturedStep, arrays: StepArrays) -> dict[int, Array]:
+        """Queue copies of the hidden rows of slots that asked; rare, so each has memory of its own."""
+        rows: dict[int, Array] = {}
+        width = step.hidden.shape[1]
+        for row, slot in enumerate(arrays.sample_slots.tolist()):
+            if slot in self._hidden_slots:
+                host = rows[slot] = pinned(width, np.uint16)
+                source = step.hidden.data_ptr() + 2 * width * row
+                cupy.cuda.runtime.memcpyAsync(
+                    host.ctypes.data, source, host.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, self._stream.ptr
+                )
+        return rows
 
     def _plan_words(self, num_tokens: int) -> int:
         return int(self._kernels["attention_plan_size"](num_tokens, self._config.max_num_seqs))

@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from tpserve.coordinator.gateway import chat, completions, debug, responses, tokens
+from tpserve.coordinator.gateway import chat, completions, debug, embeddings, responses, tokens
 from tpserve.coordinator.gateway.edge import Edge
 from tpserve.coordinator.gateway.engine_types import EngineStatus
 from tpserve.coordinator.gateway.errors import FAULT_MESSAGE, ApiError, EngineUnavailable, InternalError, error_object
@@ -74,6 +74,10 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def text_completions(request: Request) -> Response:
         return await completions.create_completion(service, request)
+
+    @app.post("/v1/embeddings")
+    async def create_embeddings(request: Request) -> Response:
+        return await embeddings.create_embeddings(service, request)
 
     @app.post("/v1/responses")
     async def create_response(request: Request) -> Response:

@@ -19,6 +19,7 @@ from tpserve.coordinator.gateway.answers import (
     Tasks,
     Version,
 )
+from tpserve.coordinator.gateway.embeddings import EmbeddingsAnswer, EmbeddingsRequest
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
 from tpserve.coordinator.gateway.responses_wire import ResponseEvent, ResponseObject, ResponsesRequest
 from tpserve.coordinator.gateway.tokens import (
@@ -103,6 +104,7 @@ OPERATIONS = (
         _ENGINE,
         key=True,
     ),
+    Operation("/v1/embeddings", "post", "Embed texts", EmbeddingsAnswer, EmbeddingsRequest, errors=_ENGINE, key=True),
     Operation("/v1/models", "get", "List the names of the model", ModelList, errors=(401, 500, 503), key=True),
     Operation(
         "/v1/models/{name}",
