@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 TP ?= 2
 
-.PHONY: serve test lint types unit integration test-gpu goldens proto clean help
+.PHONY: serve observe test lint types unit integration test-gpu goldens proto clean help
 
 help:               ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -13,6 +13,10 @@ help:               ## list the targets
 serve: $(VENV)/.installed   ## serve the demo model with TP=2 workers on this machine
 	@model=$$($(BIN)/python deploy/fetch_demo_model.py) && \
 	  exec $(BIN)/tpserve serve "$$model" --tp $(TP) --port $(PORT) --max-num-seqs 8
+
+observe: $(VENV)/.installed   ## the same under a load, with a Prometheus that watches it (apt-get install prometheus)
+	@model=$$($(BIN)/python deploy/fetch_demo_model.py) && \
+	  exec $(BIN)/python deploy/observe.py "$$model" --tp $(TP) --port $(PORT)
 
 test: lint types unit integration   ## everything that needs no GPU
 

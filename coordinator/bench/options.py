@@ -98,6 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="='[NAME: ]ARGS'",
         help="more arguments for `tpserve serve`; each further one is a configuration more, '' is the plain server",
     )
+    add("--spec", metavar="K,..", help="draft lengths to compare; refused until `tpserve serve` speculates")
+    add("--draft-model", metavar="MODEL", help="as --spec")
     add("--prefix-cache", action="store_true", help="leave the started server's prefix cache on")
     add("--base-url", help="measure this running OpenAI endpoint and start nothing")
     add("--label", help="name of that endpoint in tables and the chart (default: its address)")
@@ -149,6 +151,12 @@ def parse(args: argparse.Namespace) -> Options:
     model = args.model_name or args.model
     if args.base_url is None and model is None:
         raise BenchError("give a MODEL to serve, or --base-url of a running endpoint")
+    for flag, value in (("--spec", args.spec), ("--draft-model", args.draft_model)):
+        if value is not None:
+            raise BenchError(
+                f"{flag} {value}: `tpserve serve` does not speculate yet, so there is nothing to compare: leave it "
+                "out, or measure a server that does with --base-url"
+            )
     if args.base_url is not None and (args.serve_args or args.quantization):
         raise BenchError("--serve-args and --quantization are for a server that is started, not for --base-url")
     if args.request_rate and args.concurrency:

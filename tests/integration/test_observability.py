@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -19,10 +21,11 @@ import yaml
 import prometheus
 from otlp_receiver import Receiver, Span, grpc_receiver
 from scripts import ROOT
-from server import MODEL_NAME, Server, until
+from server import MODEL_NAME, Server, free_port, until
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT_ID = "00f067aa0ba902b7"
+OPERATIONS_PORT = free_port()
 MIN_SAMPLES = 6
 """Scrapes before rates are asked for."""
 
@@ -39,6 +42,7 @@ def server(
 ) -> Iterator[Server]:
     flags = ["--tp", "2", "--load-format", "dummy", "--max-num-seqs", "8", "--log-format", "json", "--enable-debug"]
     flags += ["--metrics-compat", "vllm", "--otlp-traces-endpoint", receiver[1]]
+    flags += ["--operations-port", str(OPERATIONS_PORT)]
     folder = tmp_path_factory.mktemp("observed")
     with Server.running(tiny_folder, *flags, folder=folder, environ={"OTEL_BSP_SCHEDULE_DELAY": "200"}) as running:
         yield running
@@ -236,3 +240,35 @@ def test_the_compat_names_are_in_the_scrape_and_the_rules_file_is_yaml(server: S
     text = httpx.get(f"{server.url}/metrics", headers={"accept": "application/openmetrics-text"}).text
     assert "\nvllm:num_requests_running{" in text
     assert len(yaml.safe_load((ROOT / "deploy/prometheus/rules.yaml").read_text())["groups"]) == 3
+
+
+def probes(url: str) -> dict[str, int]:
+    """Return the status of every probe."""
+    return {name: httpx.get(f"{url}/health/{name}", timeout=10).status_code for name in ("startup", "ready", "live")}
+
+
+def test_a_stopped_rank_is_told_from_a_busy_and_a_dead_one(server: Server) -> None:
+    doors = (server.url, f"http://127.0.0.1:{OPERATIONS_PORT}")
+    fine = {"startup": 200, "ready": 200, "live": 200}
+    with load(server, concurrency=2):
+        time.sleep(1)
+        assert [probes(door) for door in doors] == [fine, fine], "busy is not ill"
+        rank = server.rank_pids()[1]
+        os.kill(rank, signal.SIGSTOP)
+        try:
+            ill = {**fine, "ready": 503}
+            until(lambda: [probes(door) for door in doors] == [ill, ill], within_s=20, what="stalled")
+            detail = httpx.get(f"{server.url}/health/ready").json()
+            assert detail["status"] == "stalled"
+            assert "no step has finished" in detail["detail"]
+            assert server.metric("engine_state{state=stalled}") == 1
+        finally:
+            os.kill(rank, signal.SIGCONT)
+        until(lambda: [probes(door) for door in doors] == [fine, fine], within_s=20, what="well again")
+    assert httpx.get(f"{server.url}/health/other").status_code == 404
+
+
+def test_the_coordinators_own_door_has_the_engines_metrics_alone(server: Server) -> None:
+    text = httpx.get(f"http://127.0.0.1:{OPERATIONS_PORT}/metrics").text
+    assert "tpserve_generation_tokens_total{" in text
+    assert "tpserve_http_" not in text

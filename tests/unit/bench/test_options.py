@@ -93,6 +93,8 @@ def test_a_trace_brings_its_own_times(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ((), "give a MODEL"),
+        (("m", "--spec", "4"), "--spec 4: .* does not speculate"),
+        (("m", "--draft-model", "d"), "--draft-model d: .* does not speculate"),
         (("--base-url", "http://x", "--serve-args=--y"), "not for --base-url"),
         (("m", "--concurrency", "1", "--request-rate", "1"), "not both"),
         (("m", "--dataset", "sharegpt"), "needs --dataset-path"),

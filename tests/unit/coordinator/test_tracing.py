@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 
 import pytest
 
@@ -63,3 +64,14 @@ def test_an_unknown_protocol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json")
     with pytest.raises(TracingUnavailable, match="http/json"):
         Tracing("http://127.0.0.1:1", "gateway")
+
+
+def test_a_receiver_that_is_gone_does_not_hold_up_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    with grpc_receiver() as (_, endpoint):
+        pass  # nobody listens there any more
+    tracing = Tracing(endpoint, "gateway")
+    tracing.tracer.start_span("lost").end()
+    begin = time.perf_counter()
+    tracing.shutdown(timeout_s=0.3)
+    assert time.perf_counter() - begin < 2
+    assert "did not take the last spans within 0.3 s" in caplog.text

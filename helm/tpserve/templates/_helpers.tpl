@@ -1,0 +1,372 @@
+{{- define "tpserve.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "tpserve.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else if contains (include "tpserve.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "tpserve.name" .) | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tpserve.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{ include "tpserve.selector" . }}
+{{- end -}}
+
+{{- define "tpserve.selector" -}}
+app.kubernetes.io/name: {{ include "tpserve.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{/* Which pods answer HTTP. */}}
+{{- define "tpserve.httpComponent" -}}
+{{- ternary "gateway" "engine" .Values.gateway.separate -}}
+{{- end -}}
+
+{{- define "tpserve.image" -}}
+{{- if .Values.image.digest -}}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tpserve.compileImage" -}}
+{{- $image := .Values.compile.image -}}
+{{- if $image.repository -}}
+{{- printf "%s:%s" $image.repository ($image.tag | default .Chart.AppVersion) -}}
+{{- else -}}
+{{- include "tpserve.image" . -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tpserve.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- .Values.serviceAccount.name | default (include "tpserve.fullname" .) -}}
+{{- else -}}
+{{- .Values.serviceAccount.name | default "default" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tpserve.modelClaim" -}}
+{{- .Values.model.volume.existingClaim | default (printf "%s-models" (include "tpserve.fullname" .)) -}}
+{{- end -}}
+
+{{- define "tpserve.cacheClaim" -}}
+{{- .Values.cache.existingClaim | default (printf "%s-cache" (include "tpserve.fullname" .)) -}}
+{{- end -}}
+
+{{- define "tpserve.hasKeys" -}}
+{{- if or .Values.apiKeys.existingSecret .Values.apiKeys.keys -}}yes{{- end -}}
+{{- end -}}
+
+{{- define "tpserve.keySecret" -}}
+{{- .Values.apiKeys.existingSecret | default (printf "%s-api-keys" (include "tpserve.fullname" .)) -}}
+{{- end -}}
+
+{{/* Longer than what the pod may take to end: not receiving traffic any more, draining, ending ranks and Ray. */}}
+{{- define "tpserve.grace" -}}
+{{- add .Values.shutdown.preStopSeconds .Values.shutdown.drainSeconds 30 -}}
+{{- end -}}
+
+{{/* Flags that decide the compiled library: the compile Job and the engine must agree on them. */}}
+{{- define "tpserve.libraryArgs" -}}
+- --quantization={{ .Values.engine.quantization }}
+- --max-num-seqs={{ .Values.engine.maxNumSeqs }}
+- --max-num-batched-tokens={{ .Values.engine.maxNumBatchedTokens }}
+{{- with .Values.engine.maxModelLen }}
+- --max-model-len={{ . }}
+{{- end }}
+{{- end -}}
+
+{{- define "tpserve.serveArgs" -}}
+{{- $v := .Values -}}
+- serve
+- {{ $v.model.path }}
+- --tp={{ $v.engine.tensorParallelSize }}
+- --device={{ $v.engine.device }}
+- --mode={{ $v.engine.mode }}
+{{ include "tpserve.libraryArgs" . }}
+- --max-num-queued-reqs={{ $v.engine.maxNumQueuedRequests }}
+- --step-timeout={{ $v.engine.stepTimeoutSeconds }}
+- --drain-timeout={{ $v.shutdown.drainSeconds }}
+- --log-format={{ $v.logFormat }}
+- --metrics-compat={{ $v.metrics.compat }}
+- --jit-policy={{ ternary "READONLY" "ON" $v.compile.enabled }}
+{{- if $v.model.offline }}
+- --download-cache-policy=READONLY
+{{- end }}
+{{- if $v.model.servedNames }}
+- --served-model-name
+{{- range $v.model.servedNames }}
+- {{ . | quote }}
+{{- end }}
+{{- end }}
+{{- if $v.gateway.separate }}
+- --no-gateway
+- --engine-host=0.0.0.0
+- --engine-port={{ $v.ports.engine }}
+- --operations-port={{ $v.ports.operations }}
+{{- else }}
+- --host=0.0.0.0
+- --port={{ $v.ports.http }}
+{{- if include "tpserve.hasKeys" . }}
+- --api-key-file=/etc/tpserve/keys/{{ $v.apiKeys.key }}
+{{- end }}
+{{- if $v.gateway.allowOrigins }}
+- --allow-origins
+{{- range $v.gateway.allowOrigins }}
+- {{ . | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- with $v.tracing.otlpEndpoint }}
+- --otlp-traces-endpoint={{ . }}
+{{- end }}
+{{- if $v.enableDebug }}
+- --enable-debug
+{{- end }}
+{{- if eq $v.engine.ray.mode "kuberay" }}
+- --ray-address=auto
+{{- end }}
+{{- with $v.engine.extraArgs }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "tpserve.env" -}}
+- {name: TPSERVE_HOME, value: /cache}
+- {name: HOME, value: /tmp}
+{{- if .Values.model.offline }}
+- {name: HF_HUB_OFFLINE, value: "1"}
+{{- end }}
+{{- with .Values.model.hubTokenSecret }}
+{{- if .name }}
+- name: HF_TOKEN
+  valueFrom: {secretKeyRef: {name: {{ .name }}, key: {{ .key }}}}
+{{- end }}
+{{- end }}
+{{- if .Values.tracing.otlpEndpoint }}
+- {name: OTEL_EXPORTER_OTLP_TRACES_PROTOCOL, value: {{ .Values.tracing.protocol | quote }}}
+{{- end }}
+{{- end -}}
+
+{{/* Probes of a container whose HTTP port is named by .port. */}}
+{{- define "tpserve.probes" -}}
+startupProbe:
+  httpGet: {path: /health/startup, port: {{ .port }}}
+  periodSeconds: 5
+  timeoutSeconds: 3
+  failureThreshold: {{ div (add .budget 4) 5 }}
+readinessProbe:
+  httpGet: {path: /health/ready, port: {{ .port }}}
+  periodSeconds: 2
+  timeoutSeconds: 2
+  failureThreshold: 2
+livenessProbe:
+  httpGet: {path: /health/live, port: {{ .port }}}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+{{- end -}}
+
+{{/* The pod of an engine, without its metadata. */}}
+{{- define "tpserve.enginePodSpec" -}}
+{{- $v := .Values -}}
+serviceAccountName: {{ include "tpserve.serviceAccount" . }}
+automountServiceAccountToken: false
+{{- with $v.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  {{- toYaml $v.podSecurityContext | nindent 2 }}
+terminationGracePeriodSeconds: {{ include "tpserve.grace" . }}
+{{- with $v.engine.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $v.engine.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- with $v.engine.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $v.engine.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $v.engine.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if $v.compile.enabled }}
+initContainers:
+  # Until the Job has filled the cache; the engine itself compiles nothing.
+  - name: library
+    image: {{ include "tpserve.image" . | quote }}
+    imagePullPolicy: {{ $v.image.pullPolicy }}
+    command: [timeout, {{ $v.compile.activeDeadlineSeconds | quote }}, sh, -c]
+    args:
+      - until tpserve "$@" --jit-policy=READONLY; do sleep 5; done
+      - sh
+      {{- include "tpserve.compileArgs" (dict "root" . "size" $v.engine.tensorParallelSize) | nindent 6 }}
+    env:
+      {{- include "tpserve.env" . | nindent 6 }}
+    resources:
+      {{- toYaml $v.compile.resources | nindent 6 }}
+    securityContext:
+      {{- toYaml $v.securityContext | nindent 6 }}
+    volumeMounts:
+      - {name: models, mountPath: /models, readOnly: true}
+      - {name: cache, mountPath: /cache}
+      - {name: tmp, mountPath: /tmp}
+{{- end }}
+containers:
+  - name: engine
+    image: {{ include "tpserve.image" . | quote }}
+    imagePullPolicy: {{ $v.image.pullPolicy }}
+    {{- if eq $v.engine.ray.mode "kuberay" }}
+    # KubeRay says how this pod's Ray is started; the engine joins it and is the process that gets SIGTERM.
+    command: [/bin/bash, -c]
+    args:
+      - |
+        ulimit -n 65536 || true
+        $KUBERAY_GEN_RAY_START_CMD &
+        for _ in $(seq 60); do ray health-check && break; sleep 1; done
+        exec tpserve "$@"
+      - tpserve
+      {{- include "tpserve.serveArgs" . | nindent 6 }}
+    {{- else }}
+    command: [tpserve]
+    args:
+      {{- include "tpserve.serveArgs" . | nindent 6 }}
+    {{- end }}
+    env:
+      {{- include "tpserve.env" . | nindent 6 }}
+      {{- with $v.engine.extraEnv }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+    ports:
+      {{- if $v.gateway.separate }}
+      - {name: grpc, containerPort: {{ $v.ports.engine }}}
+      - {name: operations, containerPort: {{ $v.ports.operations }}}
+      {{- else }}
+      - {name: http, containerPort: {{ $v.ports.http }}}
+      {{- end }}
+      {{- if eq $v.engine.ray.mode "kuberay" }}
+      - {name: gcs-server, containerPort: 6379}
+      {{- end }}
+    {{- $port := ternary "operations" "http" $v.gateway.separate }}
+    {{- include "tpserve.probes" (dict "port" $port "budget" $v.startup.budgetSeconds) | nindent 4 }}
+    lifecycle:
+      # Endpoints forget the pod before it stops taking requests.
+      preStop: {exec: {command: [sleep, {{ $v.shutdown.preStopSeconds | quote }}]}}
+    resources:
+      requests:
+        {{- toYaml $v.engine.resources.requests | nindent 8 }}
+        {{- if eq $v.engine.device "cuda" }}
+        {{ $v.engine.gpuResource }}: {{ $v.engine.tensorParallelSize }}
+        {{- end }}
+      limits:
+        {{- toYaml $v.engine.resources.limits | nindent 8 }}
+        {{- if eq $v.engine.device "cuda" }}
+        {{ $v.engine.gpuResource }}: {{ $v.engine.tensorParallelSize }}
+        {{- end }}
+    securityContext:
+      {{- toYaml $v.securityContext | nindent 6 }}
+    volumeMounts:
+      - {name: models, mountPath: /models, readOnly: true}
+      - {name: cache, mountPath: /cache}
+      - {name: tmp, mountPath: /tmp}
+      - {name: shm, mountPath: /dev/shm}
+      {{- if and (include "tpserve.hasKeys" .) (not $v.gateway.separate) }}
+      - {name: keys, mountPath: /etc/tpserve/keys, readOnly: true}
+      {{- end }}
+volumes:
+  - name: models
+    persistentVolumeClaim: {claimName: {{ include "tpserve.modelClaim" . }}, readOnly: true}
+  - name: cache
+    persistentVolumeClaim: {claimName: {{ include "tpserve.cacheClaim" . }}}
+  - name: tmp
+    emptyDir: {sizeLimit: {{ $v.engine.tmpSize }}}
+  - name: shm
+    emptyDir: {medium: Memory, sizeLimit: {{ $v.engine.shmSize }}}
+  {{- if and (include "tpserve.hasKeys" .) (not $v.gateway.separate) }}
+  - name: keys
+    secret: {secretName: {{ include "tpserve.keySecret" . }}, defaultMode: 0440}
+  {{- end }}
+{{- end -}}
+
+{{/* What cannot go together; the schema checks the single values. */}}
+{{- define "tpserve.validate" -}}
+{{- $v := .Values -}}
+{{- if and $v.gateway.separate (ne (int $v.engine.replicas) 1) -}}
+{{- fail "gateway.separate with engine.replicas > 1: a gateway talks to one engine; leave gateway.separate false for several replicas" -}}
+{{- end -}}
+{{- if and $v.gateway.separate (hasPrefix "HF://" $v.model.path) -}}
+{{- fail (printf "gateway.separate with model.path %s: gateways read the tokenizer from the model volume; give a folder under /models" $v.model.path) -}}
+{{- end -}}
+{{- if and $v.autoscaling.keda.enabled $v.autoscaling.hpa.enabled -}}
+{{- fail "autoscaling.keda and autoscaling.hpa are both enabled: KEDA makes an HPA of its own; choose one" -}}
+{{- end -}}
+{{- if and $v.autoscaling.keda.enabled (or $v.gateway.separate (eq $v.engine.ray.mode "kuberay")) -}}
+{{- fail "autoscaling.keda scales whole replicas: it needs gateway.separate false and engine.ray.mode local" -}}
+{{- end -}}
+{{- if and $v.autoscaling.hpa.enabled (eq $v.engine.ray.mode "kuberay") (not $v.gateway.separate) -}}
+{{- fail "autoscaling.hpa cannot scale a RayCluster: use engine.ray.mode local, or gateway.separate to scale gateways" -}}
+{{- end -}}
+{{- if and (eq $v.engine.ray.mode "kuberay") (ne (int $v.engine.replicas) 1) -}}
+{{- fail "engine.ray.mode kuberay with engine.replicas > 1: a RayCluster is one replica; install the chart once for each" -}}
+{{- end -}}
+{{- if and $v.inferencePool.enabled (not $v.inferencePool.endpointPicker.name) -}}
+{{- fail "inferencePool.enabled needs inferencePool.endpointPicker.name, the Service of the endpoint picker" -}}
+{{- end -}}
+{{- if and $v.inferencePool.enabled $v.gateway.separate -}}
+{{- fail "inferencePool picks engine pods, which answer HTTP only with gateway.separate false" -}}
+{{- end -}}
+{{- if and $v.httpRoute.enabled (not $v.httpRoute.parentRefs) -}}
+{{- fail "httpRoute.enabled needs httpRoute.parentRefs, the Gateway to attach to" -}}
+{{- end -}}
+{{- if and $v.ingress.enabled (not $v.ingress.hosts) -}}
+{{- fail "ingress.enabled needs ingress.hosts" -}}
+{{- end -}}
+{{- if and $v.compile.enabled (hasPrefix "HF://" $v.model.path) $v.model.offline -}}
+{{- fail "model.offline with an HF:// model: nothing would be downloaded; put the folder on the model volume" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tpserve.compileArgs" -}}
+- compile
+- {{ .root.Values.model.path }}
+- --tp={{ .size }}
+- --device={{ ternary "cuda:sm_90a" "cpu" (eq .root.Values.engine.device "cuda") }}
+{{ include "tpserve.libraryArgs" .root }}
+{{- end -}}
+
+{{/* One container of the compile Job. */}}
+{{- define "tpserve.compileContainer" -}}
+- name: tp{{ .size }}
+  image: {{ include "tpserve.compileImage" .root | quote }}
+  imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+  command: [tpserve]
+  args:
+    {{- include "tpserve.compileArgs" . | nindent 4 }}
+    - --jit-policy=ON
+  env:
+    {{- include "tpserve.env" .root | nindent 4 }}
+  resources:
+    {{- toYaml .root.Values.compile.resources | nindent 4 }}
+  securityContext:
+    {{- toYaml .root.Values.securityContext | nindent 4 }}
+  volumeMounts:
+    - {name: models, mountPath: /models, readOnly: true}
+    - {name: cache, mountPath: /cache}
+    - {name: tmp, mountPath: /tmp}
+{{- end -}}

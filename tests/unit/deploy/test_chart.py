@@ -1,0 +1,375 @@
+"""The chart, rendered by the real helm for every example: valid, safe, and of one mind with the code."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from starlette.routing import Route
+
+import helm
+from scripts import ROOT, load_script
+from tpserve.compile.__main__ import add_compile_arguments
+from tpserve.coordinator.gateway.config import GatewayConfig
+from tpserve.coordinator.health import PROBES
+from tpserve.coordinator.metrics import Metrics
+from tpserve.coordinator.metrics_catalogue import sample_names
+from tpserve.coordinator.operations import make_app
+from tpserve.coordinator.serve import add_arguments
+
+NAMES = [path.stem for path in helm.EXAMPLES]
+KUBERNETES_VERSIONS = ("1.31", "1.34", "1.37")
+CUSTOM_GROUPS = ("ray.io", "monitoring.coreos.com", "keda.sh", "gateway.networking.k8s.io", "inference.networking")
+STOP_MARGIN_S = 20
+"""Ranks and Ray end after the drain."""
+
+each_example = pytest.mark.parametrize("example", NAMES)
+
+
+def of_kind(example: str, *kinds: str) -> list[dict[str, Any]]:
+    return [document for document in helm.render(example) if document["kind"] in kinds]
+
+
+def pods(example: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield (labels, spec) of every pod that an example starts."""
+    for document in helm.render(example):
+        match document["kind"]:
+            case "Deployment" | "Job":
+                template = document["spec"]["template"]
+            case "RayCluster":
+                template = document["spec"]["headGroupSpec"]["template"]
+            case _:
+                continue
+        yield template["metadata"]["labels"], template["spec"]
+
+
+def containers(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*spec.get("initContainers", []), *spec["containers"]]
+
+
+def serve_arguments(container: dict[str, Any]) -> list[str]:
+    args: list[str] = container["args"]
+    return args[args.index("serve") :]
+
+
+def engines(example: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return (pod spec, container) of the engine."""
+    return [(spec, one) for _, spec in pods(example) for one in spec["containers"] if one["name"] == "engine"]
+
+
+@each_example
+def test_helm_lint_is_content(example: str) -> None:
+    values = str(helm.CHART / "examples" / f"{example}.yaml")
+    done = helm.run("lint", "--strict", str(helm.CHART), "--values", values)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+@each_example
+def test_kubernetes_knows_every_field(example: str, version: str) -> None:
+    for document in helm.render(example):
+        if not document["apiVersion"].startswith(CUSTOM_GROUPS):
+            kubernetes_validate.validate(copy.deepcopy(document), version, strict=True)
+
+
+def strict(schema: Any) -> Any:
+    """Return an OpenAPI schema of a CRD as JSON schema that refuses unknown fields, as the API server does."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {name: strict(value) for name, value in schema.items() if not name.startswith("x-") and name != "format"}
+    if "(?i)" in str(found.get("pattern", "")):  # Go takes it anywhere, Python at the begin
+        found["pattern"] = "(?i)" + found["pattern"].replace("(?i)", "")
+    if schema.get("x-kubernetes-int-or-string"):
+        found = {"type": ["integer", "string"]}
+    elif isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        found.setdefault("additionalProperties", False)
+    return found
+
+
+@each_example
+def test_operators_know_every_field_of_their_objects(example: str) -> None:
+    folder = os.environ.get("TPSERVE_CRDS")
+    if folder is None:
+        pytest.skip("set TPSERVE_CRDS to a folder with the CRDs' YAML of the operators")
+    schemas = {}
+    for path in Path(folder).glob("*.yaml"):
+        for crd in yaml.safe_load_all(path.read_text()):
+            for version in crd["spec"]["versions"] if crd else []:
+                key = (f"{crd['spec']['group']}/{version['name']}", crd["spec"]["names"]["kind"])
+                schemas[key] = strict(version["schema"]["openAPIV3Schema"])
+    for document in helm.render(example):
+        if document["apiVersion"].startswith(CUSTOM_GROUPS):
+            schema = schemas[document["apiVersion"], document["kind"]]
+            schema["properties"]["metadata"] = {"type": "object"}
+            jsonschema.validate(document, schema)
+
+
+# ---- of one mind with the code
+
+
+class _Refused(Exception):
+    pass
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise _Refused(message)
+
+
+@each_example
+def test_the_flags_are_those_of_tpserve(example: str) -> None:
+    parser = _Parser()
+    add_arguments(parser)
+    ((_, container),) = engines(example)
+    args = parser.parse_args(serve_arguments(container)[1:])
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    if args.no_gateway:
+        assert (args.engine_host, args.engine_port, args.operations_port) == (
+            "0.0.0.0",
+            ports["grpc"],
+            ports["operations"],
+        )
+    else:
+        assert (args.host, args.port) == ("0.0.0.0", ports["http"])
+        assert args.engine_host == "127.0.0.1"  # whoever reaches that port needs no key
+
+
+@each_example
+def test_the_gateways_configuration_is_the_codes(example: str) -> None:
+    for labels, spec in pods(example):
+        for container in spec["containers"]:
+            if container["name"] != "gateway":
+                continue
+            assert container["command"] == ["python", "-m", "tpserve.coordinator.gateway"]
+            config = GatewayConfig.from_json(container["args"][0])
+            assert config.port == container["ports"][0]["containerPort"]
+            host, _, port = config.engine_address.partition(":")
+            (service,) = (one for one in of_kind(example, "Service") if one["metadata"]["name"] == host)
+            assert int(port) in [item["port"] for item in service["spec"]["ports"]]
+            assert labels["app.kubernetes.io/component"] == "gateway"
+            ((_, engine),) = engines(example)
+            mount = next(one for one in container["volumeMounts"] if one["name"] == "models")
+            assert config.model_dir.startswith(mount["mountPath"])
+            assert config.model_dir == serve_arguments(engine)[1]
+
+
+@each_example
+def test_the_job_compiles_what_the_engine_loads(example: str) -> None:
+    jobs = of_kind(example, "Job")
+    if not jobs:
+        return
+    serve, compiler = _Parser(), _Parser()
+    add_arguments(serve)
+    add_compile_arguments(compiler)
+    ((engine_spec, engine),) = engines(example)
+    served = serve.parse_args(serve_arguments(engine)[1:])
+    assert served.jit_policy == "READONLY"
+    spec = jobs[0]["spec"]["template"]["spec"]
+    compiled = [compiler.parse_args(container["args"][1:]) for container in containers(spec)]
+    (waits,) = engine_spec["initContainers"]
+    awaited = compiler.parse_args([*waits["args"][3:], "--jit-policy=READONLY"])
+    for one in [*compiled, awaited]:
+        for name in ("model", "quantization", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            assert getattr(one, name) == getattr(served, name), name
+    assert served.tp in [one.tp for one in compiled]
+    assert awaited.tp == served.tp
+    assert {one.device for one in compiled} == {awaited.device}
+
+
+def gateway_routes() -> set[str]:
+    """Return the paths that the gateway's app declares, from its source: building it needs a model."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / "coordinator/gateway/app.py").read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "post"):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                found.add(str(node.args[0].value))
+    return found
+
+
+@each_example
+def test_probes_and_scrapes_go_to_routes_and_ports_that_exist(example: str) -> None:
+    operations = {route.path for route in make_app(None, Metrics("m")).routes if isinstance(route, Route)}  # type: ignore[arg-type]  # not asked
+    for _, spec in pods(example):
+        for container in spec["containers"]:
+            ports = {port["name"] for port in container.get("ports", [])}
+            for name in ("startup", "readiness", "liveness"):
+                if f"{name}Probe" not in container:
+                    assert spec["restartPolicy"] == "Never"
+                    continue
+                get = container[f"{name}Probe"]["httpGet"]
+                assert get["port"] in ports
+                routes = operations if get["port"] == "operations" else gateway_routes()
+                assert "/health/{probe}" in routes
+                assert get["path"].removeprefix("/health/") in PROBES
+    for service in of_kind(example, "Service"):
+        backends = [
+            one
+            for labels, spec in pods(example)
+            if service["spec"]["selector"].items() <= labels.items()
+            for one in spec["containers"]
+        ]
+        assert backends, f"{service['metadata']['name']} selects no pod"
+        named = {port["name"] for one in backends for port in one["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= named
+    for monitor in of_kind(example, "PodMonitor", "ServiceMonitor"):
+        selector = monitor["spec"]["selector"]["matchLabels"]
+        endpoints = monitor["spec"].get("podMetricsEndpoints") or monitor["spec"]["endpoints"]
+        assert [one["path"] for one in endpoints] == ["/metrics"]
+        assert "/metrics" in operations & gateway_routes()
+        if monitor["kind"] == "PodMonitor":
+            named = {
+                port["name"]
+                for labels, spec in pods(example)
+                if selector.items() <= labels.items()
+                for one in spec["containers"]
+                for port in one["ports"]
+            }
+        else:
+            named = {
+                port["name"]
+                for service in of_kind(example, "Service")
+                if selector.items() <= service["metadata"]["labels"].items()
+                for port in service["spec"]["ports"]
+            }
+        assert {one["port"] for one in endpoints} <= named
+
+
+@each_example
+def test_scaling_reads_metrics_that_exist(example: str) -> None:
+    for document in of_kind(example, "ScaledObject", "HorizontalPodAutoscaler"):
+        for name in re.findall(r"tpserve_\w+", json.dumps(document["spec"])):
+            assert name in sample_names()
+        target = document["spec"]["scaleTargetRef"]
+        (deployment,) = (one for one in of_kind(example, "Deployment") if one["metadata"]["name"] == target["name"])
+        assert "replicas" not in deployment["spec"], "the scaler and helm would fight over it"
+
+
+def test_the_charts_files_are_those_of_the_repository() -> None:
+    for path, text in load_script("helm/make_files.py").files().items():
+        assert path.read_text() == text, f"{path.name}: run helm/make_files.py"
+
+
+# ---- right by default
+
+
+@each_example
+def test_gpus_shared_memory_and_time_fit_the_degree(example: str) -> None:
+    ((spec, container),) = engines(example)
+    args = serve_arguments(container)
+    (tp,) = (int(arg.removeprefix("--tp=")) for arg in args if arg.startswith("--tp="))
+    gpus = container["resources"]["limits"].get("nvidia.com/gpu")
+    assert gpus == (None if "--device=cpu" in args else tp)
+    assert gpus == container["resources"]["requests"].get("nvidia.com/gpu")
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    assert volumes[mounts["/tmp"]]["emptyDir"]["sizeLimit"]
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 1800
+
+
+@each_example
+def test_the_grace_outlasts_the_drain(example: str) -> None:
+    for _, spec in pods(example):
+        for container in spec["containers"]:
+            if "lifecycle" not in container:
+                assert spec["restartPolicy"] == "Never"
+                continue
+            sleep_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+            if container["name"] == "gateway":
+                drain_s = GatewayConfig.from_json(container["args"][0]).drain_timeout_s
+            else:
+                args = serve_arguments(container)
+                (drain_s,) = (float(a.partition("=")[2]) for a in args if a.startswith("--drain-timeout="))
+            assert spec["terminationGracePeriodSeconds"] >= sleep_s + drain_s + STOP_MARGIN_S
+
+
+@each_example
+def test_pods_are_unprivileged_and_their_root_is_read_only(example: str) -> None:
+    for _, spec in pods(example):
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in containers(spec):
+            context = container["securityContext"]
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert container["resources"]["requests"]
+            assert container["resources"]["limits"]["memory"]
+            # What the process writes to is mounted: its cache, its temporary files, nothing else.
+            writable = {one["mountPath"] for one in container["volumeMounts"] if not one.get("readOnly")}
+            assert writable <= {"/cache", "/tmp", "/dev/shm"}
+
+
+def test_secrets_are_in_no_argument_and_no_environment() -> None:
+    text = json.dumps([spec for _, spec in pods("ingress-tls")])
+    (secret,) = of_kind("ingress-tls", "Secret")
+    (keys,) = secret["stringData"].values()
+    assert keys.split() == ["replace-me-by-an-existing-secret"]
+    assert keys.strip() not in text
+    assert "/etc/tpserve/keys/api-keys" in text
+
+
+def test_only_gateways_reach_the_engines_port() -> None:
+    policies = {one["metadata"]["name"]: one["spec"] for one in of_kind("ingress-tls", "NetworkPolicy")}
+    grpc, operations = policies["r-tpserve-engine"]["ingress"]
+    assert grpc["ports"] == [{"port": "grpc", "protocol": "TCP"}]
+    assert grpc["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "gateway"
+    assert operations["from"][0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "monitoring"}
+
+
+def test_nothing_is_downloaded_where_nothing_can_be() -> None:
+    ((_, container),) = engines("air-gapped")
+    assert {"name": "HF_HUB_OFFLINE", "value": "1"} in container["env"]
+    (egress,) = (one for one in of_kind("air-gapped", "NetworkPolicy") if one["spec"]["policyTypes"] == ["Egress"])
+    assert 443 not in [port["port"] for rule in egress["spec"]["egress"] for port in rule.get("ports", [])]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--set", "engine.tensorParallelSize=3"), "must be one of 1, 2, 4, 8"),
+        (("--set", "engine.tp=4"), "'tp' not allowed"),
+        (("--set", "gateway.separate=true,engine.replicas=2"), "engine.replicas"),
+        (("--set", "gateway.separate=true,model.path=HF://a/b"), "HF://a/b"),
+        (("--set", "autoscaling.keda.enabled=true,autoscaling.hpa.enabled=true"), "choose one"),
+        (("--set", "autoscaling.keda.enabled=true,gateway.separate=true"), "gateway.separate"),
+        (("--set", "engine.ray.mode=kuberay,engine.replicas=2"), "RayCluster"),
+        (("--set", "inferencePool.enabled=true"), "endpointPicker.name"),
+        (("--set", "httpRoute.enabled=true"), "parentRefs"),
+        (("--set", "ingress.enabled=true"), "ingress.hosts"),
+        (("--set", "tracing.otlpEndpoint=collector"), "otlpEndpoint"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_with_the_remedy(flags: tuple[str, ...], words: str) -> None:
+    assert words in helm.refusal(*flags)
+
+
+def test_the_rules_of_the_chart_pass_promtool(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed: apt-get install prometheus")
+    (rule,) = of_kind("tp1", "PrometheusRule")
+    path = tmp_path / "rules.yaml"
+    path.write_text(yaml.safe_dump(rule["spec"]))
+    done = subprocess.run([promtool, "check", "rules", path], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert rule["spec"] == yaml.safe_load((ROOT / "deploy/prometheus/rules.yaml").read_text())
+    boards = {name for one in of_kind("tp1", "ConfigMap") for name in one["data"]}
+    assert boards == {path.name for path in (ROOT / "deploy/grafana").glob("*.json")}
