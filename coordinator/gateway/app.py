@@ -32,12 +32,12 @@ def create_app(service: Service) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        service.start()
         if service.config.listen_fd is not None:
             # Beside others that answer already, this one takes no connections before it can serve them.
             await service.engine.wait_connected(service.config.session_timeout_s)
         yield
-        await service.engine.close()
+        await service.close()
 
     app = FastAPI(title="tpserve", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     _add_openai_routes(app, service)

@@ -75,6 +75,14 @@ class Service:
         )
         return cls(config, ServedModel.load(Path(config.model_dir)), engine, HttpMetrics(), tracing)
 
+    def start(self) -> None:
+        """Begin to connect to the engine, in the background; whoever starts it closes it."""
+        self.engine.start()
+
+    async def close(self) -> None:
+        """End the session and what else was started for requests."""
+        await self.engine.close()
+
     def resolve_model(self, name: str | None) -> str:
         """Return the name that the answer carries.
 

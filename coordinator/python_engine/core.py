@@ -174,7 +174,7 @@ class Core:
             self._terminated = True
         atexit.unregister(self.terminate)
         try:
-            self.loop.run(self._service.engine.close(), timeout_s=_CALL_TIMEOUT_S)
+            self.loop.run(self._service.close(), timeout_s=_CALL_TIMEOUT_S)
         finally:
             self._stop_launcher()
 
@@ -185,13 +185,13 @@ class Core:
     async def _open(self, timeout_s: float) -> None:
         """Open the session and wait until the engine takes requests."""
         engine = self._service.engine
-        engine.start()
+        self._service.start()
         deadline = asyncio.get_running_loop().time() + timeout_s
         while (state := engine.state).status is not EngineStatus.READY:
             late = asyncio.get_running_loop().time() > deadline
             ended = self._launcher is not None and self._launcher.has_ended
             if late or ended or state.status is EngineStatus.DEAD:
-                await engine.close()
+                await self._service.close()
                 what = f"not ready within {timeout_s:g} s" if late else "not ready"
                 raise EngineError(f"the engine is {what}: {state.status.value}, {state.detail}")
             await asyncio.sleep(_POLL_S)
