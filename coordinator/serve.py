@@ -202,7 +202,7 @@ class _Server:
             memory.kv_bytes / 2**20,
             memory.workspace_bytes / 2**20,
         )
-        names = args.served_model_name or [_model_name(args.model)]
+        names = args.served_model_name or default_names(args.model)
         engine_address = self._start_coordinator(folders, names[0], memory.num_pages, max_num_seqs)
         if self._stopping:
             return
@@ -459,9 +459,10 @@ def _require_free_port(kind: str, host: str, port: int) -> None:
         ) from None
 
 
-def _model_name(model: str) -> str:
-    name = Path(model.removeprefix("HF://")).name
-    return name.removesuffix(".gguf")
+def default_names(model: str) -> list[str]:
+    """Return the names of a model that was given none: its short one and, of a hub's model, the address as given."""
+    short = Path(model.removeprefix("HF://")).name.removesuffix(".gguf")
+    return [short, model] if model.startswith("HF://") else [short]
 
 
 def _curl(url: str, model: str, with_key: bool) -> str:

@@ -26,6 +26,7 @@ from tpserve.coordinator.python_engine.door import Handler, LocalDoor, to_body
 from tpserve.coordinator.python_engine.errors import EngineError
 from tpserve.coordinator.python_engine.launcher import Launcher, serve_arguments
 from tpserve.coordinator.python_engine.loop import BackgroundLoop, shared_loop
+from tpserve.coordinator.serve import default_names
 from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 
 _POLL_S = 0.02
@@ -239,5 +240,4 @@ def _attached_config(address: str, model: str | None, timeout_s: float) -> Gatew
 def _names(model: str, served: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
     """Return the names that requests may give: those asked for, the model's short name, and what it was opened by."""
     asked = [served] if isinstance(served, str) else list(served or ())
-    short = Path(model.removeprefix("HF://")).name.removesuffix(".gguf")
-    return tuple(dict.fromkeys([*asked, short, model]))
+    return tuple(dict.fromkeys([*asked, *default_names(model), model]))

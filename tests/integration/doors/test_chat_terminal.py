@@ -76,7 +76,7 @@ def chat(server: Server, tmp_path: Path) -> Iterator[Terminal]:
     terminal.child.close(force=True)
 
 
-def test_every_command(chat: Terminal) -> None:
+def test_row_24_every_command(chat: Terminal) -> None:
     assert "/reset" in chat.ask("/help")
     assert chat.ask("/stats") == "prefill: 0.0 tok/s, decode: 0.0 tok/s"
     assert chat.ask("/set temperature=0;max_tokens=40;stop=a b,c d") == "temperature=0.0;max_tokens=40;stop=a b,c d"

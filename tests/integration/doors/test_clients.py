@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from integration.doors.browser import needs_browser, open_browser
-from integration.doors.conftest import ORIGIN
+from integration.doors.conftest import ALIAS, ORIGIN
 from server import MODEL_NAME, REPOSITORY, Server, chat_request, chat_text, until
 
 CLIENTS = REPOSITORY / "tests/clients"
@@ -47,7 +47,7 @@ def node_folder() -> Path:
     return folder
 
 
-def test_the_official_npm_package(node_folder: Path, server: Server, client: openai.OpenAI) -> None:
+def test_row_38_the_official_npm_package(node_folder: Path, server: Server, client: openai.OpenAI) -> None:
     """It gets what the Python package gets."""
     done = subprocess.run(
         ["node", "scenarios.mjs", f"{server.url}/v1", MODEL_NAME],
@@ -59,7 +59,7 @@ def test_the_official_npm_package(node_folder: Path, server: Server, client: ope
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
     text = chat_text(client, QUESTION)
-    assert got["models"] == [MODEL_NAME]
+    assert got["models"] == [MODEL_NAME, ALIAS]
     assert got["whole"] == got["streamed"]["text"] == got["responses"]["text"] == text
     assert (got["streamed"]["finish"], got["streamed"]["tokens"]) == ("stop", 8)
     assert got["stopped"]["text"] == text[: text.index("Paris")]
@@ -127,7 +127,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 @needs_browser
-def test_fetch_in_a_browser_on_another_origin(
+def test_row_38_fetch_in_a_browser_on_another_origin(
     sites: int, server: Server, client: openai.OpenAI, tmp_path: Path
 ) -> None:
     request = chat_request(QUESTION)
