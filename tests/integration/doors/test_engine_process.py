@@ -1,4 +1,4 @@
-"""The engine that a Python program starts: it ends with the program, however that ends, and says why it cannot start."""
+"""The engine of a Python program ends with the program, however that ends, and says why it cannot start."""
 
 from __future__ import annotations
 
