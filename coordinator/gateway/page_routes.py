@@ -26,6 +26,7 @@ def add_page_routes(app: FastAPI) -> None:
     for path in sorted(_FOLDER.iterdir()):
         if path.suffix in _TYPES:
             _add_file(app, "/" if path.name == "index.html" else f"/page/{path.name}", path)
+    _add_file(app, "/favicon.ico", _FOLDER / "icon.svg")  # asked for by browsers that are shown a route's JSON
 
 
 def _add_file(app: FastAPI, route: str, path: Path) -> None:

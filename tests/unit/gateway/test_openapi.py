@@ -12,7 +12,7 @@ from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.openapi import openapi_document
 from unit.gateway.conftest import StackFactory
 
-HIDDEN = re.compile(r"/$|/page/")
+HIDDEN = re.compile(r"/$|/page/|/favicon.ico$")
 
 
 def routes_of(app: Any) -> set[tuple[str, str]]:
