@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  # makes bfloat16 known to numpy
 import numpy as np
 import openai
 import pytest
