@@ -163,7 +163,7 @@ class Server:
         return Holdings(
             samples["tpserve_num_requests_running"],
             samples["tpserve_num_requests_waiting"],
-            samples["tpserve_kv_cache_usage_ratio"],
+            samples["tpserve_kv_cache_usage_perc"],
             tasks,
             {process.pid: process.num_fds() for process in (*self.gateways, *self.coordinators)},
         )

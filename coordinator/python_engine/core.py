@@ -22,6 +22,7 @@ from tpserve.coordinator.gateway.engine_types import EngineStatus
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
+from tpserve.coordinator.metrics_catalogue import ENGINE_LABELS
 from tpserve.coordinator.python_engine.door import Handler, LocalDoor, to_body
 from tpserve.coordinator.python_engine.errors import EngineError
 from tpserve.coordinator.python_engine.launcher import Launcher, serve_arguments
@@ -73,11 +74,11 @@ class EngineMetrics:
 
     @property
     def samples(self) -> dict[str, float]:
-        """Every sample by name; labels other than the model's name follow in braces."""
+        """Every sample by name; labels that tell more than which engine it is follow in braces."""
         found = {}
         for family in text_string_to_metric_families(self.text):
             for sample in family.samples:
-                labels = ",".join(f"{key}={value}" for key, value in sample.labels.items() if key != "model_name")
+                labels = ",".join(f"{key}={value}" for key, value in sample.labels.items() if key not in ENGINE_LABELS)
                 found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return found
 
