@@ -82,7 +82,8 @@ async def one_request(port: int, rng: random.Random, tally: Tally) -> None:
             num_events += part.count(b"data: {")
             tally.num_events += part.count(b"data: {")
             text = text[-4096:] + part
-        if b'"finish_reason":"length"' in text and b'"error"' not in text:
+        # By the event's beginning: a model may write the word itself.
+        if b'"finish_reason":"length"' in text and b'data: {"error"' not in text:
             tally.num_finished += 1
         else:
             tally.errors[f"no finish reason: {text[-300:]!r}"] += 1
@@ -213,6 +214,7 @@ def measure(args: argparse.Namespace, num_gateways: int, log: Path) -> dict[str,
         "exit_code": code,
         "tracebacks": log.read_text(errors="replace").count("Traceback"),
         "tokens": num_tokens,
+        "tokens_per_request": round(num_tokens / max(1, tally.num_finished + tally.num_hung_up), 1),
         "tokens_per_s": round(num_tokens / wall_s, 1),
         "gateway_cpu_us_per_token": round(1e6 * sum(spent) / num_tokens, 1),
         "gateway_cpu_share_by_process": [round(value / max(sum(spent), 1e-9), 3) for value in spent],
