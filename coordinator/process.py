@@ -1,4 +1,4 @@
-"""What the processes of a replica owe each other: to end with their parent, to tell it things, to clean up.
+"""What the processes of a replica owe each other: to end with their parent, to tell it things, to bind, to clean up.
 
 A child writes one JSON object per line: where it listens, once it does; and why it ends, if it fails.
 """
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -38,6 +39,27 @@ def tell_parent(**facts: str) -> None:
     """Write one line for the parent to read: `address`, `url`, or `error`."""
     sys.stdout.write(json.dumps(facts) + "\n")
     sys.stdout.flush()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a bound socket, not yet listening.
+
+    Raises
+    ------
+    OSError
+        If the address is not ours or the port is taken.
+    """
+    family, kind, proto, _, address = socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    bound = socket.socket(family, kind, proto)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
 
 
 def make_ray_temp_dir() -> Path:

@@ -9,7 +9,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from tpserve.coordinator.memory import (
     available_host_bytes,
     plan_memory,
 )
-from tpserve.coordinator.process import end_with_parent, make_ray_temp_dir, remove_folder, tell_parent
+from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder, tell_parent
 from tpserve.proto.manifest import Manifest, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -86,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parent-pid", type=_positive, help=argparse.SUPPRESS)  # of a process that this ends with
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
+    parser.add_argument(
+        "--gateway-processes", type=_positive, default=1, help="processes that share the port, for many clients"
+    )
     parser.add_argument("--served-model-name", nargs="+", help="names clients may use (default: the model's)")
     parser.add_argument("--api-key", action="append", default=[], help="may be given several times")
     parser.add_argument("--api-key-file", type=Path, help="more keys, one a line; a mounted secret")
@@ -145,14 +147,14 @@ class _Server:
         self._args = args
         self._stopping = False
         self._coordinator: subprocess.Popen[str] | None = None
-        self._gateway: subprocess.Popen[str] | None = None
+        self._gateways: list[subprocess.Popen[str]] = []
         self._folders: list[Path] = []
         """Removed in the end."""
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Begin to stop; a second signal does not wait for running requests."""
         if self._stopping:
-            for process in (self._gateway, self._coordinator):
+            for process in (*self._gateways, self._coordinator):
                 if process is not None and process.poll() is None:
                     process.kill()
         self._stopping = True
@@ -200,7 +202,7 @@ class _Server:
             memory.kv_bytes / 2**20,
             memory.workspace_bytes / 2**20,
         )
-        names = args.served_model_name or [_model_name(args.model)]
+        names = args.served_model_name or default_names(args.model)
         engine_address = self._start_coordinator(folders, names[0], memory.num_pages, max_num_seqs)
         if self._stopping:
             return
@@ -211,7 +213,7 @@ class _Server:
                 tell_parent(address=engine_address, model_dir=folders["model_dir"])
             return
         logger.info("The engine listens at %s", engine_address)
-        url = self._start_gateway(folders, names, engine_address)
+        url = self._start_gateways(folders, names, engine_address)
         self._await_healthy(url)
         if not self._stopping:
             logger.info("Ready at %s\n\n%s\n", url, _curl(url, names[0], bool(args.api_key or args.api_key_file)))
@@ -224,12 +226,15 @@ class _Server:
         return 0
 
     def stop(self) -> None:
-        """End the gateway, which drains, then the coordinator, which ends the ranks and Ray."""
+        """End the gateways, which drain, then the coordinator, which ends the ranks and Ray."""
         self._stopping = True
-        for process in (self._gateway, self._coordinator):
+        for gateway in self._gateways:
+            if gateway.poll() is None:
+                gateway.terminate()
+        for process in (*self._gateways, self._coordinator):
             if process is None or process.poll() is not None:
                 continue
-            process.terminate()
+            process.terminate()  # a gateway takes this as the signal that it has had already
             try:
                 process.wait(self._args.drain_timeout + _KILL_AFTER_S)
             except subprocess.TimeoutExpired:
@@ -326,7 +331,7 @@ class _Server:
             "otlp_traces_endpoint": args.otlp_traces_endpoint,
         }
 
-    def _start_gateway(self, folders: dict[str, str], names: list[str], engine_address: str) -> str:
+    def _start_gateways(self, folders: dict[str, str], names: list[str], engine_address: str) -> str:
         args = self._args
         config = {
             "engine_address": engine_address,
@@ -341,8 +346,21 @@ class _Server:
             **self._observability(),
             "parent_pid": os.getpid(),
         }
-        self._gateway = _spawn("tpserve.coordinator.gateway", config, {})
-        return _first_words("gateway", self._gateway, "url")
+        if args.gateway_processes == 1:
+            self._gateways = [_spawn("tpserve.coordinator.gateway", config, {})]
+            return _first_words("gateway", self._gateways[0], "url")
+        # Each takes connections from one queue when it has time, and adds its counts to files that all of them show.
+        self._folders.append(Path(tempfile.mkdtemp(prefix="tpserve-metrics-")))
+        environment = {"PROMETHEUS_MULTIPROC_DIR": str(self._folders[-1])}
+        with bind(args.host, args.port) as shared:
+            config["listen_fd"] = shared.fileno()
+            for _ in range(args.gateway_processes):
+                self._gateways.append(
+                    _spawn("tpserve.coordinator.gateway", config, environment, pass_fds=(shared.fileno(),))
+                )
+            # In the end they alone hold the port: while they drain, nobody takes connections.
+            urls = [_first_words("gateway", gateway, "url") for gateway in self._gateways]
+        return urls[0]
 
     def _await_engine(self, address: str) -> None:
         """Wait until the ranks are up; a group that cannot start ends the coordinator, which is seen here."""
@@ -371,7 +389,8 @@ class _Server:
                 time.sleep(_POLL_S)
 
     def _raise_if_ended(self) -> None:
-        for name, process in (("gateway", self._gateway), ("coordinator", self._coordinator)):
+        named = [*(("gateway", gateway) for gateway in self._gateways), ("coordinator", self._coordinator)]
+        for name, process in named:
             if process is not None and process.poll() is not None:
                 assert process.stdout is not None
                 raise ServeError(_last_words(name, process, process.stdout.readline()))
@@ -384,11 +403,18 @@ def _log_lines(stream: IO[str]) -> None:
             logging.getLogger("tpserve.compile").info("%s", text)
 
 
-def _spawn(module: str, config: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[str]:
+def _spawn(
+    module: str, config: dict[str, Any], environment: dict[str, str], pass_fds: tuple[int, ...] = ()
+) -> subprocess.Popen[str]:
     # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
     command = [sys.executable, "-m", module, json.dumps(config)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | environment
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | environment,
+        pass_fds=pass_fds,
     )
 
 
@@ -426,21 +452,17 @@ def _require_free_port(kind: str, host: str, port: int) -> None:
     if not 0 <= port <= 65535:
         raise ServeError(f"--{kind}port {port} is not in 0..65535")
     try:
-        family, type_, proto, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, type_, proto) as bound:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
+        bind(host, port).close()
     except OSError as error:
         raise ServeError(
             f"cannot listen on {host}:{port} ({error.strerror}): choose another --{kind}host or --{kind}port"
         ) from None
 
 
-def _model_name(model: str) -> str:
-    name = Path(model.removeprefix("HF://")).name
-    return name.removesuffix(".gguf")
+def default_names(model: str) -> list[str]:
+    """Return the names of a model that was given none: its short one and, of a hub's model, the address as given."""
+    short = Path(model.removeprefix("HF://")).name.removesuffix(".gguf")
+    return [short, model] if model.startswith("HF://") else [short]
 
 
 def _curl(url: str, model: str, with_key: bool) -> str:

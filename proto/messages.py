@@ -42,6 +42,8 @@ class SamplingParams:
     """(token id, value) pairs added to the logits."""
     num_logprobs: int | None = None
     """None: no log-probabilities; k: the chosen token's and those of the k best."""
+    wants_hidden: bool = False
+    """Report the final hidden row from which each token was sampled; needs `num_logprobs`, with which it is told."""
 
     @property
     def needs_output_history(self) -> bool:
@@ -61,6 +63,7 @@ class SamplingParams:
             bias_token_ids=[token for token, _ in self.logit_bias],
             bias_values=[value for _, value in self.logit_bias],
             num_logprobs=self.num_logprobs,
+            wants_hidden=self.wants_hidden,
         )
 
     @classmethod
@@ -76,6 +79,7 @@ class SamplingParams:
             seed=pb.seed,
             logit_bias=tuple(zip(pb.bias_token_ids, pb.bias_values, strict=True)),
             num_logprobs=pb.num_logprobs if pb.HasField("num_logprobs") else None,
+            wants_hidden=pb.wants_hidden,
         )
 
 
@@ -117,6 +121,8 @@ class TokenLogprobs:
     """Of the chosen token, after grammar, penalties and bias, before temperature and cuts."""
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability), best first; fewer than asked for where a grammar allows fewer."""
+    hidden: bytes = b""
+    """The final hidden row as little-endian float32, (hidden_size,), of sequences that asked for it."""
 
     def to_pb(self) -> common_pb2.TokenLogprobs:
         """Return the protobuf form."""
@@ -124,12 +130,13 @@ class TokenLogprobs:
             logprob=self.logprob,
             top_token_ids=[token for token, _ in self.top],
             top_logprobs=[value for _, value in self.top],
+            hidden=self.hidden,
         )
 
     @classmethod
     def from_pb(cls, pb: common_pb2.TokenLogprobs) -> TokenLogprobs:
         """Read the protobuf form."""
-        return cls(pb.logprob, tuple(zip(pb.top_token_ids, pb.top_logprobs, strict=True)))
+        return cls(pb.logprob, tuple(zip(pb.top_token_ids, pb.top_logprobs, strict=True)), pb.hidden)
 
 
 @dataclass(frozen=True, slots=True)

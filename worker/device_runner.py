@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 import cupy
@@ -56,6 +57,10 @@ class _CapturedStep:
         self.tensors = [tvm_ffi.from_dlpack(part) for part in parts]
         """token_ids, positions, token_slots, sample_rows, sample_slots, sample_positions."""
         self.plan: Any = None
+        self.hidden: Any = None
+        """What the graph writes: (R, hidden_size) bfloat16, good until the next launch of any graph."""
+        self.forward_hidden: Any = None
+        """The same of the forward graph."""
 
 
 class PendingStep:
@@ -71,8 +76,10 @@ class PendingStep:
         bucket: Bucket | None = None,
         failures: dict[int, str] | None = None,
         mask_us: int = 0,
+        hidden: dict[int, Array] | None = None,
     ) -> None:
-        """Note what was queued; without slots nothing was."""
+        """Note what was queued; without slots nothing was. `hidden` is by slot, of those that asked for their rows."""
+        self.hidden = hidden or {}
         self.plan = plan
         self.slots = slots
         self.staging = staging
@@ -160,6 +167,8 @@ class DeviceRunner:
         self._events = [cupy.cuda.Event(block=True, disable_timing=True) for _ in range(_NUM_STAGING)]
         self._next_staging = 0
         self._next_step_id: int | None = None
+        self._hidden_slots: set[int] = set()
+        """Slots whose sequence wants its hidden rows."""
         self._last_finish = time.perf_counter()
         if self._group is not None:
             self._group.meet("weights")  # a rank that is still loading must not look late to a kernel
@@ -198,7 +207,7 @@ class DeviceRunner:
         """
         started = time.perf_counter()
         self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
-        logits = self._forward(step)
+        logits, step.forward_hidden = self._forward(step)
         step.forward_graph = self._stream.end_capture()
         step.logits = _unowned(logits)
         step.forward_graph.upload(self._stream)
@@ -207,7 +216,8 @@ class DeviceRunner:
 
     def _run(self, step: _CapturedStep) -> None:
         """Queue everything that one step does on the device."""
-        self._sample(step, self._forward(step))
+        logits, step.hidden = self._forward(step)
+        self._sample(step, logits)
 
     def _sample(self, step: _CapturedStep, logits: Any) -> None:
         """Queue the sampling of a step's logits."""
@@ -215,12 +225,12 @@ class DeviceRunner:
         ids = self._sampler.queue(logits, sample_slots, sample_positions)
         self._kernels["store_last_tokens"](ids, sample_slots, self._last_token)
 
-    def _forward(self, step: _CapturedStep) -> Any:
-        """Queue a step up to its logits; return them."""
+    def _forward(self, step: _CapturedStep) -> tuple[Any, Any]:
+        """Queue a step up to its logits; return them and the hidden rows that they are of."""
         token_ids, positions, token_slots, sample_rows = step.tensors[:4]
         self._kernels["load_last_tokens"](token_slots, self._last_token, token_ids)
         self._kernels["attention_plan"](positions, token_slots, *self._heads, self._window, step.plan)
-        return self._step(
+        logits, hidden = self._step(
             token_ids,
             positions,
             token_slots,
@@ -231,6 +241,7 @@ class DeviceRunner:
             self._kv,
             self._params,
         )
+        return logits, hidden
 
     # ---- steps
 
@@ -256,6 +267,8 @@ class DeviceRunner:
                 self._update_pages(updates, staging)
             if plan.added_slots:
                 self._sampler.add(plan.added_slots, staging, self._stream)
+                for added in plan.added_slots:
+                    (self._hidden_slots.add if added.sampling.wants_hidden else self._hidden_slots.discard)(added.slot)
             if not len(arrays.token_ids):
                 return PendingStep(self, plan, staging)
             step = self._bucket_for(arrays)
@@ -269,10 +282,13 @@ class DeviceRunner:
             self._sampler.fetch(len(arrays.sample_slots), arrays.sample_slots, staging, self._stream)
             if self._group is not None:
                 self._group.fetch(staging, self._stream)
+            hidden = {}
+            if self._hidden_slots:
+                hidden = self._fetch_hidden(step.forward_hidden if rows else step.hidden, arrays)
             self._events[staging].record(self._stream)
         slots = arrays.sample_slots.copy()
         self._batch.commit(arrays, None)
-        return PendingStep(self, plan, staging, slots, len(arrays.token_ids), step.bucket, failures, mask_us)
+        return PendingStep(self, plan, staging, slots, len(arrays.token_ids), step.bucket, failures, mask_us, hidden)
 
     def _launch(self, step: _CapturedStep, rows: list[ConstrainedRow], staging: int) -> tuple[dict[int, str], int]:
         """Queue a step whose inputs are queued; return which slots cannot go on, and the microseconds of its masks."""
@@ -311,6 +327,9 @@ class DeviceRunner:
         self._last_finish = now
         is_first = self._rank == 0  # only it carries tokens
         token_ids, logprobs = self._sampler.results(slots, pending.staging) if is_first else ((), {})
+        for slot, row in pending.hidden.items() if is_first else ():
+            # bfloat16 is the upper half of a float32.
+            logprobs[slot] = replace(logprobs[slot], hidden=(row.astype(np.uint32) << 16).tobytes())
         return StepResult(
             plan.step_id,
             self._rank,
@@ -332,6 +351,19 @@ class DeviceRunner:
         self._stream.synchronize()
         if self._group is not None:
             self._group.close()
+
+    def _fetch_hidden(self, hidden: Any, arrays: StepArrays) -> dict[int, Array]:
+        """Queue copies of the hidden rows of slots that asked; rare, so each has memory of its own."""
+        rows: dict[int, Array] = {}
+        width = hidden.shape[1]
+        for row, slot in enumerate(arrays.sample_slots.tolist()):
+            if slot in self._hidden_slots:
+                host = rows[slot] = pinned(width, np.uint16)
+                source = self._kernels["device_address"](hidden) + 2 * width * row
+                cupy.cuda.runtime.memcpyAsync(
+                    host.ctypes.data, source, host.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, self._stream.ptr
+                )
+        return rows
 
     def _plan_words(self, num_tokens: int) -> int:
         return int(self._kernels["attention_plan_size"](num_tokens, self._config.max_num_seqs))

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,10 @@ class Runner:
         """Rows of the present step; once it is sampled, those that the next step's masks follow."""
         self._sampled: Array | None = None
         self._masks: Future[_Masks] | None = None
+        self._hidden: Any = None
+        """The last step's second output."""
+        self._hidden_slots: set[int] = set()
+        """Slots whose sequence wants its hidden rows."""
         self._next_step_id: int | None = None
         self._grammars.warm_up()
 
@@ -111,6 +116,8 @@ class Runner:
             return StepResult(plan.step_id, self._rank)
         failures, mask_us = self._await_masks()
         token_ids, logprobs = self.sample(arrays, logits)
+        if not self._hidden_slots.isdisjoint(logprobs):
+            logprobs = self._with_hidden(arrays, logprobs)
         step_us = int((time.perf_counter() - started) * 1e6)
         collectives = _since(before, self._collective_totals())
         is_first = self._rank == 0  # only it carries tokens
@@ -151,13 +158,15 @@ class Runner:
         self._batch.apply(plan)
         for added in plan.added_slots:
             self._sampler.add(added)
+            (self._hidden_slots.add if added.sampling.wants_hidden else self._hidden_slots.discard)(added.slot)
         self._grammars.apply(plan)
         arrays = self._batch.prepare(plan)
         if not len(arrays.token_ids):
             return arrays, None
         self._start_masks(arrays)
         inputs = (arrays.token_ids, arrays.positions, arrays.token_slots, self._batch.page_table, arrays.sample_rows)
-        return arrays, self._step(*map(as_tensor, inputs), *self._no_workspace, self._kv.layers, self._params)
+        logits, self._hidden = self._step(*map(as_tensor, inputs), *self._no_workspace, self._kv.layers, self._params)
+        return arrays, logits
 
     def sample(self, arrays: StepArrays, logits: Any) -> tuple[Array, dict[int, TokenLogprobs]]:
         """Sample what `forward` returned, and make it the next step's input; see `Sampler.sample`."""
@@ -185,6 +194,15 @@ class Runner:
     def _await_masks(self) -> _Masks:
         """Wait for this step's masks."""
         return ({}, 0) if self._masks is None else self._masks.result()
+
+    def _with_hidden(self, arrays: StepArrays, logprobs: dict[int, TokenLogprobs]) -> dict[int, TokenLogprobs]:
+        """Add the hidden rows of the slots that asked for theirs."""
+        hidden = np.from_dlpack(self._hidden)  # (R, hidden_size) float32
+        rows = {int(slot): row for row, slot in enumerate(arrays.sample_slots)}
+        return {
+            slot: replace(item, hidden=hidden[rows[slot]].tobytes()) if slot in self._hidden_slots else item
+            for slot, item in logprobs.items()
+        }
 
     def _collective_totals(self) -> dict[str, CollectiveStats]:
         return {} if self._communicator is None else self._communicator.stats()

@@ -50,7 +50,7 @@ class LlamaForCausalLM(nn.Module):
         plan: Tensor,
         workspace: Tensor,
         kv: list[Tensor],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Run one step over a ragged batch.
 
         Parameters
@@ -69,8 +69,10 @@ class LlamaForCausalLM(nn.Module):
 
         Returns
         -------
-        (R, padded vocabulary) float32
+        logits : (R, padded vocabulary) float32
             The same on every rank; columns past the vocabulary mean nothing.
+        hidden : (R, hidden size), in the type of activations
+            The final norm's rows, from which the logits are computed.
         """
         config, operators = self._context.config, self._context.operators
         batch = BatchInputs(positions, token_slots, page_table, self.rope, plan, workspace)
@@ -84,7 +86,8 @@ class LlamaForCausalLM(nn.Module):
             part = layer.mlp(x)
             last = next_norm is self.norm
             residual, x = operators.sum_add_rms_norm(part, residual, next_norm, eps, tp_size=tp_size, quantize=not last)
-        logits = self.lm_head(GemmInput(operators.take_rows(x.values, sample_rows)))
+        hidden = operators.take_rows(x.values, sample_rows)
+        logits = self.lm_head(GemmInput(hidden))
         if tp_size > 1:
             logits = all_gather(logits, tp_size)
-        return logits
+        return logits, hidden

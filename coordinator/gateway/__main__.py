@@ -24,7 +24,7 @@ from tpserve.coordinator.gateway.errors import EngineUnavailable
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
 from tpserve.coordinator.log import configure
-from tpserve.coordinator.process import end_with_parent, tell_parent
+from tpserve.coordinator.process import bind, end_with_parent, tell_parent
 from tpserve.coordinator.tracing import TracingUnavailable
 
 logger = logging.getLogger("tpserve.coordinator.gateway")
@@ -76,27 +76,6 @@ class Server(uvicorn.Server):
         )
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket, not yet listening.
-
-    Raises
-    ------
-    OSError
-        If the address is not ours or the port is taken.
-    """
-    family, kind, proto, _, address = socket.getaddrinfo(
-        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    bound = socket.socket(family, kind, proto)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError:
-        bound.close()
-        raise
-    return bound
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the gateway; return the exit code."""
     args = sys.argv[1:] if argv is None else argv
@@ -116,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.parent_pid is not None:
         end_with_parent(config.parent_pid)
     try:
-        bound = bind(config.host, config.port)
+        bound = bind(config.host, config.port) if config.listen_fd is None else socket.socket(fileno=config.listen_fd)
     except OSError as error:
         return _fail(f"cannot listen on {config.host}:{config.port}: {error.strerror}")
     with bound:

@@ -10,20 +10,20 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
     """Fields that a newer server adds stay readable as attributes."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
-class PromptTokensDetails(_Answer):
+class PromptTokensDetails(Answer):
     """Part of `usage`."""
 
     cached_tokens: int
     """Prompt tokens found in the prefix cache."""
 
 
-class Usage(_Answer):
+class Usage(Answer):
     """Token counts of one request."""
 
     prompt_tokens: int
@@ -32,7 +32,7 @@ class Usage(_Answer):
     prompt_tokens_details: PromptTokensDetails | None = None
 
 
-class TopLogprob(_Answer):
+class TopLogprob(Answer):
     """One of the best tokens at a position."""
 
     token: str
@@ -46,14 +46,14 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(_Answer):
+class ChatLogprobs(Answer):
     """`logprobs` of a chat choice."""
 
     content: list[TokenLogprob] | None
     refusal: None = None
 
 
-class FunctionCall(_Answer):
+class FunctionCall(Answer):
     """The function of a tool call."""
 
     name: str | None = None
@@ -61,7 +61,7 @@ class FunctionCall(_Answer):
     arguments: str = ""
 
 
-class ToolCall(_Answer):
+class ToolCall(Answer):
     """A call of a tool by the model."""
 
     index: int | None = None
@@ -71,7 +71,7 @@ class ToolCall(_Answer):
     function: FunctionCall | None = None
 
 
-class ChatMessage(_Answer):
+class ChatMessage(Answer):
     """The assistant's message."""
 
     role: Literal["assistant"]
@@ -81,7 +81,7 @@ class ChatMessage(_Answer):
     tool_calls: list[ToolCall] | None = None
 
 
-class ChatChoice(_Answer):
+class ChatChoice(Answer):
     """One of `n` answers."""
 
     index: int
@@ -91,7 +91,7 @@ class ChatChoice(_Answer):
     """`stop`, `length` or `tool_calls`."""
 
 
-class ChatCompletion(_Answer):
+class ChatCompletion(Answer):
     """Answer of POST /v1/chat/completions."""
 
     id: str
@@ -103,7 +103,7 @@ class ChatCompletion(_Answer):
     usage: Usage
 
 
-class ChatDelta(_Answer):
+class ChatDelta(Answer):
     """What is new in a choice."""
 
     role: Literal["assistant"] | None = None
@@ -112,7 +112,7 @@ class ChatDelta(_Answer):
     tool_calls: list[ToolCall] | None = None
 
 
-class ChatChunkChoice(_Answer):
+class ChatChunkChoice(Answer):
     """One choice in a chunk."""
 
     index: int
@@ -121,7 +121,7 @@ class ChatChunkChoice(_Answer):
     finish_reason: str | None = None
 
 
-class ChatCompletionChunk(_Answer):
+class ChatCompletionChunk(Answer):
     """One event of a streamed chat."""
 
     id: str
@@ -133,7 +133,7 @@ class ChatCompletionChunk(_Answer):
     usage: Usage | None = None
 
 
-class CompletionLogprobs(_Answer):
+class CompletionLogprobs(Answer):
     """`logprobs` of a text completion: parallel lists."""
 
     tokens: list[str]
@@ -142,7 +142,7 @@ class CompletionLogprobs(_Answer):
     text_offset: list[int]
 
 
-class CompletionChoice(_Answer):
+class CompletionChoice(Answer):
     """One continuation."""
 
     index: int
@@ -151,7 +151,7 @@ class CompletionChoice(_Answer):
     finish_reason: str | None = None
 
 
-class Completion(_Answer):
+class Completion(Answer):
     """Answer of POST /v1/completions, and each event of a streamed one."""
 
     id: str
@@ -162,7 +162,7 @@ class Completion(_Answer):
     usage: Usage | None = None
 
 
-class ModelObject(_Answer):
+class ModelObject(Answer):
     """A name under which the model is served."""
 
     id: str
@@ -172,14 +172,38 @@ class ModelObject(_Answer):
     max_model_len: int
 
 
-class ModelList(_Answer):
+class ModelList(Answer):
     """Answer of GET /v1/models."""
 
     object: Literal["list"]
     data: list[ModelObject]
 
 
-class ErrorDetails(_Answer):
+class Health(Answer):
+    """Answer of GET /health and of its probes."""
+
+    status: str
+    """`ready`, or why not: `starting`, `rebuilding`, `draining`, `stalled`, `dead`, `disconnected`, `unresponsive`."""
+    detail: str
+
+
+class Tasks(Answer):
+    """Answer of GET /debug/tasks."""
+
+    pid: int
+    """Of the gateway process that answers."""
+    count: int
+    tasks: dict[str, int]
+    """How many by the name of their coroutine."""
+
+
+class Version(Answer):
+    """Answer of GET /version."""
+
+    version: str
+
+
+class ErrorDetails(Answer):
     """What is wrong, by whom, and where."""
 
     message: str
@@ -188,7 +212,7 @@ class ErrorDetails(_Answer):
     code: str | None
 
 
-class Error(_Answer):
+class Error(Answer):
     """Every refusal."""
 
     error: ErrorDetails

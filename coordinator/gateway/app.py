@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,11 +14,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from tpserve.coordinator.gateway import chat, completions, debug
+from tpserve.coordinator.gateway import chat, completions, debug, embeddings, responses, tokens
 from tpserve.coordinator.gateway.edge import Edge
 from tpserve.coordinator.gateway.engine_types import EngineStatus
 from tpserve.coordinator.gateway.errors import FAULT_MESSAGE, ApiError, EngineUnavailable, InternalError, error_object
 from tpserve.coordinator.gateway.metrics import CONTENT_TYPE
+from tpserve.coordinator.gateway.openapi import openapi_document
+from tpserve.coordinator.gateway.page_routes import add_page_routes
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.stream import error_response, json_response
 from tpserve.coordinator.gateway.tracing import TraceRequests
@@ -29,14 +32,17 @@ def create_app(service: Service) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        service.start()
+        if service.config.listen_fd is not None:
+            # Beside others that answer already, this one takes no connections before it can serve them.
+            await service.engine.wait_connected(service.config.session_timeout_s)
         yield
-        await service.engine.close()
-        await service.grammars.close()
+        await service.close()
 
     app = FastAPI(title="tpserve", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     _add_openai_routes(app, service)
     _add_operations_routes(app, service)
+    add_page_routes(app)
     if service.config.enable_debug:
         debug.add_routes(app, service)
     app.add_exception_handler(ApiError, _on_api_error)
@@ -69,6 +75,14 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
     async def text_completions(request: Request) -> Response:
         return await completions.create_completion(service, request)
 
+    @app.post("/v1/embeddings")
+    async def create_embeddings(request: Request) -> Response:
+        return await embeddings.create_embeddings(service, request)
+
+    @app.post("/v1/responses")
+    async def create_response(request: Request) -> Response:
+        return await responses.create_response(service, request)
+
     @app.get("/v1/models")
     async def models() -> Response:
         return json_response(
@@ -81,15 +95,21 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_operations_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/")
-    async def root() -> Response:
-        return json_response(
-            {
-                "name": "tpserve",
-                "models": service.config.served_model_names,
-                "status": service.engine.state.status.value,
-            }
-        )
+    config = service.config
+    # With the standard library: bounds of seeds are integers of more than 64 bits.
+    document = json.dumps(openapi_document(enable_debug=config.enable_debug, with_keys=bool(config.api_keys)))
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return await tokens.tokenize(service, request)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return await tokens.detokenize(service, request)
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return Response(document, media_type="application/json")
 
     @app.get("/health")
     async def health() -> Response:

@@ -29,6 +29,8 @@ class GatewayConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free port; the log says which."""
+    listen_fd: int | None = None
+    """A bound socket of the parent, which several gateways share; it wins over host and port."""
     api_keys: tuple[str, ...] = ()
     """Any of them opens /v1; empty leaves it open."""
     api_key_file: str | None = None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+from collections import Counter
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from tpserve.coordinator.gateway.errors import EngineUnavailable, InvalidRequest
 from tpserve.coordinator.gateway.service import Service
+from tpserve.coordinator.gateway.stream import json_response
 from tpserve.coordinator.step_log import MAX_TRACE_STEPS
 
 _MAX_TIMEOUT_S = 300.0
@@ -17,6 +21,11 @@ _DEFAULT_TIMEOUT_S = 30.0
 
 def add_routes(app: FastAPI, service: Service) -> None:
     """Add the routes under /debug."""
+
+    @app.get("/debug/tasks")
+    async def tasks() -> Response:
+        names = Counter(getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks())
+        return json_response({"pid": os.getpid(), "count": names.total(), "tasks": dict(names)})
 
     @app.get("/debug/trace")
     async def trace(request: Request) -> Response:

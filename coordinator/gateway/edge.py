@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 QUIET_ROUTES = ("/health", "/health/{probe}", "/metrics")
 """Scraped all the time; logged at debug level."""
 
-GUARDED_PATHS = ("/v1/", "/debug/")
+GUARDED_PATHS = ("/v1/", "/debug/", "/tokenize", "/detokenize")
 """Need a key where there are keys."""
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

@@ -6,6 +6,7 @@ Owns the gRPC channel and which request each event belongs to. Knows nothing of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
@@ -77,6 +78,7 @@ class EngineClient:
         self._next_request_id = 1
         self._outbox: asyncio.Queue[engine_pb2.GatewayMessage] | None = None
         self._stub: engine_pb2_grpc.EngineStub | None = None
+        self._connected = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -109,6 +111,12 @@ class EngineClient:
     def start(self) -> None:
         """Begin to connect, in the background."""
         self._task = asyncio.create_task(self._run(), name="engine-session")
+
+    async def wait_connected(self, timeout_s: float) -> None:
+        """Wait for a session, or for the time to pass."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
 
     async def close(self) -> None:
         """End the session; the coordinator aborts what is left of its requests."""
@@ -245,6 +253,7 @@ class EngineClient:
         call = stub.Session()
         self._stub = stub
         self._outbox = asyncio.Queue()
+        self._connected.set()
         self._responsive = True
         tasks = [
             asyncio.create_task(self._write(call, self._outbox), name="engine-write"),
@@ -338,6 +347,7 @@ class EngineClient:
         """Fail every request: with the session, the coordinator has forgotten them."""
         self._stub = None
         self._outbox = None
+        self._connected.clear()
         self._state = self._disconnected
         self.fail_all(EngineUnavailable("The session with the engine was lost", retry_after_s=1))
         self._mailboxes.clear()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from typing import Literal
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from tpserve.coordinator.metrics_catalogue import BY_NAME
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asked for
+
+MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+"""Set by `tpserve serve` for several gateways: a folder in which each keeps its counts where all can read them."""
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Whatever a scraper asks for: in OpenMetrics the colons of `--metrics-compat vllm` would be lost."""
@@ -25,15 +32,15 @@ class HttpMetrics:
             duration.full_name, duration.text, duration.labels, buckets=duration.buckets, registry=self._registry
         )
         self._stream_failures = self._counter("http_stream_failures")
-        self._engine_up = self._gauge("gateway_engine_up")
+        self._engine_up = self._gauge("gateway_engine_up", "livemostrecent")
 
     def _counter(self, name: str) -> Counter:
         spec = BY_NAME[name]
         return Counter(spec.full_name, spec.text, spec.labels, registry=self._registry)
 
-    def _gauge(self, name: str) -> Gauge:
+    def _gauge(self, name: str, of_many: Literal["livesum", "livemostrecent"] = "livesum") -> Gauge:
         spec = BY_NAME[name]
-        return Gauge(spec.full_name, spec.text, spec.labels, registry=self._registry)
+        return Gauge(spec.full_name, spec.text, spec.labels, registry=self._registry, multiprocess_mode=of_many)
 
     def begin(self, route: str) -> None:
         """Note that a request has begun."""
@@ -50,9 +57,16 @@ class HttpMetrics:
         self._stream_failures.labels(str(code)).inc()
 
     def render(self, engine_text: str | None) -> str:
-        """Return the coordinator's metrics (None: it gave none) and these, in Prometheus text format 0.0.4."""
+        """Return the coordinator's metrics (None: it gave none) and these, in Prometheus text format 0.0.4.
+
+        With several gateway processes, whichever is asked answers for all of them.
+        """
         self._engine_up.set(engine_text is not None)
-        own = generate_latest(self._registry).decode()
+        registry = self._registry
+        if MULTIPROCESS_DIR in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        own = generate_latest(registry).decode()
         if not engine_text:
             return own
         return engine_text + ("" if engine_text.endswith("\n") else "\n") + own

@@ -27,11 +27,13 @@ class _Unsupported(ValueError):
     """Raised by a validator for what OpenAI accepts and this server does not (yet)."""
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
+    """What every request body is: strict types, unknown fields ignored."""
+
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
 
 
-class JsonSchema(_Wire):
+class JsonSchema(Wire):
     """`response_format.json_schema`, OpenAI's form."""
 
     name: str | None = None
@@ -41,7 +43,7 @@ class JsonSchema(_Wire):
     """Accepted; the output always follows the schema."""
 
 
-class ResponseFormat(_Wire):
+class ResponseFormat(Wire):
     """`response_format`: free text, any JSON object, or JSON of a schema."""
 
     type: str
@@ -63,7 +65,7 @@ class ResponseFormat(_Wire):
         return self
 
 
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
     """`stream_options`."""
 
     include_usage: bool = False
@@ -71,7 +73,7 @@ class StreamOptions(_Wire):
     """Extra, as in vLLM: with `include_usage`, each chunk carries the usage so far, and tokens without text get one."""
 
 
-class ContentPart(_Wire):
+class ContentPart(Wire):
     """One part of a message's content list; only text is served."""
 
     type: str
@@ -88,14 +90,14 @@ class ContentPart(_Wire):
         return self
 
 
-class FunctionCall(_Wire):
+class FunctionCall(Wire):
     """The function of a tool call in the history."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Wire):
+class ToolCall(Wire):
     """A tool call in the history."""
 
     id: str
@@ -103,7 +105,7 @@ class ToolCall(_Wire):
     function: FunctionCall
 
 
-class FunctionDefinition(_Wire):
+class FunctionDefinition(Wire):
     """What a function is called and takes."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -114,27 +116,27 @@ class FunctionDefinition(_Wire):
     """Calls that the model makes of its own accord follow `parameters`, as forced ones always do."""
 
 
-class Tool(_Wire):
+class Tool(Wire):
     """One entry of `tools`."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class FunctionName(_Wire):
+class FunctionName(Wire):
     """The function of a named tool choice."""
 
     name: str
 
 
-class NamedToolChoice(_Wire):
+class NamedToolChoice(Wire):
     """`tool_choice` that forces one function."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class Message(_Wire):
+class Message(Wire):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -161,7 +163,7 @@ class Message(_Wire):
         return "".join(part.text or "" for part in self.content)
 
 
-class _Sampling(_Wire):
+class _Sampling(Wire):
     """What chat and completions share."""
 
     model: str | None = None
@@ -354,7 +356,7 @@ class CompletionRequest(_Sampling):
         return self.prompt
 
 
-Request = TypeVar("Request", ChatCompletionRequest, CompletionRequest)
+Request = TypeVar("Request", bound=Wire)
 
 
 def parse_body(model: type[Request], body: bytes) -> Request:

@@ -78,6 +78,15 @@ class Service:
         model = ServedModel.load(Path(config.model_dir))
         return cls(config, model, engine, HttpMetrics(), GrammarChecker(config.model_dir), tracing)
 
+    def start(self) -> None:
+        """Begin to connect to the engine, in the background; whoever starts it closes it."""
+        self.engine.start()
+
+    async def close(self) -> None:
+        """End the session and what else was started for requests."""
+        await self.engine.close()
+        await self.grammars.close()
+
     def resolve_model(self, name: str | None) -> str:
         """Return the name that the answer carries.
 

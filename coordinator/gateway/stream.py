@@ -38,6 +38,11 @@ def sse(data: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
+def event_data(group: bytes) -> list[bytes]:
+    """Return the data of each event in a group of whole events."""
+    return [line[6:] for line in group.split(b"\n") if line.startswith(b"data: ")]
+
+
 def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return a JSON response."""
     return Response(orjson.dumps(data), status, headers, "application/json")
@@ -62,21 +67,31 @@ class EventStream(Response):
         Request id, for logs.
     keep_alive_s
         Silence after which a comment is sent.
+    end
+        What ends a stream that did not fail.
     """
 
     def __init__(
-        self, generation: Generation, writer: ChunkWriter, metrics: HttpMetrics, *, name: str, keep_alive_s: float
+        self,
+        generation: Generation,
+        writer: ChunkWriter,
+        metrics: HttpMetrics,
+        *,
+        name: str,
+        keep_alive_s: float,
+        end: bytes = DONE,
     ) -> None:
         super().__init__(
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
             media_type="text/event-stream",
         )
         del self.headers["content-length"]
-        self._generation = generation
-        self._writer = writer
-        self._metrics = metrics
-        self._name = name
-        self._keep_alive_s = keep_alive_s
+        self.generation = generation
+        self.writer = writer
+        self.metrics = metrics
+        self.name = name
+        self.keep_alive_s = keep_alive_s
+        self._end = end
         self._num_sent = 0
 
     async def events(self) -> AsyncGenerator[bytes]:
@@ -87,16 +102,20 @@ class EventStream(Response):
         ApiError
             If the generation fails.
         """
-        write = self._writer.write
+        write = self.writer.write
         try:
-            async for updates in self._generation.updates():
+            async for updates in self.generation.updates():
                 body = write(updates[0]) if len(updates) == 1 else b"".join(map(write, updates))
                 if body:
                     yield body
-            if body := self._writer.close():
+            if body := self.writer.close():
                 yield body
         finally:
-            self._generation.close()
+            self.generation.close()
+
+    def error_event(self, error: ApiError) -> bytes:
+        """Return what ends a stream that failed."""
+        return sse(error.to_dict())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all of it."""
@@ -106,14 +125,14 @@ class EventStream(Response):
             last = await self._send_events(send)
         finally:
             keeper.cancel()
-            self._generation.close()
+            self.generation.close()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _keep_alive(self, send: Send) -> None:
         """Break silences; headers go out well within the first period."""
         while True:
             num_sent = self._num_sent
-            await asyncio.sleep(self._keep_alive_s)
+            await asyncio.sleep(self.keep_alive_s)
             if num_sent == self._num_sent:
                 await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
 
@@ -125,15 +144,15 @@ class EventStream(Response):
                     self._num_sent += 1
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         except ClientDisconnected as error:
-            self._metrics.stream_failed(error.status)
-            logger.info("request %s: the client left", self._name)
+            self.metrics.stream_failed(error.status)
+            logger.info("request %s: the client left", self.name)
             return b""
         except ApiError as error:
-            self._metrics.stream_failed(error.status)
-            logger.warning("request %s failed while streaming: %s", self._name, error.message)
-            return sse(error.to_dict())
+            self.metrics.stream_failed(error.status)
+            logger.warning("request %s failed while streaming: %s", self.name, error.message)
+            return self.error_event(error)
         except Exception:
-            self._metrics.stream_failed(500)
-            logger.exception("request %s failed while streaming", self._name)
-            return sse(InternalError(FAULT_MESSAGE).to_dict())
-        return DONE
+            self.metrics.stream_failed(500)
+            logger.exception("request %s failed while streaming", self.name)
+            return self.error_event(InternalError(FAULT_MESSAGE))
+        return self._end

@@ -22,10 +22,12 @@ from tpserve.coordinator.gateway.engine_types import EngineStatus
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
+from tpserve.coordinator.metrics_catalogue import ENGINE_LABELS
 from tpserve.coordinator.python_engine.door import Handler, LocalDoor, to_body
 from tpserve.coordinator.python_engine.errors import EngineError
 from tpserve.coordinator.python_engine.launcher import Launcher, serve_arguments
 from tpserve.coordinator.python_engine.loop import BackgroundLoop, shared_loop
+from tpserve.coordinator.serve import default_names
 from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 
 _POLL_S = 0.02
@@ -72,11 +74,11 @@ class EngineMetrics:
 
     @property
     def samples(self) -> dict[str, float]:
-        """Every sample by name; labels other than the model's name follow in braces."""
+        """Every sample by name; labels that tell more than which engine it is follow in braces."""
         found = {}
         for family in text_string_to_metric_families(self.text):
             for sample in family.samples:
-                labels = ",".join(f"{key}={value}" for key, value in sample.labels.items() if key != "model_name")
+                labels = ",".join(f"{key}={value}" for key, value in sample.labels.items() if key not in ENGINE_LABELS)
                 found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return found
 
@@ -174,7 +176,7 @@ class Core:
             self._terminated = True
         atexit.unregister(self.terminate)
         try:
-            self.loop.run(self._service.engine.close(), timeout_s=_CALL_TIMEOUT_S)
+            self.loop.run(self._service.close(), timeout_s=_CALL_TIMEOUT_S)
         finally:
             self._stop_launcher()
 
@@ -185,13 +187,13 @@ class Core:
     async def _open(self, timeout_s: float) -> None:
         """Open the session and wait until the engine takes requests."""
         engine = self._service.engine
-        engine.start()
+        self._service.start()
         deadline = asyncio.get_running_loop().time() + timeout_s
         while (state := engine.state).status is not EngineStatus.READY:
             late = asyncio.get_running_loop().time() > deadline
             ended = self._launcher is not None and self._launcher.has_ended
             if late or ended or state.status is EngineStatus.DEAD:
-                await engine.close()
+                await self._service.close()
                 what = f"not ready within {timeout_s:g} s" if late else "not ready"
                 raise EngineError(f"the engine is {what}: {state.status.value}, {state.detail}")
             await asyncio.sleep(_POLL_S)
@@ -239,5 +241,4 @@ def _attached_config(address: str, model: str | None, timeout_s: float) -> Gatew
 def _names(model: str, served: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
     """Return the names that requests may give: those asked for, the model's short name, and what it was opened by."""
     asked = [served] if isinstance(served, str) else list(served or ())
-    short = Path(model.removeprefix("HF://")).name.removesuffix(".gguf")
-    return tuple(dict.fromkeys([*asked, short, model]))
+    return tuple(dict.fromkeys([*asked, *default_names(model), model]))

@@ -18,7 +18,7 @@ from starlette.types import Message, Scope
 
 from tpserve.coordinator.gateway.errors import ClientDisconnected, InvalidRequest
 from tpserve.coordinator.gateway.service import Service
-from tpserve.coordinator.gateway.stream import EventStream
+from tpserve.coordinator.gateway.stream import EventStream, event_data
 from tpserve.coordinator.python_engine.errors import RequestAborted
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
@@ -62,7 +62,7 @@ class LocalDoor:
             yield b""
             async with contextlib.aclosing(response.events()) as groups:
                 async for group in groups:
-                    for event in _data(group):
+                    for event in event_data(group):
                         if call.answer_id is None:
                             call.answer_id = orjson.loads(event).get("id", "")
                             self._calls[call.answer_id] = call
@@ -131,13 +131,3 @@ def _plain(value: object) -> object:
     if isinstance(value, tuple | set | frozenset):
         return list(value)
     raise TypeError(f"{type(value).__name__} {value!r}"[:200])
-
-
-def _data(group: bytes) -> list[bytes]:
-    """Return the data of each server-sent event in a group of whole events."""
-    return [
-        line.removeprefix(b"data: ")
-        for event in group.split(b"\n\n")
-        for line in event.split(b"\n")
-        if line.startswith(b"data: ")
-    ]

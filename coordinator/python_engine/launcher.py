@@ -18,7 +18,9 @@ from tpserve.coordinator.python_engine.errors import EngineError
 from tpserve.coordinator.python_engine.loop import BackgroundLoop
 from tpserve.coordinator.serve import add_arguments
 
-HTTP_OPTIONS = ("host", "port", "api_key", "allow_origins", "no_gateway", "parent_pid")
+HTTP_OPTIONS = (
+    *("host", "port", "api_key", "api_key_file", "allow_origins", "gateway_processes", "no_gateway", "parent_pid"),
+)
 """Options of `tpserve serve` that mean nothing to an engine without a gateway."""
 
 _ERROR = re.compile(r"^.*tpserve( \w+)?: error: ")

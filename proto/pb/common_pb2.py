@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtpserve/proto/pb/common.proto\x12\x07tpserve\"\xee\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x0c\n\x04seed\x18\x07 \x01(\x06\x12\x16\n\x0e\x62ias_token_ids\x18\x08 \x03(\r\x12\x13\n\x0b\x62ias_values\x18\t \x03(\x02\x12\x19\n\x0cnum_logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"\xa2\x01\n\x07Grammar\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.tpserve.Grammar.Kind\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\"J\n\x04Kind\x12\x08\n\x04NONE\x10\x00\x12\x0f\n\x0bJSON_SCHEMA\x10\x01\x12\t\n\x05REGEX\x10\x02\x12\x08\n\x04\x45\x42NF\x10\x03\x12\x12\n\x0eSTRUCTURAL_TAG\x10\x04\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtpserve/proto/pb/common.proto\x12\x07tpserve\"\x84\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x0c\n\x04seed\x18\x07 \x01(\x06\x12\x16\n\x0e\x62ias_token_ids\x18\x08 \x03(\r\x12\x13\n\x0b\x62ias_values\x18\t \x03(\x02\x12\x19\n\x0cnum_logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0cwants_hidden\x18\x0b \x01(\x08\x42\x0f\n\r_num_logprobs\"\xa2\x01\n\x07Grammar\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.tpserve.Grammar.Kind\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\"J\n\x04Kind\x12\x08\n\x04NONE\x10\x00\x12\x0f\n\x0bJSON_SCHEMA\x10\x01\x12\t\n\x05REGEX\x10\x02\x12\x08\n\x04\x45\x42NF\x10\x03\x12\x12\n\x0eSTRUCTURAL_TAG\x10\x04\"]\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\x12\x0e\n\x06hidden\x18\x04 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,11 +32,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tpserve.proto.pb.common_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS']._serialized_start=43
-  _globals['_SAMPLINGPARAMS']._serialized_end=281
-  _globals['_GRAMMAR']._serialized_start=284
-  _globals['_GRAMMAR']._serialized_end=446
-  _globals['_GRAMMAR_KIND']._serialized_start=372
-  _globals['_GRAMMAR_KIND']._serialized_end=446
-  _globals['_TOKENLOGPROBS']._serialized_start=448
-  _globals['_TOKENLOGPROBS']._serialized_end=525
+  _globals['_SAMPLINGPARAMS']._serialized_end=303
+  _globals['_GRAMMAR']._serialized_start=306
+  _globals['_GRAMMAR']._serialized_end=468
+  _globals['_GRAMMAR_KIND']._serialized_start=394
+  _globals['_GRAMMAR_KIND']._serialized_end=468
+  _globals['_TOKENLOGPROBS']._serialized_start=470
+  _globals['_TOKENLOGPROBS']._serialized_end=563
 # @@protoc_insertion_point(module_scope)

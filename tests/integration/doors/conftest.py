@@ -9,15 +9,17 @@ from pathlib import Path
 import openai
 import pytest
 
-from server import Server
+from server import MODEL_NAME, Server
 
 ORIGIN = "http://app.example"
+ALIAS = "gpt-4"
+"""A second name of the model, which programs written for another server may use."""
 
 
 @pytest.fixture(scope="package")
 def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("doors")
-    flags = ("--tp", "2", "--max-num-seqs", "8", "--allow-origins", ORIGIN)
+    flags = ("--tp", "2", "--max-num-seqs", "8", "--allow-origins", ORIGIN, "--served-model-name", MODEL_NAME, ALIAS)
     with Server.running(demo_model, *flags, folder=folder) as running:
         yield running
 

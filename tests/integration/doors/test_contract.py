@@ -58,7 +58,7 @@ def meaning(answer: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_a_chat_means_the_same(
+def test_row_23_a_chat_means_the_same_at_every_door(
     name: str, client: openai.OpenAI, engine: MLCEngine, async_engine: AsyncMLCEngine
 ) -> None:
     request = request_of(CHATS[name])

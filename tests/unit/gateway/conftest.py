@@ -17,11 +17,12 @@ import tokenizers
 import uvicorn
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tpserve.coordinator.gateway.__main__ import Server, bind
+from tpserve.coordinator.gateway.__main__ import Server
 from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.config import GatewayConfig
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import Tokenizer
+from tpserve.coordinator.process import bind
 from unit.gateway.scripted_engine import ScriptedEngine, seeded_script
 
 TEMPLATE = (

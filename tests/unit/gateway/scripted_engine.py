@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -56,6 +57,12 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     def __post_init__(self) -> None:
         self.gate.set()
         self.answering.set()
+
+    @staticmethod
+    def hidden(submit: engine_pb2.Submit) -> bytes:
+        """A row of four numbers that tells the prompt."""
+        ids = submit.prompt_token_ids
+        return struct.pack("<4f", len(ids), ids[0], ids[-1], 1.0)
 
     async def start(self, address: str = "127.0.0.1:0") -> tuple[grpc.aio.Server, str]:
         server = grpc.aio.server()
@@ -153,7 +160,10 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                 others = range(3, 3 + submit.sampling.num_logprobs)
                 event.logprobs.append(
                     common_pb2.TokenLogprobs(
-                        logprob=-0.5, top_token_ids=others, top_logprobs=[-1.0 - i for i, _ in enumerate(others)]
+                        logprob=-0.5,
+                        top_token_ids=others,
+                        top_logprobs=[-1.0 - i for i, _ in enumerate(others)],
+                        hidden=self.hidden(submit) if submit.sampling.wants_hidden else b"",
                     )
                 )
             if token in submit.stop_token_ids:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -268,7 +269,28 @@ async def test_health_is_the_engines(make_stack: StackFactory, tokenizer: Tokeni
         assert (await stack.http.get("/health")).status_code == 200
 
 
-async def test_models_version_and_root(make_stack: StackFactory) -> None:
+async def test_the_page_loads_nothing_from_elsewhere(make_stack: StackFactory) -> None:
+    async with make_stack(api_keys=("k",)) as stack:
+        page = await stack.http.get("/")
+        files = {name: await stack.http.get(f"/{name}") for name in re.findall(r'(?:href|src)="([^"]+)"', page.text)}
+        for name in re.findall(r'from "\./([\w.]+)"', files["page/app.js"].text):
+            files[f"page/{name}"] = await stack.http.get(f"/page/{name}")
+        again = await stack.http.get("/page/app.js", headers={"if-none-match": files["page/app.js"].headers["etag"]})
+        assert (await stack.http.get("/page/../app.py")).status_code == 404
+        assert (await stack.http.get("/page/index.html")).status_code == 404
+    assert set(files) == {
+        f"page/{name}" for name in ("icon.svg", "style.css", "app.js", "api.js", "markdown.js", "store.js")
+    }
+    assert again.status_code == 304
+    for reply in (page, *files.values()):
+        assert reply.status_code == 200
+        assert reply.headers["content-security-policy"].startswith("default-src 'none'")
+        for url in re.findall(r"https?://[^\s\"')]*", reply.text):
+            assert url == "http://www.w3.org/2000/svg" or "(" in url or "\\" in url, url  # names and patterns only
+        assert "innerHTML" not in reply.text.replace("Never touches innerHTML", "")
+
+
+async def test_models_and_version(make_stack: StackFactory) -> None:
     async with make_stack() as stack:
         listed = await stack.client.models.list()
         assert [model.id for model in listed.data] == ["tiny", "gpt-4"]
@@ -277,7 +299,6 @@ async def test_models_version_and_root(make_stack: StackFactory) -> None:
             await stack.client.models.retrieve("other")
         assert (await stack.http.get("/v1/models")).json()["data"][0]["max_model_len"] == 512
         assert (await stack.http.get("/version")).json() == {"version": "1.2.3"}
-        assert (await stack.http.get("/")).json()["status"] == "ready"
 
 
 async def test_metrics_are_valid_and_joined(make_stack: StackFactory) -> None:

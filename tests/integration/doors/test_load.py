@@ -1,0 +1,26 @@
+"""Many clients that come, stream and hang up: nothing fails and nothing is left. A short form of the benchmark."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from server import REPOSITORY, environment
+
+MAX_CPU_US_PER_TOKEN = 250
+"""Four times the target: this machine may be busy, and short answers carry the cost of their connections."""
+
+
+def test_nothing_fails_and_nothing_is_left(tiny_folder: Path, tmp_path: Path) -> None:
+    script = REPOSITORY / "benchmarks/gateway_load.py"
+    command = [sys.executable, str(script), str(tiny_folder), "--clients", "128", "--seconds", "8"]
+    command += ["--gateway-processes", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment("load"), capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = json.loads(done.stdout)["runs"]
+    assert run["finished"] > 100
+    assert run["hung_up"] > 10
+    assert min(run["gateway_cpu_share_by_process"]) > 0.05  # both work
+    assert run["gateway_cpu_us_per_token"] < MAX_CPU_US_PER_TOKEN

@@ -1,0 +1,59 @@
+"""The graph's second output: hidden rows of the slots that asked, from which their logits come."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rank_group import Artifacts
+from tiny_models import MODELS
+from tpserve.proto.messages import PromptChunk, SamplingParams, SlotAdd, StepPlan, StepResult
+from tpserve.proto.rank import RankConfig
+from tpserve.worker.runner import Runner
+
+
+@pytest.mark.parametrize("kernels", ["tuned", "portable"])
+def test_logits_come_from_the_row(tmp_path: Path, artifacts: Artifacts, kernels: str) -> None:
+    model = MODELS["llama_9q_3kv_tied"]
+    model.write(tmp_path)
+    config = RankConfig(
+        rank=0,
+        tp_size=1,
+        model_dir=tmp_path,
+        artifact_dir=artifacts.build(tmp_path, 1, kernels=kernels),  # type: ignore[arg-type]  # one of its literals
+        load_format="auto",
+        num_pages=8,
+        max_num_seqs=4,
+        num_threads=1,
+        group_name=f"unused-{os.getpid()}",
+        collective_timeout_s=10.0,
+    )
+    asks = SamplingParams(temperature=0.0, num_logprobs=5, wants_hidden=True)
+    free = SamplingParams(temperature=0.0, num_logprobs=0)
+    prompt = tuple(range(3, 23))
+    runner = Runner(config, lambda done, total: None)
+    try:
+        added = (SlotAdd(2, free, (0, 1)), SlotAdd(1, asks, (2, 3)))
+        result = runner.execute(
+            StepPlan(1, added_slots=added, chunks=(PromptChunk(2, 0, (5, 6), True), PromptChunk(1, 0, prompt, True)))
+        )
+        # The slot's next owner did not ask.
+        owner = SlotAdd(1, free, (4, 5))
+        chunk = PromptChunk(1, 0, prompt, True)
+        again = runner.execute(StepPlan(2, removed_slots=(1,), added_slots=(owner,), chunks=(chunk,)))
+    finally:
+        runner.close()
+    wire = StepResult.from_pb(result.to_pb())  # as the coordinator gets it
+    row = np.frombuffer(wire.logprobs[1].hidden, "<f4")
+    embedding = model.weights()["model.embed_tokens.weight"]
+    assert row.shape == (embedding.shape[1],)
+    logits = embedding @ row
+    logprobs = logits - np.log(np.exp(logits).sum())
+    best = np.argsort(-logprobs)[:5]
+    assert [token for token, _ in wire.logprobs[1].top] == best.tolist()
+    assert [value for _, value in wire.logprobs[1].top] == pytest.approx(logprobs[best].tolist(), abs=1e-4)
+    assert wire.logprobs[2].hidden == b""
+    assert again.logprobs[1].hidden == b""
