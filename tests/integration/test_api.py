@@ -332,6 +332,22 @@ def test_health_says_ready(server: Server) -> None:
     assert server.health() == (200, {"status": "ready", "detail": ""})
 
 
+def test_row_25_the_mode_and_what_it_means_are_told(server: Server) -> None:
+    """In the talk's words; local is the default, and --max-num-seqs wins over its batch size."""
+    mode = re.search(
+        r'Under mode "local", max batch size will be set to 8, max KV cache token capacity will be set to (\d+), '
+        r"prefill chunk size will be set to (\d+)\.",
+        server.log,
+    )
+    assert mode is not None, server.log
+    assert int(mode[1]) >= 8192
+    assert re.search(
+        r"Estimated total memory usage of each rank: [\d.]+ MB "
+        r"\(Parameters: [\d.]+ MB\. KVCache: [\d.]+ MB\. Temporary buffer: [\d.]+ MB\)",
+        server.log,
+    )
+
+
 def test_a_repeated_prompt_hits_the_prefix_cache(server: Server, client: openai.OpenAI) -> None:
     prompt = "Please count the words of this text. " * 12
     before = server.metrics()
