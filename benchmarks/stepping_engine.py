@@ -1,7 +1,8 @@
 """A coordinator's gRPC door without an engine behind it: every step, each running sequence gets a token.
 
-For driving gateways to their limit, which no engine on a CPU does. A session that cannot take its events makes its steps
-late, so nothing piles up. `python benchmarks/stepping_engine.py STEP_MS VOCAB_SIZE MAX_MODEL_LEN` prints its address.
+For driving gateways to their limit, which no engine on a CPU does. A session that cannot take its events makes its
+steps late, so nothing piles up. `python benchmarks/stepping_engine.py STEP_MS VOCAB_SIZE MAX_MODEL_LEN` prints its
+address.
 """
 
 from __future__ import annotations
