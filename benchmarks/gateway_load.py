@@ -22,6 +22,7 @@ import os
 import platform
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -263,6 +264,7 @@ def measure(args: argparse.Namespace, num_gateways: int, log: Path) -> dict[str,
         after = settled(server, before)
     finally:
         code = server.stop()
+    send_us = loopback_send_us()
     return {
         "gateway_processes": num_gateways,
         "engine": args.engine,
@@ -270,9 +272,34 @@ def measure(args: argparse.Namespace, num_gateways: int, log: Path) -> dict[str,
         "leaks": leaks(before, after),
         "exit_code": code,
         "tracebacks": log.read_text(errors="replace").count("Traceback"),
+        "loopback_send_us": send_us,
         "mixed": mixed.to_dict(),
         **({} if long is None else {"long": long.to_dict(), **separated(mixed, long)}),
     }
+
+
+READER = """
+import socket, sys
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as connection:
+    while connection.recv(4096):
+        pass
+"""
+
+
+def loopback_send_us() -> float:
+    """Return what one small `send` to a process that waits costs this machine; no streamed token is had for less."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        reader = subprocess.Popen([sys.executable, "-c", READER, str(listening.getsockname()[1])])
+        out, _ = listening.accept()
+    times = []
+    with out:
+        for _ in range(1000):
+            time.sleep(0.0005)  # it waits again
+            begin = time.perf_counter()
+            out.send(b"x" * 250)
+            times.append(time.perf_counter() - begin)
+    reader.wait(30)
+    return round(1e6 * sorted(times)[len(times) // 2], 1)
 
 
 @dataclass(frozen=True, slots=True)
