@@ -149,6 +149,8 @@ class Server:
         self.log = log
         self.gateways: list[psutil.Process] = []
         self.coordinators: list[psutil.Process] = []
+        self.children: list[subprocess.Popen[bytes]] = []
+        """Gateways that were started here, each with its exit code."""
 
     @classmethod
     def real(cls, model: str, num_gateways: int, serve_args: list[str], log: Path) -> Server:
@@ -190,9 +192,11 @@ class Server:
             }
             command = [sys.executable, "-m", "tpserve.coordinator.gateway", json.dumps(config)]
             for _ in range(num_gateways):
-                process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=out, pass_fds=(shared.fileno(),))
-                server.gateways.append(process)
-            for gateway in server.gateways:
+                gateway = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=out, pass_fds=(shared.fileno(),))
+                server.children.append(gateway)
+                server.gateways.append(psutil.Process(gateway.pid))
+            for gateway in server.children:
+                assert gateway.stdout is not None
                 gateway.stdout.readline()  # it listens
         return server
 
@@ -228,12 +232,12 @@ class Server:
 
     def stop(self) -> int:
         """End it as Ctrl-C does; return its exit code."""
-        if self.coordinators[0].pid != self.process.pid:
+        if not self.children:
             self.process.send_signal(signal.SIGINT)
             return self.process.wait(90)
-        for gateway in self.gateways:
-            gateway.send_signal(signal.SIGTERM)
-        codes = [gateway.wait(90) for gateway in self.gateways]
+        for gateway in self.children:
+            gateway.terminate()
+        codes = [gateway.wait(90) for gateway in self.children]
         self.process.kill()
         self.process.wait(30)
         return max(codes)
