@@ -15,7 +15,7 @@ MAX_CPU_US_PER_TOKEN = 250
 
 def test_nothing_fails_and_nothing_is_left(tiny_folder: Path, tmp_path: Path) -> None:
     script = REPOSITORY / "benchmarks/gateway_load.py"
-    command = [sys.executable, str(script), str(tiny_folder), "--clients", "128", "--seconds", "8"]
+    command = [sys.executable, str(script), str(tiny_folder), "--clients", "128", "--seconds", "5"]
     command += ["--gateway-processes", "2", "--long-seconds", "0"]
     done = subprocess.run(command, cwd=tmp_path, env=environment("load"), capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
