@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16", "fp8"], default="auto")
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-num-seqs", type=_positive, help="sequences that run at once (default: by mode)")
-    parser.add_argument("--max-num-batched-tokens", type=_positive, default=256, help="tokens of one step")
+    parser.add_argument("--max-num-batched-tokens", type=_positive, default=512, help="tokens of one step")
     parser.add_argument("--max-model-len", type=_positive, help="prompt and output of one sequence, in tokens")
     parser.add_argument("--max-num-queued-reqs", type=_positive, default=1024, help="more are answered with 429")
     parser.add_argument("--gpu-memory-utilization", type=_share, default=0.85, help="share of memory to use (0-1]")
