@@ -66,6 +66,9 @@ class CoordinatorConfig:
     start_timeout_s: float = 600.0
     step_timeout_s: float = 30.0
     collective_timeout_s: float = 20.0
+    stall_after_s: float = 5.0
+    replay_timeout_s: float = 45.0
+    """See `EngineConfig` for these."""
     drain_timeout_s: float = 30.0
     metrics_compat: Compat = "none"
     otlp_traces_endpoint: str | None = None
@@ -110,7 +113,11 @@ async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster, t
             enable_prefix_cache=config.enable_prefix_cache,
         )
     )
-    engine_config = EngineConfig(step_timeout_s=config.step_timeout_s)
+    engine_config = EngineConfig(
+        step_timeout_s=config.step_timeout_s,
+        stall_after_s=config.stall_after_s,
+        replay_timeout_s=config.replay_timeout_s,
+    )
     engine = Engine(engine_config, scheduler, cluster, metrics, tracing)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
