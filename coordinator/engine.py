@@ -286,10 +286,10 @@ class Engine:
                 await self._end_group()
             self._scheduler.reset_after_group_loss()
 
-    async def drain(self, timeout_s: float) -> bool:
+    async def drain(self, timeout_s: float, why: str = "shutting down") -> bool:
         """Take no more requests and wait for those that run; return whether all ended in time."""
         self._draining = True
-        self._set_status(EngineStatus.DRAINING, "shutting down")
+        self._set_status(EngineStatus.DRAINING, why)
         self._wake.set()
         if not self._active:
             return True

@@ -77,23 +77,6 @@ async def test_ctrl_c_lets_streams_finish_and_leaves_nothing(server: Server) -> 
     assert "Compiling" not in server.log
 
 
-@pytest.mark.parametrize("victim", ["launcher", "coordinator", "gateway"])
-def test_killed_process_takes_all_with_it(tiny_folder: Path, tmp_path: Path, victim: str) -> None:
-    """kill -9 of any of the three."""
-    server = Server(tiny_folder, *DUMMY, "--tp", "2", folder=tmp_path)
-    try:
-        server.wait_ready()
-        module = {"coordinator": "tpserve.coordinator", "gateway": "tpserve.coordinator.gateway"}
-        pid = server.process.pid if victim == "launcher" else server.process_pid(module[victim])
-        os.kill(pid, signal.SIGKILL)
-        server.footprint.assert_gone(within_s=10)
-        if victim != "launcher":
-            assert server.process.wait(1) == 1
-            assert f"tpserve serve: error: the {victim} ended with status -9" in server.log
-    finally:
-        server.kill_all()
-
-
 @pytest.mark.parametrize(
     ("signum", "milestone"),
     [
