@@ -99,6 +99,10 @@ def requirements(without: Sequence[str]) -> list[str]:
     report = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     for package in json.loads(report.stdout)["install"]:
         seen.add((canonical(package["metadata"]["name"]), package["metadata"]["version"]))
+    # As everywhere: alone, without the PyTorch that it asks for.
+    for requirement in project["optional-dependencies"]["structured"]:
+        name, _, version = requirement.partition("==")
+        seen.add((canonical(name), version))
     left_out = {canonical(name) for name in without}
     return sorted(f"{name}=={lock.get(name, version)}" for name, version in seen if name not in left_out)
 

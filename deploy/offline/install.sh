@@ -17,10 +17,18 @@ for name, digest in json.loads((top / "BUNDLE.json").read_text())["files"].items
     if hashlib.sha256((top / name).read_bytes()).hexdigest() != digest:
         sys.exit(f"{name} differs from what was packed: copy the bundle again")
 PY
-# Packages that the host has itself (made with --without) are seen as well.
-"$python" -m venv --without-pip --system-site-packages "$folder"
+"$python" -m venv --without-pip "$folder"
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 cp -r "$here/site/." "$site/"
+# Packages that the host has itself (the bundle was made with --without) are found after those of the bundle. PYTHON may be
+# that of an environment, whose packages --system-site-packages would not show.
+"$python" - "$here/BUNDLE.json" "$site/host-packages.pth" <<'PY'
+import json, pathlib, sys, sysconfig
+bundle, target = sys.argv[1:]
+if json.loads(pathlib.Path(bundle).read_text())["without"]:
+    paths = {sysconfig.get_paths()[name]: None for name in ("purelib", "platlib")}
+    pathlib.Path(target).write_text("".join(f"{path}\n" for path in paths))
+PY
 for command in "tpserve:tpserve.cli" "bench-tp:tpserve.coordinator.bench.__main__"; do
   name=${command%%:*} module=${command#*:}
   printf '#!%s\nimport sys\n\nfrom %s import main\n\nsys.exit(main())\n' "$folder/bin/python" "$module" > "$folder/bin/$name"
