@@ -125,7 +125,7 @@ def add_observability_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics-compat", choices=["none", "vllm"], default="none", help="vllm: /metrics has vLLM's names besides"
     )
     parser.add_argument("--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry spans there, over OTLP")
-    parser.add_argument("--enable-debug", action="store_true", help="open /debug/trace: Chrome traces of engine steps")
+    parser.add_argument("--enable-debug", action="store_true", help="open /debug (traces of steps), take debug_config")
 
 
 def main(args: argparse.Namespace) -> int:
