@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 TP ?= 2
 
-.PHONY: serve observe test lint types unit integration test-gpu goldens proto clean help
+.PHONY: serve observe test lint types unit integration soak test-gpu goldens proto clean help
 
 help:               ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -32,6 +32,10 @@ unit: $(VENV)/.dev   ## tests without processes or models
 
 integration: $(VENV)/.dev   ## tests of the real server with the demo model
 	TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest -p no:hypothesispytest tests/integration
+
+soak: $(VENV)/.dev   ## 50 kills of a rank under load: no answer may be lost (5 minutes)
+	PYTHONPATH=tests:deploy/python $(BIN)/python benchmarks/kill_soak.py \
+	  $$($(BIN)/python deploy/fetch_demo_model.py) --output benchmarks/results/kill_soak.json
 
 test-gpu: $(VENV)/.dev   ## tests that need CUDA devices
 	TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest tests/gpu -m gpu

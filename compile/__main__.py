@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tpserve.compile.artifact import build_artifact
-from tpserve.compile.cache import CachePolicy
+from tpserve.compile.cache import CachePolicy, told_if_full
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.errors import CompileError
 from tpserve.compile.source import convert_to, require_weights, resolve_model, stored_quantization
@@ -103,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
                 raise CompileError(f"--output {args.output} is not an empty folder")
             args.output.mkdir(parents=True, exist_ok=True)
-            convert_to(args.model, args.output)
+            with told_if_full(args.output):
+                convert_to(args.model, args.output)
             folders = {"model_dir": str(args.output)}
         else:
             folders = compile_model(args)

@@ -6,14 +6,19 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 from tpserve.compile.errors import CacheError
 
 logger = logging.getLogger(__name__)
+
+
+_FULL_BYTES = 64 << 10
+"""With less room left, what failed to be written failed for that."""
 
 
 class CachePolicy(Enum):
@@ -37,6 +42,29 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpserve"
 
 
+@contextmanager
+def told_if_full(folder: Path) -> Iterator[None]:
+    """Say in one line if what fails inside fails because a disk is full.
+
+    Libraries and compilers tell it in many ways: by an errno, in words, or as any other failure to write.
+
+    Raises
+    ------
+    CacheError
+        Naming the folder and the remedy.
+    """
+    try:
+        yield
+    except Exception as error:
+        by_number = isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT)
+        if by_number or os.strerror(ENOSPC) in str(error) or shutil.disk_usage(folder).free < _FULL_BYTES:
+            raise CacheError(
+                f"no space left on the disk of {folder}, or of {tempfile.gettempdir()}: free some, or set TPSERVE_HOME "
+                "and TMPDIR to folders with more room"
+            ) from error
+        raise
+
+
 def cached_folder(kind: str, key: str, policy: CachePolicy, build: Callable[[Path], None]) -> Path:
     """Return the folder `kind`/`key`, building it if the policy asks for it.
 
@@ -58,7 +86,8 @@ def cached_folder(kind: str, key: str, policy: CachePolicy, build: Callable[[Pat
     if policy is CachePolicy.OFF:
         fresh = Path(tempfile.mkdtemp(prefix=f"tpserve-{kind}-"))
         try:
-            build(fresh)
+            with told_if_full(fresh):
+                build(fresh)
         except BaseException:
             shutil.rmtree(fresh)
             raise
@@ -72,7 +101,8 @@ def cached_folder(kind: str, key: str, policy: CachePolicy, build: Callable[[Pat
     fresh = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=parent))
     old = fresh.with_name(f"{fresh.name}-old")
     try:
-        build(fresh)
+        with told_if_full(fresh):
+            build(fresh)
         if policy is CachePolicy.REDO:
             # Moved aside first: removing takes many steps, and nobody must find the folder between them.
             with suppress(FileNotFoundError):

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import grpc.aio
 
@@ -27,7 +27,7 @@ from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.log import LogFormat, configure, take_over_rank_output
 from tpserve.coordinator.metrics import Compat, Metrics
 from tpserve.coordinator.operations import OperationsServer
-from tpserve.coordinator.process import end_with_parent, tell_parent
+from tpserve.coordinator.process import end_with_parent, keep_stdout_for_parent, tell_parent
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.coordinator.service import EngineService
 from tpserve.coordinator.tracing import Tracing, TracingUnavailable
@@ -37,6 +37,8 @@ from tpserve.proto.rank import RankConfig
 
 logger = logging.getLogger(__name__)
 
+_WITHOUT_RAY_S = 40.0
+"""A minute after its head is lost, Ray ends every process that belongs to it."""
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)]
 
 
@@ -66,6 +68,9 @@ class CoordinatorConfig:
     start_timeout_s: float = 600.0
     step_timeout_s: float = 30.0
     collective_timeout_s: float = 20.0
+    stall_after_s: float = 5.0
+    replay_timeout_s: float = 45.0
+    """See `EngineConfig` for these."""
     drain_timeout_s: float = 30.0
     metrics_compat: Compat = "none"
     otlp_traces_endpoint: str | None = None
@@ -96,8 +101,10 @@ def make_cluster(config: CoordinatorConfig, manifest: Manifest) -> Cluster:
     return Cluster(ClusterConfig(rank, config.start_timeout_s, config.ray_address, temp_dir))
 
 
-async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster, tracing: Tracing | None) -> int:
-    """Serve until SIGTERM; return the exit code."""
+async def run(
+    config: CoordinatorConfig, manifest: Manifest, cluster: Cluster, tracing: Tracing | None, parent: TextIO
+) -> int:
+    """Serve until SIGTERM, and tell `parent` where; return the exit code."""
     metrics = Metrics(config.model_name, compat=config.metrics_compat)
     scheduler = Scheduler(
         SchedulerConfig(
@@ -110,28 +117,36 @@ async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster, t
             enable_prefix_cache=config.enable_prefix_cache,
         )
     )
-    engine_config = EngineConfig(step_timeout_s=config.step_timeout_s)
+    engine_config = EngineConfig(
+        step_timeout_s=config.step_timeout_s,
+        stall_after_s=config.stall_after_s,
+        replay_timeout_s=config.replay_timeout_s,
+    )
     engine = Engine(engine_config, scheduler, cluster, metrics, tracing)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     service = EngineService(engine, metrics, _info(config, manifest), enable_debug=config.enable_debug)
-    server = await _listen(config, service)
+    server, address = await _listen(config, service)
+    tell_parent(parent, address=address)
     operations = None
     if config.operations_port is not None:
         operations = OperationsServer(engine, metrics, config.host, config.operations_port)
         operating = asyncio.create_task(operations.serve())
     serving = asyncio.create_task(engine.run())
     stopping = asyncio.create_task(stop.wait())
+    losing_ray = asyncio.create_task(cluster.wait_lost())
     try:
-        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([serving, stopping, losing_ray], return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             serving.result()
+        elif losing_ray.done():
+            await _end_without_ray(engine, serving, losing_ray.result(), config.drain_timeout_s)
         elif not await engine.drain(config.drain_timeout_s):
             logger.warning("requests still ran after %g s and are cut off", config.drain_timeout_s)
     finally:
-        serving.cancel()
-        stopping.cancel()
+        for task in (serving, stopping, losing_ray):
+            task.cancel()
         with contextlib.suppress(asyncio.CancelledError, ClusterError):
             await serving
         service.close()
@@ -140,6 +155,16 @@ async def run(config: CoordinatorConfig, manifest: Manifest, cluster: Cluster, t
             operations.should_exit = True
             await operating
     return 0
+
+
+async def _end_without_ray(engine: Engine, serving: asyncio.Task[None], lost: str, drain_timeout_s: float) -> None:
+    """Let running requests finish on ranks that still live, then fail: without Ray no group can be started again."""
+    why = f"Ray has lost its {lost}"
+    logger.error("%s; running requests may finish, then this replica ends", why)
+    draining = asyncio.create_task(engine.drain(min(drain_timeout_s, _WITHOUT_RAY_S), why))
+    await asyncio.wait([draining, serving], return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    raise ClusterError(f"{why}: start the server again")
 
 
 def _info(config: CoordinatorConfig, manifest: Manifest) -> engine_pb2.EngineInfo:
@@ -158,18 +183,18 @@ def _info(config: CoordinatorConfig, manifest: Manifest) -> engine_pb2.EngineInf
     )
 
 
-async def _listen(config: CoordinatorConfig, service: EngineService) -> grpc.aio.Server:
+async def _listen(config: CoordinatorConfig, service: EngineService) -> tuple[grpc.aio.Server, str]:
     server = grpc.aio.server(options=_OPTIONS)
     engine_pb2_grpc.add_EngineServicer_to_server(service, server)  # type: ignore[no-untyped-call]  # generated
     port = server.add_insecure_port(f"{config.host}:{config.port}")
     await server.start()
-    tell_parent(address=f"{config.host}:{port}")
-    return server
+    return server, f"{config.host}:{port}"
 
 
 def main() -> int:
     """Run the coordinator; return the exit code."""
     config = CoordinatorConfig(**json.loads(sys.argv[1]))
+    parent = keep_stdout_for_parent()  # Ray prints what its daemons and ranks say
     configure(config.log_format, "coordinator")
     tracing = None
     manifest = Manifest.load(Path(config.artifact_dir), verify_files=False)
@@ -187,9 +212,9 @@ def main() -> int:
         # Requests are cyclic but few; what stands now never dies. Full collections in the step loop cost milliseconds.
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
-        return asyncio.run(run(config, manifest, cluster, tracing))
+        return asyncio.run(run(config, manifest, cluster, tracing, parent))
     except (ClusterError, TracingUnavailable) as error:
-        tell_parent(error=str(error))
+        tell_parent(parent, error=str(error))
         return 1
     finally:
         cluster.shutdown()

@@ -53,6 +53,9 @@ class WorkerGroup:
         step_timeout_s: float,
         on_lost: Callable[[], None],
         on_result: Callable[[StepResult], None] = lambda _: None,
+        *,
+        stall_after_s: float = 5.0,
+        on_stall: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the streams.
 
@@ -64,12 +67,18 @@ class WorkerGroup:
             Called once when a rank is lost.
         on_result
             Called with every rank's result of every step, rank 0's included.
+        stall_after_s
+            Age at which a step without a result is a stall.
+        on_stall
+            Called when a stall begins, and again when it ends with a result.
         """
         self._lost: RankLost | None = None
         self._on_lost = on_lost
         self._on_result = on_result
         self.ranks = [RankState(rank) for rank in range(len(addresses))]
         self._step_timeout_s = step_timeout_s
+        self._stall_after_s = stall_after_s
+        self._on_stall = on_stall
         self._sent_at: dict[int, float] = {}
         self._results: asyncio.Queue[StepResult | RankLost] = asyncio.Queue()
         self._channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for address in addresses]
@@ -113,6 +122,13 @@ class WorkerGroup:
     def oldest_step_age_s(self) -> float:
         """Return for how long the oldest step without a result has waited; 0 if there is none."""
         return time.monotonic() - min(self._sent_at.values()) if self._sent_at else 0.0
+
+    def least_advanced(self) -> RankState:
+        """Return the rank that is the suspect while a step is late: in a collective the others wait for it.
+
+        If all stand at the same step, rank 0 stands for the group.
+        """
+        return min(self.ranks, key=lambda state: state.last_step)
 
     async def close(self) -> None:
         """End the streams."""
@@ -169,16 +185,18 @@ class WorkerGroup:
         self._lose(RankLost(silent[0] if silent else witness, f"late in a collective; rank {witness} says of {words}"))
 
     async def _watch(self) -> None:
-        """Name the late rank when a step has missed its deadline."""
+        """Tell of stalls, and name the late rank when a step has missed its deadline."""
+        stalled = False
         while True:
-            await asyncio.sleep(self._step_timeout_s / 8)
-            if self.oldest_step_age_s() > self._step_timeout_s:
-                # In a collective the others wait for the late one, so the least advanced rank is the suspect; if all
-                # stand at the same step, the group as a whole is late and rank 0 stands for it.
-                late = min(self.ranks, key=lambda state: state.last_step)
+            await asyncio.sleep(min(self._stall_after_s / 4, self._step_timeout_s / 8))
+            age_s = self.oldest_step_age_s()
+            if age_s > self._step_timeout_s:
                 cause = f"missed the {self._step_timeout_s:g} s deadline of step {min(self._sent_at)}"
-                self._lose(RankLost(late.rank, cause))
+                self._lose(RankLost(self.least_advanced().rank, cause))
                 return
+            if stalled is not (age_s > self._stall_after_s):
+                stalled = not stalled
+                self._on_stall()
 
 
 def _open_stream(channel: grpc.aio.Channel) -> Any:

@@ -7,10 +7,12 @@ import contextlib
 import importlib
 import logging
 import os
+import select
+import shutil
 import signal
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 80 << 20
 """Ray's smallest; nothing of ours is put there."""
+_TEMP_DIR_BYTES = 16 << 20
+"""For Ray's sockets and logs; without room for logs it goes on, without room to start it does not come up."""
+_DAEMONS = ("gcs_server", "raylet")
+"""Without which Ray starts and ends nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,8 @@ class Cluster:
         self._actors: list[Any] = []
         self._pidfds: list[int] = []
         """Of the ranks that run on this machine."""
+        self._daemons: dict[str, int] = {}
+        """Of a Ray that was started here: pidfds by name."""
 
     def connect(self) -> None:
         """Start or join Ray and reserve a place for each rank. Blocks for seconds.
@@ -84,6 +92,12 @@ class Cluster:
         if self._config.ray_address is None:
             if self._temp_dir is None:
                 self._temp_dir = make_ray_temp_dir()
+            free_bytes = shutil.disk_usage(self._temp_dir).free
+            if free_bytes < _TEMP_DIR_BYTES:  # Ray would give up after half a minute, and not say why
+                raise ClusterError(
+                    f"Ray cannot be started: the disk of {self._temp_dir.parent} has {free_bytes >> 10} KiB left; "
+                    f"free {_TEMP_DIR_BYTES >> 20} MiB or more"
+                )
             options |= {
                 "address": "local",
                 "num_cpus": max(tp_size, os.cpu_count() or 1),
@@ -95,6 +109,10 @@ class Cluster:
             options["address"] = self._config.ray_address
         try:
             ray.init(**options)
+            if self._config.ray_address is None:
+                assert self._temp_dir is not None
+                found = {name: pid for pid, name in _processes_of(self._temp_dir)}
+                self._daemons = {name: os.pidfd_open(found[name]) for name in _DAEMONS}
             # All ranks on one node: they exchange activations in every layer.
             self._placement = placement_group([{"CPU": 1}] * tp_size, strategy="STRICT_PACK")
             if not self._placement.wait(30):
@@ -104,6 +122,27 @@ class Cluster:
         except Exception as error:  # Ray raises bare Exception when a daemon does not come up
             raise ClusterError(f"Ray cannot be started: {error}") from error
 
+    async def wait_lost(self) -> str:
+        """Wait until the Ray that was started here has lost a daemon; return which.
+
+        Ray itself lets its processes go on for a minute and then ends them, the coordinator too. Of a cluster that was
+        joined, Ray tells by the ranks that it loses.
+        """
+        loop, lost = asyncio.get_running_loop(), asyncio.Event()
+        for pidfd in self._daemons.values():
+            loop.add_reader(pidfd, lost.set)
+        try:
+            await lost.wait()
+        finally:
+            for pidfd in self._daemons.values():
+                loop.remove_reader(pidfd)
+        return self._lost_daemons()
+
+    def _lost_daemons(self) -> str:
+        """Return the daemons that have ended by themselves; empty while all live."""
+        ended, _, _ = select.select(self._daemons.values(), [], [], 0)
+        return ", ".join(name for name, pidfd in self._daemons.items() if pidfd in ended)
+
     async def start_ranks(self) -> Sequence[RankAddress]:
         """Start every rank of a new group and return their addresses by rank.
 
@@ -112,6 +151,8 @@ class Cluster:
         ClusterError
             Naming the first rank that failed and why, or those that did not come in time.
         """
+        if lost := self._lost_daemons():
+            raise ClusterError(f"Ray has lost its {lost}: no rank can be started")
         template = self._config.rank
         group_name = f"tpserve-{uuid.uuid4().hex}"
         actor_class = ray.remote(RankActor)
@@ -175,18 +216,37 @@ class Cluster:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
         actors, self._actors = self._actors, []
+        if self._lost_daemons():
+            return  # nobody is there who would do it
         for actor in actors:
             ray.kill(actor, no_restart=True)
 
     def shutdown(self) -> None:
         """End the ranks, and Ray if it was started here; leave nothing behind. Blocks."""
-        if ray.is_initialized():
+        if self._lost_daemons():
+            # What Ray does to end takes minutes without its daemons.
+            self._end_ranks()
+            assert self._temp_dir is not None
+            for pid, _ in _processes_of(self._temp_dir):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        elif ray.is_initialized():
             self._end_ranks()
             if self._placement is not None:
                 remove_placement_group(self._placement)
             ray.shutdown()
         if self._temp_dir is not None:
             remove_folder(self._temp_dir)
+
+
+def _processes_of(temp_dir: Path) -> Iterator[tuple[int, str]]:
+    """Yield pid and name of each process of the Ray that has this folder, whoever its parent is by now."""
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if f"{temp_dir}/".encode() in (process / "cmdline").read_bytes():
+                yield int(process.name), (process / "comm").read_text().strip()
 
 
 async def _result(ref: Any) -> Any:

@@ -48,7 +48,7 @@ class EngineConfig:
     """A step without a result for longer loses the group; the late rank is named."""
     stall_after_s: float = 5.0
     """A step without a result for longer makes the engine report STALLED."""
-    replay_timeout_s: float = 6.0
+    replay_timeout_s: float = 45.0
     """Requests of a lost group that cannot run again by then end with an error, and new ones are refused until then."""
     max_rebuilds_in_a_row: int = 3
     """Rebuilds that fail before the engine is DEAD."""
@@ -137,7 +137,9 @@ class Engine:
         if self._status in (EngineStatus.READY, EngineStatus.DRAINING) and self._group is not None:
             age = self._group.oldest_step_age_s()
             if age > self._config.stall_after_s:
-                return EngineStatus.STALLED, f"no step has finished for {age:.1f} s"
+                late = self._group.least_advanced()
+                ranks = f"; rank {late.rank} has finished step {late.last_step}" if len(self._group.ranks) > 1 else ""
+                return EngineStatus.STALLED, f"no step has finished for {age:.1f} s{ranks}"
         return self._status, self._detail
 
     def watch_status(self, watcher: Callable[[], None]) -> Callable[[], None]:
@@ -284,10 +286,10 @@ class Engine:
                 await self._end_group()
             self._scheduler.reset_after_group_loss()
 
-    async def drain(self, timeout_s: float) -> bool:
+    async def drain(self, timeout_s: float, why: str = "shutting down") -> bool:
         """Take no more requests and wait for those that run; return whether all ended in time."""
         self._draining = True
-        self._set_status(EngineStatus.DRAINING, "shutting down")
+        self._set_status(EngineStatus.DRAINING, why)
         self._wake.set()
         if not self._active:
             return True
@@ -313,6 +315,8 @@ class Engine:
             self._config.step_timeout_s,
             on_lost=self._wake.set,
             on_result=self._on_rank_result,
+            stall_after_s=self._config.stall_after_s,
+            on_stall=self._on_stall,
         )
         self._set_status(EngineStatus.DRAINING if self._draining else EngineStatus.READY, "")
 
@@ -375,6 +379,11 @@ class Engine:
         ranks = self._step_log.add(result)
         if ranks is not None and len(ranks) > 1:
             self._metrics.observe_group(ranks)
+            if result.step_us > self._config.stall_after_s * 1e6:
+                last = min(ranks, key=lambda each: each.collective_us)  # who comes last waits least
+                logger.warning(
+                    "step %d took %.1f s: rank %d came last", result.step_id, result.step_us / 1e6, last.rank
+                )
 
     def _observe(self, result: StepResult) -> None:
         """Account for a step by rank 0's word, in order."""
@@ -469,6 +478,17 @@ class Engine:
 
     # ---- failure
 
+    def _on_stall(self) -> None:
+        """Tell gateways at once that steps stand still, or go on."""
+        status, detail = self.status
+        logger.log(
+            logging.WARNING if status is EngineStatus.STALLED else logging.INFO,
+            "engine is %s%s",
+            status.name,
+            f": {detail}" if detail else "",
+        )
+        self._tell_watchers()
+
     def _fail_after_replay_timeout(self) -> None:
         """While a lost group is rebuilt, let nobody wait longer than promised, however often the rebuild fails."""
         self._gave_up = True
@@ -493,5 +513,8 @@ class Engine:
         self._detail = detail
         self.was_ready |= status is EngineStatus.READY
         logger.info("engine is %s%s", status.name, f": {detail}" if detail else "")
+        self._tell_watchers()
+
+    def _tell_watchers(self) -> None:
         for watcher in list(self._watchers):
             watcher()

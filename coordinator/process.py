@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 _PR_SET_PDEATHSIG = 1
 _REMOVE_WITHIN_S = 5.0
@@ -35,10 +36,21 @@ def end_with_parent(parent_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def tell_parent(**facts: str) -> None:
-    """Write one line for the parent to read: `address`, `url`, or `error`."""
-    sys.stdout.write(json.dumps(facts) + "\n")
-    sys.stdout.flush()
+def keep_stdout_for_parent() -> TextIO:
+    """Return standard output for `tell_parent` alone; what anybody else writes there goes to standard error.
+
+    For a process with a library that prints.
+    """
+    kept = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return kept
+
+
+def tell_parent(to: TextIO | None = None, **facts: str) -> None:
+    """Write one line for the parent to read, on standard output or what was kept of it: `address`, `url`, `error`."""
+    to = to or sys.stdout
+    to.write(json.dumps(facts) + "\n")
+    to.flush()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -32,6 +32,10 @@ from tpserve.proto.manifest import Manifest, ManifestError
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_REPLAY_TIMEOUT_S = 45.0
+"""Several times a rebuild on a busy machine, and less than the 60 s after which proxies cut a silent stream."""
+MAX_STALL_AFTER_S = 5.0
+"""A step without a result for longer, or for a third of its deadline, makes the engine STALLED."""
 _POLL_S = 0.1
 _KILL_AFTER_S = 10.0
 """After its drain time a process that is still there is killed."""
@@ -64,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16", "fp8"], default="auto")
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-num-seqs", type=_positive, help="sequences that run at once (default: by mode)")
-    parser.add_argument("--max-num-batched-tokens", type=_positive, default=256, help="tokens of one step")
+    parser.add_argument("--max-num-batched-tokens", type=_positive, default=512, help="tokens of one step")
     parser.add_argument("--max-model-len", type=_positive, help="prompt and output of one sequence, in tokens")
     parser.add_argument("--max-num-queued-reqs", type=_positive, default=1024, help="more are answered with 429")
     parser.add_argument("--gpu-memory-utilization", type=_share, default=0.85, help="share of memory to use (0-1]")
@@ -98,7 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drain-timeout", type=float, default=30.0, help="seconds that running requests get at the end"
     )
     parser.add_argument(
-        "--step-timeout", type=float, default=30.0, help="seconds after which a step's late rank is lost"
+        "--step-timeout", type=_seconds, default=30.0, help="seconds after which a step's late rank is lost"
+    )
+    parser.add_argument(
+        "--replay-timeout",
+        type=_seconds,
+        default=DEFAULT_REPLAY_TIMEOUT_S,
+        help="seconds that requests of a lost rank's group wait for a new one; then they end with an error",
     )
     add_observability_arguments(parser)
     policies = ["ON", "OFF", "REDO", "READONLY"]
@@ -315,6 +325,8 @@ class _Server:
             **self._observability(),
             "step_timeout_s": args.step_timeout,
             "collective_timeout_s": args.step_timeout * 2 / 3,
+            "stall_after_s": min(MAX_STALL_AFTER_S, args.step_timeout / 3),
+            "replay_timeout_s": args.replay_timeout,
             "host": args.engine_host,
             "port": args.engine_port,
             "parent_pid": os.getpid(),
@@ -476,6 +488,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
     return value
 
 

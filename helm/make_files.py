@@ -32,6 +32,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "engine.maxModelLen": {"type": ["integer", "null"], "minimum": 2},
     "engine.maxNumQueuedRequests": {"minimum": 1},
     "engine.stepTimeoutSeconds": {"minimum": 1},
+    "engine.replayTimeoutSeconds": {"minimum": 1},
     "engine.ray.mode": {"enum": ["local", "kuberay"]},
     "gateway.replicas": {"minimum": 1},
     "ports.http": {"minimum": 1024, "maximum": 65535},

@@ -271,14 +271,18 @@ class Outcome:
 
 
 def run_cli(
-    *arguments: str | Path, folder: Path, environ: Mapping[str, str] = {}, within_s: float = START_TIMEOUT_S
+    *arguments: str | Path,
+    folder: Path,
+    environ: Mapping[str, str] = {},
+    within_s: float = START_TIMEOUT_S,
+    prefix: Sequence[str] = (),
 ) -> Outcome:
-    """Run a command to its end; nothing of it may be left."""
+    """Run a command, by the command `prefix`, to its end; nothing of it may be left."""
     mark = uuid.uuid4().hex
     footprint = Footprint(mark)
     started_at = time.monotonic()
     with subprocess.Popen(
-        command(*arguments),
+        [*prefix, *command(*arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -122,6 +122,8 @@ class DeviceRunner:
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
         self._config = config
         self._rank = config.rank
+        self._grammars = GrammarFollower(config.model_dir, manifest.vocab_size, _num_mask_threads(config.tp_size))
+        self._grammars.warm_up()  # while weights are read
         cupy.cuda.Device(config.device).use()
         load_cuda_runtime()
         self._device = tvm.cuda(config.device)
@@ -151,7 +153,6 @@ class DeviceRunner:
         self._sampler = DeviceSampler(
             self._kernels, config.max_num_seqs, manifest.vocab_size, manifest.padded_vocab_size, _NUM_STAGING
         )
-        self._grammars = GrammarFollower(config.model_dir, manifest.vocab_size, _num_mask_threads(config.tp_size))
         self._constrained: tuple[list[ConstrainedRow], int, int] = ([], 0, 0)
         """Rows of the last step that had grammars, its number of rows and its staging."""
         self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
@@ -173,9 +174,9 @@ class DeviceRunner:
         if self._group is not None:
             self._group.meet("weights")  # a rank that is still loading must not look late to a kernel
         self._captured = self._capture(buckets)
+        self._grammars.wait_warm()
         if self._group is not None:
             self._group.meet("graphs")
-        self._grammars.warm_up()
 
     # ---- capture
 

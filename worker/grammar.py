@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 COMPILE_TIMEOUT_S = 10.0
 """The gateway has compiled the grammar before, within its own shorter deadline."""
+WARM_UP_TIMEOUT_S = 60.0
+"""For a rank to read its tokenizer while it starts; without it, it serves whoever brings no grammar."""
 
 
 def num_mask_words(vocab_size: int) -> int:
@@ -125,16 +127,25 @@ class GrammarFollower:
         self._last_word = np.uint32((1 << used) - 1).astype(np.int32)
         self._slots: dict[int, SlotGrammar] = {}
         self._compiling = ThreadPoolExecutor(1, "compile-grammars")
+        self._warming: Future[GrammarCompiler] | None = None
         self._compiler: GrammarCompiler | None = None
         self._batch: Any = None
 
     def warm_up(self) -> None:
-        """Read the tokenizer in the background, so that the first grammar does not wait seconds for a large one.
+        """Begin to read the tokenizer, in the background: a large one takes seconds.
 
         A model without a tokenizer says so when a grammar comes.
         """
         if (self._model_dir / "tokenizer.json").is_file():
-            self._compiling.submit(self._ready_compiler)
+            self._warming = self._compiling.submit(self._ready_compiler)
+
+    def wait_warm(self) -> None:
+        """Wait for what `warm_up` began: requests that are replayed on a new rank must not spend their deadline on it.
+
+        What fails there fails again, and is told, when a grammar comes.
+        """
+        if self._warming is not None:
+            wait([self._warming], WARM_UP_TIMEOUT_S)
 
     def apply(self, plan: StepPlan) -> None:
         """Take a plan's removals and additions."""

@@ -52,6 +52,8 @@ class Runner:
         """
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
         self._rank = config.rank
+        self._grammars = GrammarFollower(config.model_dir, manifest.vocab_size, num_threads=1)
+        self._grammars.warm_up()  # while weights are read
         kernels = load_kernels(config.artifact_dir)
         self._communicator: SharedMemoryCommunicator | None = None
         if config.tp_size > 1:
@@ -82,7 +84,6 @@ class Runner:
         max_pages = -(-manifest.max_model_len // page_size)
         self._batch = Batch(config.max_num_seqs, manifest.max_num_batched_tokens, max_pages, page_size)
         self._sampler = Sampler(kernels["sample"], config.max_num_seqs, manifest.vocab_size)
-        self._grammars = GrammarFollower(config.model_dir, manifest.vocab_size, num_threads=1)
         self._masking = ThreadPoolExecutor(1, "grammar-masks")
         self._constrained: list[ConstrainedRow] = []
         """Rows of the present step; once it is sampled, those that the next step's masks follow."""
@@ -93,7 +94,7 @@ class Runner:
         self._hidden_slots: set[int] = set()
         """Slots whose sequence wants its hidden rows."""
         self._next_step_id: int | None = None
-        self._grammars.warm_up()
+        self._grammars.wait_warm()
 
     def submit(self, plan: StepPlan) -> DoneStep:
         """Run one step; see `execute`."""

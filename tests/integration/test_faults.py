@@ -8,14 +8,16 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
+from kill_load import KillLoad, mixed_requests
 from server import MODEL_NAME, Server, chat_request, chat_text, until
 
 PROMPTS = [
@@ -28,8 +30,8 @@ PROMPTS = [
     "List twenty animals and what they eat.",
     "Why do leaves change their colour in autumn?",
 ]
-PROMISED_S = 10.0
-"""After the loss of a rank, every client has its text or an error."""
+PROMISED_S = 45.0
+"""The default of --replay-timeout: after the loss of a rank every client has its text by then, or an error."""
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +81,10 @@ class Stream:
         self.ended_at = time.monotonic()
 
     def check(self, expected: str) -> None:
-        """The whole, right text; or an error in OpenAI's form after the right beginning."""
-        if self.error is None:
-            assert self.finish is not None
-            assert self.text == expected
-        else:
-            assert expected.startswith(self.text)
-            assert isinstance(self.error.body, dict)
-            assert {"message", "type", "code"} <= set(self.error.body)
+        """The whole, right text."""
+        assert self.error is None, f"{self.error!r} after {self.text!r}"
+        assert self.finish is not None
+        assert self.text == expected
 
 
 class HealthWatch:
@@ -98,12 +96,17 @@ class HealthWatch:
         self._thread = threading.Thread(target=self._run)
         self.seen: list[tuple[float, float, int]] = []
         """When asked, when answered, status."""
+        self.states: list[str] = []
+        """Of the engine, each as it differs from the one before."""
 
     def _run(self) -> None:
         while not self._stop.wait(0.05):
             asked = time.monotonic()
-            status, _ = self._server.health()
+            status, body = self._server.health()
             self.seen.append((asked, time.monotonic(), status))
+            assert (status == 200) == (body["status"] == "ready")
+            if self.states[-1:] != [body["status"]]:
+                self.states.append(body["status"])
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -172,8 +175,7 @@ async def test_killed_rank(server: Server, rank: int) -> None:
         for stream, text in zip(streams, expected, strict=True):
             stream.check(text)
         slowest = max(stream.ended_at for stream in streams) - killed_at
-        recovered = [stream.error is None for stream in streams]
-        assert slowest <= PROMISED_S, f"the last client waited {slowest:.1f} s; texts: {recovered}"
+        assert slowest <= PROMISED_S, f"the last client waited {slowest:.1f} s"
         log = server.log[server.log.rindex("lost rank") :]
         assert re.match(rf"lost rank {rank}: connection lost", log)
         # Down from when the gateway can know, well under a second, to the new group.
@@ -190,17 +192,21 @@ async def test_hanging_rank_is_named_and_replaced(server: Server) -> None:
     """A rank that is alive and does nothing: its peers wait in a collective."""
     old = server.rank_pids()
     num_rebuilds = server.metric("group_rebuilds_total")
+    watch = HealthWatch(server)
     async with server.async_client() as client:
         expected = await expected_texts(client, 40)
         streams = [Stream(client, request) for request in long_requests(40)]
         tasks = [asyncio.create_task(stream.run()) for stream in streams]
         await all_have_text(streams, 1)
-        os.kill(old[1], signal.SIGSTOP)
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            with pytest.raises(ProcessLookupError):  # it was ended, not only left alone
-                os.kill(old[1], signal.SIGCONT)
+        with watch.watching():
+            os.kill(old[1], signal.SIGSTOP)
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                with pytest.raises(ProcessLookupError):  # it was ended, not only left alone
+                    os.kill(old[1], signal.SIGCONT)
+        # Work waits, and no step ends: not ready before anybody is found guilty.
+        assert watch.states[:4] == ["ready", "stalled", "rebuilding", "ready"]
         for stream, text in zip(streams, expected, strict=True):
             stream.check(text)
         await asyncio.to_thread(wait_rebuilt, server, old, 30)
@@ -208,6 +214,82 @@ async def test_hanging_rank_is_named_and_replaced(server: Server) -> None:
         assert re.match(r"lost rank 1: late in a collective; rank 0 says of step \d+: TimeoutError", lost), lost
         assert server.metric("group_rebuilds_total") == num_rebuilds + 1
         assert await expected_texts(client, 40) == expected
+    wait_idle(server)
+
+
+async def run_beside(server: Server, disturb: Callable[[int], None]) -> None:
+    """Stream while `disturb(pid of rank 1)` runs in a thread: right texts, and the same group before and after."""
+    old = server.rank_pids()
+    async with server.async_client() as client:
+        expected = await expected_texts(client, 60)
+        streams = [Stream(client, request) for request in long_requests(60)]
+        tasks = [asyncio.create_task(stream.run()) for stream in streams]
+        await all_have_text(streams, 1)
+        try:
+            await asyncio.to_thread(disturb, old[1])
+        finally:
+            os.kill(old[1], signal.SIGCONT)
+        await asyncio.gather(*tasks)
+        for stream, text in zip(streams, expected, strict=True):
+            stream.check(text)
+    assert server.rank_pids() == old
+    assert server.health()[0] == 200
+
+
+async def test_slowed_rank_is_named_and_kept(server: Server) -> None:
+    """A rank that has a quarter of its time: no reason to end the group, and the metrics say which it is."""
+
+    def straggling() -> list[float]:
+        metrics = server.metrics()
+        return [metrics[f"tpserve_straggler_wait_seconds_total{{rank={rank}}}"] for rank in (0, 1)]
+
+    def slow_down(pid: int) -> None:
+        for _ in range(20):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.06)
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.02)
+
+    before = straggling()
+    await run_beside(server, slow_down)
+    waited = [after - first for after, first in zip(straggling(), before, strict=True)]
+    assert waited[1] > 0.5, waited
+    assert waited[1] > 2 * waited[0], waited
+
+
+async def test_stall_shows_and_passes(server: Server) -> None:
+    """A rank that stands still for less than its deadline: not ready meanwhile, and ready again."""
+    watch = HealthWatch(server)
+    probes: dict[str, int] = {}
+
+    def stand_still(pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: server.health()[1]["status"] == "stalled", within_s=3.5, what="stalled")
+        probes.update(
+            {
+                probe: httpx.get(f"{server.url}/health/{probe}", timeout=2).status_code
+                for probe in ("startup", "ready", "live")
+            }
+        )
+
+    with watch.watching():
+        await run_beside(server, stand_still)
+    assert probes == {"startup": 200, "ready": 503, "live": 200}
+    assert watch.states[:3] == ["ready", "stalled", "ready"]
+    assert re.search(r"engine is STALLED: no step has finished for \d\.\d s; rank \d has finished step", server.log)
+    assert re.search(r"step \d+ took \d\.\d s: rank 1 came last", server.log)
+
+
+async def test_no_answer_is_lost_over_kills(server: Server) -> None:
+    """Three kills at random times; `benchmarks/kill_soak.py` does fifty."""
+    num_rebuilds = server.metric("group_rebuilds_total")
+    async with server.async_client() as client:
+        load = KillLoad(server, client, mixed_requests(48), seed=7)
+        await load.learn()
+        await load.run(num_kills=3, num_clients=6, max_pause_s=1.5)
+    assert not load.faults
+    assert load.outcomes["complete, over a kill"] >= 6, load.outcomes
+    assert server.metric("group_rebuilds_total") == num_rebuilds + 3
     wait_idle(server)
 
 

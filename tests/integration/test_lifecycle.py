@@ -35,15 +35,36 @@ def server(demo_model: Path, tmp_path: Path) -> Iterator[Server]:
         started.kill_all()
 
 
-async def stream_text(client: openai.AsyncOpenAI, seed: int, on_chunk: Callable[[], None]) -> tuple[str, str | None]:
+async def stream_text(
+    client: openai.AsyncOpenAI, seed: int, on_chunk: Callable[[], None], max_tokens: int
+) -> tuple[str, str | None]:
     """Stream an answer to its end; return the text and why it ended."""
     text, finish = "", None
-    request = chat_request("Tell me a long story.", max_tokens=60, temperature=1, seed=seed, logit_bias={"2": -100})
+    options = {"max_tokens": max_tokens, "temperature": 1, "seed": seed, "logit_bias": {"2": -100}}
+    request = chat_request("Tell me a long story.", **options)
     async for chunk in await client.chat.completions.create(**request, stream=True):
         on_chunk()
         text += chunk.choices[0].delta.content or ""
         finish = chunk.choices[0].finish_reason or finish
     return text, finish
+
+
+async def test_streams_that_outlast_the_grace_are_told(tiny_folder: Path, tmp_path: Path) -> None:
+    server = Server(tiny_folder, *DUMMY, "--tp", "2", "--drain-timeout", "0.1", folder=tmp_path)
+    try:
+        await asyncio.to_thread(server.wait_ready)
+        async with server.async_client() as client:
+            request = chat_request("Count.", max_tokens=400, n=4, temperature=1, logit_bias={"2": -100})
+            stream = await client.chat.completions.create(**request, stream=True)
+            await anext(stream.__aiter__())
+            server.process.terminate()
+            with pytest.raises(openai.APIError, match="The server is shutting down"):
+                async for _ in stream:
+                    pass
+        assert await asyncio.to_thread(server.process.wait, 20) == 0
+        server.footprint.assert_gone(within_s=1)
+    finally:
+        server.kill_all()
 
 
 def refuses_connections(server: Server) -> bool:
@@ -54,7 +75,11 @@ def refuses_connections(server: Server) -> bool:
     return False
 
 
-async def test_ctrl_c_lets_streams_finish_and_leaves_nothing(server: Server) -> None:
+@pytest.mark.parametrize(("signum", "max_tokens"), [(signal.SIGINT, 60), (signal.SIGTERM, 150)])
+async def test_stopping_lets_streams_finish_and_leaves_nothing(
+    server: Server, signum: signal.Signals, max_tokens: int
+) -> None:
+    """Ctrl-C at a terminal; SIGTERM of an orchestrator, while each stream has most of its text before it."""
     num_chunks = 0
 
     def count() -> None:
@@ -62,10 +87,14 @@ async def test_ctrl_c_lets_streams_finish_and_leaves_nothing(server: Server) -> 
         num_chunks += 1
 
     async with server.async_client() as client:
-        expected = [await stream_text(client, seed, lambda: None) for seed in range(4)]
-        tasks = [asyncio.create_task(stream_text(client, seed, count)) for seed in range(4)]
+        expected = await asyncio.gather(*(stream_text(client, seed, lambda: None, max_tokens) for seed in range(4)))
+        tasks = [asyncio.create_task(stream_text(client, seed, count, max_tokens)) for seed in range(4)]
         await asyncio.to_thread(until, lambda: num_chunks > 20, within_s=20, what="streams")
-        server.interrupt()
+        if signum is signal.SIGINT:
+            server.interrupt()
+        else:
+            server.footprint.look()
+            server.process.terminate()
         await asyncio.to_thread(until, lambda: "draining 4 requests" in server.log, within_s=2, what="draining")
         await asyncio.to_thread(until, lambda: refuses_connections(server), within_s=2, what="a closed door")
         assert await asyncio.gather(*tasks) == expected
@@ -75,23 +104,6 @@ async def test_ctrl_c_lets_streams_finish_and_leaves_nothing(server: Server) -> 
     assert "Using cached model: " in server.log
     assert "Using cached lib: " in server.log
     assert "Compiling" not in server.log
-
-
-@pytest.mark.parametrize("victim", ["launcher", "coordinator", "gateway"])
-def test_killed_process_takes_all_with_it(tiny_folder: Path, tmp_path: Path, victim: str) -> None:
-    """kill -9 of any of the three."""
-    server = Server(tiny_folder, *DUMMY, "--tp", "2", folder=tmp_path)
-    try:
-        server.wait_ready()
-        module = {"coordinator": "tpserve.coordinator", "gateway": "tpserve.coordinator.gateway"}
-        pid = server.process.pid if victim == "launcher" else server.process_pid(module[victim])
-        os.kill(pid, signal.SIGKILL)
-        server.footprint.assert_gone(within_s=10)
-        if victim != "launcher":
-            assert server.process.wait(1) == 1
-            assert f"tpserve serve: error: the {victim} ended with status -9" in server.log
-    finally:
-        server.kill_all()
 
 
 @pytest.mark.parametrize(

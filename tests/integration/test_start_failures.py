@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,55 @@ def test_tampered_artifact(tmp_path: Path, tiny_folder: Path) -> None:
     (artifact / "kernels.so").unlink()
     (artifact / "manifest.json").write_text(json.dumps(manifest))
     assert "kernels.so is missing" in outcome()
+
+
+@pytest.fixture(scope="module")
+def unshare() -> tuple[str, ...]:
+    """Return the command that runs another where it may mount file systems that nobody else sees."""
+    found: tuple[str, ...] = ("unshare", "--mount") if os.geteuid() == 0 else ("unshare", "--map-root-user", "--mount")
+    if shutil.which("unshare") is None or subprocess.run([*found, "true"], check=False).returncode != 0:
+        pytest.skip("no mount namespaces here: the disk cannot be made small")
+    return found
+
+
+@pytest.mark.parametrize("what", ["model", "library"])
+def test_full_disk_under_the_cache(
+    tmp_path: Path, tiny_folder: Path, demo_model: Path, unshare: tuple[str, ...], what: str
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    small = (*unshare, "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs "$0" && exec "$@"', str(home))
+    model = (demo_model,) if what == "model" else (tiny_folder, "--load-format", "dummy")
+    environ = {"TPSERVE_HOME": str(home)}
+    outcome = run_cli("serve", *model, "--port", "0", folder=tmp_path, environ=environ, within_s=QUICK_S, prefix=small)
+    error = outcome.only_error()
+    assert f"no space left on the disk of {home}" in error
+    assert "set TPSERVE_HOME" in error
+
+
+def test_full_disk_under_ray(tmp_path: Path, tiny_folder: Path, cache_home: Path, unshare: tuple[str, ...]) -> None:
+    flags = ("--load-format", "dummy", "--max-num-batched-tokens", "512")
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    assert run_cli("compile", model, *flags, folder=tmp_path).code == 0
+    # Ray's folder is in /tmp, and so may this test's be: it is seen elsewhere while /tmp is a full disk.
+    script = 'mount --rbind /tmp /mnt && mount -t tmpfs -o size=16k tmpfs /tmp && cd / && exec "$@"'
+
+    def moved(path: Path) -> Path:
+        return Path("/mnt", path.relative_to("/tmp")) if path.is_relative_to("/tmp") else path
+
+    outcome = run_cli(
+        "serve",
+        moved(model),
+        *flags,
+        "--port",
+        "0",
+        folder=tmp_path,
+        environ={"TPSERVE_HOME": str(moved(cache_home))},
+        within_s=QUICK_S,
+        prefix=(*unshare, "sh", "-c", script, "sh"),
+    )
+    assert "Ray cannot be started: the disk of /tmp has 16 KiB left; free 16 MiB or more" in outcome.only_error()
+    assert outcome.duration_s < 25
 
 
 def test_worker_that_cannot_start(tmp_path: Path, tiny_folder: Path) -> None:

@@ -95,6 +95,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{ include "tpserve.libraryArgs" . }}
 - --max-num-queued-reqs={{ $v.engine.maxNumQueuedRequests }}
 - --step-timeout={{ $v.engine.stepTimeoutSeconds }}
+- --replay-timeout={{ $v.engine.replayTimeoutSeconds }}
 - --drain-timeout={{ $v.shutdown.drainSeconds }}
 - --log-format={{ $v.logFormat }}
 - --metrics-compat={{ $v.metrics.compat }}

@@ -76,6 +76,36 @@ async def test_the_rank_at_fault_is_named(errors: tuple[str | None, ...], lost: 
     assert next(filter(None, errors)) in str(raised.value)
 
 
+async def test_a_stall_is_told_when_it_begins() -> None:
+    """Long before the deadline of the step, and with what each rank has done."""
+    stalls: list[float] = []
+    told = asyncio.Event()
+
+    def on_stall() -> None:
+        stalls.append(group.oldest_step_age_s())
+        told.set()
+
+    async with ranks(None, None) as addresses:
+        group = WorkerGroup(
+            addresses,
+            60.0,
+            on_lost=lambda: None,
+            stall_after_s=0.1,
+            on_stall=on_stall,
+        )
+        try:
+            await asyncio.sleep(0.3)
+            assert not stalls  # nothing to run is no stall
+            await group.send(StepPlan(1))
+            group.ranks[0].last_step = 1
+            await asyncio.wait_for(told.wait(), 10)
+            assert group.least_advanced().rank == 1
+        finally:
+            await group.close()
+    assert len(stalls) == 1
+    assert stalls[0] > 0.1
+
+
 class FailingCluster(Cluster):
     """Starts one group; rebuilds fail once and then do not come to an end."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import tokenizers
 
 from text_models import EOS, write_byte_tokenizer
+from tpserve.proto.grammar import GrammarCompiler
 from tpserve.proto.messages import Grammar, GrammarKind, SamplingParams, SlotAdd, StepPlan
 from tpserve.worker.arrays import Array
 from tpserve.worker.grammar import ConstrainedRow, GrammarFollower, MaskBuffer, num_mask_words
@@ -62,6 +64,27 @@ class Follower:
         allowed: Array = np.flatnonzero(bits)
         assert (allowed < self.vocab_size).all()
         return set(allowed.tolist())
+
+
+def test_a_slow_tokenizer_is_not_on_the_grammars_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a rank was replaced, grammars come at once; what it takes to read the tokenizer is part of its start."""
+
+    class SlowCompiler(GrammarCompiler):
+        def __init__(self, model_dir: Path, vocab_size: int) -> None:
+            time.sleep(0.5)
+            super().__init__(model_dir, vocab_size)
+
+    monkeypatch.setattr("tpserve.worker.grammar.GrammarCompiler", SlowCompiler)
+    monkeypatch.setattr("tpserve.worker.grammar.COMPILE_TIMEOUT_S", 0.25)
+    for warm in (False, True):
+        follower = Follower(folder)
+        follower.inner.warm_up()
+        if warm:
+            follower.inner.wait_warm()
+        follower.add(0, regex("yes"))
+        follower.masks(0)
+        assert ("not compiled within" in follower.failures.get(0, "")) is not warm
+        follower.inner.close()
 
 
 def regex(source: str) -> Grammar:

@@ -1,0 +1,99 @@
+"""Any process of a replica is killed: what clients see, how the server ends, and that nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from server import Server, chat_request, processes_of, until
+
+DUMMY = ("--load-format", "dummy", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")
+"""Random weights and few sequences."""
+ENDED_WITHIN_S = 20.0
+MODULES = {"coordinator": "tpserve.coordinator", "gateway": "tpserve.coordinator.gateway"}
+REASONS = {
+    "coordinator": "the coordinator ended with status -9",
+    "gateway": "the gateway ended with status -9",
+    "gcs_server": "Ray has lost its gcs_server: start the server again",
+    "raylet": "Ray has lost its raylet: start the server again",
+}
+
+
+def pid_of(server: Server, victim: str) -> int:
+    if victim == "launcher":
+        return server.process.pid
+    if victim in MODULES:
+        return server.process_pid(MODULES[victim])
+    (pid,) = (process.pid for process in processes_of(server.mark) if process.name() == victim)
+    return pid
+
+
+async def one_stream(server: Server, on_text: Callable[[], None]) -> str:
+    """Stream as much as the tiny model can; return how it ended."""
+    request = chat_request("Count.", max_tokens=400, n=4, temperature=1, seed=3, logit_bias={"2": -100}, stream=True)
+    num_finished = 0
+    try:
+        async with server.async_client() as client:
+            async for chunk in await client.chat.completions.create(**request):
+                on_text()
+                num_finished += sum(choice.finish_reason is not None for choice in chunk.choices)
+    except openai.APIStatusError as error:
+        return f"{error.status_code}, retry after {error.response.headers.get('retry-after')} s"
+    except (openai.APIConnectionError, httpx.TransportError):
+        return "connection refused or cut"
+    except openai.APIError as error:
+        return f"error event: {error.message}"
+    return "complete" if num_finished == 4 else "cut without a word"
+
+
+@pytest.mark.parametrize("victim", ["launcher", "coordinator", "gateway", "gcs_server", "raylet"])
+async def test_killed_process_ends_the_replica(tiny_folder: Path, tmp_path: Path, victim: str) -> None:
+    """kill -9 amid streams: each ends with its text or an error, and `serve` fails naming the culprit."""
+    server = Server(tiny_folder, *DUMMY, "--tp", "2", folder=tmp_path)
+    try:
+        await asyncio.to_thread(server.wait_ready)
+        server.footprint.look()
+        pid = pid_of(server, victim)
+        num_chunks = 0
+
+        def count() -> None:
+            nonlocal num_chunks
+            num_chunks += 1
+
+        running = asyncio.create_task(one_stream(server, count))
+        await asyncio.to_thread(until, lambda: num_chunks > 8, within_s=20, what="a stream")
+        os.kill(pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        later = []
+        while server.process.poll() is None and time.monotonic() < killed_at + ENDED_WITHIN_S:
+            later.append(await one_stream(server, lambda: None))
+            await asyncio.sleep(0.02)
+        seen = await asyncio.wait_for(running, ENDED_WITHIN_S)
+        print(f"{victim}: the running stream: {seen}; later ones: {sorted(set(later))}")
+        await asyncio.to_thread(server.footprint.assert_gone, ENDED_WITHIN_S)
+        if victim == "launcher":
+            return
+        assert server.process.wait(1) == 1
+        assert f"tpserve serve: error: {REASONS[victim]}" in server.log, server.log[-3000:]
+        assert "Traceback" not in server.log, server.log[-6000:]
+        if victim == "gcs_server":
+            assert seen == "complete"  # the ranks still live
+        elif victim == "gateway":
+            assert seen == "connection refused or cut"
+        elif victim == "coordinator":
+            assert seen == "error event: The session with the engine was lost"
+        else:  # ranks end when they miss their raylet, sooner or later
+            assert seen == "complete" or "lost rank" in seen, seen
+        # Nobody hangs, and nobody is told that all is well.
+        allowed = ("connection refused or cut", "503, retry after 1 s", "error event: ", "complete")
+        assert all(outcome.startswith(allowed) for outcome in later), later
+    finally:
+        server.kill_all()
