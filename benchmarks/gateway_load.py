@@ -1,9 +1,13 @@
 """What hundreds of streaming clients that come and go leave behind, and what a gateway costs per token.
 
 Regime: the real server on this machine's CPU with random weights of a small model, so that steps are short and the
-gateway is what is loaded; clients on loopback, a connection for each request, prompts and outputs of mixed lengths, a
-share of them hanging up in the middle. Clients share the cores with the server, so tokens per second are a floor; the
-gateway's CPU time per streamed token is counted by the kernel and does not depend on them.
+gateway is what is loaded; or with `--engine stepping` the real gateways on `stepping_engine.py` over real gRPC, where
+nothing but them limits the rate. Clients on loopback, a connection for each request, prompts and outputs of mixed
+lengths, a share of them hanging up in the middle. Clients share the cores with the server, so tokens per second are a
+floor; the gateway's CPU time is counted by the kernel and depends on them little.
+
+A request costs something whatever its length: a second load of long outputs tells the two apart, since the CPU time of
+both is `requests * per_request + tokens * per_token`.
 
 It fails (exit code 1) if a stream that nobody left ended in anything but a finish reason and [DONE], or if, once all
 are gone, a request, a KV page, a task of a gateway's loop or a file descriptor is left.
@@ -18,12 +22,14 @@ import os
 import platform
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +37,18 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from tpserve.coordinator.process import bind
+
+Lengths = tuple[int, int]
+"""Fewest and most output tokens."""
+
 SETTLE_S = 20.0
 """After the last client is gone, everything must be gone within this time."""
 HANG_UP_SHARE = 0.25
 MAX_PROMPT_WORDS = 60
-OUTPUT_TOKENS = (4, 64)
+OUTPUT_TOKENS: Lengths = (4, 64)
+ARGUMENTS = ("clients", "seconds", "long_seconds", "engine", "step_ms", "serve_args")
+LONG_OUTPUT_TOKENS: Lengths = (200, 300)
 
 
 @dataclass(slots=True)
@@ -49,13 +62,13 @@ class Tally:
     ttft_s: list[float] = field(default_factory=list)
 
 
-async def one_request(port: int, rng: random.Random, tally: Tally) -> None:
+async def one_request(port: int, rng: random.Random, lengths: Lengths, tally: Tally) -> None:
     """Stream one answer; hang up in the middle of some."""
     words = [rng.choice(["sea", "cat", "Grüße", "the", "你好", "def"]) for _ in range(rng.randint(1, MAX_PROMPT_WORDS))]
     body = json.dumps(
         {
             "messages": [{"role": "user", "content": " ".join(words)}],
-            "max_tokens": rng.randint(*OUTPUT_TOKENS),
+            "max_tokens": rng.randint(*lengths),
             "seed": rng.getrandbits(32),
             "ignore_eos": True,
             "stream": True,
@@ -93,18 +106,18 @@ async def one_request(port: int, rng: random.Random, tally: Tally) -> None:
         writer.close()
 
 
-async def client(port: int, seed: int, until: float, tally: Tally) -> None:
+async def client(port: int, seed: int, until: float, lengths: Lengths, tally: Tally) -> None:
     """Send one request after another."""
     rng = random.Random(seed)
     while time.perf_counter() < until:
-        await one_request(port, rng, tally)
+        await one_request(port, rng, lengths, tally)
 
 
-async def load(port: int, num_clients: int, seconds: float) -> Tally:
+async def load(port: int, num_clients: int, seconds: float, lengths: Lengths = OUTPUT_TOKENS) -> Tally:
     """Run all clients; none begins a request after the time."""
     tally = Tally()
     until = time.perf_counter() + seconds
-    await asyncio.gather(*[client(port, seed, until, tally) for seed in range(num_clients)])
+    await asyncio.gather(*[client(port, seed, until, lengths, tally) for seed in range(num_clients)])
     return tally
 
 
@@ -122,26 +135,70 @@ class Holdings:
 
 
 class Server:
-    """A server of its own, found by its log."""
+    """What is loaded: gateways, and what stands behind them.
 
-    def __init__(self, model: str, num_gateways: int, serve_args: list[str], log: Path) -> None:
+    Parameters
+    ----------
+    process
+        Its end ends the rest.
+    """
+
+    def __init__(self, process: subprocess.Popen[Any], port: int, log: Path) -> None:
+        self.process = process
+        self.port = port
         self.log = log
+        self.gateways: list[psutil.Process] = []
+        self.coordinators: list[psutil.Process] = []
+        self.children: list[subprocess.Popen[bytes]] = []
+        """Gateways that were started here, each with its exit code."""
+
+    @classmethod
+    def real(cls, model: str, num_gateways: int, serve_args: list[str], log: Path) -> Server:
+        """Start `tpserve serve`."""
         command = [sys.executable, "-m", "tpserve.cli", "serve", model, "--port", "0", "--enable-debug"]
         command += ["--no-prefix-cache", "--gateway-processes", str(num_gateways), *serve_args]
         with log.open("wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+            process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
         while "Ready at " not in (text := log.read_text(errors="replace")):
-            if self.process.poll() is not None:
+            if process.poll() is not None:
                 raise SystemExit(f"the server ended while it started:\n{text[-3000:]}")
             time.sleep(0.1)
-        self.port = int(text.split("Ready at http://127.0.0.1:")[1].split()[0])
-        self.gateways, self.coordinators = [], []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
+        server = cls(process, int(text.split("Ready at http://127.0.0.1:")[1].split()[0]), log)
+        for child in psutil.Process(process.pid).children(recursive=True):
             module = child.cmdline()[1:3]
             if module == ["-m", "tpserve.coordinator.gateway"]:
-                self.gateways.append(child)
+                server.gateways.append(child)
             elif module == ["-m", "tpserve.coordinator"]:
-                self.coordinators.append(child)
+                server.coordinators.append(child)
+        return server
+
+    @classmethod
+    def stepping(cls, model: str, num_gateways: int, step_ms: float, log: Path) -> Server:
+        """Start gateways as `tpserve serve` does, on an engine that only steps."""
+        facts = json.loads((Path(model) / "config.json").read_text())
+        limits = (str(step_ms), str(facts["vocab_size"]), str(facts["max_position_embeddings"]))
+        script = str(Path(__file__).with_name("stepping_engine.py"))
+        engine = subprocess.Popen([sys.executable, script, *limits], stdout=subprocess.PIPE, start_new_session=True)
+        assert engine.stdout is not None
+        with bind("127.0.0.1", 0) as shared, log.open("ab") as out:
+            server = cls(engine, shared.getsockname()[1], log)
+            server.coordinators.append(psutil.Process(engine.pid))
+            config = {
+                "engine_address": json.loads(engine.stdout.readline())["address"],
+                "model_dir": model,
+                "served_model_names": ["model"],
+                "listen_fd": shared.fileno(),
+                "enable_debug": True,
+            }
+            command = [sys.executable, "-m", "tpserve.coordinator.gateway", json.dumps(config)]
+            for _ in range(num_gateways):
+                gateway = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=out, pass_fds=(shared.fileno(),))
+                server.children.append(gateway)
+                server.gateways.append(psutil.Process(gateway.pid))
+            for gateway in server.children:
+                assert gateway.stdout is not None
+                gateway.stdout.readline()  # it listens
+        return server
 
     def get(self, path: str) -> httpx.Response:
         """Ask over a connection of its own."""
@@ -175,8 +232,15 @@ class Server:
 
     def stop(self) -> int:
         """End it as Ctrl-C does; return its exit code."""
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(90)
+        if not self.children:
+            self.process.send_signal(signal.SIGINT)
+            return self.process.wait(90)
+        for gateway in self.children:
+            gateway.terminate()
+        codes = [gateway.wait(90) for gateway in self.children]
+        self.process.kill()
+        self.process.wait(30)
+        return max(codes)
 
 
 def leaks(before: Holdings, after: Holdings) -> list[str]:
@@ -189,36 +253,110 @@ def leaks(before: Holdings, after: Holdings) -> list[str]:
 
 def measure(args: argparse.Namespace, num_gateways: int, log: Path) -> dict[str, Any]:
     """Start a server, load it, and return what was seen."""
-    server = Server(args.model, num_gateways, args.serve_args.split(), log)
+    if args.engine == "real":
+        server = Server.real(args.model, num_gateways, args.serve_args.split(), log)
+    else:
+        server = Server.stepping(args.model, num_gateways, args.step_ms, log)
     try:
         asyncio.run(load(server.port, min(args.clients, 32), 2.0))  # imports, pools and caches come now
         before = settled(server, None)
-        tokens, cpu = server.samples()["tpserve_generation_tokens_total"], server.cpu_s()
-        begin = time.perf_counter()
-        tally = asyncio.run(load(server.port, args.clients, args.seconds))
-        wall_s = time.perf_counter() - begin
-        num_tokens = server.samples()["tpserve_generation_tokens_total"] - tokens
-        spent = [new - old for new, old in zip(server.cpu_s(), cpu, strict=True)]
+        mixed = Phase.run(server, args.clients, args.seconds, OUTPUT_TOKENS)
+        long = None
+        if args.long_seconds:
+            settled(server, before)
+            long = Phase.run(server, args.clients, args.long_seconds, LONG_OUTPUT_TOKENS)
         after = settled(server, before)
     finally:
         code = server.stop()
-    tally.ttft_s.sort()
+    send_us = loopback_send_us()
     return {
         "gateway_processes": num_gateways,
+        "engine": args.engine,
         "clients": args.clients,
-        "wall_s": round(wall_s, 2),
-        "finished": tally.num_finished,
-        "hung_up": tally.num_hung_up,
-        "errors": dict(tally.errors),
         "leaks": leaks(before, after),
         "exit_code": code,
         "tracebacks": log.read_text(errors="replace").count("Traceback"),
-        "tokens": num_tokens,
-        "tokens_per_request": round(num_tokens / max(1, tally.num_finished + tally.num_hung_up), 1),
-        "tokens_per_s": round(num_tokens / wall_s, 1),
-        "gateway_cpu_us_per_token": round(1e6 * sum(spent) / num_tokens, 1),
-        "gateway_cpu_share_by_process": [round(value / max(sum(spent), 1e-9), 3) for value in spent],
-        "ttft_ms_p50": round(1000 * tally.ttft_s[len(tally.ttft_s) // 2], 1),
+        "loopback_send_us": send_us,
+        "mixed": mixed.to_dict(),
+        **({} if long is None else {"long": long.to_dict(), **separated(mixed, long)}),
+    }
+
+
+READER = """
+import socket, sys
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as connection:
+    while connection.recv(4096):
+        pass
+"""
+
+
+def loopback_send_us() -> float:
+    """Return what one small `send` to a process that waits costs this machine; no streamed token is had for less."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        reader = subprocess.Popen([sys.executable, "-c", READER, str(listening.getsockname()[1])])
+        out, _ = listening.accept()
+    times = []
+    with out:
+        for _ in range(1000):
+            time.sleep(0.0005)  # it waits again
+            begin = time.perf_counter()
+            out.send(b"x" * 250)
+            times.append(time.perf_counter() - begin)
+    reader.wait(30)
+    return round(1e6 * sorted(times)[len(times) // 2], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One load."""
+
+    tally: Tally
+    wall_s: float
+    num_tokens: float
+    spent_s: list[float]
+    """CPU time by gateway."""
+
+    @classmethod
+    def run(cls, server: Server, num_clients: int, seconds: float, lengths: Lengths) -> Phase:
+        """Load the server."""
+        tokens, cpu = server.samples()["tpserve_generation_tokens_total"], server.cpu_s()
+        begin = time.perf_counter()
+        tally = asyncio.run(load(server.port, num_clients, seconds, lengths))
+        wall_s = time.perf_counter() - begin
+        num_tokens = server.samples()["tpserve_generation_tokens_total"] - tokens
+        return cls(tally, wall_s, num_tokens, [new - old for new, old in zip(server.cpu_s(), cpu, strict=True)])
+
+    @property
+    def num_requests(self) -> int:
+        """Finished or not."""
+        return self.tally.num_finished + self.tally.num_hung_up
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is reported."""
+        spent_s = sum(self.spent_s)
+        ttft_s = sorted(self.tally.ttft_s)
+        return {
+            "wall_s": round(self.wall_s, 2),
+            "finished": self.tally.num_finished,
+            "hung_up": self.tally.num_hung_up,
+            "errors": dict(self.tally.errors),
+            "tokens": self.num_tokens,
+            "tokens_per_request": round(self.num_tokens / max(1, self.num_requests), 1),
+            "tokens_per_s": round(self.num_tokens / self.wall_s, 1),
+            "gateway_cpu_us_per_token": round(1e6 * spent_s / self.num_tokens, 1),
+            "gateway_cpu_load": round(spent_s / self.wall_s, 2),
+            "gateway_cpu_share_by_process": [round(value / max(spent_s, 1e-9), 3) for value in self.spent_s],
+            "ttft_ms_p50": round(1000 * ttft_s[len(ttft_s) // 2], 1),
+        }
+
+
+def separated(mixed: Phase, long: Phase) -> dict[str, float]:
+    """Solve for what a request and what a token costs."""
+    (r1, t1, c1), (r2, t2, c2) = [(phase.num_requests, phase.num_tokens, sum(phase.spent_s)) for phase in (mixed, long)]
+    determinant = r1 * t2 - r2 * t1
+    return {
+        "gateway_cpu_us_per_request": round(1e6 * (c1 * t2 - c2 * t1) / determinant, 1),
+        "gateway_cpu_us_per_further_token": round(1e6 * (r1 * c2 - r2 * c1) / determinant, 1),
     }
 
 
@@ -242,6 +380,9 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--gateway-processes", default="1", help="numbers, by commas")
+    parser.add_argument("--long-seconds", type=float, default=15.0, help="of the load of long outputs; 0: none")
+    parser.add_argument("--engine", choices=["real", "stepping"], default="real")
+    parser.add_argument("--step-ms", type=float, default=10.0, help="of the stepping engine")
     parser.add_argument("--serve-args", default="--load-format dummy --max-num-seqs 64 --max-num-batched-tokens 512")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -256,13 +397,15 @@ def main() -> int:
         "cores": os.cpu_count(),
         "machine": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        "arguments": {"clients": args.clients, "seconds": args.seconds, "serve_args": args.serve_args},
+        "versions": {name: version(name) for name in ("fastapi", "grpcio", "starlette", "uvicorn", "uvloop")},
+        "arguments": {name: getattr(args, name) for name in ARGUMENTS},
         "runs": runs,
     }
     if args.output is not None:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result) + "\n")
-    return int(any(run["errors"] or run["leaks"] or run["exit_code"] or run["tracebacks"] for run in runs))
+    errors = any(run[phase]["errors"] for run in runs for phase in ("mixed", "long") if phase in run)
+    return int(errors or any(run["leaks"] or run["exit_code"] or run["tracebacks"] for run in runs))
 
 
 if __name__ == "__main__":

@@ -65,12 +65,16 @@ class Rendezvous:
         self._peers: dict[int, socket.socket] = {}
         self._door = door
         deadline = time.monotonic() + timeout_s
-        if rank == 0:
-            if door is None:
+        try:
+            if rank != 0:
+                self._peers[0] = self._reach(address, deadline)
+            elif door is None:
                 raise ValueError("rank 0 needs the door that it opened with `listen`")
-            self._receive_all(door, deadline)
-        else:
-            self._peers[0] = self._reach(address, deadline)
+            else:
+                self._receive_all(door, deadline)
+        except BaseException:
+            self.close()
+            raise
 
     def exchange(self, payload: bytes) -> list[bytes]:
         """Give `payload`, return what every rank gave, by rank.
@@ -138,6 +142,9 @@ class Rendezvous:
         except (ConnectionError, ValueError):
             peer.close()
             return None
+        except TimeoutError:
+            peer.close()
+            raise
         known = hmac.compare_digest(answer, _proof(self._secret, nonce, rank))
         if not known or not 0 < rank < self._world_size or rank in self._peers:
             peer.close()
@@ -148,17 +155,18 @@ class Rendezvous:
         host, _, port = address.rpartition(":")
         while True:
             try:
-                peer = socket.create_connection((host, int(port)), timeout=_left(deadline))
-                _, nonce = _receive(peer, deadline)
-                _send(peer, self._rank, _proof(self._secret, nonce, self._rank), deadline)
+                with contextlib.ExitStack() as opened:
+                    peer = opened.enter_context(socket.create_connection((host, int(port)), timeout=_left(deadline)))
+                    _, nonce = _receive(peer, deadline)
+                    _send(peer, self._rank, _proof(self._secret, nonce, self._rank), deadline)
+                    opened.pop_all()
+                    return peer
             except TimeoutError:
                 raise TimeoutError(
                     f"rank {self._rank} waited {self._timeout_s:g} s for rank 0 at {address} to answer"
                 ) from None
             except ConnectionError:
-                time.sleep(min(_RETRY_S, _left(deadline)))
-                continue
-            return peer
+                time.sleep(min(_RETRY_S, max(0.0, deadline - time.monotonic())))
 
 
 def _proof(secret: bytes, nonce: bytes, rank: int) -> bytes:

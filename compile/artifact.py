@@ -69,7 +69,7 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
     graph = build_graph(config, compile_config)
     executable, workspace_bytes = lower(graph.module, _tvm_target(compile_config))
     executable.export_library(str(folder / MODEL_LIBRARY))
-    kernels = _kernel_library(compile_config.target, policy)
+    kernels = kernel_library(compile_config.target, policy)
     shutil.copyfile(kernels, folder / KERNEL_LIBRARY)
     sharding = graph.sharding
     Manifest(
@@ -122,7 +122,7 @@ def _target_facts(compile_config: CompileConfig) -> dict[str, str]:
     return {"kind": "cuda", "arch": native_cuda.ARCH}
 
 
-def _kernel_library(target: str, policy: CachePolicy) -> Path:
+def kernel_library(target: str, policy: CachePolicy) -> Path:
     """Return the kernels of a target, built once and shared by all models."""
     key = hashlib.sha256(json.dumps(_kernel_facts(target)).encode()).hexdigest()
 

@@ -58,6 +58,7 @@ class CoordinatorConfig:
     """Threads of each rank."""
     parent_pid: int
     load_format: Literal["auto", "dummy"] = "auto"
+    collectives: Literal["auto", "push", "nccl"] = "auto"
     max_num_queued_requests: int = 1024
     enable_prefix_cache: bool = True
     ray_address: str | None = None
@@ -97,6 +98,7 @@ def make_cluster(config: CoordinatorConfig, manifest: Manifest) -> Cluster:
         group_name="",
         collective_timeout_s=config.collective_timeout_s,
         device=0 if manifest.target["kind"] == "cuda" else None,
+        collectives=config.collectives,
     )
     temp_dir = None if config.ray_temp_dir is None else Path(config.ray_temp_dir)
     return Cluster(ClusterConfig(rank, config.start_timeout_s, config.ray_address, temp_dir))

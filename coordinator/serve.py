@@ -37,6 +37,8 @@ DEFAULT_REPLAY_TIMEOUT_S = 45.0
 MAX_STALL_AFTER_S = 5.0
 """A step without a result for longer, or for a third of its deadline, makes the engine STALLED."""
 _POLL_S = 0.1
+_GPU_STEP_TOKENS, _CPU_STEP_TOKENS = 512, 256
+"""Of one step: on a GPU a whole prompt or two beside the decodes (benchmarks/README.md)."""
 _KILL_AFTER_S = 10.0
 """After its drain time a process that is still there is killed."""
 
@@ -68,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16", "fp8"], default="auto")
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-num-seqs", type=_positive, help="sequences that run at once (default: by mode)")
-    parser.add_argument("--max-num-batched-tokens", type=_positive, default=256, help="tokens of one step")
+    parser.add_argument(
+        "--max-num-batched-tokens", type=_positive, help="tokens of one step (default: 512 on GPUs, 256 on a CPU)"
+    )
     parser.add_argument("--max-model-len", type=_positive, help="prompt and output of one sequence, in tokens")
     parser.add_argument("--max-num-queued-reqs", type=_positive, default=1024, help="more are answered with 429")
     parser.add_argument("--gpu-memory-utilization", type=_share, default=0.85, help="share of memory to use (0-1]")
@@ -97,6 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, help="more keys, one a line; a mounted secret")
     parser.add_argument("--allow-origins", nargs="*", default=[], help="origins for CORS")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
+    parser.add_argument(
+        "--collectives",
+        choices=["auto", "push", "nccl"],
+        default="auto",
+        help="between GPUs: over peer memory (push), or NCCL; auto takes push where ranks can map each other's memory",
+    )
     parser.add_argument("--ray-address", help="an existing Ray cluster (default: start Ray here)")
     parser.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds that running requests get at the end"
@@ -125,7 +135,7 @@ def add_observability_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics-compat", choices=["none", "vllm"], default="none", help="vllm: /metrics has vLLM's names besides"
     )
     parser.add_argument("--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry spans there, over OTLP")
-    parser.add_argument("--enable-debug", action="store_true", help="open /debug/trace: Chrome traces of engine steps")
+    parser.add_argument("--enable-debug", action="store_true", help="open /debug (traces of steps), take debug_config")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -174,6 +184,8 @@ class _Server:
         args = self._args
         gpus = available_device_bytes() if args.device != "cpu" else []
         on_gpu = bool(gpus)
+        if args.max_num_batched_tokens is None:
+            args.max_num_batched_tokens = _GPU_STEP_TOKENS if on_gpu else _CPU_STEP_TOKENS
         if args.device == "cuda" and len(gpus) < args.tp:
             raise ServeError(
                 f"--device cuda --tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu"
@@ -317,6 +329,7 @@ class _Server:
             "enable_prefix_cache": not args.no_prefix_cache,
             "num_threads": max(1, (os.cpu_count() or 1) // args.tp),
             "load_format": args.load_format,
+            "collectives": args.collectives,
             "ray_address": args.ray_address,
             "ray_temp_dir": ray_temp_dir,
             "drain_timeout_s": args.drain_timeout,

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from shared_cache import as_cache, new_home
 from tpserve.collectives.rendezvous import listen
 from tpserve.compile.artifact import build_artifact
 from tpserve.compile.cache import CachePolicy
@@ -190,10 +191,10 @@ def run_scheduler(group: RankGroup, scheduler: Scheduler, *, clear: bool = True)
 
 
 class Artifacts:
-    """Compiled models of one test session, in a cache of its own."""
+    """Compiled models of one test session, in a cache of its own but for kernels."""
 
     def __init__(self, home: Path) -> None:
-        self.home = home
+        self.home = new_home(home)
 
     def build(
         self,
@@ -217,15 +218,8 @@ class Artifacts:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
         )
-        before = os.environ.get("TPSERVE_HOME")
-        os.environ["TPSERVE_HOME"] = str(self.home)
-        try:
+        with as_cache(self.home):
             return build_artifact(ModelConfig.from_hf(model_dir), config, CachePolicy.ON)
-        finally:
-            if before is None:
-                del os.environ["TPSERVE_HOME"]
-            else:
-                os.environ["TPSERVE_HOME"] = before
 
 
 def _collect(pipes: list[Connection]) -> list[Any]:

@@ -10,6 +10,7 @@ from tpserve.worker.batch import StepArrays
 # None under 8: GEMMs take eight tokens in the time of one, and a step of one padded to eight measured 4.33 ms where one
 # captured for it alone took 4.49 (8B, benchmarks/README.md).
 _DECODE_BUCKETS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256)
+# Whole tiles of the GEMMs: a tile that is padded takes longer than a whole one, 136 tokens more than 192.
 _MIXED_BUCKETS = (96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 
 

@@ -30,6 +30,8 @@ class Usage(Answer):
     completion_tokens: int = 0
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    extra: dict[str, float] | None = None
+    """The engine's metrics, where `debug_config` asks for them."""
 
 
 class TopLogprob(Answer):

@@ -6,11 +6,12 @@ import asyncio
 import json
 import time
 import uuid
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tpserve.coordinator.gateway import debug
 from tpserve.coordinator.gateway.errors import InvalidRequest
 from tpserve.coordinator.gateway.generation import Update, Usage
 from tpserve.coordinator.gateway.output import Shape, chat_shape
@@ -32,12 +33,17 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     """
     request = parse_body(ChatCompletionRequest, await http.body())
     head = AnswerHead(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.resolve_model(request.model))
+    debug.require_enabled(service, request)
+    if request.asks_for_metrics:
+        kind: Literal["chat.completion.chunk", "chat.completion"]
+        kind = "chat.completion.chunk" if request.stream else "chat.completion"
+        return await debug.metrics_answer(service, request, head, kind)
     template = service.model.chat_template
     if template is None:
         raise InvalidRequest("This model has no chat template; use /v1/completions", param="messages")
     info = service.engine.info
     prompt = template.render(
-        [_template_message(message) for message in request.messages],
+        [template_message(message) for message in request.messages],
         [_template_tool(tool) for tool in request.tools or ()] if request.tool_choice != "none" else None,
         request.chat_template_kwargs,
     )
@@ -273,7 +279,7 @@ def chat_logprobs(tokenizer: Tokenizer, update: Update) -> list[dict[str, Any]]:
     ]
 
 
-def _template_message(message: Message) -> dict[str, Any]:
+def template_message(message: Message) -> dict[str, Any]:
     """Return the message as chat templates expect it.
 
     Raises

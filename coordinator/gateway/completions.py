@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tpserve.coordinator.gateway import debug
 from tpserve.coordinator.gateway.errors import InvalidRequest
 from tpserve.coordinator.gateway.generation import Update, Usage
 from tpserve.coordinator.gateway.output import Shape, completion_shape
@@ -33,6 +34,9 @@ async def create_completion(service: Service, http: Request) -> Response:
     """
     request = parse_body(CompletionRequest, await http.body())
     head = AnswerHead(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.resolve_model(request.model))
+    debug.require_enabled(service, request)
+    if request.asks_for_metrics:
+        return await debug.metrics_answer(service, request, head, "text_completion")
     info = service.engine.info
     model = service.model
     n = request.n or 1

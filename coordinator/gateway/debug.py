@@ -6,13 +6,17 @@ import asyncio
 import json
 import os
 from collections import Counter
+from typing import Literal
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from tpserve.coordinator.gateway.errors import EngineUnavailable, InvalidRequest
-from tpserve.coordinator.gateway.service import Service
-from tpserve.coordinator.gateway.stream import json_response
+from tpserve.coordinator.gateway.errors import EngineUnavailable, InvalidRequest, UnsupportedFeature
+from tpserve.coordinator.gateway.generation import Usage
+from tpserve.coordinator.gateway.metrics import samples_by_name
+from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
+from tpserve.coordinator.gateway.service import AnswerHead, Service
+from tpserve.coordinator.gateway.stream import DONE, json_response, sse
 from tpserve.coordinator.step_log import MAX_TRACE_STEPS
 
 _MAX_TIMEOUT_S = 300.0
@@ -38,6 +42,47 @@ def add_routes(app: FastAPI, service: Service) -> None:
             )
         headers = {"content-disposition": 'attachment; filename="tpserve-trace.json"'}
         return Response(text, media_type="application/json", headers=headers)
+
+
+def require_enabled(service: Service, request: ChatCompletionRequest | CompletionRequest) -> None:
+    """Refuse `debug_config` where nobody opened it.
+
+    Raises
+    ------
+    UnsupportedFeature
+        If the request has one and the server runs without `--enable-debug`.
+    """
+    if request.debug_config is not None and not service.config.enable_debug:
+        raise UnsupportedFeature(
+            "debug_config is only taken by a server started with --enable-debug: leave it out", param="debug_config"
+        )
+
+
+async def metrics_answer(
+    service: Service,
+    request: ChatCompletionRequest | CompletionRequest,
+    head: AnswerHead,
+    kind: Literal["chat.completion", "chat.completion.chunk", "text_completion"],
+) -> Response:
+    """Answer `query_engine_metrics`: an answer without choices, whose usage has the engine's metrics.
+
+    Raises
+    ------
+    EngineUnavailable
+        If the engine gives none.
+    """
+    extra = samples_by_name(await service.engine.metrics())
+    answer = {
+        "id": head.id,
+        "object": kind,
+        "created": head.created,
+        "model": head.model,
+        "choices": [],
+        "usage": {**Usage(0).to_dict(), "extra": extra},
+    }
+    if not request.stream:
+        return json_response(answer)
+    return Response(sse(answer) + DONE, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 
 def _number(request: Request, name: str, default: float, least: float, most: float) -> float:

@@ -8,8 +8,9 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
 
-from tpserve.coordinator.metrics_catalogue import BY_NAME
+from tpserve.coordinator.metrics_catalogue import BY_NAME, ENGINE_LABELS
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asked for
 
@@ -18,6 +19,16 @@ MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Whatever a scraper asks for: in OpenMetrics the colons of `--metrics-compat vllm` would be lost."""
+
+
+def samples_by_name(text: str) -> dict[str, float]:
+    """Return every sample of Prometheus text; labels that tell more than which engine it is follow in braces."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f"{key}={value}" for key, value in sample.labels.items() if key not in ENGINE_LABELS)
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
 
 
 class HttpMetrics:

@@ -22,6 +22,7 @@ from tpserve.coordinator.gateway.answers import (
 from tpserve.coordinator.gateway.embeddings import EmbeddingsAnswer, EmbeddingsRequest
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
 from tpserve.coordinator.gateway.responses_wire import ResponseEvent, ResponseObject, ResponsesRequest
+from tpserve.coordinator.gateway.stream import END
 from tpserve.coordinator.gateway.tokens import (
     DetokenizeAnswer,
     DetokenizeRequest,
@@ -56,6 +57,8 @@ class Operation:
     body: type[BaseModel] | None = None
     events: type[BaseModel] | None = None
     """The model of each server-sent event, where the answer may be streamed."""
+    is_done_told: bool = True
+    """Whether [DONE] ends the events, and a failure is an error object in its place; else both are such events."""
     errors: tuple[int, ...] = ()
     unhealthy: bool = False
     """Whether 503 carries the answer's own model."""
@@ -88,11 +91,18 @@ OPERATIONS = (
         ChatCompletion,
         ChatCompletionRequest,
         ChatCompletionChunk,
-        _ENGINE,
+        errors=_ENGINE,
         key=True,
     ),
     Operation(
-        "/v1/completions", "post", "Continue prompts", Completion, CompletionRequest, Completion, _ENGINE, key=True
+        "/v1/completions",
+        "post",
+        "Continue prompts",
+        Completion,
+        CompletionRequest,
+        Completion,
+        errors=_ENGINE,
+        key=True,
     ),
     Operation(
         "/v1/responses",
@@ -101,7 +111,8 @@ OPERATIONS = (
         ResponseObject,
         ResponsesRequest,
         ResponseEvent,
-        _ENGINE,
+        is_done_told=False,
+        errors=_ENGINE,
         key=True,
     ),
     Operation("/v1/embeddings", "post", "Embed texts", EmbeddingsAnswer, EmbeddingsRequest, errors=_ENGINE, key=True),
@@ -111,7 +122,6 @@ OPERATIONS = (
         "get",
         "Describe the model",
         ModelObject,
-        Tasks,
         errors=(401, 404, 500, 503),
         parameters=(_NAME,),
         key=True,
@@ -168,7 +178,11 @@ def _operation(operation: Operation, with_keys: bool) -> dict[str, Any]:
     content = {answer: {}} if isinstance(answer, str) else {"application/json": {"schema": _ref(answer)}}
     good: dict[str, Any] = {"description": "The answer.", "content": content}
     if operation.events is not None:
-        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(operation.events)}
+        data: dict[str, Any] = {"contentMediaType": "application/json", "contentSchema": _ref(operation.events)}
+        if operation.is_done_told:
+            data["contentSchema"] = {"anyOf": [_ref(operation.events), _ref(Error)]}
+            data = {"if": {"const": END.decode()}, "else": data}
+        data["type"] = "string"
         event = {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}
         good["content"] = {**content, "text/event-stream": {"schema": event}}
         good["description"] = f"The answer; with `stream`, events whose data is `{operation.events.__name__}`."

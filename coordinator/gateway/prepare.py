@@ -125,7 +125,7 @@ def engine_request(
 
 def stop_token_ids(request: ChatCompletionRequest | CompletionRequest, model: ServedModel) -> list[int]:
     """Return the tokens that end the output."""
-    return [] if request.ignore_eos else sorted({*model.stop_token_ids, *(request.stop_token_ids or ())})
+    return [] if request.ignores_eos else sorted({*model.stop_token_ids, *(request.stop_token_ids or ())})
 
 
 def _too_long(num_tokens: str, info: EngineInfo) -> ContextLengthExceeded:

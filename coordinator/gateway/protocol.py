@@ -73,6 +73,25 @@ class StreamOptions(Wire):
     """Extra, as in vLLM: with `include_usage`, each chunk carries the usage so far, and tokens without text get one."""
 
 
+class DebugConfig(Wire):
+    """`debug_config`, MLC's; taken only with `--enable-debug`. What is unknown is refused: it would have no effect."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    special_request: Literal["query_engine_metrics"] | None = None
+    """Nothing is generated; the engine's metrics are the answer, in `usage.extra`."""
+    ignore_eos: bool | None = None
+    """The same as the field of this name beside it."""
+    grammar_execution_mode: Literal["constraint", "jump_forward"] | None = None
+    """How a grammar is followed; tokens are masked one by one here, which is `constraint`."""
+
+    @model_validator(mode="after")
+    def _no_jumps(self) -> Self:
+        if self.grammar_execution_mode == "jump_forward":
+            raise _Unsupported("'jump_forward' is not supported; 'constraint' gives the same language")
+        return self
+
+
 class ContentPart(Wire):
     """One part of a message's content list; only text is served."""
 
@@ -196,6 +215,7 @@ class _Sampling(Wire):
     """Extra: the output is one of these strings."""
     guided_grammar: Annotated[str, Field(min_length=1)] | None = None
     """Extra: the output is derived from the rule `root` of this EBNF (GBNF) grammar."""
+    debug_config: DebugConfig | None = None
 
     @field_validator("stop")
     @classmethod
@@ -217,9 +237,25 @@ class _Sampling(Wire):
         given = self.constraints
         if len(given) > 1:
             raise ValueError(f"{' and '.join(map(repr, given))} were given; at most one may shape the output")
-        if given and self.ignore_eos:
+        if given and self.ignores_eos:
             raise ValueError(f"'ignore_eos' cannot be combined with {given[0]!r}, whose output has an end")
         return self
+
+    @model_validator(mode="after")
+    def _metrics_are_usage(self) -> Self:
+        if self.asks_for_metrics and self.stream and not self.include_usage:
+            raise ValueError("'query_engine_metrics' answers in the usage: set stream_options.include_usage")
+        return self
+
+    @property
+    def ignores_eos(self) -> bool:
+        """Whether the output runs to its limit whatever the model says."""
+        return bool(self.ignore_eos or (self.debug_config is not None and self.debug_config.ignore_eos))
+
+    @property
+    def asks_for_metrics(self) -> bool:
+        """Whether the engine's metrics are asked for, and no text."""
+        return self.debug_config is not None and self.debug_config.special_request is not None
 
     @property
     def constraints(self) -> list[str]:
@@ -265,8 +301,6 @@ class ChatCompletionRequest(_Sampling):
     """False: at most one call in an answer."""
     functions: list[Any] | None = None
     function_call: Any = None
-    debug_config: Any = None
-    """MLC's; refused, so that nobody believes it had an effect."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Extra, as in vLLM: further variables of the chat template, such as Qwen3's `enable_thinking`."""
 
@@ -274,8 +308,6 @@ class ChatCompletionRequest(_Sampling):
     def _consistent(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' is only allowed when 'logprobs' is true")
-        if self.debug_config is not None:
-            raise _Unsupported("'debug_config' is not served on this route; leave it out")
         if self.functions or self.function_call:
             raise _Unsupported("'functions' and 'function_call' are not supported; use 'tools' and 'tool_choice'")
         names = [tool.function.name for tool in self.tools or ()]
@@ -287,7 +319,7 @@ class ChatCompletionRequest(_Sampling):
             raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools")
         if self.forces_tools and self.constraints:
             raise ValueError(f"a tool_choice that forces a call cannot be combined with {self.constraints[0]!r}")
-        if self.forces_tools and self.ignore_eos:
+        if self.forces_tools and self.ignores_eos:
             raise ValueError("'ignore_eos' cannot be combined with a tool_choice that forces a call")
         return self
 

@@ -18,7 +18,8 @@ from tpserve.coordinator.gateway.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
 
-DONE = b"data: [DONE]\n\n"
+END = b"[DONE]"
+DONE = b"data: " + END + b"\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, which clients of server-sent events ignore."""
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tpserve.coordinator.gateway.answers import Answer
-from tpserve.coordinator.gateway.chat import _template_message
+from tpserve.coordinator.gateway.chat import template_message
 from tpserve.coordinator.gateway.errors import InvalidRequest
 from tpserve.coordinator.gateway.protocol import Message, Text, TokenId, Wire, parse_body
 from tpserve.coordinator.gateway.service import Service
@@ -71,7 +71,7 @@ async def tokenize(service: Service, http: Request) -> Response:
     if request.messages is not None:
         if model.chat_template is None:
             raise InvalidRequest("This model has no chat template; give 'prompt'", param="messages")
-        text = model.chat_template.render([_template_message(message) for message in request.messages])
+        text = model.chat_template.render([template_message(message) for message in request.messages])
         tokens = await model.encode(text, add_special_tokens=False)
     else:
         assert request.prompt is not None

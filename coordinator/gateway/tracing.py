@@ -11,7 +11,13 @@ from tpserve.coordinator.gateway.engine_types import EngineRequest
 from tpserve.coordinator.gateway.generation import Usage
 from tpserve.coordinator.tracing import PROVIDER, Tracing
 
-_OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+    "/v1/responses": "chat",
+}
+"""Every route that submits requests to the engine."""
 
 
 class TraceRequests:

@@ -12,17 +12,16 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 import pydantic
-from prometheus_client.parser import text_string_to_metric_families
 
 from tpserve.coordinator.gateway import chat, completions
 from tpserve.coordinator.gateway.answers import ChatCompletion, ChatCompletionChunk, Completion
 from tpserve.coordinator.gateway.config import GatewayConfig
 from tpserve.coordinator.gateway.engine_client import CHANNEL_OPTIONS
 from tpserve.coordinator.gateway.engine_types import EngineStatus
+from tpserve.coordinator.gateway.metrics import samples_by_name
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
-from tpserve.coordinator.metrics_catalogue import ENGINE_LABELS
 from tpserve.coordinator.python_engine.door import Handler, LocalDoor, to_body
 from tpserve.coordinator.python_engine.errors import EngineError
 from tpserve.coordinator.python_engine.launcher import Launcher, serve_arguments
@@ -75,12 +74,7 @@ class EngineMetrics:
     @property
     def samples(self) -> dict[str, float]:
         """Every sample by name; labels that tell more than which engine it is follow in braces."""
-        found = {}
-        for family in text_string_to_metric_families(self.text):
-            for sample in family.samples:
-                labels = ",".join(f"{key}={value}" for key, value in sample.labels.items() if key not in ENGINE_LABELS)
-                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
-        return found
+        return samples_by_name(self.text)
 
     def __getitem__(self, name: str) -> float:
         return self.samples[name]
@@ -134,6 +128,7 @@ class Core:
                 self._launcher.facts["address"],
                 self._launcher.facts["model_dir"],
                 _names(str(model), options.get("served_model_name")),
+                enable_debug=bool(options.get("enable_debug", False)),
             )
         else:
             if options:

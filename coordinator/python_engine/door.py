@@ -18,7 +18,7 @@ from starlette.types import Message, Scope
 
 from tpserve.coordinator.gateway.errors import ClientDisconnected, InvalidRequest
 from tpserve.coordinator.gateway.service import Service
-from tpserve.coordinator.gateway.stream import EventStream, event_data
+from tpserve.coordinator.gateway.stream import END, EventStream, event_data
 from tpserve.coordinator.python_engine.errors import RequestAborted
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
@@ -58,8 +58,12 @@ class LocalDoor:
         """
         async with self._call(body, request_id) as call:
             response = await handler(self._service, call.request)
-            assert isinstance(response, EventStream)
             yield b""
+            if not isinstance(response, EventStream):  # nothing was generated: it is all there
+                for event in event_data(bytes(response.body)):
+                    if event != END:
+                        yield event
+                return
             async with contextlib.aclosing(response.events()) as groups:
                 async for group in groups:
                     for event in event_data(group):

@@ -2,7 +2,8 @@
 
 import OpenAI from "openai";
 
-const [baseURL, model] = process.argv.slice(2);
+const [baseURL, model, shapes] = process.argv.slice(2);
+const { call, schema, responsesCall } = JSON.parse(shapes);  // fields of requests
 const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0, timeout: 60_000 });
 const messages = [{ role: "user", content: "What is the capital of France?" }];
 const greedy = { model, messages, temperature: 0, max_tokens: 24 };
@@ -43,6 +44,36 @@ async function responses() {
   return { text, first: events[0], last: events.at(-1) };
 }
 
+async function streamedCall() {
+  let name = "", args = "", finish = null;
+  for await (const chunk of await client.chat.completions.create({ ...greedy, ...call, stream: true })) {
+    const [choice] = chunk.choices;
+    for (const { function: part } of choice.delta.tool_calls ?? []) {
+      name += part.name ?? "";
+      args += part.arguments ?? "";
+    }
+    finish = choice.finish_reason ?? finish;
+  }
+  return { name, arguments: args, finish };
+}
+
+async function wholeCall() {
+  const [choice] = (await client.chat.completions.create({ ...greedy, ...call })).choices;
+  const [{ function: made }] = choice.message.tool_calls;
+  return { name: made.name, arguments: made.arguments, finish: choice.finish_reason };
+}
+
+async function wholeSchema() {
+  const [choice] = (await client.chat.completions.create({ ...greedy, ...schema })).choices;
+  return { text: choice.message.content, finish: choice.finish_reason };
+}
+
+async function callOfResponses() {
+  const reply = await client.responses.create({ model, input: messages, temperature: 0, ...responsesCall });
+  const [{ type, name, arguments: args }] = reply.output;
+  return { type, name, arguments: args };
+}
+
 const whole = await client.chat.completions.create(greedy);
 console.log(JSON.stringify({
   models: (await client.models.list()).data.map(({ id }) => id),
@@ -52,6 +83,10 @@ console.log(JSON.stringify({
   choices: (await client.chat.completions.create({ ...greedy, n: 2, seed: 1, temperature: 1 })).choices.map(({ message }) => message.content),
   completion: (await client.completions.create({ model, prompt: "Once upon a time", temperature: 0, max_tokens: 8 })).choices[0].text,
   responses: await responses(),
+  call: await wholeCall(),
+  streamedCall: await streamedCall(),
+  schema: await wholeSchema(),
+  responsesCall: await callOfResponses(),
   badValue: await refused(client.chat.completions.create({ ...greedy, temperature: 9 })),
   badModel: await refused(client.chat.completions.create({ ...greedy, model: "other" })),
   aborted: await aborted(),

@@ -25,9 +25,9 @@ from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import SamplingParams
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "smollm2.json"
-TIE = {"q0bf16": 0.25, "fp8": 1.5}
+TIE = {"q0bf16": 0.25, "fp8": 2.5}
 """Gap of the reference's two best logits below which the engine may choose the other; the largest seen were 0.20
-and UNKNOWN."""
+and 1.94: 135 million parameters bear e4m3 badly."""
 NUM_PAGES = 1024
 MAX_NUM_SEQS, MAX_NUM_TOKENS, MAX_MODEL_LEN = 16, 256, 2048
 FOLDERS_VARIABLE = "TPSERVE_CUDA_FOLDERS"
@@ -93,6 +93,10 @@ def group(
     tp_size, quantization, collectives = request.param
     model, artifact = folders(tmp_path_factory, tp_size, quantization)
     devices = [rank % NUM_DEVICES for rank in range(tp_size)]
+    if collectives == "nccl":
+        # In processes that had collectives over peer memory before, this group failed; a rank of the engine has one
+        # group in its life.
+        rank_processes.close()
     with rank_processes.group(
         model,
         artifact,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from server import json_line, run_cli
+from shared_cache import new_home
 
 TINY = {
     "hidden_size": 64,
@@ -22,9 +23,10 @@ TINY = {
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for the whole session, so that kernels are built once; TPSERVE_HOME if it is set."""
-    home = os.environ.setdefault("TPSERVE_HOME", str(tmp_path_factory.mktemp("home")))
-    return Path(home)
+    """One cache for the whole session; TPSERVE_HOME if it is set."""
+    if "TPSERVE_HOME" not in os.environ:
+        os.environ["TPSERVE_HOME"] = str(new_home(tmp_path_factory.mktemp("home")))
+    return Path(os.environ["TPSERVE_HOME"])
 
 
 @pytest.fixture(scope="session")

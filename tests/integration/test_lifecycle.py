@@ -148,7 +148,7 @@ def test_random_weights_serve_without_a_checkpoint(tiny_folder: Path, tmp_path: 
         assert len(server.rank_pids()) == 4
 
 
-def test_cache_policies(tiny_folder: Path, tmp_path: Path, cache_home: Path) -> None:
+def test_row_26_cache_policies(tiny_folder: Path, tmp_path: Path, cache_home: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     # Kernels do not depend on the model; building them again would only take time.
@@ -179,7 +179,7 @@ def test_cache_policies(tiny_folder: Path, tmp_path: Path, cache_home: Path) -> 
     assert sorted(path.name for path in (home / "lib").iterdir()) == [first.name]
 
 
-def test_policy_off_keeps_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+def test_row_26_policy_off_keeps_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
     scratch.mkdir()

@@ -331,6 +331,7 @@ void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
     if (p.M <= 192) return run<T, 96, 2>(p, x, K, stream);
     return run<T, 128, 2>(p, x, K, stream);
   }
+  if (p.M > 256 && p.M <= 320) return run<T, 160, 2>(p, x, K, stream);
   const auto padded = [&](int tile) { return (p.M + tile - 1) / tile * tile; };
   if (padded(192) < padded(256)) return run<T, 192, 2>(p, x, K, stream);
   run<T, 256, 2>(p, x, K, stream);

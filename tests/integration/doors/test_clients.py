@@ -18,10 +18,20 @@ import pytest
 
 from integration.doors.browser import needs_browser, open_browser
 from integration.doors.conftest import ALIAS, ORIGIN
+from integration.doors.shapes import FORCED_CALL, PERSON, TOOL, check_call, check_person
 from server import MODEL_NAME, REPOSITORY, Server, chat_request, chat_text, until
 
 CLIENTS = REPOSITORY / "tests/clients"
 QUESTION = "What is the capital of France?"
+SHAPES: dict[str, dict[str, Any]] = {
+    "call": {**FORCED_CALL, "max_tokens": 160},
+    "schema": {"response_format": PERSON, "max_tokens": 96},
+    "responsesCall": {
+        "tools": [{"type": "function", **TOOL["function"]}],
+        "tool_choice": {"type": "function", "name": "get_weather"},
+        "max_output_tokens": 160,
+    },
+}
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +60,7 @@ def node_folder() -> Path:
 def test_row_38_the_official_npm_package(node_folder: Path, server: Server, client: openai.OpenAI) -> None:
     """It gets what the Python package gets."""
     done = subprocess.run(
-        ["node", "scenarios.mjs", f"{server.url}/v1", MODEL_NAME],
+        ["node", "scenarios.mjs", f"{server.url}/v1", MODEL_NAME, json.dumps(SHAPES)],
         cwd=node_folder,
         capture_output=True,
         text=True,
@@ -73,6 +83,14 @@ def test_row_38_the_official_npm_package(node_folder: Path, server: Server, clie
     assert got["badValue"] == refused
     assert got["badModel"] == {"kind": "NotFoundError", "status": 404, "code": "model_not_found", "param": "model"}
     assert got["aborted"] == 5
+    call: Any = client.chat.completions.create(**chat_request(QUESTION, **SHAPES["call"])).choices[0]
+    (made,) = call.message.tool_calls
+    assert got["call"] == {**made.function.model_dump(), "finish": "tool_calls"}
+    assert got["streamedCall"] == got["call"]
+    assert got["responsesCall"] == {**made.function.model_dump(), "type": "function_call"}
+    check_call(got["call"], got["call"]["finish"])
+    check_person(got["schema"]["text"], got["schema"]["finish"])
+    assert got["schema"]["text"] == chat_text(client, QUESTION, **SHAPES["schema"])
     until(lambda: server.metric("num_requests_running") == 0, within_s=5, what="the abandoned request ends")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from integration.doors.shapes import FORCED_CALL, PERSON, check_call, check_person
 from server import MODEL_NAME, Server, command, environment
 from tpserve import AsyncMLCEngine, MLCEngine
 from tpserve.coordinator.gateway.errors import ApiError
@@ -22,6 +23,8 @@ CHATS: dict[str, dict[str, Any]] = {
     "penalties": {"temperature": 0.7, "seed": 1, "max_tokens": 20, "frequency_penalty": 1.0, "logit_bias": {"338": -5}},
     "choices": {"temperature": 1, "seed": 7, "n": 3, "max_tokens": 12},
     "logprobs": {"temperature": 0, "max_tokens": 6, "logprobs": True, "top_logprobs": 2},
+    "tool": {"temperature": 1, "seed": 5, "max_tokens": 160, **FORCED_CALL},
+    "schema": {"temperature": 1, "seed": 5, "max_tokens": 96, "response_format": PERSON},
 }
 REFUSED: dict[str, dict[str, Any]] = {
     "range": {"temperature": -1},
@@ -54,6 +57,9 @@ def meaning(answer: Any) -> dict[str, Any]:
         del plain[name]
     if "usage" in plain:
         del plain["usage"]["prompt_tokens_details"]
+    for choice in plain["choices"]:
+        for call in (choice.get("message") or choice.get("delta") or {}).get("tool_calls", ()):
+            call.pop("id", None)
     return plain
 
 
@@ -65,32 +71,43 @@ def test_row_23_a_chat_means_the_same_at_every_door(
     over_http = meaning(client.chat.completions.create(**request))
     assert meaning(engine.chat.completions.create(**request)) == over_http
     assert meaning(asyncio.run(async_engine.chat.completions.create(**request))) == over_http
+    (choice, *_) = over_http["choices"]
+    if name == "tool":
+        (call,) = choice["message"]["tool_calls"]
+        check_call(call["function"], choice["finish_reason"])
+    elif name == "schema":
+        check_person(choice["message"]["content"], choice["finish_reason"])
 
 
 async def gather(engine: AsyncMLCEngine, request: dict[str, Any]) -> list[dict[str, Any]]:
     return [meaning(chunk) async for chunk in await engine.chat.completions.create(**request, stream=True)]
 
 
-@pytest.mark.parametrize("name", ["seeded", "choices", "logprobs"])
+@pytest.mark.parametrize("name", ["seeded", "choices", "logprobs", "tool", "schema"])
 def test_a_stream_means_the_same(
     name: str, client: openai.OpenAI, engine: MLCEngine, async_engine: AsyncMLCEngine
 ) -> None:
     """Choice by choice; how tokens fall into chunks depends on when they come."""
     request = request_of(CHATS[name]) | {"stream_options": {"include_usage": True}}
 
-    def texts(chunks: list[dict[str, Any]]) -> dict[int, tuple[str, str]]:
-        found: dict[int, tuple[str, str]] = {}
+    def texts(chunks: list[dict[str, Any]]) -> dict[int, dict[str, str]]:
+        found: dict[int, dict[str, str]] = {}
         for chunk in chunks:
             for choice in chunk["choices"]:
-                text, finish = found.get(choice["index"], ("", ""))
-                delta = choice["delta"].get("content", "")
-                found[choice["index"]] = (text + delta, finish + choice.get("finish_reason", ""))
+                of = found.setdefault(choice["index"], dict.fromkeys(("text", "name", "arguments", "finish"), ""))
+                of["text"] += choice["delta"].get("content", "")
+                of["finish"] += choice.get("finish_reason", "")
+                for call in choice["delta"].get("tool_calls", ()):
+                    of["name"] += call["function"].get("name", "")
+                    of["arguments"] += call["function"].get("arguments", "")
         return found
 
     over_http = [meaning(chunk) for chunk in client.chat.completions.create(**request, stream=True)]
     in_process = [meaning(chunk) for chunk in engine.chat.completions.create(**request, stream=True)]
     awaited = asyncio.run(gather(async_engine, request))
     assert texts(in_process) == texts(awaited) == texts(over_http)
+    if name == "tool":
+        check_call(texts(over_http)[0], texts(over_http)[0]["finish"])
     assert in_process[-1] == awaited[-1] == over_http[-1]
 
 

@@ -17,9 +17,16 @@ PROGRAM = """
 import sys
 from tpserve import MLCEngine
 engine = MLCEngine(
-    sys.argv[1], load_format="dummy", max_num_seqs=4, max_num_batched_tokens=64, log_file=sys.argv[2]
+    sys.argv[1], load_format="dummy", max_num_seqs=4, max_num_batched_tokens=64, enable_debug=True, log_file=sys.argv[2]
 )
-answer = engine.chat.completions.create(messages=[{"role": "user", "content": "Hello"}], max_tokens=2)
+messages = [{"role": "user", "content": "Hello"}]
+answer = engine.chat.completions.create(messages=messages, max_tokens=2)
+query = {"messages": messages, "debug_config": {"special_request": "query_engine_metrics"}}
+metrics = engine.chat.completions.create(**query).usage.extra  # row 18
+assert metrics["tpserve_generation_tokens_total"] == 2, metrics
+options = {"stream": True, "stream_options": {"include_usage": True}}
+(chunk,) = engine.chat.completions.create(**query, **options)
+assert chunk.usage.extra["tpserve_generation_tokens_total"] == 2, chunk
 print(answer.usage.completion_tokens, flush=True)
 sys.stdin.readline()  # and the program ends without a word to the engine
 """

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,15 +8,16 @@ import tvm  # noqa: F401  # whole, before a test of the worker loads the runtime
 import tvm_ffi
 
 from rank_group import Artifacts
-from tpserve.compile import native
+from shared_cache import as_cache
+from tpserve.compile.artifact import kernel_library
+from tpserve.compile.cache import CachePolicy
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+def kernels(artifacts: Artifacts) -> Callable[[str], Any]:
     """The built kernels, by the last part of their global name."""
-    path: Path = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    native.build_library(native.CPU_KERNEL_SOURCES, path)
-    module = tvm_ffi.load_module(str(path))
+    with as_cache(artifacts.home):
+        module = tvm_ffi.load_module(str(kernel_library("llvm", CachePolicy.ON)))
     return lambda name: module[name]
 
 

@@ -43,5 +43,10 @@ def test_references_lead_somewhere() -> None:
     assert names == set(document["components"]["schemas"])
     for schema in document["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
+    for methods in document["paths"].values():
+        assert "requestBody" not in methods.get("get", {})
+    for route in ("/v1/chat/completions", "/v1/completions"):
+        events = document["paths"][route]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+        assert jsonschema.Draft202012Validator(events).is_valid({"data": "[DONE]"})
     ids = [operation["operationId"] for methods in document["paths"].values() for operation in methods.values()]
     assert len(ids) == len(set(ids))

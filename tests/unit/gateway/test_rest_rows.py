@@ -221,11 +221,50 @@ async def test_row_17_response_format(make_stack: StackFactory) -> None:
         assert len(stack.engine.submits) == num_submits
 
 
-async def test_row_18_debug_config(make_stack: StackFactory) -> None:
+def debugging(**fields: object) -> dict[str, Any]:
+    return {"extra_body": {"debug_config": fields}}
+
+
+async def test_row_18_debug_config_is_closed(make_stack: StackFactory) -> None:
     async with make_stack() as stack:
-        words = await refused(stack, "", extra_body={"debug_config": {"special_request": "query_engine_metrics"}})
-        assert "'debug_config' is not served" in words
-        await ask(stack, extra_body={"ignore_eos": True})
-        assert list(stack.engine.submits[-1].stop_token_ids) == []
-        grammar = {"guided_regex": "a", "ignore_eos": True}
-        assert "'ignore_eos' cannot be combined" in await refused(stack, "", extra_body=grammar)
+        for fields in ({"special_request": "query_engine_metrics"}, {"ignore_eos": True}, {}):
+            assert "--enable-debug" in await refused(stack, "debug_config", **debugging(**fields))
+        reply = await stack.http.post("/v1/completions", json={"prompt": "a", "debug_config": {"ignore_eos": True}})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "debug_config")
+        assert stack.engine.submits == []
+
+
+async def test_row_18_debug_config_of_a_server_with_enable_debug(
+    make_stack: StackFactory, tokenizer: Tokenizer
+) -> None:
+    regex = {"guided_regex": "[0-9]"}
+    async with make_stack(saying(tokenizer, "Hello there"), enable_debug=True) as stack:
+        await ask(stack, **debugging(ignore_eos=False))
+        assert list(stack.engine.submits[-1].stop_token_ids) == [EOS]
+        for extra in ({"debug_config": {"ignore_eos": True}}, {"ignore_eos": True}):
+            await ask(stack, extra_body=extra, max_tokens=2)
+            assert list(stack.engine.submits[-1].stop_token_ids) == []
+            words = await refused(stack, "", extra_body={**regex, **extra})
+            assert "'ignore_eos' cannot be combined" in words
+        await ask(stack, extra_body={**regex, "debug_config": {"grammar_execution_mode": "constraint"}})
+        assert stack.engine.submits[-1].grammar.source == "[0-9]"
+        words = await refused(stack, "debug_config", **debugging(grammar_execution_mode="jump_forward"))
+        assert "'jump_forward' is not supported" in words
+        await refused(stack, "debug_config.grammar_execution_mode", **debugging(grammar_execution_mode="fast"))
+        await refused(stack, "debug_config.pinned_system_prompt", **debugging(pinned_system_prompt=True))
+
+
+async def test_row_18_debug_config_asks_for_the_engines_metrics(make_stack: StackFactory) -> None:
+    query = debugging(special_request="query_engine_metrics")
+    async with make_stack(enable_debug=True) as stack:
+        reply = await ask(stack, **query)
+        assert reply.choices == []
+        assert reply.usage.extra == {"tpserve_num_requests_running": 0}
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        (chunk,) = [chunk async for chunk in await ask(stack, **options, **query)]
+        assert (chunk.object, chunk.usage.extra) == ("chat.completion.chunk", reply.usage.extra)
+        assert "include_usage" in await refused(stack, "", stream=True, **query)
+        body = {"prompt": "a", "debug_config": {"special_request": "query_engine_metrics"}}
+        text = (await stack.http.post("/v1/completions", json=body)).json()
+        assert (text["object"], text["usage"]["extra"]) == ("text_completion", reply.usage.extra)
+        assert stack.engine.submits == []

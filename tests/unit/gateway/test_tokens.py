@@ -33,7 +33,7 @@ async def test_there_and_back(make_stack: StackFactory, tokenizer: Tokenizer) ->
         ("/tokenize", {}, 400, "either 'prompt' or 'messages'"),
         ("/tokenize", {"prompt": "a", "messages": HI}, 400, "either 'prompt' or 'messages'"),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "'other'"),
-        ("/tokenize", {"messages": [{"role": "tool", "content": "x"}]}, 400, "chat template"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x", "name": "nobody"}]}, 400, "chat template"),
         ("/detokenize", {"tokens": [10**6]}, 400, "1000000"),
         ("/detokenize", {"tokens": ["a"]}, 400, "tokens[0]"),
     ],

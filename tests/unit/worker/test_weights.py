@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 
 from tiny_models import MODELS
 from tpserve.proto.manifest import Manifest, ParamSource, ParamSpec
+from tpserve.worker.checkpoint import Checkpoint
 from tpserve.worker.errors import WeightsError
-from tpserve.worker.weights import dummy_parameters, load_parameters, pack, rope_table
+from tpserve.worker.weights import dummy_parameters, load_parameters, pack, parts_of, rope_table, scales_of
 from worker_builders import make_manifest
 
 Array = Any
@@ -205,3 +206,92 @@ def test_panels_hold_sixteen_rows_side_by_side() -> None:
         np.testing.assert_array_equal(packed[row // 16, :, row % 16], rows[row])
     with pytest.raises(WeightsError, match=r"w: the checkpoint gives \(31, 3\), the library takes \(32, 3\)"):
         pack(spec, rows[:31])
+
+
+def fp8_folder(folder: Path, *, per_tensor: bool = False) -> dict[str, Array]:
+    """Store the layers' weights as e4m3 with scales, as quantised checkpoints do; return what was stored."""
+    stored: dict[str, Array] = {}
+    for name, weight in MODELS[NAME].weights().items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = weight
+            continue
+        largest = np.abs(weight).max() if per_tensor else np.abs(weight).max(axis=1, keepdims=True)
+        scale = np.asarray(largest / 448, np.float32)
+        stored[name] = (weight / scale).astype(ml_dtypes.float8_e4m3fn)
+        stored[f"{name}_scale"] = scale.reshape(()) if per_tensor else scale
+    header: dict[str, Any] = {}
+    data = b""
+    for name, array in stored.items():
+        dtype = "F8_E4M3" if array.dtype == ml_dtypes.float8_e4m3fn else "F32"
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [len(data), len(data) + array.nbytes],
+        }
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return stored
+
+
+@pytest.mark.parametrize("per_tensor", [False, True], ids=["channel", "tensor"])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_stored_scales_go_with_their_channels(folder: Path, tp_size: int, per_tensor: bool) -> None:
+    stored = fp8_folder(folder, per_tensor=per_tensor)
+    manifest = make_manifest(folder, tp_size)
+    checkpoint = Checkpoint(folder)
+    whole = {
+        name: stored[name].astype(np.float32) * stored[f"{name}_scale"]
+        for name in stored
+        if f"{name}_scale" in stored and LAYER in name
+    }
+    for spec in manifest.params:
+        if spec.layout != "panel16" or LAYER not in spec.name:
+            continue
+        rows, columns = spec.unpacked_shape or (0, 0)
+        scale_spec = ParamSpec(f"{spec.name}.scale", (rows,), "float32", "channel_scale", spec.sources)
+        for rank in range(tp_size):
+            scales = scales_of(checkpoint, manifest, scale_spec, rank)
+            assert scales is not None
+            values = np.zeros((rows, columns), np.float32)
+            expected = np.zeros((rows, columns), np.float32)
+            for part in parts_of(checkpoint, manifest, spec, rank):
+                place = np.s_[
+                    part.row : part.row + part.values.shape[0], part.column : part.column + part.values.shape[1]
+                ]
+                values[place] = part.values.astype(np.float32)
+            first = 0
+            for source in spec.sources:
+                blocks = _dense_part(whole[source.name], manifest, source, rank)
+                expected[first : first + len(blocks), : blocks.shape[1]] = blocks
+                first += len(blocks)
+            np.testing.assert_allclose(values * scales[:, None], expected, rtol=1e-6)
+
+
+def _dense_part(weight: Array, manifest: Manifest, source: ParamSource, rank: int) -> Array:
+    """A rank's part of a weight, by plain indexing."""
+    assert source.axis is not None
+    assert source.split is not None
+    split = manifest.splits[source.split]
+    blocks = []
+    for block in split.ranks[rank]:
+        index = np.arange(split.block) + (0 if block is None else block * split.block)
+        good = (index < split.size) & (block is not None)
+        taken = np.take(weight, np.where(good, index, 0), axis=source.axis)
+        mask = good[:, None] if source.axis == 0 else good[None, :]
+        blocks.append(taken * mask)
+    part: Array = np.concatenate(blocks, axis=source.axis)
+    return part
+
+
+def test_scales_of_some_tensors_only_are_refused(folder: Path) -> None:
+    fp8_folder(folder)
+    manifest = make_manifest(folder, 1)
+    (spec,) = [spec for spec in manifest.params if spec.name == f"{LAYER}.self_attn.qkv_proj"]
+    sources = (*spec.sources[:2], ParamSource("model.norm.weight"))
+    mixed = ParamSpec("mixed.scale", (1,), "float32", "channel_scale", sources)
+    with pytest.raises(WeightsError, match=r"has no 'model\.norm\.weight_scale', but has other scales"):
+        scales_of(Checkpoint(folder), manifest, mixed, 0)
+    none = ParamSpec("none.scale", (1,), "float32", "channel_scale", (ParamSource("lm_head.weight"),))
+    assert scales_of(Checkpoint(folder), manifest, none, 0) is None

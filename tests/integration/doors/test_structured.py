@@ -8,8 +8,6 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -43,19 +41,6 @@ WEATHER = {
 }
 NOW = {"type": "function", "function": {"name": "now"}}
 TOOLS: Any = [WEATHER, NOW]
-
-
-@pytest.fixture(scope="module")
-def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("structured")
-    with Server.running(demo_model, "--tp", "2", "--max-num-seqs", "8", folder=folder) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with server.client() as opened:
-        yield opened
 
 
 def as_format(schema: Any) -> dict[str, Any]:

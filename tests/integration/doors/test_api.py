@@ -9,8 +9,6 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,6 +18,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
 
+from integration.doors.conftest import ALIAS
 from server import MODEL_NAME, Server, chat_request, chat_text
 
 PROMPTS = [
@@ -32,19 +31,6 @@ PROMPTS = [
     "Repeat after me: one two three one two three one two three",
     "Tell me a very short story about a cat 🐈.",
 ]
-
-
-@pytest.fixture(scope="module")
-def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("api")
-    with Server.running(demo_model, "--tp", "2", "--max-num-seqs", "8", folder=folder) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with server.client() as opened:
-        yield opened
 
 
 def crowd_requests() -> list[dict[str, Any]]:
@@ -321,8 +307,9 @@ async def test_seed_repeats_in_a_crowd(server: Server) -> None:
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
-    (model,) = client.models.list()
-    assert (model.id, model.object, model.owned_by) == (MODEL_NAME, "model", "tpserve")
+    models = client.models.list().data
+    assert [model.id for model in models] == [MODEL_NAME, ALIAS]
+    assert {(model.object, model.owned_by) for model in models} == {("model", "tpserve")}
     assert client.models.retrieve(MODEL_NAME).id == MODEL_NAME
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")
@@ -330,6 +317,22 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 
 def test_health_says_ready(server: Server) -> None:
     assert server.health() == (200, {"status": "ready", "detail": ""})
+
+
+def test_row_25_the_mode_and_what_it_means_are_told(server: Server) -> None:
+    """In the talk's words; local is the default, and --max-num-seqs wins over its batch size."""
+    mode = re.search(
+        r'Under mode "local", max batch size will be set to 8, max KV cache token capacity will be set to (\d+), '
+        r"prefill chunk size will be set to (\d+)\.",
+        server.log,
+    )
+    assert mode is not None, server.log
+    assert int(mode[1]) >= 8192
+    assert re.search(
+        r"Estimated total memory usage of each rank: [\d.]+ MB "
+        r"\(Parameters: [\d.]+ MB\. KVCache: [\d.]+ MB\. Temporary buffer: [\d.]+ MB\)",
+        server.log,
+    )
 
 
 def test_a_repeated_prompt_hits_the_prefix_cache(server: Server, client: openai.OpenAI) -> None:
