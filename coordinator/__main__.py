@@ -11,6 +11,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -222,6 +223,11 @@ def main() -> int:
         cluster.shutdown()
         if tracing is not None:
             tracing.shutdown()
+        if cluster.is_lost:
+            # Ray's own work at exit waits seconds for daemons that are gone.
+            parent.flush()
+            sys.stderr.flush()
+            os._exit(1)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,11 @@ class Cluster:
                 loop.remove_reader(pidfd)
         return self._lost_daemons()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the Ray that was started here can start and end nothing any more."""
+        return bool(self._lost_daemons())
+
     def _lost_daemons(self) -> str:
         """Return the daemons that have ended by themselves; empty while all live."""
         ended, _, _ = select.select(self._daemons.values(), [], [], 0)

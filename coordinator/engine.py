@@ -379,11 +379,10 @@ class Engine:
         ranks = self._step_log.add(result)
         if ranks is not None and len(ranks) > 1:
             self._metrics.observe_group(ranks)
-            if result.step_us > self._config.stall_after_s * 1e6:
+            longest_us = max(each.step_us for each in ranks)  # of one that was late to begin, the step itself is short
+            if longest_us > self._config.stall_after_s * 1e6:
                 last = min(ranks, key=lambda each: each.collective_us)  # who comes last waits least
-                logger.warning(
-                    "step %d took %.1f s: rank %d came last", result.step_id, result.step_us / 1e6, last.rank
-                )
+                logger.warning("step %d took %.1f s: rank %d came last", result.step_id, longest_us / 1e6, last.rank)
 
     def _observe(self, result: StepResult) -> None:
         """Account for a step by rank 0's word, in order."""
