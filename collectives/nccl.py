@@ -1,6 +1,6 @@
 """Collectives by NCCL, through CuPy: what works between any GPUs, and the plain twin of `push`.
 
-Slower than `push` in a decode step (benchmarks/README.md); taken where ranks cannot map each other's memory.
+Two kernels and a scratch buffer where `push` has one kernel; taken where ranks cannot map each other's memory.
 """
 
 from __future__ import annotations
