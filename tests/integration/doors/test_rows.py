@@ -12,6 +12,8 @@ import pytest
 
 from integration.doors.conftest import ALIAS
 from server import Server, environment, processes_of
+from tpserve.compile.cache import CachePolicy
+from tpserve.compile.source import resolve_model
 from tpserve.coordinator.serve import default_names
 
 CURL = """\
@@ -96,11 +98,25 @@ def test_row_20_the_openai_package_with_the_model_of_another_server(client: open
     assert text
 
 
+@pytest.fixture
+def short_model(demo_model: Path, cache_home: Path, tmp_path: Path) -> Path:
+    """The demo model with room for few tokens: the slide's program sets no limit, and at times its answer fills it."""
+    converted = resolve_model(str(demo_model), model_policy=CachePolicy.ON, download_policy=CachePolicy.ON)
+    folder = tmp_path / "short"
+    folder.mkdir()
+    for file in converted.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((converted / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    return folder
+
+
 @pytest.mark.parametrize("program", [pytest.param(SYNC, id="row_21"), pytest.param(ASYNC, id="row_22")])
-def test_rows_21_and_22_the_slides_programs(program: str, demo_model: Path, tmp_path: Path) -> None:
+def test_rows_21_and_22_the_slides_programs(program: str, short_model: Path, tmp_path: Path) -> None:
     """Each starts an engine and leaves nothing."""
     file = tmp_path / "program.py"
-    file.write_text(program.format(model=demo_model))
+    file.write_text(program.format(model=short_model))
     mark = f"program-{tmp_path.name}"
     done = subprocess.run(
         [sys.executable, str(file)], env=environment(mark), cwd=tmp_path, capture_output=True, text=True, timeout=240
