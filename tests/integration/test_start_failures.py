@@ -7,13 +7,14 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from server import Outcome, json_line, run_cli
+from server import REPOSITORY, Outcome, json_line, run_cli
 
 QUICK_S = 60
 """No failure may take longer, on a busy machine."""
@@ -168,20 +169,19 @@ def test_full_disk_under_ray(tmp_path: Path, tiny_folder: Path, cache_home: Path
     flags = ("--load-format", "dummy", "--max-num-batched-tokens", "512")
     model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     assert run_cli("compile", model, *flags, folder=tmp_path).code == 0
-    # Ray's folder is in /tmp, and so may this test's be: it is seen elsewhere while /tmp is a full disk.
-    script = 'mount --rbind /tmp /mnt && mount -t tmpfs -o size=16k tmpfs /tmp && cd / && exec "$@"'
-
-    def moved(path: Path) -> Path:
-        return Path("/mnt", path.relative_to("/tmp")) if path.is_relative_to("/tmp") else path
-
+    # Ray's folder is in /tmp, and so may be this checkout and this test's folder: those are seen there all the same.
+    needed = (REPOSITORY, Path(sys.executable), tmp_path, cache_home)
+    kept = sorted({path.parts[2] for path in needed if path.is_relative_to("/tmp")})
+    binds = "".join(f" && mkdir /tmp/{name} && mount --rbind /mnt/{name} /tmp/{name}" for name in kept)
+    script = f'mount --rbind /tmp /mnt && mount -t tmpfs -o size=16k tmpfs /tmp{binds} && cd / && exec "$@"'
     outcome = run_cli(
         "serve",
-        moved(model),
+        model,
         *flags,
         "--port",
         "0",
         folder=tmp_path,
-        environ={"TPSERVE_HOME": str(moved(cache_home))},
+        environ={"TPSERVE_HOME": str(cache_home)},
         within_s=QUICK_S,
         prefix=(*unshare, "sh", "-c", script, "sh"),
     )
