@@ -18,7 +18,8 @@ class Communicator(Protocol):
 
     All ranks make the same calls in the same order with the same shapes. On a CPU a call blocks its thread until
     every rank has made it; on a GPU it is queued on the current stream. Reductions add in rank order, so all ranks
-    get the same bits. Tensors are float32, contiguous, on this rank's device, and belong to the caller.
+    get the same bits. Tensors are float32 (on a GPU bfloat16 where they are reduced), contiguous, on this rank's
+    device, and belong to the caller.
 
     A call raises `TimeoutError` naming the late ranks when the deadline passes, `RuntimeError` when a rank aborted or
     closed, and `ValueError` when ranks disagree on the call or shapes do not match. After an error from within the

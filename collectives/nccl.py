@@ -5,8 +5,7 @@ Two kernels and a scratch buffer where `push` has one kernel; taken where ranks 
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import cupy
 import tvm_ffi
@@ -61,19 +60,6 @@ class NcclCommunicator:
     def close(self) -> None:
         """Leave the group."""
         self._communicator.destroy()
-
-    def abort(self) -> None:
-        """End calls that wait for a lost rank; from any thread."""
-        self._communicator.abort()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
 
     def _all_reduce(self, x: Any, out: Any) -> None:
         stream = tvm_ffi.get_raw_stream(x.device)

@@ -5,8 +5,7 @@ Owns the workspaces that ranks map from one another. The protocol is in kernels/
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import cupy
 import tvm_ffi
@@ -103,12 +102,3 @@ class PushCommunicator:
             cupy.cuda.runtime.ipcCloseMemHandle(address)
         self._rendezvous.exchange(b"unmapped")
         cupy.cuda.runtime.free(self._workspace)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
