@@ -47,6 +47,9 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=int, help="longest sequence, prompt and output, in tokens")
     parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="most tokens in one step")
     parser.add_argument("--max-num-seqs", type=int, default=4, help="most sequences that run at once")
+    parser.add_argument(
+        "--max-num-draft-tokens", type=int, default=0, help="most draft tokens that one step verifies for a sequence"
+    )
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     add_cache_arguments(parser)
 
@@ -82,6 +85,7 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
         max_model_len=max_model_len,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
+        max_num_draft_tokens=args.max_num_draft_tokens,
     )
     compile_config.check_model(config)
     artifact = build_artifact(config, compile_config, policy)

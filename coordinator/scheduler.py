@@ -464,7 +464,7 @@ class Scheduler:
                     sequence.request_id,
                     sequence.choice,
                     (token,),
-                    (logprobs[slot],) if slot in logprobs else (),
+                    logprobs.get(slot, ()),
                     finish,
                     sequence.num_cached_tokens,
                 )

@@ -204,6 +204,6 @@ class SimulatedWorker:
             slot.last_token = sample_token(slot.sampling, digests[number], slot.output)
             slot.output.append(slot.last_token)
             if slot.sampling.num_logprobs is not None:
-                logprobs[number] = TokenLogprobs(-float(slot.last_token))
+                logprobs[number] = (TokenLogprobs(-float(slot.last_token)),)
         tokens = tuple(token for number in sampled if (token := self.slots[number].last_token) is not None)
         return StepResult(step_id, slots=tuple(sampled), token_ids=tokens, logprobs=logprobs)

@@ -336,7 +336,7 @@ class DeviceRunner:
             self._rank,
             slots=tuple(slots.tolist()) if is_first else (),
             token_ids=token_ids,
-            logprobs=logprobs,
+            logprobs={slot: (item,) for slot, item in logprobs.items()},
             step_us=step_us,
             started_us=time.time_ns() // 1000 - step_us,
             num_tokens=pending.num_tokens,

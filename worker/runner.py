@@ -127,7 +127,7 @@ class Runner:
             rank=self._rank,
             slots=tuple(arrays.sample_slots.tolist()) if is_first else (),
             token_ids=tuple(token_ids.tolist()) if is_first else (),
-            logprobs=logprobs if is_first else {},
+            logprobs={slot: (item,) for slot, item in logprobs.items()} if is_first else {},
             step_us=step_us,
             collective_us=sum(use.busy_us for use in collectives),
             collectives=collectives,
