@@ -198,7 +198,7 @@ class SimulatedWorker:
         return digest
 
     def _sample(self, step_id: int, sampled: list[int], digests: dict[int, bytes]) -> StepResult:
-        logprobs = {}
+        logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         for number in sampled:
             slot = self.slots[number]
             slot.last_token = sample_token(slot.sampling, digests[number], slot.output)
