@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import accumulate
 
 from tpserve.proto.pb import common_pb2, worker_pb2
 
@@ -293,6 +294,13 @@ class StepResult:
     """Draft tokens that were verified for each slot, parallel to `slots`; empty: none."""
     draft_us: int = 0
     """Of `step_us`, spent on drafting."""
+
+    def tokens_by_slot(self) -> list[tuple[int, ...]]:
+        """Return the tokens of each slot, parallel to `slots`."""
+        if not self.counts:
+            return [(token,) for token in self.token_ids]
+        ends = accumulate(self.counts)
+        return [self.token_ids[end - count : end] for count, end in zip(self.counts, ends, strict=True)]
 
     def to_pb(self) -> worker_pb2.StepResult:
         """Return the protobuf form."""

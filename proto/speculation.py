@@ -8,6 +8,8 @@ from typing import Literal
 
 Method = Literal["draft", "ngram", "suffix"]
 METHODS: tuple[Method, ...] = ("draft", "ngram", "suffix")
+DraftLengthRule = Literal["fixed", "auto", "mlc"]
+"""fixed: always the most; auto: by measured times and accept rates; mlc: MLC's table by batch size."""
 MAX_DRAFT_TOKENS = 8
 """More are never worth their verification at the accept rates of real drafts."""
 
