@@ -39,6 +39,8 @@ class SchedulerConfig:
     """Most draft tokens that a step verifies for a sequence; 0: no speculation."""
     draft_length: DraftLengthRule = "fixed"
     """How many of them a step takes, see `draft_length`."""
+    drafts_are_sparse: bool = False
+    """Whether the proposer has nothing for most sequences, as one that looks tokens up."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from tpserve.coordinator.adaptive_length import AdaptiveLength
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.proto.messages import StepResult
 
@@ -20,8 +21,11 @@ class DraftLength(Protocol):
     def choose(self, num_decoding: int) -> int:
         """Return the draft tokens for a step that decodes so many sequences."""
 
-    def observe(self, result: StepResult) -> None:
-        """Learn from a step."""
+    def observe(self, result: StepResult, num_draft_tokens: int) -> None:
+        """Learn from a step that was planned with so many draft tokens."""
+
+    def forget(self, slot: int) -> None:
+        """Note that a slot has another sequence now."""
 
 
 class FixedLength:
@@ -34,7 +38,10 @@ class FixedLength:
         """See DraftLength."""
         return self._num_draft_tokens
 
-    def observe(self, result: StepResult) -> None:
+    def observe(self, result: StepResult, num_draft_tokens: int) -> None:
+        """See DraftLength."""
+
+    def forget(self, slot: int) -> None:
         """See DraftLength."""
 
 
@@ -50,12 +57,17 @@ class TableLength:
         length = next((length for below, length in _MLC_TABLE if num_decoding < below), 0)
         return min(length, self._most) if num_decoding * (length + 1) <= self._max_num_seqs else 0
 
-    def observe(self, result: StepResult) -> None:
+    def observe(self, result: StepResult, num_draft_tokens: int) -> None:
+        """See DraftLength."""
+
+    def forget(self, slot: int) -> None:
         """See DraftLength."""
 
 
 def make_draft_length(config: SchedulerConfig) -> DraftLength:
     """Return the rule that a configuration names."""
+    if config.draft_length == "auto":
+        return AdaptiveLength(config.max_num_draft_tokens, config.drafts_are_sparse)
     if config.draft_length == "mlc":
         return TableLength(config.max_num_draft_tokens, config.max_num_seqs)
     return FixedLength(config.max_num_draft_tokens)

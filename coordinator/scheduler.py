@@ -17,6 +17,7 @@ A decode step touches only the sequences for which something changes, unless it 
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from tpserve.coordinator.config import SchedulerConfig
@@ -83,6 +84,8 @@ class Scheduler:
         if config.max_num_draft_tokens:
             self._progress = BoundedProgress(config.page_size)
             self._draft_length = make_draft_length(config)
+        self._planned_lengths: deque[int] = deque()
+        """Draft tokens of the steps in flight, with speculation."""
         self._next_step = 1
         self._last_result = 0
         self._next_order = 0
@@ -210,6 +213,7 @@ class Scheduler:
         self._slots.reset()
         self._pages = self._make_pages()
         self._progress.clear()
+        self._planned_lengths.clear()
         self._running.clear()
         self._prefilling.clear()
         self._waiting.clear()
@@ -256,6 +260,8 @@ class Scheduler:
         self._next_step += 1
         self._slots.open_step(step, num_decoding + sum(chunk.sample for chunk in chunks))
         self._progress.plan(step, num_draft_tokens)
+        if self._draft_length is not None:
+            self._planned_lengths.append(num_draft_tokens)
         # From here on things count for the next plan: what this one computes may be shared, and who ends here leaves.
         for sequence in touched:
             self._after_chunk(sequence, step)
@@ -390,6 +396,8 @@ class Scheduler:
         needs_output = sequence.sampling.needs_output_history or grammar is not None
         output = sequence.tokens[sequence.num_prompt_tokens :] if needs_output else ()
         slot = self._slots.acquire(sequence)
+        if self._draft_length is not None:
+            self._draft_length.forget(slot)
         if not sequence.speculates:
             return SlotAdd(slot, sequence.sampling, tuple(sequence.page_ids), tuple(output), grammar)
         prefix = tuple(sequence.tokens[:num_cached])
@@ -469,7 +477,7 @@ class Scheduler:
         sequences = self._slots.close_step(result)
         self._last_result = result.step_id
         if self._draft_length is not None:
-            self._draft_length.observe(result)
+            self._draft_length.observe(result, self._planned_lengths.popleft())
         logprobs, failures = result.logprobs, result.failures
         finished, progress = SequenceStatus.FINISHED, self._progress
         events: list[TokenEvent] = []
