@@ -28,7 +28,7 @@ from tpserve.worker.buckets import Bucket, fill, make_buckets
 from tpserve.worker.device_group import DeviceGroup
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_weights import Progress, as_device_tensor, load_device_parameters, pinned
-from tpserve.worker.errors import PlanError
+from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.grammar import ConstrainedRow, GrammarFollower
 from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, load_kernels, tvm
 
@@ -119,6 +119,8 @@ class DeviceRunner:
         TimeoutError
             If a rank of the group does not come in time; names it.
         """
+        if config.speculation is not None:
+            raise WorkerError("speculation runs on a CPU so far: start the server without draft tokens on GPUs")
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
         self._config = config
         self._rank = config.rank
