@@ -109,6 +109,11 @@ class Scheduler:
         return bool(self._groups)
 
     @property
+    def speculates(self) -> bool:
+        """Whether steps may verify draft tokens."""
+        return self._draft_length is not None
+
+    @property
     def num_running(self) -> int:
         """Sequences that hold a slot."""
         return len(self._running)

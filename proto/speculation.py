@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 Method = Literal["draft", "ngram", "suffix"]
 METHODS: tuple[Method, ...] = ("draft", "ngram", "suffix")
+SPARSE_METHODS: tuple[Method, ...] = ("ngram", "suffix")
+"""Which look tokens up, and often find nothing."""
 DraftLengthRule = Literal["fixed", "auto", "mlc"]
 """fixed: always the most; auto: by measured times and accept rates; mlc: MLC's table by batch size."""
 MAX_DRAFT_TOKENS = 8
@@ -33,3 +35,9 @@ class Speculation:
     min_ngram: int = 2
     max_ngram: int = 4
     """Lengths of the run of last tokens that prompt lookup searches for; the longest that occurs wins."""
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Read the fields as JSON has them: folders are text."""
+        folders = ("draft_model_dir", "draft_artifact_dir")
+        return cls(**(fields | {name: Path(fields[name]) for name in folders if fields.get(name)}))

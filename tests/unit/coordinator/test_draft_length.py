@@ -89,9 +89,11 @@ def best_speed(machine: Machine, batch: int) -> tuple[float, float]:
 def test_it_comes_near_the_best_length_and_never_far_below_plain_decoding(batch: int, rate: float) -> None:
     machine = Machine(memory_bound, rate)
     rule = AdaptiveLength(MOST)
-    machine.run(rule, batch, 2000)
+    machine.run(rule, batch, 500)
     best, plain = best_speed(machine, batch)
     assert machine.speed() >= 0.98 * plain
+    machine.num_tokens, machine.total_us = 0, 0.0  # by now it should know
+    machine.run(rule, batch, 1000)
     assert machine.speed() >= 0.95 * best
 
 
