@@ -42,6 +42,9 @@ DEFAULT_REPLAY_TIMEOUT_S = 45.0
 """Several times a rebuild on a busy machine, and less than the 60 s after which proxies cut a silent stream."""
 MAX_STALL_AFTER_S = 5.0
 """A step without a result for longer, or for a third of its deadline, makes the engine STALLED."""
+_WITHOUT_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+"""Every fork here is followed by an exec. gRPC's handlers at fork are not needed for that, and where its threads are busy
+they can crash the child before the exec."""
 _POLL_S = 0.1
 _GPU_STEP_TOKENS, _CPU_STEP_TOKENS = 512, 256
 """Of one step: on a GPU a whole prompt or two beside the decodes (benchmarks/README.md)."""
@@ -474,15 +477,14 @@ def _spawn(
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | environment,
+        env=os.environ | _WITHOUT_FORK_HANDLERS | environment,
         pass_fds=pass_fds,
     )
 
 
 def _ray_environment(ray_address: str | None) -> dict[str, str]:
     """Return what must stand in the environment before Ray is imported."""
-    # gRPC's handlers at fork only warn that its threads run; Ray's forks are followed by an exec.
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
     # A rank chooses its GPU by number: peer memory needs every GPU visible in every rank.
     environment |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
