@@ -43,8 +43,8 @@ DEFAULT_REPLAY_TIMEOUT_S = 45.0
 MAX_STALL_AFTER_S = 5.0
 """A step without a result for longer, or for a third of its deadline, makes the engine STALLED."""
 _WITHOUT_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
-"""Every fork here is followed by an exec. gRPC's handlers at fork are not needed for that, and where its threads are busy
-they can crash the child before the exec."""
+"""Every fork here is followed by an exec. gRPC's handlers at fork are not needed for that, and where its threads are
+busy they can crash the child before the exec."""
 _POLL_S = 0.1
 _GPU_STEP_TOKENS, _CPU_STEP_TOKENS = 512, 256
 """Of one step: on a GPU a whole prompt or two beside the decodes (benchmarks/README.md)."""

@@ -102,7 +102,7 @@ def test_answers_are_those_of_plain_decoding(server: Server, method: str, expect
 
 
 def test_a_gateway_that_starts_a_process_amid_requests_does_not_lose_it(server: Server) -> None:
-    """Requests with a grammar start its compiler beside busy gRPC threads, whose handlers at fork crashed it at times."""
+    """Requests with a grammar start its compiler beside busy gRPC threads, whose handlers at fork crashed it."""
     for module in ("tpserve.coordinator", "tpserve.coordinator.gateway"):
         environ = psutil.Process(server.process_pid(module)).environ()
         assert environ["GRPC_ENABLE_FORK_SUPPORT"] == "0", module
