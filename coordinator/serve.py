@@ -99,6 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-model-name", nargs="+", help="names clients may use (default: the model's)")
     parser.add_argument("--api-key", action="append", default=[], help="may be given several times")
     parser.add_argument("--api-key-file", type=Path, help="more keys, one a line; a mounted secret")
+    parser.add_argument(
+        "--router-token",
+        default=os.environ.get("TPSERVE_ROUTER_TOKEN"),
+        metavar="SECRET",
+        help="shared with a `tpserve router`, which may then move streams (or $TPSERVE_ROUTER_TOKEN)",
+    )
     parser.add_argument("--allow-origins", nargs="*", default=[], help="origins for CORS")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     parser.add_argument(
@@ -367,6 +373,7 @@ class _Server:
             "api_keys": args.api_key,
             "api_key_file": None if args.api_key_file is None else str(args.api_key_file),
             "allow_origins": args.allow_origins,
+            "router_token": args.router_token,
             "drain_timeout_s": args.drain_timeout,
             **self._observability(),
             "parent_pid": os.getpid(),

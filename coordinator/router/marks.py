@@ -37,7 +37,7 @@ class MarkedStream:
             self.failure += data
             return b""
         text = self._open + data
-        parts = []
+        parts: list[bytes] = []
         begin = 0
         while (at := begin if text.startswith(MARK, begin) else text.find(_LINE_MARK, begin) + 1) or begin == 0:
             if at == 0 and not text.startswith(MARK):
