@@ -53,14 +53,16 @@ class StepTrace:
 
     def __init__(self) -> None:
         self.active = False
-        self._events: list[dict[str, Any]] = []
+        self._host_events: list[dict[str, Any]] = []
         self._num_wanted = 0
         self._num_ranks = 0
         self._begin_us = 0
         self._clock_us = 0.0
         """Unix time at perf_counter() = 0."""
-        self._steps: dict[int, int] = {}
-        """Ranks that have reported, by step."""
+        self._steps: dict[int, list[StepResult]] = {}
+        """What the ranks have reported, by step."""
+        self._first_step_id = 0
+        """Steps before it had begun on some rank when the recording began."""
         self._done = asyncio.Event()
 
     async def record(self, num_steps: int, num_ranks: int, timeout_s: float) -> str:
@@ -75,8 +77,9 @@ class StepTrace:
         """
         if self.active:
             raise RuntimeError("another trace is being recorded")
-        self._events = []
+        self._host_events = []
         self._steps = {}
+        self._first_step_id = 0
         self._num_wanted = num_steps
         self._num_ranks = num_ranks
         self._begin_us = time.time_ns() // 1000
@@ -89,9 +92,13 @@ class StepTrace:
             pass
         finally:
             self.active = False
+        of_ranks = [event for seen in self._steps.values() for result in seen for event in self._events_of(result)]
         return json.dumps(
             {
-                "traceEvents": [*_names(num_ranks), *sorted(self._events, key=lambda event: event["ts"])],
+                "traceEvents": [
+                    *_names(num_ranks),
+                    *sorted([*self._host_events, *of_ranks], key=lambda event: event["ts"]),
+                ],
                 "displayTimeUnit": "ms",
                 "otherData": {"steps_asked": num_steps, "steps": len(self._steps), "begin_unix_us": self._begin_us},
             }
@@ -111,16 +118,27 @@ class StepTrace:
         if ts >= 0:
             args = {} if step_id is None else {"step": step_id}
             duration = (time.perf_counter() - begun) * 1e6
-            self._events.append(_span(what, "host", ts, duration, _COORDINATOR_PID, _TRACKS[what], args))
+            self._host_events.append(_span(what, "host", ts, duration, _COORDINATOR_PID, _TRACKS[what], args))
 
     def rank(self, result: StepResult) -> None:
-        """Note one rank's step; steps that began before the recording are left out."""
-        if not self.active or result.started_us < self._begin_us:
+        """Note one rank's step; a step that any rank began before the recording is left out on all."""
+        if not self.active or result.step_id < self._first_step_id:
+            return
+        if result.started_us < self._begin_us:
+            self._first_step_id = result.step_id + 1
+            self._steps = {step_id: seen for step_id, seen in self._steps.items() if step_id > result.step_id}
             return
         if result.step_id not in self._steps and len(self._steps) == self._num_wanted:
             return
-        num_seen = self._steps[result.step_id] = self._steps.get(result.step_id, 0) + 1
-        kind = "decode" if result.rank == 0 and result.num_tokens == len(result.slots) else "step"
+        self._steps.setdefault(result.step_id, []).append(result)
+        if len(self._steps) == self._num_wanted:
+            if all(len(seen) == self._num_ranks for seen in self._steps.values()):
+                self._done.set()
+
+    def _events_of(self, result: StepResult) -> list[dict[str, Any]]:
+        kind = "step"
+        if result.rank == 0 and result.num_tokens == len(result.slots) + sum(result.drafted):
+            kind = "verify" if result.drafted else "decode"
         args: dict[str, Any] = {"step": result.step_id, "tokens": result.num_tokens, "rank": result.rank}
         if result.bucket_tokens:
             args["bucket"] = f"{result.bucket_tokens}x{result.bucket_rows}"
@@ -128,13 +146,11 @@ class StepTrace:
             args[use.kind] = {"calls": use.num_calls, "bytes": use.num_bytes, "us": use.busy_us}
         ts = result.started_us - self._begin_us
         pid = _FIRST_RANK_PID + result.rank
-        self._events.append(_span(f"{kind} {result.step_id}", "step", ts, result.step_us, pid, 1, args))
+        events = [_span(f"{kind} {result.step_id}", "step", ts, result.step_us, pid, 1, args)]
         if result.rank == 0:
             counts = {"tokens": result.num_tokens}
-            self._events.append({"name": "tokens", "ph": "C", "ts": ts, "pid": _COORDINATOR_PID, "args": counts})
-        if len(self._steps) == self._num_wanted and num_seen == self._num_ranks:
-            if all(count == self._num_ranks for count in self._steps.values()):
-                self._done.set()
+            events.append({"name": "tokens", "ph": "C", "ts": ts, "pid": _COORDINATOR_PID, "args": counts})
+        return events
 
 
 def _span(

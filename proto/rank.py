@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tpserve.proto.speculation import Speculation
+
 
 @dataclass(frozen=True, slots=True)
 class RankConfig:
@@ -37,6 +39,8 @@ class RankConfig:
     """`host:port` of rank 0's door, where ranks on GPUs meet; empty for one rank, and on the CPU."""
     collectives: Literal["auto", "push", "nccl"] = "auto"
     """Between GPUs: over peer memory, or by NCCL; auto takes peer memory wherever ranks can map it."""
+    speculation: Speculation | None = None
+    """How draft tokens are proposed; None: never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ def make_config(
     enable_prefix_cache: bool = True,
     aging_steps: int = 256,
     max_passed_sequences: int = 32,
+    max_num_draft_tokens: int = 0,
 ) -> SchedulerConfig:
     """A small config; pages of 4 tokens."""
     return SchedulerConfig(
@@ -38,6 +39,7 @@ def make_config(
         enable_prefix_cache=enable_prefix_cache,
         aging_steps=aging_steps,
         max_passed_sequences=max_passed_sequences,
+        max_num_draft_tokens=max_num_draft_tokens,
     )
 
 

@@ -28,7 +28,7 @@ from tpserve.worker.buckets import Bucket, fill, make_buckets
 from tpserve.worker.device_group import DeviceGroup
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_weights import Progress, as_device_tensor, load_device_parameters, pinned
-from tpserve.worker.errors import PlanError
+from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.grammar import ConstrainedRow, GrammarFollower
 from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, load_kernels, tvm
 
@@ -119,6 +119,8 @@ class DeviceRunner:
         TimeoutError
             If a rank of the group does not come in time; names it.
         """
+        if config.speculation is not None:
+            raise WorkerError("speculation runs on a CPU so far: start the server without draft tokens on GPUs")
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
         self._config = config
         self._rank = config.rank
@@ -336,7 +338,7 @@ class DeviceRunner:
             self._rank,
             slots=tuple(slots.tolist()) if is_first else (),
             token_ids=token_ids,
-            logprobs=logprobs,
+            logprobs={slot: (item,) for slot, item in logprobs.items()},
             step_us=step_us,
             started_us=time.time_ns() // 1000 - step_us,
             num_tokens=pending.num_tokens,

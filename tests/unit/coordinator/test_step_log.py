@@ -73,6 +73,24 @@ async def test_only_one_trace_at_a_time() -> None:
     await asyncio.wait_for(first, 5)
 
 
+@pytest.mark.parametrize("late_first", [True, False])
+async def test_a_step_that_one_rank_began_before_the_trace_is_left_out_on_all(late_first: bool) -> None:
+    trace = StepTrace()
+    recording = asyncio.create_task(trace.record(2, 2, 5.0))
+    await asyncio.sleep(0)
+    early = StepResult(1, 0, started_us=0, step_us=1, num_tokens=1)
+    late = StepResult(1, 1, started_us=2**60, step_us=1, num_tokens=1)
+    for result in (late, early) if late_first else (early, late):
+        trace.rank(result)
+    for step in (2, 3):
+        for rank in (0, 1):
+            trace.rank(StepResult(step, rank, started_us=2**60 + step, step_us=1, num_tokens=1))
+    recorded = json.loads(await asyncio.wait_for(recording, 1))
+    steps = [(event["pid"], event["args"]["step"]) for event in recorded["traceEvents"] if event.get("cat") == "step"]
+    assert sorted(steps) == [(100, 2), (100, 3), (101, 2), (101, 3)]
+    assert recorded["otherData"]["steps"] == 2
+
+
 def test_a_step_is_complete_with_its_last_rank_and_old_ones_are_forgotten() -> None:
     log = StepLog(2)
     assert log.add(StepResult(1, 0)) is None
