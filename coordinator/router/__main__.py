@@ -21,6 +21,7 @@ import uvicorn
 from tpserve.coordinator.log import LOG_FORMATS, configure
 from tpserve.coordinator.process import bind, end_with_parent, tell_parent
 from tpserve.coordinator.router.app import Router, signal_parent
+from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, add_policy_arguments
 from tpserve.coordinator.router.choice import Policy
 from tpserve.coordinator.router.config import RouterConfig, RouterConfigError
 
@@ -29,60 +30,6 @@ logger = logging.getLogger("tpserve.coordinator.router")
 IDLE_CONNECTION_S = 75
 """Idle connections stay open longer than load balancers' usual 60 s, so that those close first."""
 _DRAIN_GRACE_S = 2
-TOKEN_VARIABLE = "TPSERVE_ROUTER_TOKEN"
-ADMIN_VARIABLE = "TPSERVE_ADMIN_TOKEN"
-
-
-def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `tpserve serve --replicas` has too."""
-    default = RouterConfig(("http://x:1",))
-    group = parser.add_argument_group("router")
-    group.add_argument(
-        "--policy",
-        choices=[policy.value for policy in Policy],
-        default=default.policy.value,
-        help="which replica takes a request; prefix: the one that has the prompt's beginning cached, within load",
-    )
-    group.add_argument(
-        "--router-token",
-        default=os.environ.get(TOKEN_VARIABLE),
-        metavar="SECRET",
-        help=f"shared by router and replicas, so that streams can move between them (or ${TOKEN_VARIABLE})",
-    )
-    group.add_argument(
-        "--max-inflight-per-backend",
-        type=int,
-        default=default.max_in_flight_per_backend,
-        metavar="N",
-        help="requests at one replica; more wait in the router (%(default)s)",
-    )
-    group.add_argument(
-        "--max-queued",
-        type=int,
-        default=default.max_queued,
-        metavar="N",
-        help="requests that wait in the router; more are answered with 429 (%(default)s)",
-    )
-    group.add_argument(
-        "--queue-timeout",
-        type=float,
-        default=default.queue_timeout_s,
-        metavar="SECONDS",
-        help="a request that waits longer is answered with 429, or 503 if no replica is ready (%(default)g)",
-    )
-    group.add_argument(
-        "--max-moves",
-        type=int,
-        default=default.max_moves,
-        metavar="N",
-        help="times that one request may lose its replica and go on at another one (%(default)s)",
-    )
-    group.add_argument(
-        "--admin-token",
-        default=os.environ.get(ADMIN_VARIABLE),
-        metavar="SECRET",
-        help=f"opens POST /admin/rolling-restart of `serve --replicas` (or ${ADMIN_VARIABLE})",
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +62,7 @@ def config_of(args: argparse.Namespace) -> RouterConfig:
         host=args.host,
         port=args.port,
         router_token=args.router_token,
-        admin_token=args.admin_token,
+        admin_token=None if args.parent_pid is None else os.environ.get(ADMIN_VARIABLE),
         max_in_flight_per_backend=args.max_inflight_per_backend,
         max_queued=args.max_queued,
         queue_timeout_s=args.queue_timeout,

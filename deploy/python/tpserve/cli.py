@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     from tpserve.coordinator.serve import main as serve_main
 
     add_arguments(serve)
-    return serve_main(parser.parse_args(args))
+    return serve_main(parser.parse_args(args, argparse.Namespace(argv=args)))
 
 
 if __name__ == "__main__":
