@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tpserve.proto.messages import Grammar, PromptChunk, SamplingParams, SlotAdd, StepPlan, StepResult, TokenLogprobs
+from text_models import EOS
+from tpserve.proto.messages import (
+    Grammar,
+    GrammarKind,
+    PromptChunk,
+    SamplingParams,
+    SlotAdd,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 
 PAGE = 16
 GREEDY = SamplingParams(temperature=0.0)
+VOCAB = 200
+WORDS = Grammar(GrammarKind.REGEX, "([a-d]{2,5}_){6}[x-z]+!", (EOS,))
+"""For models with the byte tokenizer."""
 
 
 class Executor(Protocol):
@@ -200,3 +214,59 @@ class Driver:
             self._uses[page] -= 1
             if not self._uses[page]:
                 self._free_pages.append(page)
+
+
+class PlainDecoding:
+    """What sequences are without speculation, each alone in its batch."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def of(self, texts: Sequence[Text]) -> list[Text]:
+        alone = [text.again(start_step=0) for text in texts]
+        for text in alone:
+            self._driver.run([text])
+        return alone
+
+
+def assert_same(texts: Sequence[Text], expected: Sequence[Text]) -> None:
+    for text, plain_text in zip(texts, expected, strict=True):
+        assert text.output == plain_text.output
+        assert text.logprobs == plain_text.logprobs
+        assert text.failure == plain_text.failure
+
+
+def varied_texts(seed: int, count: int = 12) -> list[Text]:
+    """Sequences of every kind, some that do not speculate."""
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        phrase = [rng.randrange(VOCAB) for _ in range(rng.randrange(2, 7))]
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 40))] + phrase * rng.randrange(1, 4)
+        sampling = SamplingParams(
+            temperature=rng.choice([0.0, 0.0, 0.3, 0.7, 1.0, 1.5]),
+            top_p=rng.choice([1.0, 0.9, 0.5]),
+            top_k=rng.choice([None, 1, 20]),
+            min_p=rng.choice([0.0, 0.05]),
+            frequency_penalty=rng.choice([0.0, 0.0, 0.7, -0.5]),
+            presence_penalty=rng.choice([0.0, 0.0, 0.4]),
+            seed=rng.randrange(1 << 64),
+            logit_bias=rng.choice([(), ((3, 2.0), (17, -4.0), (150, 1.0))]),
+            num_logprobs=rng.choice([None, 0, 3]),
+        )
+        if sampling.num_logprobs is not None and rng.random() < 0.4:
+            sampling = SamplingParams(
+                **{name: getattr(sampling, name) for name in SamplingParams.__slots__} | {"wants_hidden": True}
+            )
+        texts.append(
+            Text(
+                prompt,
+                sampling,
+                max_tokens=rng.randrange(1, 40),
+                speculates=rng.random() < 0.8,
+                grammar=WORDS if rng.random() < 0.3 else None,
+                start_step=rng.randrange(12),
+                chunk=rng.choice([5, 1000]),
+            )
+        )
+    return texts

@@ -72,8 +72,9 @@ class Runner:
         self._masks = StepMasks(self._grammars, self._sampler.mask_buffer)
         self._speculator: Speculator | None = None
         if config.speculation is not None:
-            proposer = make_proposer(config.speculation, self._batch)
-            self._speculator = Speculator(config.speculation, proposer, self._batch, manifest)
+            wanted = config.speculation
+            proposer = make_proposer(config, wanted, manifest, self._batch, self._sampler, progress)
+            self._speculator = Speculator(wanted, proposer, self._batch, manifest)
         self._draft: DraftTokens | None = None
         """What the present step verifies."""
         self._hidden: Any = None

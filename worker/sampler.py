@@ -72,6 +72,14 @@ class Sampler:
             np.add.at(counts, np.asarray(added.output_token_ids, np.int64), 1)
         self._state = self._state_tensors()
 
+    def copy_counts(self, source: Sampler, slots: Array) -> None:
+        """Take another sampler's counts of output tokens for the slots that have penalties; both know the slots."""
+        counted = slots[
+            (self._floats["frequency_penalty"][slots] != 0) | (self._floats["presence_penalty"][slots] != 0)
+        ]
+        if len(counted):
+            self._output_counts[counted] = source._output_counts[counted]
+
     def sample(self, logits: Any, slots: Array, positions: Array) -> tuple[Array, dict[int, TokenLogprobs]]:
         """Sample one token for each row.
 

@@ -13,9 +13,12 @@ from tpserve.proto.rank import RankConfig
 from tpserve.proto.speculation import Speculation
 from tpserve.worker.batch import Batch, DraftTokens
 from tpserve.worker.errors import LibraryError, PlanError
+from tpserve.worker.model import Progress
 from tpserve.worker.proposers.base import Proposer
+from tpserve.worker.proposers.draft import load_draft
 from tpserve.worker.proposers.ngram import NgramProposer
 from tpserve.worker.proposers.suffix import SuffixProposer
+from tpserve.worker.sampler import Sampler
 
 
 class Speculator:
@@ -107,12 +110,20 @@ def check_rows(manifest: Manifest, config: RankConfig) -> None:
         )
 
 
-def make_proposer(speculation: Speculation, batch: Batch) -> Proposer:
-    """Return the proposer of a replica."""
+def make_proposer(
+    config: RankConfig, speculation: Speculation, manifest: Manifest, batch: Batch, sampler: Sampler, progress: Progress
+) -> Proposer:
+    """Return the proposer of a rank; the target must have been loaded.
+
+    Raises
+    ------
+    WorkerError, TimeoutError
+        As `load_draft`.
+    """
     match speculation.method:
         case "ngram":
             return NgramProposer(batch, speculation.min_ngram, speculation.max_ngram)
         case "suffix":
             return SuffixProposer(batch)
         case "draft":
-            raise NotImplementedError
+            return load_draft(config, manifest, batch, sampler, progress)

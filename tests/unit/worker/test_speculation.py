@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from rank_group import Artifacts
-from speculating import GREEDY, Driver, Text
-from text_models import EOS, write_byte_tokenizer
+from speculating import GREEDY, Driver, PlainDecoding, Text, assert_same, varied_texts
+from text_models import write_byte_tokenizer
 from tiny_models import MODELS
-from tpserve.proto.messages import Grammar, GrammarKind, PromptChunk, SamplingParams, SlotAdd, StepPlan
+from tpserve.proto.manifest import Manifest
+from tpserve.proto.messages import PromptChunk, SlotAdd, StepPlan
 from tpserve.proto.rank import RankConfig
 from tpserve.proto.speculation import Method, Speculation
 from tpserve.worker import runner as runner_module
@@ -31,7 +32,6 @@ NUM_SLOTS = 8
 MOST = 4
 VOCAB = 200
 MODEL = MODELS["llama_4q_2kv"]
-WORDS = Grammar(GrammarKind.REGEX, "([a-d]{2,5}_){6}[x-z]+!", (EOS,))
 
 
 @pytest.fixture(scope="module")
@@ -54,72 +54,17 @@ def start(config: RankConfig, method: Method | None = None, **options: Any) -> R
 
 
 @pytest.fixture(scope="module")
-def plain(config: RankConfig) -> Iterator[Runner]:
+def plain(config: RankConfig) -> Iterator[PlainDecoding]:
     """The same model in a replica that never speculates."""
     runner = start(config)
-    yield runner
+    yield PlainDecoding(Driver(runner, num_slots=NUM_SLOTS, speculates=False))
     runner.close()
-
-
-_steps: dict[int, Driver] = {}
-
-
-def by_plain_decoding(plain: Runner, texts: Sequence[Text]) -> list[Text]:
-    """What each sequence is without speculation, alone in its batch."""
-    driver = _steps.setdefault(id(plain), Driver(plain, num_slots=NUM_SLOTS, speculates=False))
-    alone = [text.again(start_step=0) for text in texts]
-    for text in alone:
-        driver.run([text])
-    return alone
-
-
-def assert_same(texts: Sequence[Text], expected: Sequence[Text]) -> None:
-    for text, plain_text in zip(texts, expected, strict=True):
-        assert text.output == plain_text.output
-        assert text.logprobs == plain_text.logprobs
-        assert text.failure == plain_text.failure
-
-
-def varied_texts(seed: int, count: int = 12) -> list[Text]:
-    """Sequences of every kind, some that do not speculate."""
-    rng = random.Random(seed)
-    texts = []
-    for _ in range(count):
-        phrase = [rng.randrange(VOCAB) for _ in range(rng.randrange(2, 7))]
-        prompt = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 40))] + phrase * rng.randrange(1, 4)
-        sampling = SamplingParams(
-            temperature=rng.choice([0.0, 0.0, 0.3, 0.7, 1.0, 1.5]),
-            top_p=rng.choice([1.0, 0.9, 0.5]),
-            top_k=rng.choice([None, 1, 20]),
-            min_p=rng.choice([0.0, 0.05]),
-            frequency_penalty=rng.choice([0.0, 0.0, 0.7, -0.5]),
-            presence_penalty=rng.choice([0.0, 0.0, 0.4]),
-            seed=rng.randrange(1 << 64),
-            logit_bias=rng.choice([(), ((3, 2.0), (17, -4.0), (150, 1.0))]),
-            num_logprobs=rng.choice([None, 0, 3]),
-        )
-        if sampling.num_logprobs is not None and rng.random() < 0.4:
-            sampling = SamplingParams(
-                **{name: getattr(sampling, name) for name in SamplingParams.__slots__} | {"wants_hidden": True}
-            )
-        texts.append(
-            Text(
-                prompt,
-                sampling,
-                max_tokens=rng.randrange(1, 40),
-                speculates=rng.random() < 0.8,
-                grammar=WORDS if rng.random() < 0.3 else None,
-                start_step=rng.randrange(12),
-                chunk=rng.choice([5, 1000]),
-            )
-        )
-    return texts
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
 @pytest.mark.parametrize("seed", range(3))
 def test_text_and_logprobs_are_those_of_plain_decoding(
-    config: RankConfig, plain: Runner, method: Method, seed: int
+    config: RankConfig, plain: PlainDecoding, method: Method, seed: int
 ) -> None:
     texts = varied_texts(seed)
     runner = start(config, method, min_ngram=1)
@@ -129,7 +74,7 @@ def test_text_and_logprobs_are_those_of_plain_decoding(
     runner.close()
     assert sum(map(sum, (text.drafted for text in texts))) > 20
     assert max(max(text.counts) for text in texts) > 2
-    assert_same(texts, by_plain_decoding(plain, texts))
+    assert_same(texts, plain.of(texts))
 
 
 class Scripted(TextProposer):
@@ -188,7 +133,7 @@ def scripted(
 ) -> Iterator[tuple[Runner, dict[tuple[int, ...], int]]]:
     proposers: list[Scripted] = []
 
-    def make(_: Speculation, batch: Batch) -> Scripted:
+    def make(_config: RankConfig, _wanted: Speculation, _manifest: Manifest, batch: Batch, *_: object) -> Scripted:
         proposers.append(Scripted(batch, expected, script))
         return proposers[-1]
 
@@ -200,10 +145,10 @@ def scripted(
 
 @pytest.mark.parametrize("seed", [10, 11])
 def test_planted_proposals_of_every_kind_change_nothing(
-    config: RankConfig, plain: Runner, seed: int, monkeypatch: pytest.MonkeyPatch
+    config: RankConfig, plain: PlainDecoding, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = varied_texts(seed, 16)
-    expected = by_plain_decoding(plain, texts)
+    expected = plain.of(texts)
     rng = random.Random(seed)
     script = lambda: (rng.randrange(MOST + 1), rng.choice(THENS))  # noqa: E731  # shortest here
     with scripted(config, expected, script, monkeypatch) as (runner, promised):
@@ -217,10 +162,10 @@ def test_planted_proposals_of_every_kind_change_nothing(
 @pytest.mark.parametrize("num_right", range(MOST + 1))
 @pytest.mark.parametrize("then", THENS)
 def test_a_step_emits_what_was_right_and_one_more(
-    config: RankConfig, plain: Runner, num_right: int, then: str, monkeypatch: pytest.MonkeyPatch
+    config: RankConfig, plain: PlainDecoding, num_right: int, then: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = Text([5, 6, 7], max_tokens=2 * (num_right + 1) + 1)
-    expected = by_plain_decoding(plain, [text])
+    expected = plain.of([text])
     with scripted(config, expected, lambda: (num_right, then), monkeypatch) as (runner, _):
         Driver(runner).run([text], MOST)
     assert_same([text], expected)
@@ -267,11 +212,11 @@ _accepted, _take_rows, _commit_runs = verify_module._accepted, verify_module._ta
     ],
 )
 def test_a_planted_bug_is_seen(
-    config: RankConfig, plain: Runner, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, bug: Any
+    config: RankConfig, plain: PlainDecoding, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, bug: Any
 ) -> None:
     """The comparison above fails if drafts are accepted by another rule, or logits or roll-back are a row off."""
     texts = varied_texts(12)
-    expected = by_plain_decoding(plain, texts)
+    expected = plain.of(texts)
     monkeypatch.setattr(owner, name, bug)
     rng = random.Random(1)
     with scripted(config, expected, lambda: (rng.randrange(MOST + 1), rng.choice(THENS)), monkeypatch) as (
@@ -312,9 +257,11 @@ def test_a_slot_at_its_end_waits_to_be_removed(config: RankConfig) -> None:
     runner.close()
 
 
-def test_nothing_is_drafted_past_the_end(config: RankConfig, plain: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_drafted_past_the_end(
+    config: RankConfig, plain: PlainDecoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = Text([9, 8, 7, 6], max_tokens=7)
-    expected = by_plain_decoding(plain, [text])
+    expected = plain.of([text])
     with scripted(config, expected, lambda: (MOST, "nothing"), monkeypatch) as (runner, _):
         Driver(runner).run([text], MOST)
     assert text.drafted == [0, 4, 0]
@@ -332,10 +279,10 @@ def test_nothing_is_drafted_past_the_end(config: RankConfig, plain: Runner, monk
     ],
 )
 def test_a_wrong_plan_is_refused(
-    config: RankConfig, plan: StepPlan, message: str, plain: Runner, monkeypatch: pytest.MonkeyPatch
+    config: RankConfig, plan: StepPlan, message: str, plain: PlainDecoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = Text([*range(5, 19)], max_tokens=20)
-    expected = by_plain_decoding(plain, [text])
+    expected = plain.of([text])
     with scripted(config, expected, lambda: (MOST, "nothing"), monkeypatch) as (runner, _):
         runner.execute(prompt_step(1, 0, max_len=34, pages=1, num_tokens=14))
         with pytest.raises(PlanError, match=message):
