@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from tpserve.collectives.cpu import CollectiveStats, SharedMemoryCommunicator
+from tpserve.collectives.cpu import CollectiveStats
 from tpserve.proto.messages import CollectiveUse, StepPlan, StepResult, TokenLogprobs
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array, aligned_zeros, as_tensor
 from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.errors import PlanError
 from tpserve.worker.grammar import ConstrainedRow, GrammarFollower
+from tpserve.worker.host_group import join
 from tpserve.worker.kv_cache import KVCache
 from tpserve.worker.library import Library, check_manifest, load_kernels
 from tpserve.worker.sampler import Sampler
@@ -25,9 +27,6 @@ from tpserve.worker.service import DoneStep
 from tpserve.worker.weights import dummy_parameters, load_parameters
 
 logger = logging.getLogger(__name__)
-
-_ATTACH_TIMEOUT_S = 60.0
-"""For the slowest rank's process to start, however short a step's deadline is."""
 
 Progress = Callable[[int, int], None]
 """Called with (parameters loaded, parameters in all)."""
@@ -40,8 +39,13 @@ _Masks = tuple[dict[int, str], int]
 class Runner:
     """The compiled model with its weights, pages and batch, as one rank of its group."""
 
-    def __init__(self, config: RankConfig, progress: Progress) -> None:
+    def __init__(self, config: RankConfig, progress: Progress, door: socket.socket | None = None) -> None:
         """Join the group and load everything; returns when all ranks have come.
+
+        Parameters
+        ----------
+        door
+            Of rank 0 in a group across nodes: what the ranks come to, at `config.rendezvous`.
 
         Raises
         ------
@@ -55,17 +59,7 @@ class Runner:
         self._grammars = GrammarFollower(config.model_dir, manifest.vocab_size, num_threads=1)
         self._grammars.warm_up()  # while weights are read
         kernels = load_kernels(config.artifact_dir)
-        self._communicator: SharedMemoryCommunicator | None = None
-        if config.tp_size > 1:
-            self._communicator = SharedMemoryCommunicator(
-                kernels,
-                config.group_name,
-                config.rank,
-                config.tp_size,
-                timeout_s=config.collective_timeout_s,
-                attach_timeout_s=max(_ATTACH_TIMEOUT_S, config.collective_timeout_s),
-            )
-            self._communicator.register()
+        self._communicator = join(config, kernels, door)
         kernels["set_num_threads"](config.num_threads)
         library = Library(config.artifact_dir, manifest, kernels)
         self._step = library.step
