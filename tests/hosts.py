@@ -64,7 +64,7 @@ class Host:
 
     def start_ray(self, *, num_cpus: int) -> None:
         """Start a Ray head on the first host, a further node on the second."""
-        joins = ("--address", f"{FIRST}:{GCS_PORT}")
+        joins: tuple[str, ...] = ("--address", f"{FIRST}:{GCS_PORT}")
         if self.address == FIRST:
             joins = ("--head", "--port", str(GCS_PORT), "--include-dashboard", "false")
         flags = ("--node-ip-address", self.address, "--num-cpus", str(num_cpus), "--temp-dir", self.ray_dir)

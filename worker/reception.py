@@ -73,7 +73,7 @@ class Reception:
 
     def take(self, name: str, chunk: Array) -> None:
         """Append to a file; the next name ends the one before."""
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise ReceptionError(f"{name!r} is no plain file name")
         try:
             if name != self._name:
