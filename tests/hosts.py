@@ -7,6 +7,7 @@ that hold the namespaces.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,13 @@ CLIENT, DOOR = "198.18.213.1", "198.18.213.2"
 FIRST, SECOND = "198.18.214.1", "198.18.214.2"
 """Of the two hosts, between them."""
 GCS_PORT = 6379
+RAY_ENVIRON = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+}
+"""Of all that joins the cluster."""
 
 
 def _command(*arguments: str | Path, within_s: float = 60.0, environ: Mapping[str, str] | None = None) -> str:
@@ -115,7 +123,7 @@ class TwoHosts:
                 ("host-a", FIRST, "true", None),
                 ("host-b", SECOND, hide, second_home),
             ):
-                environ = environment(mark, {"RAY_USAGE_STATS_ENABLED": "0", "GRPC_ENABLE_FORK_SUPPORT": "0"})
+                environ = environment(mark, RAY_ENVIRON)
                 if home is not None:
                     environ["TPSERVE_HOME"] = str(home)
                 script = f"hostname {name} && {mounts} && ip link set lo up && echo ready && exec sleep 600"

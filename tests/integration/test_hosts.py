@@ -17,7 +17,7 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 
-from hosts import DOOR, FIRST, GCS_PORT, SECOND, TwoHosts
+from hosts import DOOR, FIRST, GCS_PORT, RAY_ENVIRON, SECOND, TwoHosts
 from server import MODEL_NAME, REPOSITORY, Outcome, Server, processes_of, run_cli, until
 
 ADDRESS = f"{FIRST}:{GCS_PORT}"
@@ -47,7 +47,7 @@ def server(
         *FLAGS,
         *("--ray-address", ADDRESS, "--tp-across-nodes", "spread", "--step-timeout", "6"),
         folder=tmp_path_factory.mktemp("server"),
-        environ={"TPSERVE_HOME": str(cache_home)},
+        environ={"TPSERVE_HOME": str(cache_home), **RAY_ENVIRON},
         prefix=hosts.first.inside,
         host=DOOR,
     )
@@ -68,7 +68,7 @@ def refused(
             run_cli,
             *("serve", demo_folder, "--port", "0", "--ray-address", ADDRESS, *FLAGS),
             folder=tmp_path_factory.mktemp("refused"),
-            environ={"TPSERVE_HOME": str(cache_home)},
+            environ={"TPSERVE_HOME": str(cache_home), **RAY_ENVIRON},
             prefix=hosts.first.inside,
             within_s=80,
         )
