@@ -24,7 +24,7 @@ from tpserve.coordinator.distribution import Distribute, Distributor, Folders, R
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.process import make_ray_temp_dir, remove_folder
 from tpserve.coordinator.rank_actor import RankActor
-from tpserve.coordinator.ray_nodes import describe, wait_head_lost
+from tpserve.coordinator.ray_nodes import describe, find_own_node, wait_head_lost
 from tpserve.proto.rank import Place, RankAddress, RankConfig
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,8 @@ class Cluster:
                 "_temp_dir": str(self._temp_dir),
             }
         else:
-            options["address"] = self._config.ray_address
+            head, own = find_own_node(self._config.ray_address)
+            options |= {"address": head, "_node_ip_address": own}
         try:
             ray.init(**options)
             self._node_id = ray.get_runtime_context().get_node_id()
@@ -124,11 +125,8 @@ class Cluster:
                 found = {name: pid for pid, name in _processes_of(self._temp_dir)}
                 self._daemons = {name: os.pidfd_open(found[name]) for name in _DAEMONS}
         except Exception as error:  # Ray raises bare Exception when a daemon does not come up
-            if self._config.ray_address is None:
-                raise ClusterError(f"Ray cannot be started: {error}") from error
             raise ClusterError(
-                f"Ray at {self._config.ray_address} cannot be joined: {error}: it must be up, and this host one of its "
-                f"nodes (ray start --address={self._config.ray_address})"
+                f"Ray cannot be {'joined' if self._config.ray_address else 'started'}: {error}"
             ) from error
         self._placement = placement_group([self._bundle] * tp_size, strategy=_STRATEGIES[self._config.placement])
         if not self._placement.wait(_PLACE_TIMEOUT_S):

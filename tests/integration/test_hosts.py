@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from hosts import DOOR, FIRST, GCS_PORT, RAY_ENVIRON, SECOND, TwoHosts
-from server import MODEL_NAME, REPOSITORY, Outcome, Server, processes_of, run_cli, until
+from server import MODEL_NAME, REPOSITORY, Outcome, Server, environment, processes_of, run_cli, until
 
 ADDRESS = f"{FIRST}:{GCS_PORT}"
 CUT_S = 8.0
@@ -140,6 +142,21 @@ def test_what_cannot_be_placed_says_where_there_is_room(refused: Future[Outcome]
     assert f"host-a ({FIRST}) has 0 of 1 CPUs free" in error
     assert f"host-b ({SECOND}) has 0 of 1 CPUs free" in error
     assert "--tp-across-nodes" in error
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        (f"{DOOR}:{GCS_PORT}", f"this host is no node of Ray at {DOOR}:{GCS_PORT}, which has .*{FIRST}.*ray start"),
+        (f"{DOOR}:1", f"Ray at {DOOR}:1 cannot be joined: .*Connection refused"),
+    ],
+)
+def test_who_cannot_join_is_told_at_once(server: Server, address: str, reason: str) -> None:
+    """Left to itself, Ray waits for minutes, or ends the process."""
+    code = f"from tpserve.coordinator.ray_nodes import find_own_node; find_own_node({address!r})"
+    environ = environment(server.mark, RAY_ENVIRON)
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=30)
+    assert re.match(rf"tpserve.coordinator.errors.ClusterError: {reason}", done.stderr.splitlines()[-1])
 
 
 def test_a_cluster_that_loses_its_head_ends_the_server(server: Server, hosts: TwoHosts) -> None:
