@@ -36,6 +36,12 @@ class CollectiveStats:
     busy_us: float
     """Time inside calls, waiting included."""
 
+    def __add__(self, other: CollectiveStats) -> CollectiveStats:
+        """Return the totals of two communicators together."""
+        return CollectiveStats(
+            self.num_calls + other.num_calls, self.num_bytes + other.num_bytes, self.busy_us + other.busy_us
+        )
+
 
 class SharedMemoryCommunicator:
     """One rank of a group of processes on one machine. Implements `Communicator`.

@@ -45,8 +45,14 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16", "fp8"], default="auto")
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-model-len", type=int, help="longest sequence, prompt and output, in tokens")
+    parser.add_argument(
+        "--cut-model-len", action="store_true", help="where --max-model-len is more than the model's positions: those"
+    )
     parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="most tokens in one step")
     parser.add_argument("--max-num-seqs", type=int, default=4, help="most sequences that run at once")
+    parser.add_argument(
+        "--max-num-draft-tokens", type=int, default=0, help="most draft tokens that one step verifies for a sequence"
+    )
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     add_cache_arguments(parser)
 
@@ -59,6 +65,8 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
     if args.load_format == "auto":
         require_weights(model_dir)
     max_model_len = args.max_model_len or min(config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
+    if args.cut_model_len:
+        max_model_len = min(max_model_len, config.max_position_embeddings)
     if max_model_len > config.max_position_embeddings:
         raise CompileError(
             f"--max-model-len {max_model_len} is longer than the model's {config.max_position_embeddings} positions"
@@ -82,6 +90,7 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
         max_model_len=max_model_len,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
+        max_num_draft_tokens=args.max_num_draft_tokens,
     )
     compile_config.check_model(config)
     artifact = build_artifact(config, compile_config, policy)

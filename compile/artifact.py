@@ -87,6 +87,7 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
         max_model_len=compile_config.max_model_len,
         max_num_batched_tokens=compile_config.max_num_batched_tokens,
         max_num_seqs=compile_config.max_num_seqs,
+        max_num_rows=compile_config.max_num_rows,
         attention_window=config.sliding_window or 0,
         workspace_bytes=workspace_bytes,
         kv=KVLayout(

@@ -296,6 +296,8 @@ class CompileConfig:
     max_num_seqs: int
     page_size: int = 16
     """Tokens of one KV page."""
+    max_num_draft_tokens: int = 0
+    """Most draft tokens that one step verifies for a sequence."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -304,6 +306,8 @@ class CompileConfig:
         for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "page_size"):
             if getattr(self, name) < 1:
                 raise ModelConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.max_num_draft_tokens < 0:
+            raise ModelConfigError(f"max_num_draft_tokens is {self.max_num_draft_tokens}, expected 0 or more")
         if self.page_size != 16:
             raise ModelConfigError(f"page_size {self.page_size} is not supported by the kernels, only 16")
         if self.target == "cuda" and (self.kernels != "tuned" or self.quantization == "q0f32"):
@@ -313,6 +317,11 @@ class CompileConfig:
             )
         if self.target == "llvm" and self.quantization == "fp8":
             raise ModelConfigError("fp8 needs a GPU: use --device cuda, or --quantization q0bf16")
+
+    @property
+    def max_num_rows(self) -> int:
+        """Rows of one step whose logits are wanted: one for each sequence and each of its draft tokens."""
+        return min(self.max_num_batched_tokens, self.max_num_seqs * (1 + self.max_num_draft_tokens))
 
     def check_model(self, model: ModelConfig) -> None:
         """Check this against a model.

@@ -64,7 +64,7 @@ def build_graph(config: ModelConfig, compile_config: CompileConfig) -> Graph:
         "$": {"param_mode": "packed", "effect_mode": "none"},
     }
     module, params = model.export_tvm({"step": step_spec})
-    bounds = {"num_tokens": compile_config.max_num_batched_tokens, "num_rows": compile_config.max_num_seqs}
+    bounds = {"num_tokens": compile_config.max_num_batched_tokens, "num_rows": compile_config.max_num_rows}
     module["step"] = (
         module["step"].with_attr("tir_var_upper_bound", bounds).with_attr("relax.memory_plan_dynamic_func_output", True)
     )

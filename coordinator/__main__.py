@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import grpc.aio
 
@@ -36,6 +36,7 @@ from tpserve.coordinator.tracing import Tracing, TracingUnavailable
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 from tpserve.proto.rank import RankConfig
+from tpserve.proto.speculation import SPARSE_METHODS, DraftLengthRule, Speculation
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,9 @@ class CoordinatorConfig:
     parent_pid: int
     load_format: Literal["auto", "dummy"] = "auto"
     collectives: Literal["auto", "push", "nccl"] = "auto"
+    speculation: dict[str, Any] | None = None
+    """Fields of `Speculation`; None: plain decoding."""
+    draft_length: DraftLengthRule = "fixed"
     max_num_queued_requests: int = 1024
     enable_prefix_cache: bool = True
     ray_address: str | None = None
@@ -103,6 +107,7 @@ def make_cluster(config: CoordinatorConfig, manifest: Manifest) -> Cluster:
         collective_timeout_s=config.collective_timeout_s,
         device=0 if manifest.target["kind"] == "cuda" else None,
         collectives=config.collectives,
+        speculation=None if config.speculation is None else Speculation.from_json(config.speculation),
     )
     temp_dir = None if config.ray_temp_dir is None else Path(config.ray_temp_dir)
     return Cluster(
@@ -131,6 +136,10 @@ async def run(
             num_pages=config.num_pages,
             max_num_queued_requests=config.max_num_queued_requests,
             enable_prefix_cache=config.enable_prefix_cache,
+            max_num_draft_tokens=(config.speculation or {}).get("max_num_draft_tokens", 0),
+            draft_length=config.draft_length,
+            drafts_on_device=manifest.target["kind"] == "cuda",
+            drafts_are_sparse=(config.speculation or {}).get("method") in SPARSE_METHODS,
         )
     )
     engine_config = EngineConfig(

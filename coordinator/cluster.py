@@ -20,7 +20,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tpserve.coordinator.distribution import Distribute, Distributor, Folders, Receiver, root_cause
+from tpserve.coordinator.distribution import Distribute, Distributor, Receiver, root_cause, with_folders
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.process import make_ray_temp_dir, remove_folder
 from tpserve.coordinator.rank_actor import RankActor
@@ -72,8 +72,7 @@ class Cluster:
         self._config = config
         self._temp_dir = config.temp_dir
         rank = config.rank
-        folders = Folders(rank.model_dir, rank.artifact_dir)
-        self._distributor = Distributor(folders, config.distribute, with_weights=rank.load_format != "dummy")
+        self._distributor = Distributor(rank, config.distribute)
         self._bundle = {"CPU": 1}
         if config.ray_address is not None and rank.device is not None:
             self._bundle["GPU"] = 1  # others may use the cluster; a Ray of our own counts none
@@ -266,6 +265,7 @@ class Cluster:
                 f"--collectives push works over memory that GPUs of one node share, and the ranks are on {nodes}: take "
                 "auto or nccl"
             )
+        _check_draft_groups(template, places)
         folders = await self._distributor.ensure(away) if away else {}
         hosts = [place.host if away or across else template.host for place in places]
         if template.tp_size > 1 and (template.device is not None or across):
@@ -277,8 +277,7 @@ class Cluster:
                 device = device + rank if place.device is None else place.device
             config = replace(template, rank=rank, host=hosts[rank], device=device, across_nodes=across)
             if self._is_away(place):
-                at = folders[place.node_id]
-                config = replace(config, is_away=True, model_dir=at.model_dir, artifact_dir=at.artifact_dir)
+                config = with_folders(replace(config, is_away=True), folders[place.node_id])
             configs.append(config)
         return configs
 
@@ -338,6 +337,17 @@ def _processes_of(temp_dir: Path) -> Iterator[tuple[int, str]]:
         with contextlib.suppress(OSError):  # gone meanwhile
             if f"{temp_dir}/".encode() in (process / "cmdline").read_bytes():
                 yield int(process.name), (process / "comm").read_text().strip()
+
+
+def _check_draft_groups(config: RankConfig, places: Sequence[Place]) -> None:
+    """See that the ranks of each draft group, which follow each other, are on one node: they share memory."""
+    size = 1 if config.speculation is None else config.speculation.draft_tp_size
+    for first in range(0, config.tp_size, size):
+        nodes = dict.fromkeys(place.node for place in places[first : first + size])
+        if len({place.node_id for place in places[first : first + size]}) > 1:
+            raise ClusterError(
+                f"--draft-tp {size} would put one draft group on {', '.join(nodes)}, and its ranks share memory: lower it"
+            )
 
 
 async def _result(ref: Any) -> Any:

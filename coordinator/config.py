@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tpserve.proto.speculation import MAX_DRAFT_TOKENS, DraftLengthRule
+
 
 class ConfigError(ValueError):
     """A configuration value cannot work; the message holds the value and the remedy."""
@@ -33,6 +35,15 @@ class SchedulerConfig:
     """Steps after which a waiting sequence is passed by no later one any more."""
     max_passed_sequences: int = 32
     """Waiting sequences without room that one step looks past for smaller ones; bounds the search."""
+    max_num_draft_tokens: int = 0
+    """Most draft tokens that a step verifies for a sequence; 0: no speculation."""
+    draft_length: DraftLengthRule = "fixed"
+    """How many of them a step takes, see `draft_length`."""
+    drafts_on_device: bool = False
+    """Whether draft tokens are compared where grammars and penalties are not followed, and not beside prompts, as on a
+    GPU: then sequences that have one of them decode plainly, and so do steps that may take in prompts."""
+    drafts_are_sparse: bool = False
+    """Whether the proposer has nothing for most sequences, as one that looks tokens up."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -50,6 +61,11 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value < 0:
                 raise ConfigError(f"{name} is {value}; set it to 0 or more")
+        if not 0 <= self.max_num_draft_tokens <= MAX_DRAFT_TOKENS:
+            raise ConfigError(
+                f"max_num_draft_tokens is {self.max_num_draft_tokens}; set it to 0 (no speculation) to "
+                f"{MAX_DRAFT_TOKENS}"
+            )
         if self.max_model_len < 2:
             raise ConfigError(
                 f"max_model_len is {self.max_model_len}; set it to 2 or more: one prompt and one output token"

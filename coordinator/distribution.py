@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ import ray
 
 from tpserve.coordinator.errors import ClusterError
 from tpserve.proto.manifest import MANIFEST_NAME, Manifest, sha256_file
-from tpserve.proto.rank import FileFacts, fingerprint_of
+from tpserve.proto.rank import FileFacts, RankConfig, fingerprint_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,21 @@ _MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 Distribute = Literal["auto", "never"]
 
 
-@dataclass(frozen=True, slots=True)
-class Folders:
-    """Where one node has what a rank loads."""
+def rank_folders(config: RankConfig) -> dict[str, Path]:
+    """Return what a rank loads, by what it is called in messages."""
+    folders = {"model": config.model_dir, "library": config.artifact_dir}
+    draft = config.speculation
+    if draft is not None and draft.draft_model_dir is not None and draft.draft_artifact_dir is not None:
+        folders |= {"draft model": draft.draft_model_dir, "draft library": draft.draft_artifact_dir}
+    return folders
 
-    model_dir: Path
-    artifact_dir: Path
+
+def with_folders(config: RankConfig, folders: Mapping[str, Path]) -> RankConfig:
+    """Return the configuration of a rank whose node has what it loads in these folders."""
+    draft = config.speculation
+    if draft is not None and "draft model" in folders:
+        draft = replace(draft, draft_model_dir=folders["draft model"], draft_artifact_dir=folders["draft library"])
+    return replace(config, model_dir=folders["model"], artifact_dir=folders["library"], speculation=draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +63,18 @@ class Receiver:
 
 
 class Distributor:
-    """Sees that nodes have the model and the library.
+    """Sees that nodes have what ranks load, as `rank` has it on this one."""
 
-    Parameters
-    ----------
-    folders
-        Of this node.
-    with_weights
-        Whether ranks read the checkpoint.
-    """
-
-    def __init__(self, folders: Folders, distribute: Distribute, *, with_weights: bool) -> None:
-        self._folders = folders
+    def __init__(self, rank: RankConfig, distribute: Distribute) -> None:
+        self._folders = rank_folders(rank)
         self._distribute = distribute
-        self._with_weights = with_weights
+        draft_format = "auto" if rank.speculation is None else rank.speculation.draft_load_format
+        self._with_weights = {"model": rank.load_format != "dummy", "draft model": draft_format != "dummy"}
         self._digests: dict[str, dict[str, str]] = {}
         """sha256 of every file by kind, once it was needed."""
 
-    async def ensure(self, nodes: Mapping[str, Receiver]) -> dict[str, Folders]:
-        """Return where each node has the folders, after sending what is missing.
+    async def ensure(self, nodes: Mapping[str, Receiver]) -> dict[str, dict[str, Path]]:
+        """Return where each node has the folders, by kind, after sending what is missing.
 
         Parameters
         ----------
@@ -84,17 +86,18 @@ class Distributor:
         ClusterError
             Naming the node that lacks something and may or can not be sent it.
         """
-        model = await self._at("model", self._folders.model_dir, self._model_files(), nodes)
-        library = await self._at("library", self._folders.artifact_dir, self._library_files(), nodes)
-        return {node: Folders(model[node], library[node]) for node in nodes}
+        found: dict[str, dict[str, Path]] = {node: {} for node in nodes}
+        for kind, folder in self._folders.items():
+            for node, at in (await self._at(kind, folder, self._files(kind, folder), nodes)).items():
+                found[node][kind] = at
+        return found
 
-    def _model_files(self) -> list[Path]:
-        patterns = (*_MODEL_FILES, "*.safetensors") if self._with_weights else _MODEL_FILES
-        return sorted({path for pattern in patterns for path in self._folders.model_dir.glob(pattern)})
-
-    def _library_files(self) -> list[Path]:
-        folder = self._folders.artifact_dir
-        return [folder / name for name in sorted((*Manifest.load(folder, verify_files=False).files, MANIFEST_NAME))]
+    def _files(self, kind: str, folder: Path) -> list[Path]:
+        """Return the files of a folder that a rank may read."""
+        if kind not in self._with_weights:
+            return [folder / name for name in sorted((*Manifest.load(folder, verify_files=False).files, MANIFEST_NAME))]
+        patterns = (*_MODEL_FILES, "*.safetensors") if self._with_weights[kind] else _MODEL_FILES
+        return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
     async def _at(self, kind: str, folder: Path, files: list[Path], nodes: Mapping[str, Receiver]) -> dict[str, Path]:
         facts = await asyncio.to_thread(

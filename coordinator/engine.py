@@ -345,6 +345,8 @@ class Engine:
                 if plan is None:
                     break
                 trace.host("schedule", begun, plan.step_id)
+                if scheduler.speculates:
+                    self._metrics.count_draft_length(plan.num_draft_tokens)
                 if idle:
                     self._after_idle.add(plan.step_id)
                     idle = False

@@ -72,13 +72,13 @@ class KVPages:
         sequence.page_ids = [*matched, *fresh]
         sequence.num_committed_pages = len(matched) if self._cache is not None else 0
 
-    def grow(self, sequence: Sequence) -> int | None:
-        """Append one page to the page table and return its id; None if no page is left."""
+    def grow(self, sequence: Sequence) -> bool:
+        """Append one page to the page table; return False if no page is left."""
         page_ids = self._pool.allocate(1)
         if page_ids is None:
-            return None
+            return False
         sequence.page_ids.append(page_ids[0])
-        return page_ids[0]
+        return True
 
     def commit(self, sequence: Sequence, num_computed: int) -> None:
         """Make the sequence's full pages known to the cache.

@@ -33,7 +33,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-    manifest: Manifest, mode: str, max_num_seqs: int, utilization: float, available_bytes: int
+    manifest: Manifest,
+    mode: str,
+    max_num_seqs: int,
+    utilization: float,
+    available_bytes: int,
+    draft: Manifest | None = None,
 ) -> MemoryPlan:
     """Decide the number of KV pages of each rank.
 
@@ -44,16 +49,23 @@ def plan_memory(
         `utilization` of the memory leaves, at most what `max_num_seqs` sequences of full length can use.
     available_bytes
         Memory that one rank may count on.
+    draft
+        Of a draft on the same ranks: each page has its KV too.
 
     Raises
     ------
     ClusterError
         If not even one sequence of full length fits; names the numbers.
     """
-    parameters = sum(math.prod(param.shape) * _ITEM_BYTES[param.dtype] for param in manifest.params)
+    parameters = _parameter_bytes(manifest)
     page = manifest.kv.page_bytes
+    workspace = manifest.workspace_bytes
+    if draft is not None:
+        parameters += _parameter_bytes(draft)
+        page += draft.kv.page_bytes
+        workspace += draft.workspace_bytes
     pages_per_seq = -(-manifest.max_model_len // manifest.kv.page_size)
-    budget = int(available_bytes * utilization) - parameters - manifest.workspace_bytes
+    budget = int(available_bytes * utilization) - parameters - workspace
     if budget < pages_per_seq * page:
         raise ClusterError(
             f"one sequence of {manifest.max_model_len} tokens needs {_mb(pages_per_seq * page)} of KV cache, "
@@ -66,7 +78,11 @@ def plan_memory(
         num_pages = min(budget // page, max(pages_per_seq, _LOCAL_KV_TOKENS // manifest.kv.page_size))
     else:
         num_pages = pages_per_seq
-    return MemoryPlan(parameters, num_pages * page, manifest.workspace_bytes, num_pages)
+    return MemoryPlan(parameters, num_pages * page, workspace, num_pages)
+
+
+def _parameter_bytes(manifest: Manifest) -> int:
+    return sum(math.prod(param.shape) * _ITEM_BYTES[param.dtype] for param in manifest.params)
 
 
 def available_device_bytes() -> list[int]:

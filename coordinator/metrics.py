@@ -5,6 +5,7 @@ Names, labels and buckets are the catalogue's. Everything here runs on the event
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
@@ -83,7 +84,7 @@ class Metrics:
         self.request_max_tokens = self._histogram("request_params_max_tokens")
         self.iteration_tokens = self._histogram("iteration_tokens")
         self.host_gap = self._histogram("host_gap_seconds")
-        self._step_kinds = {kind: self._histogram("step_seconds", kind) for kind in ("decode", "mixed")}
+        self._step_kinds = {kind: self._histogram("step_seconds", kind) for kind in ("decode", "verify", "mixed")}
         self._rank_steps: dict[int, Histogram] = {}
         # Counters without labels stand at zero from the start, and so do those whose labels are known.
         for name, counter in self._counters.items():
@@ -96,6 +97,7 @@ class Metrics:
         for source in ("local_compute", "local_cache_hit"):
             self._counters["prompt_tokens_by_source"].inc(0, source)
         self._counters["spec_decode_num_accepted_tokens_per_pos"].inc(0, "0")
+        self._counters["spec_decode_steps"].inc(0, "0")
 
     def _histogram(self, name: str, *labels: str) -> Histogram:
         return self._histograms[name].labels(*labels)
@@ -146,8 +148,13 @@ class Metrics:
             Since the end of the step before; None if there was nothing to run meanwhile.
         """
         step_s = result.step_us / 1e6
-        kind = "mixed" if result.num_tokens > len(result.slots) else "decode"
+        num_drafted = sum(result.drafted)
+        kind = "verify" if num_drafted else "decode"
+        if result.num_tokens > len(result.slots) + num_drafted:
+            kind = "mixed"
         self._step_kinds[kind].observe(step_s)
+        if num_drafted:
+            self._count_drafts(result, num_drafted)
         self.iteration_tokens.observe(result.num_tokens)
         bucket = str(result.bucket_tokens) if result.bucket_tokens else "exact"
         self._counters["graph_bucket_steps"].inc(1, bucket)
@@ -156,6 +163,20 @@ class Metrics:
             self._counters["step_padding_tokens"].inc(result.bucket_tokens - result.num_tokens)
         if gap_us is not None:
             self.host_gap.observe(gap_us / 1e6)
+
+    def _count_drafts(self, result: StepResult, num_drafted: int) -> None:
+        accepted = Counter(count - 1 for count, drafted in zip(result.counts, result.drafted, strict=True) if drafted)
+        self._counters["spec_decode_num_drafts"].inc(accepted.total())
+        self._counters["spec_decode_num_draft_tokens"].inc(num_drafted)
+        self._counters["spec_decode_num_accepted_tokens"].inc(sum(num * count for num, count in accepted.items()))
+        self._counters["spec_decode_draft_seconds"].inc(result.draft_us / 1e6)
+        by_position = self._counters["spec_decode_num_accepted_tokens_per_pos"]
+        for position in range(max(accepted)):
+            by_position.inc(sum(count for num, count in accepted.items() if num > position), str(position))
+
+    def count_draft_length(self, num_draft_tokens: int) -> None:
+        """Count a plan by the draft tokens that it asks for, where there is a proposer."""
+        self._counters["spec_decode_steps"].inc(1, str(num_draft_tokens))
 
     def observe_group(self, results: Sequence[StepResult]) -> None:
         """Compare the ranks in a step that all have finished.

@@ -185,7 +185,7 @@ CATALOGUE: tuple[MetricSpec, ...] = (
     _own(
         "histogram",
         "step_seconds",
-        "Wall time of one step on rank 0: decode has one token for each sequence, mixed runs prompts too.",
+        "Wall time of one step on rank 0: decode has one token for each sequence, verify drafts, mixed prompts too.",
         ["kind"],
         STEP_BUCKETS,
     ),
@@ -238,7 +238,7 @@ CATALOGUE: tuple[MetricSpec, ...] = (
     _own("counter", "ranks_lost", "Ranks that died, failed or missed their deadline.", ["rank"]),
     _own("counter", "group_rebuilds", "Times that the TP group was rebuilt after a loss."),
     _own("gauge", "engine_state", "1 for the engine's present state, 0 for the others.", ["state"]),
-    # ---- speculation: nothing is drafted without a draft model, so these stand at zero then
+    # ---- speculation: these stand at zero where nothing is drafted
     _same("counter", "spec_decode_num_drafts", "Drafts verified."),
     _same("counter", "spec_decode_num_draft_tokens", "Tokens in them."),
     _same("counter", "spec_decode_num_accepted_tokens", "Of those, accepted."),
@@ -247,6 +247,13 @@ CATALOGUE: tuple[MetricSpec, ...] = (
         "spec_decode_num_accepted_tokens_per_pos",
         "Accepted, by position in the draft.",
         ["position"],
+    ),
+    _own("counter", "spec_decode_draft_seconds", "Of rank 0's steps, the time spent on drafting."),
+    _own(
+        "counter",
+        "spec_decode_steps",
+        "Steps by the most draft tokens that they might verify for a sequence; 0 is plain decoding.",
+        ["length"],
     ),
     # ---- the gateway
     _http("counter", "http_requests", "HTTP requests answered, by route and status code.", ["route", "code"]),

@@ -5,6 +5,7 @@ Owns the state of one request. Knows nothing of pages other than their ids, nor 
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
@@ -75,16 +76,7 @@ class SequenceStatus(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One token stream: one choice of a request.
-
-    While DECODING, progress is a function of the step, so that a step need not touch the sequence:
-
-        step             s (last chunk)     s + 1       s + 2
-        computes KV of   ..., L - 1         L           L + 1       = decode_base + step - 1
-        samples token    L                  L + 1       L + 2       = decode_base + step
-
-    with L the number of tokens known when the last chunk was planned, and decode_base = L - s.
-    """
+    """One token stream: one choice of a request."""
 
     group: RequestGroup
     request_id: int
@@ -109,10 +101,15 @@ class Sequence:
     num_computed_tokens: int = 0
     """Tokens whose KV is scheduled, while PREFILLING."""
     decode_base: int = 0
+    """See `StepProgress`; the next two as well."""
     last_step: int = 0
     """Step that samples the last token that `max_len` allows, while DECODING."""
     next_page_step: int = 0
     """Step that writes the first token past the page table, while DECODING."""
+    speculates: bool = False
+    """Whether draft tokens are verified for it."""
+    planned: deque[int] = field(default_factory=deque)
+    """With speculation, the most tokens that each step in flight can give it, oldest first."""
     waiting_since_step: int = 0
     resume_after_step: int = 0
     """Step whose result must be known before the sequence may run again."""
@@ -120,12 +117,6 @@ class Sequence:
     """It lost its place to a preemption or a lost group; nobody passes it on its way back."""
     num_cached_tokens: int = 0
     """Not yet reported; zero after the first event."""
-
-    def num_computed_after(self, step: int) -> int:
-        """Return how many tokens have their KV scheduled once the plans up to `step` are made."""
-        if self.status is SequenceStatus.DECODING:
-            return self.decode_base + step
-        return self.num_computed_tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -141,7 +132,7 @@ class RequestGroup:
     """The sequence that is computing the prompt's full pages, for which the other choices wait."""
 
 
-def make_group(request: Request, first_order: int, max_len: int, step: int) -> RequestGroup:
+def make_group(request: Request, first_order: int, max_len: int, step: int, speculates: bool) -> RequestGroup:
     """Return the sequences of a request, waiting since `step`, in arrival order from `first_order` on."""
     group = RequestGroup(request, num_unfinished=request.n)
     group.sequences = tuple(
@@ -156,6 +147,7 @@ def make_group(request: Request, first_order: int, max_len: int, step: int) -> R
             num_prompt_tokens=len(request.prompt_token_ids),
             max_len=max_len,
             waiting_since_step=step,
+            speculates=speculates,
         )
         for choice in range(request.n)
     )

@@ -11,15 +11,18 @@ tokens emitted so far.
 Plans are made ahead of results. A worker runs plans in order, so whatever plan k frees, plan k may hand out, and pages
 and slots are freed here as soon as it is decided that the next plan will remove their slot.
 
-A decode step touches only the sequences for which something changes: two calendars, keyed by step, name those that need
-a page and those that come to their end.
+A decode step touches only the sequences for which something changes, unless it verifies draft tokens; see
+`decode_progress`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from tpserve.coordinator.config import SchedulerConfig
+from tpserve.coordinator.decode_progress import BoundedProgress, DecodeProgress, StepProgress
+from tpserve.coordinator.draft_length import DraftLength, make_draft_length
 from tpserve.coordinator.integrity import check_sequences
 from tpserve.coordinator.kv_pages import KVPages
 from tpserve.coordinator.request import (
@@ -34,7 +37,6 @@ from tpserve.coordinator.request import (
 )
 from tpserve.coordinator.sequence_list import SequenceList
 from tpserve.coordinator.slot_table import SlotTable
-from tpserve.coordinator.step_calendar import StepCalendar
 from tpserve.proto.messages import FinishReason, PromptChunk, SlotAdd, StepPlan, StepResult
 
 
@@ -77,8 +79,13 @@ class Scheduler:
         self._running = SequenceList()
         self._slots = SlotTable(config.max_num_seqs)
         self._pages = self._make_pages()
-        self._page_calendar = StepCalendar()
-        self._end_calendar = StepCalendar()
+        self._progress: DecodeProgress = StepProgress(config.page_size)
+        self._draft_length: DraftLength | None = None
+        if config.max_num_draft_tokens:
+            self._progress = BoundedProgress(config.page_size)
+            self._draft_length = make_draft_length(config)
+        self._planned_lengths: deque[int] = deque()
+        """Draft tokens of the steps in flight, with speculation."""
         self._next_step = 1
         self._last_result = 0
         self._next_order = 0
@@ -100,6 +107,11 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         """Whether any sequence still owes an event with `finish`."""
         return bool(self._groups)
+
+    @property
+    def speculates(self) -> bool:
+        """Whether steps may verify draft tokens."""
+        return self._draft_length is not None
 
     @property
     def num_running(self) -> int:
@@ -148,8 +160,7 @@ class Scheduler:
         check_sequences(
             self._groups.values(), self._waiting, self._prefilling, running, self._num_decoding, self._num_queued
         )
-        num_due = len(self._end_calendar), len(self._page_calendar)
-        assert num_due[0] == self._num_decoding >= num_due[1], f"{self._num_decoding} decode, {num_due} in calendars"
+        self._progress.check_integrity(self._num_decoding)
 
     def take_started(self) -> list[tuple[int, int]]:
         """Return (request id, choice) of what has entered the batch for the first time since the last call."""
@@ -175,7 +186,11 @@ class Scheduler:
         max_len = checked_max_len(request, self._config)
         if self._num_queued >= self._config.max_num_queued_requests + self._slots.num_free:
             raise QueueFull(f"{self._num_queued} requests wait already; try again later")
-        group = make_group(request, self._next_order, max_len, self._next_step)
+        sampling = request.sampling
+        speculates = self._draft_length is not None and not sampling.wants_hidden
+        if self._config.drafts_on_device:
+            speculates = speculates and request.grammar is None and not sampling.needs_output_history
+        group = make_group(request, self._next_order, max_len, self._next_step, speculates)
         self._next_order += request.n
         self._groups[request.request_id] = group
         self._num_queued += 1
@@ -205,8 +220,8 @@ class Scheduler:
         """
         self._slots.reset()
         self._pages = self._make_pages()
-        self._page_calendar.clear()
-        self._end_calendar.clear()
+        self._progress.clear()
+        self._planned_lengths.clear()
         self._running.clear()
         self._prefilling.clear()
         self._waiting.clear()
@@ -217,6 +232,7 @@ class Scheduler:
             for sequence in group.sequences:
                 if sequence.status is not SequenceStatus.FINISHED:
                     sequence.page_ids = []
+                    sequence.planned.clear()
                     self._requeue(sequence, has_run=sequence.status is not SequenceStatus.WAITING)
 
     # ---- a step
@@ -233,9 +249,10 @@ class Scheduler:
         if self._slots.num_in_flight >= self._config.max_in_flight_steps:
             return None
         step = self._next_step
-        appended = self._grow_page_tables(step)
+        num_draft_tokens = self._choose_draft_length()
+        appended = self._grow_page_tables(step, num_draft_tokens)
         num_decoding = self._num_decoding
-        budget = self._config.max_num_batched_tokens - num_decoding
+        budget = self._config.max_num_batched_tokens - num_decoding * (1 + num_draft_tokens)
         touched: list[Sequence] = []
         chunks: list[PromptChunk] = []
         added: list[SlotAdd] = []
@@ -243,48 +260,69 @@ class Scheduler:
             if budget == 0:
                 break
             budget -= self._run_chunk(sequence, budget, chunks, touched)
-        self._admit(step, budget, added, chunks, touched)
+        if not (num_draft_tokens and self._config.drafts_on_device):
+            self._admit(step, budget, added, chunks, touched)
         if not chunks and not num_decoding:
             return None
-        plan = StepPlan(step, self._slots.take_removed(), tuple(added), tuple(appended), tuple(chunks))
+        removed = self._slots.take_removed()
+        plan = StepPlan(step, removed, tuple(added), tuple(appended), tuple(chunks), num_draft_tokens)
         self._next_step += 1
         self._slots.open_step(step, num_decoding + sum(chunk.sample for chunk in chunks))
+        self._progress.plan(step, num_draft_tokens)
+        if self._draft_length is not None:
+            self._planned_lengths.append(num_draft_tokens)
         # From here on things count for the next plan: what this one computes may be shared, and who ends here leaves.
         for sequence in touched:
             self._after_chunk(sequence, step)
-        for sequence in self._end_calendar.pop(step):
+        for sequence in self._progress.take_ended(step):
             self._vacate(sequence)
             sequence.status = SequenceStatus.DRAINING
         return plan
 
-    def _grow_page_tables(self, step: int) -> list[tuple[int, int]]:
-        """Give a page to each decoding sequence that writes past its page table in this step.
+    def _choose_draft_length(self) -> int:
+        """Return the draft tokens of the next step: what the rule says, as far as the token budget goes.
+
+        Half of the budget is kept for prompts while there are any.
+        """
+        if self._draft_length is None or not self._num_decoding:
+            return 0
+        budget = self._config.max_num_batched_tokens
+        if self._prefilling or (self._waiting and self._admission_open):
+            if self._config.drafts_on_device:
+                return 0
+            budget //= 2
+        most = budget // self._num_decoding - 1
+        return max(0, min(self._draft_length.choose(self._num_decoding), most))
+
+    def _grow_page_tables(self, step: int, num_draft_tokens: int) -> list[tuple[int, int]]:
+        """Give pages to each decoding sequence that may write past its page table in this step.
 
         Without a page left, the latest arrival is preempted, until there is one. The oldest running sequence is never
         preempted, since alone it always has room: so somebody always advances.
         """
         appended: list[tuple[int, int]] = []
         # Oldest first: whoever has got its page here is older than the ones to come, hence never their victim.
-        for sequence in self._page_calendar.pop(step):
+        for sequence in self._progress.due(step, num_draft_tokens):
             if sequence.status is not SequenceStatus.DECODING:
                 continue  # preempted in this loop
-            self._pages.commit(sequence, sequence.num_computed_after(step - 1))
-            while (page_id := self._pages.grow(sequence)) is None:
+            self._pages.commit(sequence, self._progress.num_computed(sequence, step - 1))
+            num_pages = len(sequence.page_ids)
+            missing = self._progress.num_missing_pages(sequence, num_draft_tokens)
+            if self._grow(sequence, missing, step):
+                assert sequence.slot is not None
+                appended += [(sequence.slot, page_id) for page_id in sequence.page_ids[num_pages:]]
+                self._progress.granted(sequence)
+        return appended
+
+    def _grow(self, sequence: Sequence, num_pages: int, step: int) -> bool:
+        """Give pages to a sequence; return whether it is still there, or was itself the latest to be preempted."""
+        for _ in range(num_pages):
+            while not self._pages.grow(sequence):
                 victim = self._running.latest
                 self._preempt(victim, step)
                 if victim is sequence:
-                    break
-            else:
-                assert sequence.slot is not None
-                appended.append((sequence.slot, page_id))
-                self._note_next_page(sequence)
-        return appended
-
-    def _note_next_page(self, sequence: Sequence) -> None:
-        num_tokens = len(sequence.page_ids) * self._config.page_size
-        sequence.next_page_step = num_tokens - sequence.decode_base + 1  # the step that computes token `num_tokens`
-        if sequence.next_page_step <= sequence.last_step:
-            self._page_calendar.add(sequence.next_page_step, sequence)
+                    return False
+        return True
 
     def _run_chunk(self, sequence: Sequence, budget: int, chunks: list[PromptChunk], touched: list[Sequence]) -> int:
         """Schedule the next known tokens of a sequence, at most `budget`; return how many."""
@@ -309,10 +347,7 @@ class Scheduler:
             self._prefilling.remove(sequence)
             self._num_decoding += 1
             sequence.status = SequenceStatus.DECODING
-            sequence.decode_base = len(sequence.tokens) - step
-            sequence.last_step = sequence.max_len - 1 - sequence.decode_base
-            self._end_calendar.add(sequence.last_step, sequence)
-            self._note_next_page(sequence)
+            self._progress.begin(sequence, step)
 
     # ---- admission
 
@@ -372,7 +407,14 @@ class Scheduler:
         needs_output = sequence.sampling.needs_output_history or grammar is not None
         output = sequence.tokens[sequence.num_prompt_tokens :] if needs_output else ()
         slot = self._slots.acquire(sequence)
-        return SlotAdd(slot, sequence.sampling, tuple(sequence.page_ids), tuple(output), grammar)
+        if self._draft_length is not None:
+            self._draft_length.forget(slot)
+        if not sequence.speculates:
+            return SlotAdd(slot, sequence.sampling, tuple(sequence.page_ids), tuple(output), grammar)
+        prefix = tuple(sequence.tokens[:num_cached])
+        return SlotAdd(
+            slot, sequence.sampling, tuple(sequence.page_ids), tuple(output), grammar, sequence.max_len, prefix
+        )
 
     # ---- leaving
 
@@ -396,14 +438,16 @@ class Scheduler:
 
     def _vacate(self, sequence: Sequence) -> None:
         """Take a running sequence out of its slot and its pages; the caller sets its new status."""
-        self._pages.commit(sequence, sequence.num_computed_after(self._next_step - 1))
+        num_computed = sequence.num_computed_tokens
+        if sequence.status is SequenceStatus.DECODING:
+            num_computed = self._progress.num_computed(sequence, self._next_step - 1)
+        self._pages.commit(sequence, num_computed)
         self._pages.free(sequence)
         self._slots.release(sequence)
         self._running.remove(sequence)
         if sequence.status is SequenceStatus.DECODING:
             self._num_decoding -= 1
-            self._page_calendar.discard(sequence.next_page_step, sequence)
-            self._end_calendar.discard(sequence.last_step, sequence)
+            self._progress.leave(sequence)
         else:
             self._prefilling.remove(sequence)
             if sequence.group.prompt_leader is sequence:
@@ -443,28 +487,28 @@ class Scheduler:
         """
         sequences = self._slots.close_step(result)
         self._last_result = result.step_id
+        if self._draft_length is not None:
+            self._draft_length.observe(result, self._planned_lengths.popleft())
         logprobs, failures = result.logprobs, result.failures
-        finished = SequenceStatus.FINISHED
+        finished, progress = SequenceStatus.FINISHED, self._progress
         events: list[TokenEvent] = []
-        for sequence, slot, token in zip(sequences, result.slots, result.token_ids, strict=True):
+        for sequence, slot, new in zip(sequences, result.slots, result.tokens_by_slot(), strict=True):
             if sequence.status is finished:
                 continue
+            progress.credited(sequence)
             if failures and slot in failures:
                 events.append(self._failed(sequence, failures[slot]))
                 continue
-            tokens = sequence.tokens
-            tokens.append(token)
-            finish = None
-            if token in sequence.stop_token_ids:
-                finish = FinishReason.STOP
-            elif len(tokens) == sequence.max_len:
-                finish = FinishReason.LENGTH
+            if not new:
+                continue  # it was at its end before this step
+            new, finish = self._take(sequence, new)
+            values = logprobs.get(slot, ())
             events.append(
                 TokenEvent(
                     sequence.request_id,
                     sequence.choice,
-                    (token,),
-                    (logprobs[slot],) if slot in logprobs else (),
+                    new,
+                    values[: len(new)],
                     finish,
                     sequence.num_cached_tokens,
                 )
@@ -475,6 +519,17 @@ class Scheduler:
             elif sequence.status is SequenceStatus.WAITING:
                 self._admission_open = True  # preempted; these were the tokens it waited for
         return events
+
+    @staticmethod
+    def _take(sequence: Sequence, new: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:
+        """Append tokens to a sequence up to its end; return those taken, and why it ends if it does."""
+        for index, token in enumerate(new, 1):
+            sequence.tokens.append(token)
+            if token in sequence.stop_token_ids:
+                return new[:index], FinishReason.STOP
+            if len(sequence.tokens) == sequence.max_len:
+                return new[:index], FinishReason.LENGTH
+        return new, None
 
     def _failed(self, sequence: Sequence, detail: str) -> TokenEvent:
         """End a sequence that its worker cannot go on with."""

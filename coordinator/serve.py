@@ -28,6 +28,12 @@ from tpserve.coordinator.memory import (
     plan_memory,
 )
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder, tell_parent
+from tpserve.coordinator.speculation import (
+    SpeculationChoice,
+    add_speculation_arguments,
+    check_draft,
+    choose_speculation,
+)
 from tpserve.proto.manifest import Manifest, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -136,6 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_REPLAY_TIMEOUT_S,
         help="seconds that requests of a lost rank's group wait for a new one; then they end with an error",
     )
+    add_speculation_arguments(parser)
     add_observability_arguments(parser)
     policies = ["ON", "OFF", "REDO", "READONLY"]
     parser.add_argument("--jit-policy", choices=policies, default=os.environ.get("TPSERVE_JIT_POLICY", "ON"))
@@ -216,15 +223,24 @@ class _Server:
         if args.operations_port is not None:
             _require_free_port("operations-", args.engine_host, args.operations_port)
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
-        folders = self._compile(max_num_seqs, "cuda" if on_gpu else "cpu")
+        device = "cuda" if on_gpu else "cpu"
+        speculation = choose_speculation(args)
+        if speculation is not None and on_gpu and (speculation.method != "draft" or speculation.draft_tp != 1):
+            raise ServeError("on GPUs a draft model proposes, whole on each: give --draft-model and --draft-tp 1")
+        num_draft_tokens = 0 if speculation is None else speculation.max_num_draft_tokens
+        folders = self._compile(max_num_seqs, device, num_draft_tokens)
         manifest = Manifest.load(Path(folders["artifact_dir"]))
         manifest.require(tp_size=args.tp, max_num_seqs=max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens)
+        draft_folders, draft = None, None
+        if speculation is not None and speculation.draft_model is not None:
+            draft_folders, draft = self._prepare_draft(speculation, folders, manifest, device)
         memory = plan_memory(
             manifest,
             args.mode,
             max_num_seqs,
             args.gpu_memory_utilization,
             min(gpus[: args.tp]) if on_gpu else available_host_bytes() // args.tp,
+            draft=draft,
         )
         logger.info(
             'Under mode "%s", max batch size will be set to %d, max KV cache token capacity will be set to %d, '
@@ -243,7 +259,10 @@ class _Server:
             memory.workspace_bytes / 2**20,
         )
         names = args.served_model_name or default_names(args.model)
-        engine_address = self._start_coordinator(folders, names[0], memory.num_pages, max_num_seqs)
+        sizes: dict[str, Any] = {"num_pages": memory.num_pages, "max_num_seqs": max_num_seqs}
+        if speculation is not None:
+            sizes |= speculation.config(draft_folders, args.load_format)
+        engine_address = self._start_coordinator(folders, names[0], sizes)
         if self._stopping:
             return
         if args.no_gateway:
@@ -284,21 +303,39 @@ class _Server:
         for folder in self._folders:
             remove_folder(folder)
 
-    def _compile(self, max_num_seqs: int, device: str) -> dict[str, str]:
-        """Run the compiler as a process of its own, so that this one never loads it."""
+    def _compile(self, max_num_seqs: int, device: str, num_draft_tokens: int) -> dict[str, str]:
+        """Return the folders of the model and its library, compiled now if it must be."""
         args = self._args
         if args.model_lib is not None:
             model_dir = Path(args.model).expanduser()
             if not (model_dir / "config.json").is_file():
                 raise ServeError(f"--model-lib: {model_dir} has no config.json; give a Hugging Face folder as MODEL")
             return {"model_dir": str(model_dir.resolve()), "artifact_dir": str(args.model_lib.expanduser().resolve())}
-        command = [sys.executable, "-m", "tpserve.compile", "compile", args.model, "--tp", str(args.tp)]
-        command += ["--device", device]
-        command += ["--quantization", args.quantization, "--kernels", args.kernels, "--load-format", args.load_format]
-        command += ["--max-num-seqs", str(max_num_seqs), "--max-num-batched-tokens", str(args.max_num_batched_tokens)]
-        command += ["--jit-policy", args.jit_policy, "--download-cache-policy", args.download_cache_policy]
+        flags = ["--tp", str(args.tp), "--quantization", args.quantization, "--max-num-seqs", str(max_num_seqs)]
+        flags += ["--max-num-draft-tokens", str(num_draft_tokens)]
         if args.max_model_len is not None:
-            command += ["--max-model-len", str(args.max_model_len)]
+            flags += ["--max-model-len", str(args.max_model_len)]
+        return self._run_compiler(args.model, device, flags)
+
+    def _prepare_draft(
+        self, speculation: SpeculationChoice, folders: dict[str, str], target: Manifest, device: str
+    ) -> tuple[dict[str, str], Manifest]:
+        """Return the folders and the manifest of the draft's library, compiled now if it must be."""
+        assert speculation.draft_model is not None
+        flags = ["--tp", str(speculation.draft_tp), "--max-num-seqs", str(target.max_num_seqs)]
+        flags += ["--max-model-len", str(target.max_model_len), "--cut-model-len"]
+        draft_folders = self._run_compiler(speculation.draft_model, device, flags)
+        draft = Manifest.load(Path(draft_folders["artifact_dir"]))
+        check_draft(target, draft, Path(folders["model_dir"]), Path(draft_folders["model_dir"]))
+        return draft_folders, draft
+
+    def _run_compiler(self, model: str, device: str, flags: list[str]) -> dict[str, str]:
+        """Run the compiler as a process of its own, so that this one never loads it."""
+        args = self._args
+        command = [sys.executable, "-m", "tpserve.compile", "compile", model, "--device", device, *flags]
+        command += ["--kernels", args.kernels, "--load-format", args.load_format]
+        command += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
+        command += ["--jit-policy", args.jit_policy, "--download-cache-policy", args.download_cache_policy]
         environ = dict(os.environ)
         if "OFF" in (args.jit_policy, args.download_cache_policy):
             # What is not kept in the cache is built in a temporary folder, which is needed for as long as this runs.
@@ -330,7 +367,7 @@ class _Server:
         folders: dict[str, str] = json.loads(output)
         return folders
 
-    def _start_coordinator(self, folders: dict[str, str], model_name: str, num_pages: int, max_num_seqs: int) -> str:
+    def _start_coordinator(self, folders: dict[str, str], model_name: str, sizes: dict[str, Any]) -> str:
         args = self._args
         ray_temp_dir = None
         if args.ray_address is None:
@@ -340,8 +377,7 @@ class _Server:
         config = {
             **folders,
             "model_name": model_name,
-            "num_pages": num_pages,
-            "max_num_seqs": max_num_seqs,
+            **sizes,
             "max_num_batched_tokens": args.max_num_batched_tokens,
             "max_num_queued_requests": args.max_num_queued_reqs,
             "enable_prefix_cache": not args.no_prefix_cache,

@@ -94,10 +94,11 @@ class SlotTable:
             expected = self._steps[0].step_id if self._steps else None
             raise ResultMismatch(f"result of step {result.step_id}, expected that of {expected}")
         step = self._steps.popleft()
-        if not len(result.slots) == len(result.token_ids) == step.num_sampled:
+        num_tokens = sum(result.counts) if result.counts else len(result.slots)
+        if len(result.slots) != step.num_sampled or len(result.token_ids) != num_tokens:
             raise ResultMismatch(
                 f"step {step.step_id} samples {step.num_sampled} slots, its result has {len(result.slots)} slots "
-                f"and {len(result.token_ids)} tokens"
+                f"and {len(result.token_ids)} tokens where {num_tokens} are counted"
             )
         if len(set(result.slots)) != step.num_sampled or max(result.slots, default=0) >= len(self._owners):
             raise ResultMismatch(f"step {step.step_id} has slots twice, or past {len(self._owners)}: {result.slots}")

@@ -136,7 +136,9 @@ class StepTrace:
                 self._done.set()
 
     def _events_of(self, result: StepResult) -> list[dict[str, Any]]:
-        kind = "decode" if result.rank == 0 and result.num_tokens == len(result.slots) else "step"
+        kind = "step"
+        if result.rank == 0 and result.num_tokens == len(result.slots) + sum(result.drafted):
+            kind = "verify" if result.drafted else "decode"
         args: dict[str, Any] = {"step": result.step_id, "tokens": result.num_tokens, "rank": result.rank}
         if result.bucket_tokens:
             args["bucket"] = f"{result.bucket_tokens}x{result.bucket_rows}"

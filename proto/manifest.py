@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -121,6 +121,8 @@ class Manifest:
     max_num_batched_tokens: int
     """Upper bound of tokens in one step, to which memory was planned."""
     max_num_seqs: int
+    max_num_rows: int
+    """Upper bound of sampled rows in one step: more than `max_num_seqs` where draft tokens are verified."""
     attention_window: int
     """Positions that a token attends to; 0 is all."""
     workspace_bytes: int

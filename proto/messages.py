@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import accumulate
 
 from tpserve.proto.pb import common_pb2, worker_pb2
 
@@ -151,6 +152,10 @@ class SlotAdd:
     """Tokens emitted before a preemption, given only when penalties count them or a grammar has to follow them."""
     grammar: Grammar | None = None
     """None: any token may follow any other."""
+    max_len: int = 0
+    """Tokens at which the sequence ends, if its slot speculates: none is sampled past it. 0: the slot never does."""
+    prefix_token_ids: tuple[int, ...] = ()
+    """Tokens of the prefix-cache hits, which no chunk will bring, if its slot speculates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +173,9 @@ class PromptChunk:
 class StepPlan:
     """What one step runs, as a diff against the worker's slots, applied in field order.
 
-    Every slot whose last chunk ran in an earlier step decodes one token in each step until it is
-    removed; so a pure decode step carries only its id and the pages appended.
+    Every slot whose last chunk ran in an earlier step decodes in each step until it is removed: one token, or with
+    speculation one more than the draft tokens that were accepted. So a pure decode step carries only its id, the number
+    of draft tokens and the pages appended.
     """
 
     step_id: int
@@ -179,6 +185,7 @@ class StepPlan:
     """(slot, page id) pairs, put at the end of the slot's page table."""
     chunks: tuple[PromptChunk, ...] = ()
     num_draft_tokens: int = 0
+    """Verified for each slot that speculates, at most; 0 is plain decoding."""
 
     def to_pb(self) -> worker_pb2.StepPlan:
         """Return the protobuf form."""
@@ -192,6 +199,8 @@ class StepPlan:
                     page_ids=added.page_ids,
                     output_token_ids=added.output_token_ids,
                     grammar=None if added.grammar is None else added.grammar.to_pb(),
+                    max_len=added.max_len,
+                    prefix_token_ids=added.prefix_token_ids,
                 )
                 for added in self.added_slots
             ],
@@ -222,6 +231,8 @@ class StepPlan:
                     page_ids=tuple(added.page_ids),
                     output_token_ids=tuple(added.output_token_ids),
                     grammar=Grammar.from_pb(added.grammar) if added.HasField("grammar") else None,
+                    max_len=added.max_len,
+                    prefix_token_ids=tuple(added.prefix_token_ids),
                 )
                 for added in pb.added_slots
             ),
@@ -255,9 +266,9 @@ class StepResult:
     slots: tuple[int, ...] = ()
     """Slots sampled in this step, each once."""
     token_ids: tuple[int, ...] = ()
-    """The sampled token of each slot, parallel to `slots`."""
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    """By slot, for the slots that asked."""
+    """The sampled tokens, slot by slot."""
+    logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    """By slot, for the slots that asked, one for each of its tokens."""
     step_us: int = 0
     collective_us: int = 0
     error: str = ""
@@ -276,6 +287,20 @@ class StepResult:
     """Tokens of the captured graph that the step ran in, padding included; 0 where steps run at their exact size."""
     bucket_rows: int = 0
     """Sampled rows of that graph."""
+    counts: tuple[int, ...] = ()
+    """Tokens of each slot, parallel to `slots`: the accepted draft tokens and one more, or none of a slot at its
+    `max_len`. Empty: one of each."""
+    drafted: tuple[int, ...] = ()
+    """Draft tokens that were verified for each slot, parallel to `slots`; empty: none."""
+    draft_us: int = 0
+    """Of `step_us`, spent on drafting."""
+
+    def tokens_by_slot(self) -> list[tuple[int, ...]]:
+        """Return the tokens of each slot, parallel to `slots`."""
+        if not self.counts:
+            return [(token,) for token in self.token_ids]
+        ends = accumulate(self.counts)
+        return [self.token_ids[end - count : end] for count, end in zip(self.counts, ends, strict=True)]
 
     def to_pb(self) -> worker_pb2.StepResult:
         """Return the protobuf form."""
@@ -285,7 +310,9 @@ class StepResult:
             slots=self.slots,
             token_ids=self.token_ids,
             logprobs=[
-                worker_pb2.SlotLogprobs(slot=slot, logprobs=value.to_pb()) for slot, value in self.logprobs.items()
+                worker_pb2.SlotLogprobs(slot=slot, logprobs=value.to_pb())
+                for slot, values in self.logprobs.items()
+                for value in values
             ],
             step_us=self.step_us,
             collective_us=self.collective_us,
@@ -302,17 +329,23 @@ class StepResult:
             num_tokens=self.num_tokens,
             bucket_tokens=self.bucket_tokens,
             bucket_rows=self.bucket_rows,
+            counts=self.counts,
+            drafted=self.drafted,
+            draft_us=self.draft_us,
         )
 
     @classmethod
     def from_pb(cls, pb: worker_pb2.StepResult) -> StepResult:
         """Read the protobuf form."""
+        logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        for item in pb.logprobs:
+            logprobs[item.slot] = (*logprobs.get(item.slot, ()), TokenLogprobs.from_pb(item.logprobs))
         return cls(
             step_id=pb.step_id,
             rank=pb.rank,
             slots=tuple(pb.slots),
             token_ids=tuple(pb.token_ids),
-            logprobs={item.slot: TokenLogprobs.from_pb(item.logprobs) for item in pb.logprobs},
+            logprobs=logprobs,
             step_us=pb.step_us,
             collective_us=pb.collective_us,
             error=pb.error,
@@ -325,4 +358,7 @@ class StepResult:
             num_tokens=pb.num_tokens,
             bucket_tokens=pb.bucket_tokens,
             bucket_rows=pb.bucket_rows,
+            counts=tuple(pb.counts),
+            drafted=tuple(pb.drafted),
+            draft_us=pb.draft_us,
         )

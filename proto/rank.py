@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tpserve.proto.speculation import Speculation
+
 _FINGERPRINT_BYTES = 1 << 20
 
 
@@ -47,6 +49,8 @@ class RankConfig:
     """`host:port` of rank 0's door, where ranks meet on GPUs or across nodes; empty for one rank, and on one CPU."""
     collectives: Literal["auto", "push", "nccl"] = "auto"
     """Between GPUs: over peer memory, or by NCCL; auto takes peer memory wherever ranks can map it."""
+    speculation: Speculation | None = None
+    """How draft tokens are proposed; None: never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from tpserve.coordinator.request import TokenEvent
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
+from tpserve.proto.speculation import Speculation
 
 Logits = npt.NDArray[np.float32]
 
@@ -76,6 +77,7 @@ class RankProcesses:
         load_format: Literal["auto", "dummy"] = "auto",
         devices: Sequence[int] | None = None,
         collectives: Literal["auto", "push", "nccl"] = "auto",
+        speculation: Speculation | None = None,
     ) -> Iterator[RankGroup]:
         """Load a model on the first `tp_size` processes; rank r on GPU `devices[r]`, or all on CPUs."""
         context = multiprocessing.get_context("spawn")
@@ -107,6 +109,7 @@ class RankProcesses:
                     device=None if devices is None else devices[rank],
                     rendezvous=rendezvous,
                     collectives=collectives,
+                    speculation=speculation,
                 )
                 pipe.send(("load", config))
             _collect(pipes)
@@ -205,6 +208,7 @@ class Artifacts:
         max_model_len: int = 256,
         max_num_batched_tokens: int = 1024,
         max_num_seqs: int = 16,
+        max_num_draft_tokens: int = 0,
         target: Literal["llvm", "cuda"] = "llvm",
         quantization: Literal["q0f32", "q0bf16", "fp8"] | None = None,
     ) -> Path:
@@ -217,6 +221,7 @@ class Artifacts:
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
+            max_num_draft_tokens=max_num_draft_tokens,
         )
         with as_cache(self.home):
             return build_artifact(ModelConfig.from_hf(model_dir), config, CachePolicy.ON)

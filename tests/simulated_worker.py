@@ -4,6 +4,8 @@ It is the oracle of the scheduler's tests. KV of a position is simulated as the 
 it), as a real one depends on its whole prefix. Attention of a position reads every earlier position through the page
 table, and fails on a page that was never written, was overwritten, or belongs to another prefix. The sampled token is a
 function of what was read, so a sequence's text is right only if every read was.
+
+With speculation, some of its draft tokens are right and the others are not, by a random number of the step.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from random import Random
 
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.request import Request, choice_seed
@@ -69,6 +72,13 @@ class _Slot:
     """First position not computed; None before the first chunk."""
     last_token: int | None = None
     """Sampled and not fed back yet; None while the prompt is incomplete."""
+    max_len: int = 0
+    """Tokens at which it ends, if it speculates."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has reached its end, and only waits to be removed."""
+        return bool(self.max_len) and self.next_position is not None and self.next_position + 1 >= self.max_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +88,13 @@ class _Work:
     slot: int
     start: int
     tokens: tuple[int, ...]
+    num_draft_tokens: int = 0
+    """Verified behind `tokens`."""
+    num_accepted: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) + self.num_draft_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +124,9 @@ class SimulatedWorker:
         require(plan.step_id == self.next_step, f"plan {plan.step_id} after {self.next_step - 1}")
         self.next_step += 1
         self._apply_diff(plan)
-        work = [
-            _Work(number, slot.next_position, (slot.last_token,))
-            for number, slot in self.slots.items()
-            if slot.last_token is not None and slot.next_position is not None
-        ]
+        work = [self._decode(plan, number, slot) for number, slot in self.slots.items() if slot.last_token is not None]
+        full = [number for number, slot in self.slots.items() if slot.is_full]
+        work = [item for item in work if item.slot not in full]
         for chunk in plan.chunks:
             slot = self._slot(chunk.slot)
             require(slot.last_token is None, f"chunk for decoding slot {chunk.slot}")
@@ -120,17 +135,35 @@ class SimulatedWorker:
                 slot.next_position in (None, chunk.start), f"chunk at {chunk.start}, slot is at {slot.next_position}"
             )
             work.append(_Work(chunk.slot, chunk.start, chunk.token_ids))
-        num_tokens = sum(len(item.tokens) for item in work)
+        if self.config.drafts_on_device:
+            require(not (plan.num_draft_tokens and plan.chunks), "draft tokens are verified beside prompts")
+            require(
+                not any(added.max_len and added.sampling.needs_output_history for added in plan.added_slots),
+                "a sequence with penalties speculates",
+            )
+        num_tokens = sum(item.num_tokens for item in work)
         require(num_tokens <= self.config.max_num_batched_tokens, f"{num_tokens} tokens in one step")
-        require(num_tokens > 0, "a step without tokens")
+        require(num_tokens > 0 or bool(full), "a step without tokens")
         require(len({item.slot for item in work}) == len(work), "two chunks for one slot")
         self._check_writes(work)
         # Whatever this step reads was written by an earlier one: all reads come before any write.
         prefixes = [self._read_prefix(item.slot, item.start) for item in work]
-        digests = {item.slot: self._run(item, prefix) for item, prefix in zip(work, prefixes, strict=True)}
-        sampled = [chunk.slot for chunk in plan.chunks if chunk.sample]
-        sampled += [number for number, slot in self.slots.items() if slot.last_token is not None]
-        return self._sample(plan.step_id, sampled, digests)
+        unsampled = {chunk.slot for chunk in plan.chunks if not chunk.sample}
+        tokens: dict[int, list[int]] = {number: [] for number in full}
+        for item, prefix in zip(work, prefixes, strict=True):
+            digest = self._run(item, prefix)
+            if item.slot not in unsampled:
+                tokens[item.slot] = self._sample(item, digest)
+        return self._result(plan, tokens, {item.slot: item.num_draft_tokens for item in work})
+
+    def _decode(self, plan: StepPlan, number: int, slot: _Slot) -> _Work:
+        """What a decoding slot runs; how many of its draft tokens are right is up to chance."""
+        assert slot.last_token is not None
+        assert slot.next_position is not None
+        random = Random(f"{plan.step_id} {number}")
+        most = max(0, min(plan.num_draft_tokens, slot.max_len - slot.next_position - 2))
+        num_drafts = random.choice([most, random.randint(0, most)])
+        return _Work(number, slot.next_position, (slot.last_token,), num_drafts, random.randint(0, num_drafts))
 
     def _slot(self, number: int) -> _Slot:
         require(number in self.slots, f"slot {number} is empty")
@@ -146,14 +179,21 @@ class SimulatedWorker:
             require(
                 added.sampling.needs_output_history or not added.output_token_ids, "output history nobody asked for"
             )
-            self.slots[added.slot] = _Slot(added.sampling, list(added.page_ids), list(added.output_token_ids))
+            require(
+                not added.max_len or len(added.prefix_token_ids) % self.config.page_size == 0,
+                f"slot {added.slot} has hits of {len(added.prefix_token_ids)} tokens",
+            )
+            self.slots[added.slot] = _Slot(
+                added.sampling, list(added.page_ids), list(added.output_token_ids), max_len=added.max_len
+            )
         for number, page in plan.appended_pages:
             slot = self._slot(number)
             require(slot.last_token is not None, f"slot {number} gets a page before it decodes")
-            require(
-                slot.next_position == len(slot.page_table) * self.config.page_size,
-                f"slot {number} gets a page while it computes position {slot.next_position}",
-            )
+            assert slot.next_position is not None
+            # What is in flight may bring it that far, and this step further.
+            ahead = (self.config.max_num_draft_tokens + 1) * self.config.max_in_flight_steps if slot.max_len else 0
+            room = len(slot.page_table) * self.config.page_size - slot.next_position
+            require(0 <= room <= ahead, f"slot {number} gets a page while it computes position {slot.next_position}")
             slot.page_table.append(page)
         for number, slot in self.slots.items():
             table = slot.page_table
@@ -166,7 +206,7 @@ class SimulatedWorker:
         size = self.config.page_size
         for item in work:
             table = self.slots[item.slot].page_table
-            end = item.start + len(item.tokens)
+            end = item.start + item.num_tokens
             require(end < self.config.max_model_len, f"slot {item.slot} computes position {end - 1}")
             require(end <= len(table) * size, f"slot {item.slot} has no page for position {end - 1}")
             for page in table[item.start // size : -(-end // size)]:
@@ -197,13 +237,40 @@ class SimulatedWorker:
         slot.next_position = item.start + len(item.tokens)
         return digest
 
-    def _sample(self, step_id: int, sampled: list[int], digests: dict[int, bytes]) -> StepResult:
-        logprobs = {}
-        for number in sampled:
-            slot = self.slots[number]
-            slot.last_token = sample_token(slot.sampling, digests[number], slot.output)
-            slot.output.append(slot.last_token)
-            if slot.sampling.num_logprobs is not None:
-                logprobs[number] = TokenLogprobs(-float(slot.last_token))
-        tokens = tuple(token for number in sampled if (token := self.slots[number].last_token) is not None)
-        return StepResult(step_id, slots=tuple(sampled), token_ids=tokens, logprobs=logprobs)
+    def _sample(self, item: _Work, digest: bytes) -> list[int]:
+        """Sample the token after the last one that ran, and after each draft token that it turns out to be."""
+        slot = self.slots[item.slot]
+        emitted: list[int] = []
+        for index in range(item.num_draft_tokens + 1):
+            token = sample_token(slot.sampling, digest, slot.output)
+            slot.output.append(token)
+            emitted.append(token)
+            if index == item.num_draft_tokens:
+                break
+            right = index < item.num_accepted
+            draft = token if right else (token + 1) % VOCAB_SIZE
+            digest = extend_digest(digest, draft)
+            self.kv[self._cell_key(slot, item.start + 1 + index)] = _Cell(draft, digest)
+            if not right:
+                for wrong in range(index + 1, item.num_draft_tokens):
+                    self.kv[self._cell_key(slot, item.start + 1 + wrong)] = _Cell(0, _EMPTY)
+                break
+        slot.last_token = emitted[-1]
+        slot.next_position = item.start + len(item.tokens) + len(emitted) - 1
+        return emitted
+
+    def _result(self, plan: StepPlan, tokens: dict[int, list[int]], drafted: dict[int, int]) -> StepResult:
+        logprobs: dict[int, tuple[TokenLogprobs, ...]] = {
+            number: tuple(TokenLogprobs(-float(token)) for token in emitted)
+            for number, emitted in tokens.items()
+            if self.slots[number].sampling.num_logprobs is not None
+        }
+        plain = all(len(emitted) == 1 for emitted in tokens.values()) and not any(drafted.values())
+        return StepResult(
+            plan.step_id,
+            slots=tuple(tokens),
+            token_ids=tuple(token for emitted in tokens.values() for token in emitted),
+            logprobs=logprobs,
+            counts=() if plain else tuple(len(emitted) for emitted in tokens.values()),
+            drafted=() if plain else tuple(drafted.get(number, 0) for number in tokens),
+        )

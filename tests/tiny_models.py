@@ -89,6 +89,51 @@ class TinyModel:
         return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class KnobTarget(TinyModel):
+    """A target whose first layers are a draft, and whose later ones say little: how little, is the knob.
+
+    With `later` 0 both are the same function, so that every draft token is accepted; acceptance falls as it grows. It
+    is synthetic, but has the true cost of both models.
+    """
+
+    num_draft_layers: int
+    later: float
+    """Factor of what layers behind the draft's add to the residual stream."""
+
+    def weights(self) -> Weights:
+        out = TinyModel.weights(self)
+        for i in range(self.num_draft_layers, self.config["num_hidden_layers"]):
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                out[f"model.layers.{i}.{name}.weight"] *= np.float32(self.later)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class KnobDraft(TinyModel):
+    """The first layers of a target, under the same embedding, norm and head."""
+
+    target: KnobTarget
+
+    def weights(self) -> Weights:
+        mine = {f"model.layers.{i}." for i in range(self.config["num_hidden_layers"])}
+        whole = self.target.weights().items()
+        return {
+            name: values
+            for name, values in whole
+            if not name.startswith("model.layers.") or any(name.startswith(layer) for layer in mine)
+        }
+
+
+def knob_pair(
+    later: float, *, num_layers: int = 8, num_draft_layers: int = 2, **config: Any
+) -> tuple[KnobTarget, KnobDraft]:
+    """Return a target and its draft, see `KnobTarget`; `config` changes fields of both."""
+    base = _model("knob", "llama", 64, 4, 2, **config).config
+    target = KnobTarget("knob", base | {"num_hidden_layers": num_layers}, num_draft_layers, later)
+    return target, KnobDraft("knob", base | {"num_hidden_layers": num_draft_layers}, target)
+
+
 _ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 

@@ -40,6 +40,7 @@ def make_manifest(model_dir: Path, tp_size: int, *, quantization: Literal["q0f32
         max_model_len=128,
         max_num_batched_tokens=64,
         max_num_seqs=4,
+        max_num_rows=4,
         attention_window=0,
         workspace_bytes=0,
         kv=KVLayout(16, config.num_layers, sharding.num_kv_heads, config.head_dim, "float32"),

@@ -1,4 +1,4 @@
-"""The batch that a rank holds between steps: slots, page tables, last tokens; plans change it by diffs.
+"""The batch that a rank holds between steps: slots, page tables, tokens; plans change it by diffs.
 
 Plain numpy here, which is device memory on a CPU. Nothing in it depends on the compiled library.
 """
@@ -25,11 +25,22 @@ class StepArrays:
     token_slots: Array
     """(T,) int32."""
     sample_rows: Array
-    """(R,) int32: tokens after which one is sampled."""
+    """(R,) int32: tokens after which one is sampled. First one of each slot; then, where drafts are verified, those
+    after each slot's first draft token, its second, and so on."""
     sample_slots: Array
     """(R,) int32."""
     sample_positions: Array
     """(R,) int32: position that the sampled token will have."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTokens:
+    """What a step verifies beside the last tokens of the B slots that decode in it (`Batch.running`)."""
+
+    token_ids: Array
+    """(B, K) int32: of each slot, the first `counts` are read."""
+    counts: Array
+    """(B,) int32."""
 
 
 class Batch:
@@ -37,6 +48,18 @@ class Batch:
 
     With `tokens_on_device`, sampled tokens never come to the host in time: decoding rows carry token id -1, for the
     device to fill in.
+
+    Attributes
+    ----------
+    page_table : (S, P) int32
+        Page ids by slot.
+    tokens : (S, max_num_pages * page_size + 1) int32
+        By slot, the tokens of its sequence, prompt and output; of a slot with neither `max_len` nor draft tokens only
+        those after its prefix-cache hits. No columns with `tokens_on_device`.
+    num_tokens : (S,) int32
+        Of a decoding slot: its tokens, the last of which is sampled but not computed.
+    ended : (E,) int32
+        Decoding slots at their `max_len`, which the step last prepared leaves alone.
 
     A slot decodes when its prompt has been sampled; decoding slots are kept as one array that changes only when a slot
     comes or goes, so a pure decode step costs a few vector operations.
@@ -49,17 +72,27 @@ class Batch:
         max_pages_per_seq: int,
         page_size: int,
         *,
+        max_num_rows: int | None = None,
         tokens_on_device: bool = False,
     ) -> None:
         self._tokens_on_device = tokens_on_device
+        self._max_num_rows = max_num_rows or max_num_tokens
         self._page_size = page_size
         self._max_num_tokens = max_num_tokens
         self.page_table = aligned_zeros((max_num_seqs, max_pages_per_seq), np.int32)
         self._num_pages = np.zeros(max_num_seqs, np.int32)
         self._occupied = np.zeros(max_num_seqs, np.bool_)
-        self._last_token = np.zeros(max_num_seqs, np.int32)
-        self._num_tokens = np.zeros(max_num_seqs, np.int32)  # computed and sampled: position of the last token + 1
+        # One more than there are positions to compute: the last token may be sampled and never computed.
+        width = 0 if tokens_on_device else max_pages_per_seq * page_size + 1
+        self.tokens = np.zeros((max_num_seqs, width), np.int32)
+        self._flat_tokens = self.tokens.reshape(-1)
+        self._row_starts = np.arange(max_num_seqs) * width
+        self.num_tokens = np.zeros(max_num_seqs, np.int32)
+        self._max_len = np.zeros(max_num_seqs, np.int32)
+        self._num_ending = 0  # occupied slots with a max_len
         self._decoding = np.empty(0, np.int32)
+        self.ended = self._decoding
+        self._num_decodes = 0  # of the step last prepared
         token_shape = (max_num_tokens,)
         self._token_ids = aligned_empty(token_shape, np.int32)
         self._positions = aligned_empty(token_shape, np.int32)
@@ -89,6 +122,7 @@ class Batch:
                 self._require(self._occupied[slot], f"step {plan.step_id} removes slot {slot}, which is free")
                 self._occupied[slot] = False
                 self._num_pages[slot] = 0
+                self._num_ending -= bool(self._max_len[slot])
             gone = np.asarray(plan.removed_slots, np.int32)
             self._decoding = self._decoding[~np.isin(self._decoding, gone)]
         for added in plan.added_slots:
@@ -96,7 +130,10 @@ class Batch:
             self._require_slot(plan, slot)
             self._require(not self._occupied[slot], f"step {plan.step_id} adds slot {slot}, which is taken")
             self._occupied[slot] = True
-            self._num_tokens[slot] = 0
+            self.num_tokens[slot] = 0
+            self._max_len[slot] = added.max_len
+            self._num_ending += bool(added.max_len)
+            self.tokens[slot, : len(added.prefix_token_ids)] = added.prefix_token_ids
             for page in added.page_ids:
                 changed.append((slot, self._append(slot, page), page))
         for slot, page in plan.appended_pages:
@@ -105,28 +142,44 @@ class Batch:
             changed.append((slot, self._append(slot, page), page))
         return changed
 
-    def prepare(self, plan: StepPlan) -> StepArrays:
-        """Lay out the tokens of a step: decoding slots first, then the plan's chunks.
+    def running(self) -> Array:
+        """Return the slots that decode in the next step, (B,) int32: all that decode but those at their end."""
+        if not self._num_ending:
+            return self._decoding
+        return self._decoding[~self._at_end()]
+
+    def draft_limits(self, max_num_draft_tokens: int) -> Array:
+        """Return how many draft tokens each slot of `running` may verify, (B,) int32: at most what it lacks but one."""
+        slots = self.running()
+        left: Array = self._max_len[slots] - self.num_tokens[slots] - 1
+        return left.clip(0, max_num_draft_tokens)
+
+    def prepare(self, plan: StepPlan, draft: DraftTokens | None = None) -> StepArrays:
+        """Lay out the tokens of a step: decoding slots first, each with its draft tokens, then the plan's chunks.
 
         Raises
         ------
         PlanError
-            If the step has more tokens than memory was planned for, or a chunk's slot is free or lacks pages.
+            If the step has more tokens or rows than memory was planned for, or a slot is free or lacks pages.
         """
-        num_decodes = len(self._decoding)
-        num_tokens = num_decodes + sum(len(chunk.token_ids) for chunk in plan.chunks)
+        slots = self.running()
+        self.ended = self._decoding[self._at_end()] if len(slots) < len(self._decoding) else self._decoding[:0]
+        self._num_decodes = num_decodes = len(slots)
+        num_drafted = 0 if draft is None else int(draft.counts.sum())
+        start = num_decodes + num_drafted
+        num_tokens = start + sum(len(chunk.token_ids) for chunk in plan.chunks)
         self._require(
             num_tokens <= self._max_num_tokens,
             f"step {plan.step_id} has {num_tokens} tokens, the library takes {self._max_num_tokens}",
         )
-        slots = self._decoding
-        self._token_ids[:num_decodes] = -1 if self._tokens_on_device else self._last_token[slots]
-        self._positions[:num_decodes] = self._num_tokens[slots] - 1
-        self._token_slots[:num_decodes] = slots
-        self._sample_rows[:num_decodes] = np.arange(num_decodes, dtype=np.int32)
         self._sample_slots[:num_decodes] = slots
-        self._sample_positions[:num_decodes] = self._num_tokens[slots]
-        start, num_rows = num_decodes, num_decodes
+        self._sample_positions[:num_decodes] = self.num_tokens[slots]
+        later = None
+        if draft is None or not num_drafted:
+            self._lay_out(slots)
+        else:
+            later = self._lay_out_drafts(slots, draft)
+        num_rows = num_decodes
         for chunk in plan.chunks:
             self._require_slot(plan, chunk.slot)
             stop, end = start + len(chunk.token_ids), chunk.start + len(chunk.token_ids)
@@ -138,14 +191,27 @@ class Batch:
             self._token_ids[start:stop] = chunk.token_ids
             self._positions[start:stop] = np.arange(chunk.start, end, dtype=np.int32)
             self._token_slots[start:stop] = chunk.slot
+            if not self._tokens_on_device:
+                self.tokens[chunk.slot, chunk.start : end] = self._token_ids[start:stop]
             if chunk.sample:
                 self._sample_rows[num_rows] = stop - 1
                 self._sample_slots[num_rows] = chunk.slot
                 self._sample_positions[num_rows] = end
                 num_rows += 1
             start = stop
+        if later is not None:
+            self._sample_rows[num_rows : num_rows + num_drafted] = later
+            self._sample_slots[num_rows : num_rows + num_drafted] = self._token_slots[later]
+            self._sample_positions[num_rows : num_rows + num_drafted] = self._positions[later] + 1
+            num_rows += num_drafted
         self._require(
-            bool((self._positions[:num_decodes] < self._num_pages[slots] * self._page_size).all()),
+            num_rows <= self._max_num_rows,
+            f"step {plan.step_id} samples {num_rows} rows, the library takes {self._max_num_rows}",
+        )
+        decoded = slice(0, num_decodes + num_drafted)
+        pages = self._num_pages[self._token_slots[decoded]]
+        self._require(
+            bool((self._positions[decoded] < pages * self._page_size).all()),
             f"step {plan.step_id}: a decoding slot has no page for its next token",
         )
         return StepArrays(
@@ -158,20 +224,76 @@ class Batch:
         )
 
     def commit(self, arrays: StepArrays, token_ids: Array | None) -> None:
-        """Take the sampled tokens: they are the next step's inputs, and newly sampled slots decode from then on.
+        """Take one sampled token of each slot, the next step's inputs; newly sampled slots decode from then on.
 
         Parameters
         ----------
         token_ids : (R,) int32 or None
             None if they stay on the device.
         """
-        slots = arrays.sample_slots
+        slots, positions = arrays.sample_slots, arrays.sample_positions
         if token_ids is not None:
-            self._last_token[slots] = token_ids
-        self._num_tokens[slots] = arrays.sample_positions + 1
-        num_decodes = len(self._decoding)
-        if len(slots) > num_decodes:
-            self._decoding = np.concatenate([self._decoding, slots[num_decodes:]])
+            self._flat_tokens[self._row_starts[slots] + positions] = token_ids
+        self.num_tokens[slots] = positions + 1
+        self._join(slots)
+
+    def commit_runs(self, slots: Array, token_ids: Array, counts: Array) -> None:
+        """Take the tokens of a step that verified drafts; what it computed past them is void.
+
+        Parameters
+        ----------
+        slots : (N,) int32
+            Those sampled, as the step's arrays begin.
+        token_ids : (N, W) int32, counts : (N,) int32
+            Of each slot the first `counts` tokens were emitted.
+        """
+        first = self._sample_positions[: len(slots)]
+        place = np.arange(token_ids.shape[1], dtype=np.int32)
+        row, column = np.nonzero(place < counts[:, None])
+        self.tokens[slots[row], first[row] + column] = token_ids[row, column]
+        self.num_tokens[slots] = first + counts
+        self._join(slots)
+
+    def _lay_out(self, slots: Array) -> None:
+        """Put one token of each slot at the step's beginning."""
+        count = len(slots)
+        positions = self.num_tokens[slots] - 1
+        on_device = self._tokens_on_device
+        self._token_ids[:count] = -1 if on_device else self._flat_tokens[self._row_starts[slots] + positions]
+        self._positions[:count] = positions
+        self._token_slots[:count] = slots
+        self._sample_rows[:count] = np.arange(count, dtype=np.int32)
+
+    def _lay_out_drafts(self, slots: Array, draft: DraftTokens) -> Array:
+        """Put the last token and the draft tokens of each slot, side by side, at the step's beginning.
+
+        Returns
+        -------
+        (num_drafted,) int64
+            The draft tokens' places: the first of every slot, then the second, and so on.
+        """
+        sizes = 1 + draft.counts
+        starts = np.cumsum(sizes) - sizes
+        row = np.repeat(np.arange(len(slots)), sizes)
+        offset = np.arange(len(row)) - starts[row]  # 0 for the last token, then 1, ...
+        last = self.tokens[slots, self.num_tokens[slots] - 1]
+        count = len(row)
+        self._token_ids[:count] = np.concatenate([last[:, None], draft.token_ids], axis=1)[row, offset]
+        self._positions[:count] = self.num_tokens[slots][row] - 1 + offset
+        self._token_slots[:count] = slots[row]
+        self._sample_rows[: len(slots)] = starts
+        places = np.flatnonzero(offset)
+        return places[np.argsort(offset[places], kind="stable")]
+
+    def _join(self, slots: Array) -> None:
+        """Let newly sampled slots decode: those behind the ones that already do."""
+        if len(slots) > self._num_decodes:
+            self._decoding = np.concatenate([self._decoding, slots[self._num_decodes :]])
+
+    def _at_end(self) -> Array:
+        """Return which of the decoding slots have all tokens that they may have, (D,) bool."""
+        max_len = self._max_len[self._decoding]
+        return (max_len > 0) & (self.num_tokens[self._decoding] >= max_len)
 
     def _append(self, slot: int, page: int) -> int:
         """Put a page at the end of a slot's table; return its index."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tpserve.collectives.cpu import SharedMemoryCommunicator
 from tpserve.collectives.rendezvous import Rendezvous
 from tpserve.collectives.tcp import TcpCommunicator
-from tpserve.proto.rank import RankConfig
+
+if TYPE_CHECKING:
+    from tpserve.worker.model import ModelRank
 
 _ATTACH_TIMEOUT_S = 60.0
 """For the slowest rank's process to start, however short a step's deadline is."""
 
 
 def join(
-    config: RankConfig, kernels: Any, door: socket.socket | None
+    config: ModelRank, kernels: Any, door: socket.socket | None
 ) -> SharedMemoryCommunicator | TcpCommunicator | None:
     """Meet the other ranks and make the communicator the one that graphs call; None for a rank alone.
 
@@ -35,7 +37,7 @@ def join(
         return None
     attach_timeout_s = max(_ATTACH_TIMEOUT_S, config.collective_timeout_s)
     communicator: SharedMemoryCommunicator | TcpCommunicator
-    if config.across_nodes:
+    if config.rendezvous is not None:
         with Rendezvous(
             config.rank, config.tp_size, config.rendezvous, config.group_name, timeout_s=attach_timeout_s, door=door
         ) as rendezvous:

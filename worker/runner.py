@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -15,25 +13,19 @@ import numpy as np
 from tpserve.collectives.cpu import CollectiveStats
 from tpserve.proto.messages import CollectiveUse, StepPlan, StepResult, TokenLogprobs
 from tpserve.proto.rank import RankConfig
-from tpserve.worker.arrays import Array, aligned_zeros, as_tensor
-from tpserve.worker.batch import Batch, StepArrays
+from tpserve.worker.arrays import Array
+from tpserve.worker.batch import Batch, DraftTokens, StepArrays
 from tpserve.worker.errors import PlanError
-from tpserve.worker.grammar import ConstrainedRow, GrammarFollower
-from tpserve.worker.host_group import join
-from tpserve.worker.kv_cache import KVCache
-from tpserve.worker.library import Library, check_manifest, load_kernels
+from tpserve.worker.grammar import GrammarFollower
+from tpserve.worker.library import check_manifest
+from tpserve.worker.masks import StepMasks
+from tpserve.worker.model import Model, ModelRank, Progress
 from tpserve.worker.sampler import Sampler
 from tpserve.worker.service import DoneStep
-from tpserve.worker.weights import dummy_parameters, load_parameters
+from tpserve.worker.speculation import Speculator, check_rows, make_proposer
+from tpserve.worker.verify import Sampled, verify
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-"""Called with (parameters loaded, parameters in all)."""
-
-
-_Masks = tuple[dict[int, str], int]
-"""What came of computing masks: by slot, why its sequence cannot go on; and microseconds."""
 
 
 class Runner:
@@ -55,34 +47,45 @@ class Runner:
             If a rank of the group does not come in time; names it.
         """
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
+        check_rows(manifest, config)
         self._rank = config.rank
         self._grammars = GrammarFollower(config.model_dir, manifest.vocab_size, num_threads=1)
         self._grammars.warm_up()  # while weights are read
-        kernels = load_kernels(config.artifact_dir)
-        self._communicator = join(config, kernels, door)
-        kernels["set_num_threads"](config.num_threads)
-        library = Library(config.artifact_dir, manifest, kernels)
-        self._step = library.step
-        if config.load_format == "dummy":
-            arrays = dummy_parameters(manifest, config.rank)
-        else:
-            arrays = load_parameters(manifest, config.model_dir, config.rank)
-        self._params: list[Any] = []
-        for array in arrays:
-            self._params.append(as_tensor(array))
-            progress(len(self._params), len(manifest.params))
-        self._kv = KVCache(manifest.kv, config.num_pages)
-        # Attention on a CPU needs neither a plan nor room for partial sums.
-        self._no_workspace = (as_tensor(aligned_zeros((0,), np.int32)), as_tensor(aligned_zeros((0,), np.float32)))
+        self._model = Model(
+            ModelRank(
+                manifest=manifest,
+                artifact_dir=config.artifact_dir,
+                model_dir=config.model_dir,
+                rank=config.rank,
+                tp_size=config.tp_size,
+                group_name=config.group_name,
+                load_format=config.load_format,
+                num_pages=config.num_pages,
+                num_threads=config.num_threads,
+                collective_timeout_s=config.collective_timeout_s,
+                rendezvous=config.rendezvous if config.across_nodes else None,
+                host=config.host,
+            ),
+            progress,
+            door,
+        )
         page_size = manifest.kv.page_size
-        max_pages = -(-manifest.max_model_len // page_size)
-        self._batch = Batch(config.max_num_seqs, manifest.max_num_batched_tokens, max_pages, page_size)
-        self._sampler = Sampler(kernels["sample"], config.max_num_seqs, manifest.vocab_size)
-        self._masking = ThreadPoolExecutor(1, "grammar-masks")
-        self._constrained: list[ConstrainedRow] = []
-        """Rows of the present step; once it is sampled, those that the next step's masks follow."""
-        self._sampled: Array | None = None
-        self._masks: Future[_Masks] | None = None
+        self._batch = Batch(
+            config.max_num_seqs,
+            manifest.max_num_batched_tokens,
+            -(-manifest.max_model_len // page_size),
+            page_size,
+            max_num_rows=manifest.max_num_rows,
+        )
+        self._sampler = Sampler(self._model.sample_kernel, config.max_num_seqs, manifest.vocab_size)
+        self._masks = StepMasks(self._grammars, self._sampler.mask_buffer)
+        self._speculator: Speculator | None = None
+        if config.speculation is not None:
+            wanted = config.speculation
+            proposer = make_proposer(config, wanted, manifest, self._batch, self._sampler, progress)
+            self._speculator = Speculator(wanted, proposer, self._batch, manifest)
+        self._draft: DraftTokens | None = None
+        """What the present step verifies."""
         self._hidden: Any = None
         """The last step's second output."""
         self._hidden_slots: set[int] = set()
@@ -107,28 +110,25 @@ class Runner:
         started_us, started = time.time_ns() // 1000, time.perf_counter()
         before = self._collective_totals()
         arrays, logits = self.forward(plan)
-        if logits is None:
+        if logits is None and not len(self._batch.ended):
             return StepResult(plan.step_id, self._rank)
-        failures, mask_us = self._await_masks()
-        token_ids, logprobs = self.sample(arrays, logits)
-        if not self._hidden_slots.isdisjoint(logprobs):
-            logprobs = self._with_hidden(arrays, logprobs)
+        fields: dict[str, Any] = {}  # only the first rank carries them
+        if logits is not None:
+            fields = self._sample_all(arrays, logits)
+        if len(self._batch.ended):
+            fields = _with_ended(fields, self._batch.ended.tolist())
         step_us = int((time.perf_counter() - started) * 1e6)
         collectives = _since(before, self._collective_totals())
-        is_first = self._rank == 0  # only it carries tokens
         return StepResult(
             step_id=plan.step_id,
             rank=self._rank,
-            slots=tuple(arrays.sample_slots.tolist()) if is_first else (),
-            token_ids=tuple(token_ids.tolist()) if is_first else (),
-            logprobs=logprobs if is_first else {},
             step_us=step_us,
             collective_us=sum(use.busy_us for use in collectives),
             collectives=collectives,
             started_us=started_us,
             num_tokens=len(arrays.token_ids),
-            failures=failures if is_first else {},
-            mask_us=mask_us if is_first else 0,
+            draft_us=0 if self._speculator is None else self._speculator.draft_us,
+            **(fields if self._rank == 0 else {}),
         )
 
     def forward(self, plan: StepPlan) -> tuple[StepArrays, Any]:
@@ -147,67 +147,106 @@ class Runner:
         """
         if self._next_step_id is not None and plan.step_id != self._next_step_id:
             raise PlanError(f"step {plan.step_id} came where {self._next_step_id} was due")
-        if plan.num_draft_tokens:
-            raise PlanError(f"step {plan.step_id} asks for {plan.num_draft_tokens} draft tokens: no draft is loaded")
+        if self._speculator is None:
+            _refuse_speculation(plan)
+        else:
+            self._speculator.apply(plan)
         self._next_step_id = plan.step_id + 1
         self._batch.apply(plan)
         for added in plan.added_slots:
             self._sampler.add(added)
             (self._hidden_slots.add if added.sampling.wants_hidden else self._hidden_slots.discard)(added.slot)
         self._grammars.apply(plan)
-        arrays = self._batch.prepare(plan)
+        self._draft = None if self._speculator is None else self._speculator.draft(plan)
+        arrays = self._batch.prepare(plan, self._draft)
         if not len(arrays.token_ids):
             return arrays, None
-        self._start_masks(arrays)
-        inputs = (arrays.token_ids, arrays.positions, arrays.token_slots, self._batch.page_table, arrays.sample_rows)
-        logits, self._hidden = self._step(*map(as_tensor, inputs), *self._no_workspace, self._kv.layers, self._params)
+        num_drafted = 0 if self._draft is None else int(self._draft.counts.sum())
+        self._masks.start(arrays.sample_slots[: len(arrays.sample_slots) - num_drafted])
+        logits, self._hidden = self._model.step(
+            arrays.token_ids, arrays.positions, arrays.token_slots, self._batch.page_table, arrays.sample_rows
+        )
         return arrays, logits
 
     def sample(self, arrays: StepArrays, logits: Any) -> tuple[Array, dict[int, TokenLogprobs]]:
-        """Sample what `forward` returned, and make it the next step's input; see `Sampler.sample`."""
-        self._await_masks()
-        token_ids, logprobs = self._sampler.sample(logits, arrays)
+        """Sample what `forward` returned of a step without drafts, and make it the next step's input.
+
+        See `Sampler.sample`.
+        """
+        self._masks.wait()
+        token_ids, logprobs = self._sampler.sample(logits, arrays.sample_slots, arrays.sample_positions)
         self._batch.commit(arrays, token_ids)
-        self._sampled = token_ids.copy() if self._constrained else None
+        self._masks.took(token_ids)
+        if not self._hidden_slots.isdisjoint(logprobs):
+            row_of = {int(slot): row for row, slot in enumerate(arrays.sample_slots)}
+            logprobs = {slot: self._with_hidden(row_of[slot], slot, item) for slot, item in logprobs.items()}
         return token_ids, logprobs
 
-    def _start_masks(self, arrays: StepArrays) -> None:
-        """Follow the last step's tokens and compute this step's masks, while the graph runs."""
-        before, sampled = self._constrained, self._sampled
-        self._constrained = rows = self._grammars.rows(arrays.sample_slots)
-        self._masks = None
-        if before or rows:
-            self._masks = self._masking.submit(self._compute_masks, before, sampled, rows)
+    def sample_drafted(self, arrays: StepArrays, logits: Any, draft: DraftTokens) -> Sampled:
+        """Sample what `forward` returned of a step that verifies drafts, and make it the next step's input."""
+        sampled = verify(arrays, logits, draft, self._sampler, self._masks, self._with_hidden)
+        self._batch.commit_runs(sampled.slots, sampled.token_ids, sampled.counts)
+        return sampled
 
-    def _compute_masks(self, before: list[ConstrainedRow], sampled: Array | None, rows: list[ConstrainedRow]) -> _Masks:
-        started = time.perf_counter()
-        if sampled is not None:
-            self._grammars.advance(before, sampled)
-        failures = self._grammars.fill(rows, self._sampler.mask_buffer)
-        return failures, int((time.perf_counter() - started) * 1e6)
+    def _sample_all(self, arrays: StepArrays, logits: Any) -> dict[str, Any]:
+        """Sample a step; return the result's fields that only rank 0 carries."""
+        if self._draft is not None:
+            fields = self.sample_drafted(arrays, logits, self._draft).fields()
+        else:
+            failures, mask_us = self._masks.wait()
+            token_ids, logprobs = self.sample(arrays, logits)
+            fields = {
+                "slots": tuple(arrays.sample_slots.tolist()),
+                "token_ids": tuple(token_ids.tolist()),
+                "logprobs": {slot: (item,) for slot, item in logprobs.items()},
+                "failures": failures,
+                "mask_us": mask_us,
+            }
+        if self._speculator is not None:
+            self._speculator.settle()
+        return fields
 
-    def _await_masks(self) -> _Masks:
-        """Wait for this step's masks."""
-        return ({}, 0) if self._masks is None else self._masks.result()
-
-    def _with_hidden(self, arrays: StepArrays, logprobs: dict[int, TokenLogprobs]) -> dict[int, TokenLogprobs]:
-        """Add the hidden rows of the slots that asked for theirs."""
-        hidden = np.from_dlpack(self._hidden)  # (R, hidden_size) float32
-        rows = {int(slot): row for row, slot in enumerate(arrays.sample_slots)}
-        return {
-            slot: replace(item, hidden=hidden[rows[slot]].tobytes()) if slot in self._hidden_slots else item
-            for slot, item in logprobs.items()
-        }
+    def _with_hidden(self, row: int, slot: int, logprobs: TokenLogprobs) -> TokenLogprobs:
+        """Add a row of the final norm for a slot that asked for its."""
+        if slot not in self._hidden_slots:
+            return logprobs
+        return replace(logprobs, hidden=np.from_dlpack(self._hidden)[row].tobytes())  # (R, hidden_size) float32
 
     def _collective_totals(self) -> dict[str, CollectiveStats]:
-        return {} if self._communicator is None else self._communicator.stats()
+        """Return totals of the model and its draft together, by kind."""
+        totals = self._model.collective_totals()
+        if self._speculator is not None:
+            for kind, more in self._speculator.collective_totals().items():
+                totals[kind] = more + totals[kind] if kind in totals else more
+        return totals
 
     def close(self) -> None:
         """Leave the group."""
         self._grammars.close()
-        self._masking.shutdown(wait=False)
-        if self._communicator is not None:
-            self._communicator.close()
+        self._masks.close()
+        self._model.close()
+        if self._speculator is not None:
+            self._speculator.close()
+
+
+def _refuse_speculation(plan: StepPlan) -> None:
+    if plan.num_draft_tokens:
+        raise PlanError(f"step {plan.step_id} asks for {plan.num_draft_tokens} draft tokens: no draft is loaded")
+    for added in plan.added_slots:
+        if added.max_len:
+            raise PlanError(f"step {plan.step_id} lets slot {added.slot} speculate: no draft is loaded")
+
+
+def _with_ended(fields: dict[str, Any], ended: list[int]) -> dict[str, Any]:
+    """Add slots at their end, of which nothing is sampled, to a result's fields."""
+    slots: tuple[int, ...] = fields.get("slots", ())
+    none = (0,) * len(ended)
+    drafted = fields.get("drafted", ())
+    return fields | {
+        "slots": (*slots, *ended),
+        "counts": (*fields.get("counts", (1,) * len(slots)), *none),
+        "drafted": (*drafted, *none) if drafted else (),
+    }
 
 
 def _since(before: dict[str, CollectiveStats], after: dict[str, CollectiveStats]) -> tuple[CollectiveUse, ...]:

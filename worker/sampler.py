@@ -13,7 +13,6 @@ import numpy as np
 
 from tpserve.proto.messages import SamplingParams, SlotAdd, TokenLogprobs
 from tpserve.worker.arrays import Array, aligned_empty, aligned_zeros, as_tensor
-from tpserve.worker.batch import StepArrays
 from tpserve.worker.grammar import MaskBuffer, num_mask_words
 
 MAX_LOGPROBS = 20
@@ -73,38 +72,50 @@ class Sampler:
             np.add.at(counts, np.asarray(added.output_token_ids, np.int64), 1)
         self._state = self._state_tensors()
 
-    def sample(self, logits: Any, arrays: StepArrays) -> tuple[Array, dict[int, TokenLogprobs]]:
+    def copy_counts(self, source: Sampler, slots: Array) -> None:
+        """Take another sampler's counts of output tokens for the slots that have penalties; both know the slots."""
+        counted = slots[
+            (self._floats["frequency_penalty"][slots] != 0) | (self._floats["presence_penalty"][slots] != 0)
+        ]
+        if len(counted):
+            self._output_counts[counted] = source._output_counts[counted]
+
+    def sample(self, logits: Any, slots: Array, positions: Array) -> tuple[Array, dict[int, TokenLogprobs]]:
         """Sample one token for each row.
 
         Parameters
         ----------
         logits : tensor (R, padded_vocab_size) float32
             Changed in place; what is past the vocabulary is not read.
+        slots : (R,) int32
+            Each at most once, since what was sampled counts for the slot's next token.
+        positions : (R,) int32
+            That the sampled tokens will have.
 
         Returns
         -------
         token ids : (R,) int32, a view that the next call overwrites
         log-probabilities by slot, for the slots that asked
         """
-        rows = len(arrays.sample_slots)
+        rows = len(slots)
         ids = self._out_ids[:rows]
         self._kernel(
             logits,
             self._vocab_size,
-            as_tensor(arrays.sample_slots),
-            as_tensor(arrays.sample_positions),
+            as_tensor(slots),
+            as_tensor(positions),
             *self._state,
             as_tensor(ids),
             as_tensor(self._out_logprob[:rows]),
             as_tensor(self._out_top_ids[:rows]),
             as_tensor(self._out_top_logprobs[:rows]),
         )
-        wanted = self._num_logprobs[arrays.sample_slots]
+        wanted = self._num_logprobs[slots]
         logprobs: dict[int, TokenLogprobs] = {}
         for row in np.flatnonzero(wanted >= 0):
             count = int(wanted[row])
             top = best_alternatives(self._out_top_ids[row, :count], self._out_top_logprobs[row, :count])
-            logprobs[int(arrays.sample_slots[row])] = TokenLogprobs(float(self._out_logprob[row]), top)
+            logprobs[int(slots[row])] = TokenLogprobs(float(self._out_logprob[row]), top)
         return ids, logprobs
 
     def _set_bias(self, slot: int, sampling: SamplingParams) -> None:

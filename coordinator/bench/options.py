@@ -16,6 +16,7 @@ from tpserve.coordinator.bench.definitions import Slo
 from tpserve.coordinator.bench.errors import BenchError
 from tpserve.coordinator.bench.results import Configuration
 from tpserve.coordinator.bench.workload import Workload
+from tpserve.proto.speculation import MAX_DRAFT_TOKENS, METHODS
 
 _NOT_COMPARED = ("output_dir", "resume", "api_key", "tp", "concurrency", "request_rate", "no_chart", "floor")
 """A run may be resumed with others of these: they decide which points there are, not what one is."""
@@ -98,8 +99,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="='[NAME: ]ARGS'",
         help="more arguments for `tpserve serve`; each further one is a configuration more, '' is the plain server",
     )
-    add("--spec", metavar="K,..", help="draft lengths to compare; refused until `tpserve serve` speculates")
-    add("--draft-model", metavar="MODEL", help="as --spec")
+    add(
+        "--spec",
+        type=_draft_lengths,
+        default=(),
+        metavar="off,3,auto,mlc",
+        help="draft lengths to compare, off for plain decoding (default with a proposer: off,auto)",
+    )
+    add("--draft-model", metavar="MODEL", help="draft of the configurations that speculate")
+    add("--draft-tp", type=_ints, default=(), metavar="1,4", help="degrees of the draft to compare")
+    add("--spec-method", choices=METHODS, help="proposer, as `tpserve serve` knows them")
     add("--prefix-cache", action="store_true", help="leave the started server's prefix cache on")
     add("--base-url", help="measure this running OpenAI endpoint and start nothing")
     add("--label", help="name of that endpoint in tables and the chart (default: its address)")
@@ -151,14 +160,14 @@ def parse(args: argparse.Namespace) -> Options:
     model = args.model_name or args.model
     if args.base_url is None and model is None:
         raise BenchError("give a MODEL to serve, or --base-url of a running endpoint")
-    for flag, value in (("--spec", args.spec), ("--draft-model", args.draft_model)):
-        if value is not None:
-            raise BenchError(
-                f"{flag} {value}: `tpserve serve` does not speculate yet, so there is nothing to compare: leave it "
-                "out, or measure a server that does with --base-url"
-            )
-    if args.base_url is not None and (args.serve_args or args.quantization):
-        raise BenchError("--serve-args and --quantization are for a server that is started, not for --base-url")
+    proposes = args.draft_model is not None or args.spec_method is not None
+    if args.base_url is not None and (args.serve_args or args.quantization or args.spec or proposes):
+        raise BenchError(
+            "--serve-args, --quantization and the flags of speculation are for a server that is started, "
+            "not for --base-url"
+        )
+    if (args.spec or args.draft_tp) and not proposes:
+        raise BenchError("--spec and --draft-tp need a proposer: give --draft-model, or --spec-method ngram or suffix")
     if args.request_rate and args.concurrency:
         raise BenchError("give --concurrency or --request-rate, not both")
     if args.dataset == "trace" and (args.request_rate or args.concurrency):
@@ -212,9 +221,32 @@ def _configurations(args: argparse.Namespace) -> list[Configuration]:
         for quantization in args.quantization or (None,):
             for text in args.serve_args or ("",):
                 name, serve_args = _named(text)
-                label = " ".join(filter(None, [f"TP={tp}", quantization, name]))
-                num_gpus = args.num_gpus or tp
-                found.append(Configuration(label, num_gpus, tp, quantization, serve_args, floor_tpot_s=floors.get(tp)))
+                for draft_name, draft_args in _drafts(args):
+                    label = " ".join(filter(None, [f"TP={tp}", quantization, name, draft_name]))
+                    num_gpus = args.num_gpus or tp
+                    all_args = (*serve_args, *draft_args)
+                    floor = floors.get(tp)
+                    found.append(Configuration(label, num_gpus, tp, quantization, all_args, floor_tpot_s=floor))
+    return found
+
+
+def _drafts(args: argparse.Namespace) -> list[tuple[str, tuple[str, ...]]]:
+    """Return names and arguments of `tpserve serve` for each way to speculate that is compared."""
+    if args.draft_model is None and args.spec_method is None:
+        return [("", ())]
+    proposer: tuple[str, ...] = () if args.spec_method is None else ("--spec-method", args.spec_method)
+    if args.draft_model is not None:
+        proposer += ("--draft-model", args.draft_model)
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for length in args.spec or ("off", "auto"):
+        if length == "off":
+            found.append(("", ()))
+            continue
+        for draft_tp in args.draft_tp or (None,):
+            degree = () if draft_tp is None else ("--draft-tp", str(draft_tp))
+            method = args.spec_method if args.draft_model is None else "draft"
+            name = f"{method} {length}" if draft_tp is None else f"{method} {length} TP={draft_tp}"
+            found.append((name, (*proposer, *degree, "--num-speculative-tokens", length)))
     return found
 
 
@@ -264,6 +296,14 @@ def concurrencies(text: str) -> tuple[int, ...]:
 
 def _ints(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
+
+
+def _draft_lengths(text: str) -> tuple[str, ...]:
+    lengths = _names(text)
+    for length in lengths:
+        if length not in ("off", "auto", "mlc") and not (length.isdigit() and 1 <= int(length) <= MAX_DRAFT_TOKENS):
+            raise argparse.ArgumentTypeError(f"{length!r} is not off, auto, mlc or 1 to {MAX_DRAFT_TOKENS}")
+    return lengths
 
 
 def _names(text: str) -> tuple[str, ...]:

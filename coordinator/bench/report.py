@@ -42,6 +42,16 @@ def _lines(point: Point) -> Iterator[str]:
     yield from _latency("Time per Output Token (excl. 1st token)", "TPOT", metrics.tpot_s)
     yield from _latency("Inter-token Latency", "ITL", metrics.itl_s)
     yield from _latency("End-to-end Latency", "E2EL", metrics.e2el_s)
+    if (drafts := point.drafts) is not None:
+        yield "Speculative Decoding".center(_WIDTH, "-")
+        yield _row("Acceptance rate (%):", 100 * drafts.accept_rate)
+        yield _row("Acceptance length:", drafts.accept_length)
+        yield _row("Drafts:", drafts.num_drafts)
+        yield _row("Draft tokens:", drafts.num_draft_tokens)
+        yield _row("Accepted tokens:", drafts.num_accepted_tokens)
+        yield "Per-position acceptance (%):"
+        for position, count in enumerate(drafts.accepted_per_position):
+            yield _row(f"  Position {position}:", 100 * count / drafts.num_drafts)
     yield point.configuration.label.center(_WIDTH, "-")
     if metrics.num_unfinished:
         yield _row("Unfinished requests:", metrics.num_unfinished)
@@ -136,6 +146,8 @@ def csv_row(point: Point) -> dict[str, Any]:
         "output_token_throughput_per_gpu": point.throughput_per_gpu,
         "pooled_time_per_output_token_s": metrics.tpot_pooled_s,
         "floor_time_per_output_token_s": configuration.floor_tpot_s,
+        "spec_decode_accept_rate": None if point.drafts is None else point.drafts.accept_rate,
+        "spec_decode_accept_length": None if point.drafts is None else point.drafts.accept_length,
     }
 
 

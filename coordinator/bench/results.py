@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from tpserve.coordinator.bench.definitions import Metrics, Record, Summary
 from tpserve.coordinator.bench.errors import BenchError
+from tpserve.coordinator.bench.speculation import Drafts
 
 FORMAT_VERSION = 1
 _SUMMARIES = ("ttft_s", "tpot_s", "itl_s", "e2el_s", "input_tokens", "output_tokens")
@@ -47,6 +48,8 @@ class Point:
     """False if it was cut short; `--resume` measures it again."""
     requests: tuple[tuple[Any, ...], ...] = ()
     """One row per measured request, see REQUEST_COLUMNS."""
+    drafts: Drafts | None = None
+    """What the server counted of speculation meanwhile, warm-up included; None if it drafted nothing."""
 
     @property
     def key(self) -> tuple[Configuration, int | None, float | None]:
@@ -166,4 +169,6 @@ def _point(parsed: dict[str, Any]) -> Point:
     for name in _SUMMARIES:
         metrics[name] = None if metrics[name] is None else Summary(**metrics[name])
     requests = tuple(map(tuple, parsed.pop("requests")))
-    return Point(Configuration(**configuration), metrics=Metrics(**metrics), requests=requests, **parsed)
+    if (drafts := parsed.pop("drafts", None)) is not None:
+        drafts = Drafts(**(drafts | {"accepted_per_position": tuple(drafts["accepted_per_position"])}))
+    return Point(Configuration(**configuration), metrics=Metrics(**metrics), requests=requests, drafts=drafts, **parsed)

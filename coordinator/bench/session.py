@@ -25,6 +25,7 @@ from tpserve.coordinator.bench.options import Options, comparable
 from tpserve.coordinator.bench.report import text_block, write_csv
 from tpserve.coordinator.bench.results import Configuration, Point, Run, request_rows
 from tpserve.coordinator.bench.server import running, serve_command
+from tpserve.coordinator.bench.speculation import Drafts, read_drafts
 from tpserve.coordinator.bench.view import View
 
 logger = logging.getLogger(__name__)
@@ -193,17 +194,23 @@ class Session:
             for concurrency, rate, load in loads:
                 name = f"{configuration.label}, {concurrency or rate or 'trace'}"
                 view.wait_for(f"{name}: warming up")
+                before = await self._drafts(url)
                 await self._unless_stopped(client.warm_up(options.workload, load))
                 view.begin(name, load.num_requests)
                 sent = await client.run(options.workload, load, stop=self._stop, on_change=view.records_changed)
                 metrics = measure(sent.records, sent.window, options.slo)
                 if metrics.num_succeeded or metrics.num_unfinished or metrics.num_failed:
                     rows = request_rows(sent.records)
-                    self._keep(Point(configuration, concurrency, rate, metrics, sent.complete, rows), view)
+                    after = await self._drafts(url)
+                    drafts = after.since(before) if before is not None and after is not None else None
+                    self._keep(Point(configuration, concurrency, rate, metrics, sent.complete, rows, drafts), view)
                 if self._stop.is_set():
                     raise _Interrupted
                 if not metrics.num_succeeded and sent.complete:
                     raise BenchError(f"no request succeeded: {next(iter(metrics.errors), 'none was sent')}")
+
+    async def _drafts(self, url: str) -> Drafts | None:
+        return await read_drafts(url, self._options.api_key, self._transport)
 
     def _keep(self, point: Point, view: View) -> None:
         self._run.add(point)

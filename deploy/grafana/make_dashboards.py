@@ -277,6 +277,22 @@ SPECULATION = Board(
             "ops",
             ((rate("spec_decode_num_accepted_tokens_per_pos_total", "position"), "position {{position}}"),),
         ),
+        Panel(
+            "Steps by draft length",
+            "ops",
+            ((rate("spec_decode_steps_total", "length"), "{{length}} draft tokens"),),
+            "0 is plain decoding: with `auto`, where drafts do not pay.",
+        ),
+        Panel(
+            "Time spent on drafting",
+            "percentunit",
+            (
+                (
+                    ratio(rate("spec_decode_draft_seconds_total"), rate("step_seconds_sum")),
+                    "of rank 0's steps",
+                ),
+            ),
+        ),
         Panel("Time per output token", "s", quantiles("request_time_per_output_token_seconds")),
     ),
 )

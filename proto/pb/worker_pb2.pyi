@@ -26,18 +26,22 @@ class StepPlan(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., removed_slots: _Optional[_Iterable[int]] = ..., added_slots: _Optional[_Iterable[_Union[SlotAdd, _Mapping]]] = ..., append_slots: _Optional[_Iterable[int]] = ..., append_pages: _Optional[_Iterable[int]] = ..., chunks: _Optional[_Iterable[_Union[PromptChunk, _Mapping]]] = ..., num_draft_tokens: _Optional[int] = ...) -> None: ...
 
 class SlotAdd(_message.Message):
-    __slots__ = ("slot", "sampling", "page_ids", "output_token_ids", "grammar")
+    __slots__ = ("slot", "sampling", "page_ids", "output_token_ids", "grammar", "max_len", "prefix_token_ids")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    MAX_LEN_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     sampling: _common_pb2.SamplingParams
     page_ids: _containers.RepeatedScalarFieldContainer[int]
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
     grammar: _common_pb2.Grammar
-    def __init__(self, slot: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., page_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ...) -> None: ...
+    max_len: int
+    prefix_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slot: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., page_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[_Union[_common_pb2.Grammar, _Mapping]] = ..., max_len: _Optional[int] = ..., prefix_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PromptChunk(_message.Message):
     __slots__ = ("slot", "start", "token_ids", "sample")
@@ -52,7 +56,7 @@ class PromptChunk(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sample: _Optional[bool] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "rank", "slots", "token_ids", "logprobs", "step_us", "collective_us", "error", "failures", "mask_us", "collectives", "started_us", "num_tokens", "bucket_tokens", "bucket_rows")
+    __slots__ = ("step_id", "rank", "slots", "token_ids", "logprobs", "step_us", "collective_us", "error", "failures", "mask_us", "collectives", "started_us", "num_tokens", "bucket_tokens", "bucket_rows", "counts", "drafted", "draft_us")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +72,9 @@ class StepResult(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BUCKET_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BUCKET_ROWS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_US_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     rank: int
     slots: _containers.RepeatedScalarFieldContainer[int]
@@ -83,7 +90,10 @@ class StepResult(_message.Message):
     num_tokens: int
     bucket_tokens: int
     bucket_rows: int
-    def __init__(self, step_id: _Optional[int] = ..., rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[SlotLogprobs, _Mapping]]] = ..., step_us: _Optional[int] = ..., collective_us: _Optional[int] = ..., error: _Optional[str] = ..., failures: _Optional[_Iterable[_Union[SlotFailure, _Mapping]]] = ..., mask_us: _Optional[int] = ..., collectives: _Optional[_Iterable[_Union[CollectiveUse, _Mapping]]] = ..., started_us: _Optional[int] = ..., num_tokens: _Optional[int] = ..., bucket_tokens: _Optional[int] = ..., bucket_rows: _Optional[int] = ...) -> None: ...
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    drafted: _containers.RepeatedScalarFieldContainer[int]
+    draft_us: int
+    def __init__(self, step_id: _Optional[int] = ..., rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[SlotLogprobs, _Mapping]]] = ..., step_us: _Optional[int] = ..., collective_us: _Optional[int] = ..., error: _Optional[str] = ..., failures: _Optional[_Iterable[_Union[SlotFailure, _Mapping]]] = ..., mask_us: _Optional[int] = ..., collectives: _Optional[_Iterable[_Union[CollectiveUse, _Mapping]]] = ..., started_us: _Optional[int] = ..., num_tokens: _Optional[int] = ..., bucket_tokens: _Optional[int] = ..., bucket_rows: _Optional[int] = ..., counts: _Optional[_Iterable[int]] = ..., drafted: _Optional[_Iterable[int]] = ..., draft_us: _Optional[int] = ...) -> None: ...
 
 class CollectiveUse(_message.Message):
     __slots__ = ("kind", "num_calls", "num_bytes", "busy_us")

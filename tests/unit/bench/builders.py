@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from tpserve.coordinator.bench.definitions import Metrics, Record, Role, measure
 from tpserve.coordinator.bench.results import Configuration, Point, request_rows
+from tpserve.coordinator.bench.speculation import Drafts
 
 
 def make_record(
@@ -62,6 +63,7 @@ def make_point(
     complete: bool = True,
     request_rate: float | None = None,
     floor_tpot_s: float | None = None,
+    drafts: Drafts | None = None,
 ) -> Point:
     records = steady_records(tpot_s)
     records += [
@@ -72,4 +74,4 @@ def make_point(
         values = {name: getattr(metrics, name) for name in Metrics.__slots__}
         metrics = Metrics(**{**values, "output_throughput": throughput})
     configuration = Configuration(label, tp, tp, serve_args=serve_args, floor_tpot_s=floor_tpot_s)
-    return Point(configuration, concurrency, request_rate, metrics, complete, request_rows(records))
+    return Point(configuration, concurrency, request_rate, metrics, complete, request_rows(records), drafts)

@@ -60,6 +60,26 @@ def test_configurations_are_degrees_times_variants() -> None:
     assert "--mode" in serve_command("m", last, max_num_seqs=None, prefix_cache=True)
 
 
+def test_ways_to_speculate_are_configurations() -> None:
+    chosen = options("m", "--tp", "2", "--draft-model", "d", "--draft-tp", "1,2", "--spec", "off,3,auto")
+    plain, *drafting = chosen.configurations
+    assert (plain.label, plain.serve_args) == ("TP=2", ())
+    labels = ["draft 3 TP=1", "draft 3 TP=2", "draft auto TP=1", "draft auto TP=2"]
+    assert [configuration.label for configuration in drafting] == [f"TP=2 {label}" for label in labels]
+    flags = ("--draft-model", "d", "--draft-tp", "2", "--num-speculative-tokens", "3")
+    assert drafting[1].serve_args == flags
+    plain, ngram = options("m", "--spec-method", "ngram").configurations
+    assert (plain.serve_args, ngram.label) == ((), "TP=1 ngram auto")
+    assert ngram.serve_args == ("--spec-method", "ngram", "--num-speculative-tokens", "auto")
+
+
+@pytest.mark.parametrize("text", ["0", "9", "some", "3,x"])
+def test_wrong_draft_lengths(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options("m", "--spec-method", "ngram", "--spec", text)
+    assert "is not off, auto, mlc or 1 to 8" in capsys.readouterr().err
+
+
 def test_an_endpoint_is_one_configuration() -> None:
     chosen = options("--base-url", "http://h:1", "--num-gpus", "4", "--label", "other", "--model", "name")
     assert chosen.configurations == (Configuration("other", 4, base_url="http://h:1"),)
@@ -93,8 +113,9 @@ def test_a_trace_brings_its_own_times(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ((), "give a MODEL"),
-        (("m", "--spec", "4"), "--spec 4: .* does not speculate"),
-        (("m", "--draft-model", "d"), "--draft-model d: .* does not speculate"),
+        (("m", "--spec", "4"), "need a proposer: give --draft-model, or --spec-method"),
+        (("m", "--draft-tp", "2"), "need a proposer"),
+        (("--base-url", "http://x", "--spec-method", "ngram"), "not for --base-url"),
         (("--base-url", "http://x", "--serve-args=--y"), "not for --base-url"),
         (("m", "--concurrency", "1", "--request-rate", "1"), "not both"),
         (("m", "--dataset", "sharegpt"), "needs --dataset-path"),

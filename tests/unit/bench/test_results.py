@@ -11,6 +11,7 @@ from tpserve.coordinator.bench.chart import draw
 from tpserve.coordinator.bench.errors import BenchError
 from tpserve.coordinator.bench.report import text_block, write_csv
 from tpserve.coordinator.bench.results import Run
+from tpserve.coordinator.bench.speculation import Drafts
 from unit.bench.builders import make_point
 
 GOLDEN = """\
@@ -59,7 +60,7 @@ def make_run(tmp_path: Path) -> Run:
     run = Run("2026-01-01T00:00:00+00:00", "abc", "1 x device", {"python": "3"}, {"tp": [4, 8], "seed": 0})
     run.add(make_point("TP=4", 1))
     run.add(make_point("TP=8 spec", 2, 0.02, tp=8, serve_args=("--x", "y"), failed=2, complete=False))
-    run.add(make_point("TP=4", None, request_rate=2.5))
+    run.add(make_point("TP=4", None, request_rate=2.5, drafts=Drafts(10, 30, 15, (9, 4, 2))))
     return run
 
 
@@ -73,6 +74,24 @@ def test_text_block_hides_nothing() -> None:
     assert "Request rate configured (RPS):           2.50 " in text
     assert "3 requests failed: HTTP 500: no" in text
     assert "This point was cut short." in text
+
+
+def test_what_was_drafted_is_shown_as_vllm_does() -> None:
+    text = text_block(make_point(drafts=Drafts(10, 30, 15, (9, 4, 2))))
+    assert (
+        """---------------Speculative Decoding---------------
+Acceptance rate (%):                     50.00     
+Acceptance length:                       2.50      
+Drafts:                                  10        
+Draft tokens:                            30        
+Accepted tokens:                         15        
+Per-position acceptance (%):
+  Position 0:                            90.00     
+  Position 1:                            40.00     
+  Position 2:                            20.00     
+"""
+        in text
+    )
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

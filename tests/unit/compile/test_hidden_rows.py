@@ -47,13 +47,13 @@ def test_logits_come_from_the_row(tmp_path: Path, artifacts: Artifacts, kernels:
     finally:
         runner.close()
     wire = StepResult.from_pb(result.to_pb())  # as the coordinator gets it
-    row = np.frombuffer(wire.logprobs[1].hidden, "<f4")
+    row = np.frombuffer(wire.logprobs[1][0].hidden, "<f4")
     embedding = model.weights()["model.embed_tokens.weight"]
     assert row.shape == (embedding.shape[1],)
     logits = embedding @ row
     logprobs = logits - np.log(np.exp(logits).sum())
     best = np.argsort(-logprobs)[:5]
-    assert [token for token, _ in wire.logprobs[1].top] == best.tolist()
-    assert [value for _, value in wire.logprobs[1].top] == pytest.approx(logprobs[best].tolist(), abs=1e-4)
-    assert wire.logprobs[2].hidden == b""
-    assert again.logprobs[1].hidden == b""
+    assert [token for token, _ in wire.logprobs[1][0].top] == best.tolist()
+    assert [value for _, value in wire.logprobs[1][0].top] == pytest.approx(logprobs[best].tolist(), abs=1e-4)
+    assert wire.logprobs[2][0].hidden == b""
+    assert again.logprobs[1][0].hidden == b""

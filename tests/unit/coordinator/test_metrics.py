@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -82,6 +83,28 @@ async def test_everything_is_counted() -> None:
     assert late_steps == num_observed
     waited_s = late_steps * (OTHER_COLLECTIVE_US - 100) / 1e6
     assert found[f"straggler_wait_seconds_total{{rank={LATE_RANK}}}"] == pytest.approx(waited_s)
+
+
+def test_drafts_are_counted_by_position() -> None:
+    metrics = Metrics("m")
+    # Slot 0 does not speculate, 1 accepts both of its draft tokens, 2 none, 3 one of two, 4 has nothing proposed.
+    counts, drafted = (1, 3, 1, 2, 1), (0, 2, 2, 2, 0)
+    result = StepResult(1, slots=(0, 1, 2, 3, 4), token_ids=(0,) * 8, counts=counts, drafted=drafted, num_tokens=11)
+    metrics.observe_step(replace(result, step_us=5000, draft_us=700), None)
+    metrics.observe_step(StepResult(2, slots=(0, 1), token_ids=(0, 0), num_tokens=2, step_us=1000), None)
+    metrics.observe_step(replace(result, num_tokens=20), None)  # nine tokens of a prompt beside
+    for length in (2, 0, 2):
+        metrics.count_draft_length(length)
+    found = {name.removeprefix("tpserve_"): value for name, value in samples(metrics.text()).items()}
+    assert found["spec_decode_num_drafts_total"] == 6
+    assert found["spec_decode_num_draft_tokens_total"] == 12
+    assert found["spec_decode_num_accepted_tokens_total"] == 6
+    assert found["spec_decode_num_accepted_tokens_per_pos_total{position=0}"] == 4
+    assert found["spec_decode_num_accepted_tokens_per_pos_total{position=1}"] == 2
+    assert found["spec_decode_draft_seconds_total"] == pytest.approx(700e-6)
+    assert found["spec_decode_steps_total{length=2}"] == 2
+    kinds = {kind: found[f"step_seconds_count{{kind={kind}}}"] for kind in ("decode", "verify", "mixed")}
+    assert kinds == {"decode": 1, "verify": 1, "mixed": 1}
 
 
 async def test_the_scrape_holds_what_the_catalogue_says_and_nothing_else() -> None:

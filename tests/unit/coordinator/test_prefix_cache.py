@@ -18,7 +18,7 @@ def keys_of(cache: PrefixCache, tokens: list[int], num_pages: int) -> list[bytes
 
 
 def make_sequence(tokens: list[int], request_id: int = 0) -> Sequence:
-    return make_group(Request(request_id, tuple(tokens), SamplingParams(), 4), request_id, 64, 1).sequences[0]
+    return make_group(Request(request_id, tuple(tokens), SamplingParams(), 4), request_id, 64, 1, False).sequences[0]
 
 
 def test_finds_the_longest_known_prefix() -> None:

@@ -48,6 +48,20 @@ SCENARIOS = {
     "one_slot": Scenario(make_config(max_num_seqs=1, max_num_batched_tokens=1), arrival=0.02, max_n=2),
     "tight_budget": Scenario(make_config(max_num_batched_tokens=8), arrival=0.15, num_prefixes=2),
     "group_losses": Scenario(make_config(num_pages=24), group_loss=0.02, max_n=3, num_prefixes=2, abort=0.02),
+    "speculation": Scenario(make_config(max_num_draft_tokens=3), abort=0.02, num_prefixes=2),
+    "speculation_unpipelined": Scenario(make_config(max_num_draft_tokens=4, max_in_flight_steps=1), max_n=3),
+    "speculation_tiny_pool": Scenario(
+        make_config(max_num_draft_tokens=5, num_pages=18, max_in_flight_steps=3), max_n=3, abort=0.03, preempts=True
+    ),
+    "speculation_one_token_pages": Scenario(
+        make_config(max_num_draft_tokens=4, page_size=1, num_pages=70), num_prefixes=2, preempts=True
+    ),
+    "speculation_on_device": Scenario(
+        make_config(max_num_draft_tokens=3, num_pages=20, drafts_on_device=True), max_n=2, abort=0.02, preempts=True
+    ),
+    "speculation_group_losses": Scenario(
+        make_config(max_num_draft_tokens=2, num_pages=24), group_loss=0.02, max_n=3, num_prefixes=2, abort=0.02
+    ),
     "everything": Scenario(
         make_config(num_pages=20, max_num_seqs=6, max_in_flight_steps=3, aging_steps=10, max_passed_sequences=2),
         group_loss=0.01,

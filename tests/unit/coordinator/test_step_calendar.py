@@ -9,7 +9,7 @@ from tpserve.coordinator.step_calendar import StepCalendar
 
 def test_gives_what_is_due_once_in_arrival_order() -> None:
     calendar = StepCalendar()
-    first, second, third = make_group(make_request(1, n=3), 0, 64, 1).sequences
+    first, second, third = make_group(make_request(1, n=3), 0, 64, 1, False).sequences
     for sequence in (third, first, second):
         calendar.add(7, sequence)
     calendar.discard(7, second)

@@ -13,7 +13,6 @@ from rank_group import Artifacts
 from tiny_models import MODELS
 from tpserve.proto.messages import SamplingParams, SlotAdd, TokenLogprobs
 from tpserve.worker.arrays import aligned_zeros, as_tensor
-from tpserve.worker.batch import StepArrays
 from tpserve.worker.library import load_kernels
 from tpserve.worker.sampler import Sampler
 
@@ -44,9 +43,8 @@ def sample(sampler: Sampler, *slots: int, position: int = 5) -> tuple[list[int],
         out[:] = values
         return out
 
-    none = array([0])
-    arrays = StepArrays(none, none, none, none, array(list(slots)), array([position] * len(slots)))
-    ids, logprobs = sampler.sample(as_tensor(falling_logits(len(slots))), arrays)
+    positions = array([position] * len(slots))
+    ids, logprobs = sampler.sample(as_tensor(falling_logits(len(slots))), array(list(slots)), positions)
     return ids.tolist(), logprobs
 
 

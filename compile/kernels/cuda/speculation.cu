@@ -1,0 +1,175 @@
+// Steps of a replica that speculates: what the device does before and after the target's and the draft's graphs, see
+// speculation_rows.cuh. Each kernel has one thread for a row, a group or a slot.
+#include "common.cuh"
+#include "speculation_rows.cuh"
+
+namespace tpserve::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+dim3 blocks_for(int64_t count) { return dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads)); }
+
+SlotState state_of(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens) {
+  check_rank("tokens", tokens, 2);
+  check_rank("draft_tokens", draft_tokens, 2);
+  const int64_t slots = tokens.size(0);
+  return {checked<int32_t>("tokens", tokens, {slots, -1}), checked<int32_t>("num_tokens", num_tokens, {slots}),
+          checked<int32_t>("max_len", max_len, {slots}), checked<int32_t>("draft_tokens", draft_tokens, {slots, -1}),
+          static_cast<int>(tokens.size(1)), static_cast<int>(draft_tokens.size(1))};
+}
+
+int64_t batch_of(TensorView decode_slots, int64_t stride) {
+  if (stride < 1) TVM_FFI_THROW(ValueError) << "a stride of " << stride;
+  return decode_slots.size(0) / stride;
+}
+
+__device__ __forceinline__ int index_of_thread() { return blockIdx.x * kThreads + threadIdx.x; }
+
+__global__ void load_tokens_kernel(SlotState s, int count, int num_drafts, int32_t* ids, int32_t* positions,
+                                   int32_t* slots) {
+  pdl_launch();
+  pdl_wait();
+  const int t = index_of_thread();
+  if (t < count) load_token(s, t, num_drafts, ids, positions, slots);
+}
+
+__global__ void load_rows_kernel(int count, const int32_t* rows, const int32_t* positions, const int32_t* slots,
+                                 int32_t* sample_slots, int32_t* sample_positions) {
+  pdl_launch();
+  pdl_wait();
+  const int r = index_of_thread();
+  if (r < count) load_row(r, rows, positions, slots, sample_slots, sample_positions);
+}
+
+/// Gives a step's rows (T,), (R,) their tokens, positions and slots, in place.
+void speculation_load(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens,
+                      int64_t num_drafts, TensorView ids, TensorView positions, TensorView slots, TensorView rows,
+                      TensorView sample_slots, TensorView sample_positions) {
+  const SlotState s = state_of(tokens, num_tokens, max_len, draft_tokens);
+  const int64_t count = ids.size(0), num_rows = rows.size(0);
+  if (num_drafts < 0 || num_drafts > s.max_drafts) {
+    TVM_FFI_THROW(ValueError) << num_drafts << " draft tokens, expected 0 to " << s.max_drafts;
+  }
+  int32_t* position = checked<int32_t>("positions", positions, {count});
+  int32_t* slot = checked<int32_t>("slots", slots, {count});
+  launch(load_tokens_kernel, blocks_for(count), kThreads, 0, stream_of(ids), s, static_cast<int>(count),
+         static_cast<int>(num_drafts), checked<int32_t>("ids", ids, {count}), position, slot);
+  launch(load_rows_kernel, blocks_for(num_rows), kThreads, 0, stream_of(ids), static_cast<int>(num_rows),
+         checked<int32_t>("rows", rows, {num_rows}), position, slot,
+         checked<int32_t>("sample_slots", sample_slots, {num_rows}),
+         checked<int32_t>("sample_positions", sample_positions, {num_rows}));
+}
+
+__global__ void accept_kernel(SlotState s, int num_groups, int num_decodes, int num_drafts, const int32_t* sampled,
+                              const int32_t* sample_slots, const int32_t* sample_positions, int32_t* counts,
+                              int32_t* drafted) {
+  pdl_launch();
+  pdl_wait();
+  const int g = index_of_thread();
+  if (g < num_groups) {
+    accept_group(s, g, num_decodes, num_drafts, sampled, sample_slots, sample_positions, counts, drafted);
+  }
+}
+
+/// Takes the sampled tokens (R,) of a step: (G,) counts and draft tokens verified, by decoding slot and then by chunk.
+void speculation_accept(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens,
+                        int64_t num_decodes, int64_t num_drafts, TensorView sampled, TensorView sample_slots,
+                        TensorView sample_positions, TensorView counts, TensorView drafted) {
+  const SlotState s = state_of(tokens, num_tokens, max_len, draft_tokens);
+  const int64_t num_rows = sample_slots.size(0), num_groups = num_rows - num_decodes * num_drafts;
+  if (num_decodes < 0 || num_drafts < 0 || num_drafts > s.max_drafts || num_groups < num_decodes) {
+    TVM_FFI_THROW(ValueError) << num_decodes << " slots of " << num_drafts << " draft tokens do not fit in " << num_rows
+                              << " rows";
+  }
+  launch(accept_kernel, blocks_for(num_groups), kThreads, 0, stream_of(sampled), s, static_cast<int>(num_groups),
+         static_cast<int>(num_decodes), static_cast<int>(num_drafts),
+         checked<int32_t>("sampled", sampled, {num_rows}), checked<int32_t>("sample_slots", sample_slots, {num_rows}),
+         checked<int32_t>("sample_positions", sample_positions, {num_rows}),
+         checked<int32_t>("counts", counts, {num_groups}), checked<int32_t>("drafted", drafted, {num_groups}));
+}
+
+__global__ void draft_window_kernel(SlotState s, int count, int window, int behind, int draft_max_len,
+                                    const int32_t* decode_slots, int stride, int32_t* ids, int32_t* positions,
+                                    int32_t* slots, int32_t* sample_slots, int32_t* sample_positions) {
+  pdl_launch();
+  pdl_wait();
+  const int t = index_of_thread();
+  if (t < count) {
+    draft_window(s, t / window, t % window, window, behind, draft_max_len, decode_slots, stride, ids, positions, slots,
+                 sample_slots, sample_positions);
+  }
+}
+
+/// The draft's first step of a round: (B * window,) tokens of (B,) slots, and the (B,) slots and positions that it samples.
+void draft_begin(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens,
+                 TensorView decode_slots, int64_t stride, int64_t window, int64_t behind, int64_t draft_max_len,
+                 TensorView ids, TensorView positions, TensorView slots, TensorView sample_slots,
+                 TensorView sample_positions) {
+  const SlotState s = state_of(tokens, num_tokens, max_len, draft_tokens);
+  const int64_t batch = batch_of(decode_slots, stride), count = batch * window;
+  if (window < 1 || behind < 0) TVM_FFI_THROW(ValueError) << "a window of " << window << " tokens, " << behind << " behind";
+  launch(draft_window_kernel, blocks_for(count), kThreads, 0, stream_of(ids), s, static_cast<int>(count),
+         static_cast<int>(window), static_cast<int>(behind), static_cast<int>(draft_max_len),
+         checked<int32_t>("decode_slots", decode_slots, {batch * stride}), static_cast<int>(stride),
+         checked<int32_t>("ids", ids, {count}),
+         checked<int32_t>("positions", positions, {count}), checked<int32_t>("slots", slots, {count}),
+         checked<int32_t>("sample_slots", sample_slots, {batch}),
+         checked<int32_t>("sample_positions", sample_positions, {batch}));
+}
+
+__global__ void draft_next_kernel(SlotState s, int batch, int index, int draft_max_len, const int32_t* decode_slots,
+                                  int stride, int32_t* ids, int32_t* positions, int32_t* slots, int32_t* sample_positions) {
+  pdl_launch();
+  pdl_wait();
+  const int b = index_of_thread();
+  if (b < batch) draft_next(s, b, index, draft_max_len, decode_slots, stride, ids, positions, slots, sample_positions);
+}
+
+/// The draft's step that runs draft token `index` - 1 of each slot and samples `index`; (B,) all.
+void draft_continue(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens,
+                    TensorView decode_slots, int64_t stride, int64_t index, int64_t draft_max_len, TensorView ids,
+                    TensorView positions, TensorView slots, TensorView sample_positions) {
+  const SlotState s = state_of(tokens, num_tokens, max_len, draft_tokens);
+  const int64_t batch = batch_of(decode_slots, stride);
+  if (index < 1 || index >= s.max_drafts) {
+    TVM_FFI_THROW(ValueError) << "draft token " << index << ", expected 1 to " << s.max_drafts - 1;
+  }
+  launch(draft_next_kernel, blocks_for(batch), kThreads, 0, stream_of(ids), s, static_cast<int>(batch),
+         static_cast<int>(index), static_cast<int>(draft_max_len),
+         checked<int32_t>("decode_slots", decode_slots, {batch * stride}), static_cast<int>(stride),
+         checked<int32_t>("ids", ids, {batch}),
+         checked<int32_t>("positions", positions, {batch}), checked<int32_t>("slots", slots, {batch}),
+         checked<int32_t>("sample_positions", sample_positions, {batch}));
+}
+
+__global__ void draft_store_kernel(SlotState s, int batch, int index, const int32_t* decode_slots, int stride,
+                                   const int32_t* sampled, const int32_t* row_slots) {
+  pdl_launch();
+  pdl_wait();
+  const int b = index_of_thread();
+  if (b < batch) store_draft(s, b, index, decode_slots, stride, sampled, row_slots);
+}
+
+/// What the draft sampled becomes draft token `index` of each slot; (B,) all.
+void draft_store(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens,
+                 TensorView decode_slots, int64_t stride, int64_t index, TensorView sampled, TensorView row_slots) {
+  const SlotState s = state_of(tokens, num_tokens, max_len, draft_tokens);
+  const int64_t batch = batch_of(decode_slots, stride);
+  if (index < 0 || index >= s.max_drafts) {
+    TVM_FFI_THROW(ValueError) << "draft token " << index << ", expected 0 to " << s.max_drafts - 1;
+  }
+  launch(draft_store_kernel, blocks_for(batch), kThreads, 0, stream_of(sampled), s, static_cast<int>(batch),
+         static_cast<int>(index), checked<int32_t>("decode_slots", decode_slots, {batch * stride}),
+         static_cast<int>(stride),
+         checked<int32_t>("sampled", sampled, {batch}), checked<int32_t>("row_slots", row_slots, {batch}));
+}
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(speculation_load, speculation_load);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(speculation_accept, speculation_accept);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_begin, draft_begin);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_continue, draft_continue);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_store, draft_store);
+
+}  // namespace
+}  // namespace tpserve::cuda

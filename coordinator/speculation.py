@@ -1,0 +1,153 @@
+"""The flags about speculation: what they mean together, and what the coordinator is told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpserve.coordinator.errors import ClusterError
+from tpserve.proto.manifest import Manifest
+from tpserve.proto.speculation import MAX_DRAFT_TOKENS, METHODS, DraftLengthRule, Method
+
+MOST_BY_RULE: dict[DraftLengthRule, int] = {"auto": 5, "mlc": 4}
+"""Draft tokens up to which a rule goes; the library is compiled for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationChoice:
+    """What the flags ask for."""
+
+    method: Method
+    max_num_draft_tokens: int
+    draft_length: DraftLengthRule
+    draft_model: str | None
+    draft_tp: int
+
+    def config(self, draft: dict[str, str] | None, load_format: str) -> dict[str, Any]:
+        """Return the coordinator's fields.
+
+        Parameters
+        ----------
+        draft
+            Folders of the draft's model and library.
+        """
+        speculation: dict[str, Any] = {"method": self.method, "max_num_draft_tokens": self.max_num_draft_tokens}
+        if draft is not None:
+            speculation |= {f"draft_{name}": folder for name, folder in draft.items()}
+            speculation |= {"draft_tp_size": self.draft_tp, "draft_load_format": load_format}
+        return {"speculation": speculation, "draft_length": self.draft_length}
+
+
+def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `tpserve serve` about speculation."""
+    group = parser.add_argument_group(
+        "speculation", "draft tokens are verified by the model itself: the text is the same, only sooner"
+    )
+    group.add_argument(
+        "--draft-model", metavar="MODEL", help="a smaller model with the same vocabulary, as MODEL is given"
+    )
+    group.add_argument(
+        "--draft-tp", type=int, metavar="1|2|4|8", help="ranks of one draft group (default 1); must divide --tp"
+    )
+    group.add_argument(
+        "--draft-placement",
+        choices=["colocated", "dedicated"],
+        default="colocated",
+        help="colocated: on the ranks of the model itself, which is all there is so far",
+    )
+    group.add_argument(
+        "--spec-method",
+        choices=METHODS,
+        help="draft: needs --draft-model, and is its default; ngram: prompt lookup; suffix: repeated suffixes",
+    )
+    group.add_argument(
+        "--num-speculative-tokens",
+        type=_length,
+        metavar="K|auto|mlc",
+        help=f"draft tokens of a step: 1 to {MAX_DRAFT_TOKENS}; auto (default): by measured times and accept rates; "
+        "mlc: MLC's table by running sequences",
+    )
+
+
+def choose_speculation(args: argparse.Namespace) -> SpeculationChoice | None:
+    """Return what the flags ask for; None for plain decoding.
+
+    Raises
+    ------
+    ClusterError
+        If they contradict each other; names the flags and the remedy.
+    """
+    method: Method | None = args.spec_method or ("draft" if args.draft_model else None)
+    if method is None:
+        for flag in ("draft_tp", "num_speculative_tokens"):
+            if getattr(args, flag) is not None:
+                raise ClusterError(
+                    f"--{flag.replace('_', '-')} {getattr(args, flag)} without a proposer: "
+                    "give --draft-model, or --spec-method ngram or suffix"
+                )
+        return None
+    if method == "draft" and not args.draft_model:
+        raise ClusterError("--spec-method draft needs a model that drafts: give --draft-model, or --spec-method ngram")
+    if method != "draft" and (args.draft_model or args.draft_tp is not None):
+        raise ClusterError(f"--spec-method {method} looks tokens up: leave --draft-model and --draft-tp away")
+    if args.draft_placement == "dedicated":
+        raise ClusterError("--draft-placement dedicated is not built yet: use colocated")
+    draft_tp = args.draft_tp or 1
+    if draft_tp < 1 or args.tp % draft_tp != 0:
+        raise ClusterError(
+            f"--draft-tp {draft_tp} does not divide --tp {args.tp}: each group of that many ranks drafts for itself"
+        )
+    length: int | DraftLengthRule = args.num_speculative_tokens or "auto"
+    rule: DraftLengthRule = "fixed" if isinstance(length, int) else length
+    most = length if isinstance(length, int) else MOST_BY_RULE[length]
+    return SpeculationChoice(method, most, rule, args.draft_model, draft_tp)
+
+
+def check_draft(target: Manifest, draft: Manifest, target_dir: Path, draft_dir: Path) -> None:
+    """Check that the tokens of a draft are those of the model.
+
+    Raises
+    ------
+    ClusterError
+        Naming what differs.
+    """
+    if draft.vocab_size != target.vocab_size:
+        raise ClusterError(
+            f"the draft has {draft.vocab_size} tokens, the model {target.vocab_size}: "
+            "give a --draft-model of the same family"
+        )
+    ours, theirs = (_vocabulary(folder) for folder in (target_dir, draft_dir))
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ClusterError(
+            f"the tokenizer of {draft_dir} gives other ids than that of {target_dir}: "
+            "give a --draft-model of the same family"
+        )
+
+
+def _vocabulary(folder: Path) -> dict[str, int] | None:
+    """Return token ids by text; None for a model without tokenizer."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    raw = json.loads(path.read_text())
+    vocabulary = raw.get("model", {}).get("vocab")
+    if not isinstance(vocabulary, dict):  # unigram models list pairs, whose order gives the ids
+        vocabulary = {pair[0]: index for index, pair in enumerate(vocabulary or [])}
+    added = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+    return vocabulary | added
+
+
+def _length(text: str) -> int | DraftLengthRule:
+    for rule in MOST_BY_RULE:
+        if text == rule:
+            return rule
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= MAX_DRAFT_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 to {MAX_DRAFT_TOKENS} nor auto nor mlc")
+    return value

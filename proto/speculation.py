@@ -1,0 +1,43 @@
+"""Which proposer drafts for a replica, and how far; the same for coordinator and ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+Method = Literal["draft", "ngram", "suffix"]
+METHODS: tuple[Method, ...] = ("draft", "ngram", "suffix")
+SPARSE_METHODS: tuple[Method, ...] = ("ngram", "suffix")
+"""Which look tokens up, and often find nothing."""
+DraftLengthRule = Literal["fixed", "auto", "mlc"]
+"""fixed: always the most; auto: by measured times and accept rates; mlc: MLC's table by batch size."""
+MAX_DRAFT_TOKENS = 8
+"""More are never worth their verification at the accept rates of real drafts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How draft tokens are proposed."""
+
+    method: Method
+    """draft: a smaller model with the same vocabulary; ngram: what followed the last occurrence of the last few tokens;
+    suffix: what most often followed the longest suffix that occurred before."""
+    max_num_draft_tokens: int
+    """Most tokens that one step drafts and verifies for a sequence."""
+    draft_model_dir: Path | None = None
+    """Hugging Face folder with the draft's weights."""
+    draft_artifact_dir: Path | None = None
+    """The draft's compiled library and manifest."""
+    draft_tp_size: int = 1
+    """Ranks of one draft group. On the target's ranks it divides their number, and each group drafts the same."""
+    draft_load_format: Literal["auto", "dummy"] = "auto"
+    min_ngram: int = 2
+    max_ngram: int = 4
+    """Lengths of the run of last tokens that prompt lookup searches for; the longest that occurs wins."""
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Read the fields as JSON has them: folders are text."""
+        folders = ("draft_model_dir", "draft_artifact_dir")
+        return cls(**(fields | {name: Path(fields[name]) for name in folders if fields.get(name)}))

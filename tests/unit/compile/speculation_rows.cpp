@@ -1,0 +1,39 @@
+// The rows of speculation_rows.cuh one after the other on the host, for test_cuda_speculation.py.
+#include "speculation_rows.cuh"
+
+using namespace tpserve::cuda;
+
+extern "C" {
+void load(SlotState* s, int count, int num_drafts, int32_t* ids, int32_t* positions, int32_t* slots, int num_rows,
+          const int32_t* rows, int32_t* sample_slots, int32_t* sample_positions) {
+  for (int t = count - 1; t >= 0; --t) load_token(*s, t, num_drafts, ids, positions, slots);
+  for (int r = 0; r < num_rows; ++r) load_row(r, rows, positions, slots, sample_slots, sample_positions);
+}
+
+void accept(SlotState* s, int num_groups, int num_decodes, int num_drafts, const int32_t* sampled,
+            const int32_t* sample_slots, const int32_t* sample_positions, int32_t* counts, int32_t* drafted) {
+  for (int g = num_groups - 1; g >= 0; --g) {
+    accept_group(*s, g, num_decodes, num_drafts, sampled, sample_slots, sample_positions, counts, drafted);
+  }
+}
+
+void window(SlotState* s, int batch, int size, int behind, int draft_max_len, const int32_t* decode_slots, int stride, int32_t* ids,
+            int32_t* positions, int32_t* slots, int32_t* sample_slots, int32_t* sample_positions) {
+  for (int t = 0; t < batch * size; ++t) {
+    draft_window(*s, t / size, t % size, size, behind, draft_max_len, decode_slots, stride, ids, positions, slots, sample_slots,
+                 sample_positions);
+  }
+}
+
+void next(SlotState* s, int batch, int index, int draft_max_len, const int32_t* decode_slots, int stride, int32_t* ids,
+          int32_t* positions, int32_t* slots, int32_t* sample_positions) {
+  for (int b = 0; b < batch; ++b) {
+    draft_next(*s, b, index, draft_max_len, decode_slots, stride, ids, positions, slots, sample_positions);
+  }
+}
+
+void store(SlotState* s, int batch, int index, const int32_t* decode_slots, int stride, const int32_t* sampled,
+           const int32_t* row_slots) {
+  for (int b = 0; b < batch; ++b) store_draft(*s, b, index, decode_slots, stride, sampled, row_slots);
+}
+}

@@ -1,0 +1,235 @@
+"""What the GPU's kernels do in speculating steps, row by row on the host, against sequences decoded one by one.
+
+KV is simulated: each position holds the token that was run there. A row samples a function of all tokens that it sees,
+so a text is right only if every token, position and slot was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from scripts import ROOT
+
+NUM_SLOTS, WIDTH, MOST, VOCAB = 5, 64, 4, 7
+WINDOW = 4
+Ints = npt.NDArray[np.int32]
+
+
+class SlotState(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("tokens", "num_tokens", "max_len", "draft_tokens")] + [
+        ("width", ctypes.c_int),
+        ("max_drafts", ctypes.c_int),
+    ]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    library = tmp_path_factory.mktemp("rows") / "rows.so"
+    source = Path(__file__).with_name("speculation_rows.cpp")
+    command = ["c++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'compile/kernels/cuda'}"]
+    subprocess.run([*command, str(source), "-o", str(library)], check=True, timeout=60)
+    return ctypes.CDLL(str(library))
+
+
+def address(array: Ints) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def ints(*shape: int, value: int = -7) -> Ints:
+    return np.full(shape, value, np.int32)
+
+
+def sample(tokens: list[int], salt: int = 0) -> int:
+    return blake2b(bytes([salt, *tokens]), digest_size=1).digest()[0] % VOCAB
+
+
+def plain(prompt: list[int], max_len: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < max_len:
+        tokens.append(sample(tokens))
+    return tokens
+
+
+@dataclass
+class Device:
+    """The slots' state and simulated KV of target and draft."""
+
+    library: Any
+    tokens: Ints = field(default_factory=lambda: ints(NUM_SLOTS, WIDTH))
+    num_tokens: Ints = field(default_factory=lambda: ints(NUM_SLOTS))
+    max_len: Ints = field(default_factory=lambda: ints(NUM_SLOTS))
+    draft_tokens: Ints = field(default_factory=lambda: ints(NUM_SLOTS, MOST))
+    kv: Ints = field(default_factory=lambda: ints(NUM_SLOTS, WIDTH))
+    draft_kv: Ints = field(default_factory=lambda: ints(NUM_SLOTS, WIDTH))
+
+    def __post_init__(self) -> None:
+        arrays = (self.tokens, self.num_tokens, self.max_len, self.draft_tokens)
+        self.state = SlotState(*(array.ctypes.data for array in arrays), WIDTH, MOST)
+
+    def call(self, name: str, *arguments: int | Ints) -> None:
+        given = [address(item) if isinstance(item, np.ndarray) else ctypes.c_int(int(item)) for item in arguments]
+        getattr(self.library, name)(ctypes.byref(self.state), *given)
+
+    def run(self, kv: Ints, ids: Ints, positions: Ints, slots: Ints) -> None:
+        """Write all KV of a step before any is read, as the graph does."""
+        for token, position, slot in zip(ids.tolist(), positions.tolist(), slots.tolist(), strict=True):
+            if slot >= 0:
+                kv[slot, position] = token
+
+    def draft(self, decode_slots: Ints, num_drafts: int, wrong: float, random: Random, draft_max_len: int) -> None:
+        batch = len(decode_slots)
+        sample_slots, sample_positions = ints(batch), ints(batch)
+        ids, positions, slots = ints(batch * WINDOW), ints(batch * WINDOW), ints(batch * WINDOW)
+        stride = random.randint(1, 3)
+        laid_out = np.repeat(decode_slots, stride)
+        window = (WINDOW, 0, draft_max_len, laid_out, stride, ids, positions, slots, sample_slots, sample_positions)
+        self.call("window", batch, *window)
+        for index in range(num_drafts):
+            if index:
+                ids, positions, slots = ints(batch), ints(batch), ints(batch)
+                step = (ids, positions, slots, sample_positions)
+                self.call("next", batch, index, draft_max_len, laid_out, stride, *step)
+                sample_slots = slots
+            self.run(self.draft_kv, ids, positions, slots)
+            sampled = ints(batch)
+            for b in range(batch):
+                if sample_slots[b] >= 0:
+                    seen = self.draft_kv[sample_slots[b], : sample_positions[b]].tolist()
+                    assert seen == self._true(int(sample_slots[b]), int(sample_positions[b])), "the draft's KV is stale"
+                    sampled[b] = sample(seen, salt=int(random.random() < wrong))
+            self.call("store", batch, index, laid_out, stride, sampled, sample_slots)
+        self.draft_tokens[:, num_drafts:] = -1
+
+    def _true(self, slot: int, count: int) -> list[int]:
+        """The slot's tokens and the draft tokens behind them."""
+        held = int(self.num_tokens[slot])
+        return [*self.tokens[slot, :held].tolist(), *self.draft_tokens[slot, : count - held].tolist()]
+
+
+@dataclass
+class Running:
+    prompt: list[int]
+    max_len: int
+    speculates: bool
+    num_run: int = 0
+    output: list[int] = field(default_factory=list)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_texts_are_those_of_plain_decoding(rows: ctypes.CDLL, seed: int) -> None:
+    random = Random(seed)
+    device = Device(rows)
+    draft_max_len = random.choice([WIDTH, 40])
+    running: dict[int, Running] = {}
+    decoding: list[int] = []
+    finished = 0
+    counts_seen: set[tuple[int, int]] = set()
+    for _ in range(400):
+        for slot in set(range(NUM_SLOTS)) - running.keys():
+            prompt = [random.randrange(VOCAB) for _ in range(random.randint(1, 20))]
+            max_len = len(prompt) + random.randint(1, 40)
+            running[slot] = Running(prompt, max_len, random.random() < 0.8)
+            device.max_len[slot] = max_len if running[slot].speculates else 0
+            device.kv[slot] = device.draft_kv[slot] = -7
+        num_drafts = random.randint(0, MOST)
+        decode_slots = np.asarray([*decoding, *[-1] * random.randint(0, 2)], np.int32)  # padded to a bucket
+        chunks = []
+        for slot, state in running.items():
+            if slot not in decoding and random.random() < 0.7:
+                size = random.randint(1, len(state.prompt) - state.num_run)
+                chunks.append((slot, state.num_run, state.prompt[state.num_run : state.num_run + size]))
+                state.num_run += size
+                # A prompt is computed by the draft as it is by the target.
+                device.draft_kv[slot, : state.num_run] = state.prompt[: state.num_run]
+        # The draft computes what plain steps have left out, however many they were.
+        for slot in decoding:
+            held = int(device.num_tokens[slot])
+            device.draft_kv[slot, : max(0, held - WINDOW)] = device.tokens[slot, : max(0, held - WINDOW)]
+        if num_drafts:
+            device.draft(decode_slots, num_drafts, 0.3, random, draft_max_len)
+        batch = len(decode_slots)
+        ids = [-1 - j for _ in range(batch) for j in range(1 + num_drafts)]
+        slots = [int(slot) for slot in decode_slots for _ in range(1 + num_drafts)]
+        positions = [0] * len(ids)
+        sample_rows, sample_slots = list(range(len(ids))), list(slots)
+        sampled_chunks = []
+        for slot, start, tokens in chunks:
+            ids += tokens
+            slots += [slot] * len(tokens)
+            positions += range(start, start + len(tokens))
+            if start + len(tokens) == len(running[slot].prompt):
+                sample_rows.append(len(ids) - 1)
+                sample_slots.append(slot)
+                sampled_chunks.append(slot)
+        arrays = [np.asarray(values, np.int32) for values in (ids, positions, slots, sample_rows, sample_slots)]
+        ids_, positions_, slots_, rows_, sample_slots_ = arrays
+        sample_positions_ = ints(len(rows_))
+        device.call(
+            "load", len(ids_), num_drafts, ids_, positions_, slots_, len(rows_), rows_, sample_slots_, sample_positions_
+        )
+        device.run(device.kv, ids_, positions_, slots_)
+        sampled = ints(len(rows_))
+        for r, row in enumerate(rows_):
+            if sample_slots_[r] >= 0:
+                sampled[r] = sample(device.kv[slots_[row], : positions_[row] + 1].tolist())
+        num_groups = batch + len(sampled_chunks)
+        counts, drafted = ints(num_groups), ints(num_groups)
+        outputs = (sampled, sample_slots_, sample_positions_, counts, drafted)
+        device.call("accept", num_groups, batch, num_drafts, *outputs)
+        for group in range(num_groups):
+            row = group * (1 + num_drafts) if group < batch else batch * num_drafts + group
+            slot = int(decode_slots[group]) if group < batch else sampled_chunks[group - batch]
+            if slot < 0:
+                assert counts[group] == 0
+                continue
+            state = running[slot]
+            state.output += sampled[row : row + counts[group]].tolist()
+            counts_seen.add((int(counts[group]), int(drafted[group])))
+            assert counts[group] <= drafted[group] + 1 <= num_drafts + 1
+            assert drafted[group] == 0 or state.speculates
+        decoding += sampled_chunks
+        for slot in list(decoding):
+            state = running[slot]
+            length = len(state.prompt) + len(state.output)
+            assert length <= state.max_len
+            # One that is full may stay for a while, and gives nothing.
+            if length == state.max_len and (not state.speculates or random.random() < 0.5):
+                assert state.prompt + state.output == plain(state.prompt, state.max_len)
+                decoding.remove(slot)
+                del running[slot]
+                finished += 1
+    assert finished > 30
+    assert {(count, drafted) for drafted in range(MOST + 1) for count in range(1, drafted + 2)} <= counts_seen
+    assert (0, 0) in counts_seen
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("draft_at(s, slot, count) == token", "true"),
+        ("draft_at(s, slot, count) == token", "draft_at(s, slot, 0) == token"),
+        ("position = last + index", "position = last + index + 1"),
+        ("count < num_drafts && count < room", "count < num_drafts"),
+        ("at = count - behind - window + w", "at = count - behind - window + w - 1"),
+    ],
+)
+def test_a_wrong_rule_is_noticed(right: str, wrong: str, tmp_path: Path) -> None:
+    header = (ROOT / "compile/kernels/cuda/speculation_rows.cuh").read_text()
+    assert header.count(right) == 1
+    (tmp_path / "speculation_rows.cuh").write_text(header.replace(right, wrong))
+    source = tmp_path / "speculation_rows.cpp"
+    source.write_text(Path(__file__).with_name("speculation_rows.cpp").read_text())
+    command = ["c++", "-std=c++20", "-O1", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "rows.so")]
+    subprocess.run(command, check=True, timeout=60)
+    with pytest.raises((AssertionError, IndexError, ValueError)):
+        test_texts_are_those_of_plain_decoding(ctypes.CDLL(str(tmp_path / "rows.so")), 1)

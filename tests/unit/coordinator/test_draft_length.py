@@ -1,0 +1,165 @@
+"""Rules for the draft length, against simulated steps whose times and accept rates are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+
+from builders import make_config
+from tpserve.coordinator.adaptive_length import AdaptiveLength
+from tpserve.coordinator.draft_length import DraftLength, TableLength, make_draft_length
+from tpserve.proto.messages import StepResult
+
+MOST = 5
+
+
+@dataclass
+class Machine:
+    """Steps that take `step_us(batch, length)`, give or take the noise, and accept each draft token at `rate`."""
+
+    step_us: Callable[[int, int], float]
+    rate: float
+    noise: float = 0.02
+    coverage: float = 1.0
+    """Share of sequences for which something is proposed."""
+    random: Random = field(default_factory=lambda: Random(1))
+    num_tokens: int = 0
+    total_us: float = 0.0
+    chosen: list[int] = field(default_factory=list)
+
+    def run(self, rule: DraftLength, batch: int, num_steps: int) -> None:
+        """Take steps, each planned two ahead of its result as in the engine."""
+        pending: list[int] = []
+        for _ in range(num_steps):
+            pending.append(rule.choose(batch))
+            if len(pending) == 2:
+                self._step(rule, batch, pending.pop(0))
+
+    def _step(self, rule: DraftLength, batch: int, length: int) -> None:
+        drafted, counts = [], []
+        for _ in range(batch):
+            drafted.append(length if self.random.random() < self.coverage else 0)
+            accepted = 0
+            while accepted < drafted[-1] and self.random.random() < self.rate:
+                accepted += 1
+            counts.append(1 + accepted)
+        step_us = self.step_us(batch, length) * self.random.uniform(1 - self.noise, 1 + self.noise)
+        if self.random.random() < 0.002:
+            step_us *= 20  # somebody else's work
+        self.chosen.append(length)
+        self.num_tokens += sum(counts)
+        self.total_us += self.step_us(batch, length)
+        plain = not any(drafted)
+        result = StepResult(
+            1,
+            slots=tuple(range(batch)),
+            token_ids=(0,) * sum(counts),
+            counts=() if plain else tuple(counts),
+            drafted=() if plain else tuple(drafted),
+            num_tokens=batch + sum(drafted),
+            step_us=int(step_us),
+        )
+        rule.observe(result, length)
+
+    def speed(self) -> float:
+        """Tokens for a microsecond."""
+        return self.num_tokens / self.total_us
+
+
+def memory_bound(batch: int, length: int) -> float:
+    """Weights are streamed once whatever the batch, until arithmetic takes longer; a draft step is a tenth."""
+    return 5000.0 + max(0, batch * (1 + length) - 100) * 60.0 + length * 500.0
+
+
+def best_speed(machine: Machine, batch: int) -> tuple[float, float]:
+    """The best fixed length's tokens for a microsecond, and those of plain decoding."""
+
+    def speed(length: int) -> float:
+        tokens = 1 + machine.coverage * sum(machine.rate**position for position in range(1, length + 1))
+        return batch * tokens / machine.step_us(batch, length)
+
+    return max(speed(length) for length in range(MOST + 1)), speed(0)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 32, 128])
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_it_comes_near_the_best_length_and_never_far_below_plain_decoding(batch: int, rate: float) -> None:
+    machine = Machine(memory_bound, rate)
+    rule = AdaptiveLength(MOST)
+    machine.run(rule, batch, 500)
+    best, plain = best_speed(machine, batch)
+    assert machine.speed() >= 0.98 * plain
+    machine.num_tokens, machine.total_us = 0, 0.0  # by now it should know
+    machine.run(rule, batch, 1000)
+    assert machine.speed() >= 0.95 * best
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_it_does_not_swing_where_nothing_is_to_be_gained(batch: int) -> None:
+    # Every length gives the same speed: a step takes as long as it gives tokens.
+    machine = Machine(lambda batch, length: 1000.0 * sum(0.6**j for j in range(length + 1)), 0.6, noise=0.05)
+    machine.run(AdaptiveLength(MOST), batch, 2000)
+    changes = sum(a != b for a, b in zip(machine.chosen[200:], machine.chosen[201:], strict=False))
+    assert changes < 40
+    _, plain = best_speed(machine, batch)
+    assert machine.speed() >= 0.98 * plain
+
+
+def test_it_follows_the_batch_and_the_requests() -> None:
+    machine = Machine(memory_bound, 0.8)
+    rule = AdaptiveLength(MOST)
+    machine.run(rule, 1, 300)
+    assert machine.chosen[-1] >= 3
+    machine.run(rule, 128, 300)
+    assert machine.chosen[-1] == 0
+    machine.run(rule, 1, 20)
+    assert machine.chosen[-1] >= 3
+    machine.rate = 0.02
+    machine.run(rule, 1, 300)
+    assert machine.chosen[-1] <= 1
+    machine.rate = 0.9
+    machine.run(rule, 1, 3000)
+    assert machine.chosen[-1] >= 3, "what was given up is tried again"
+
+
+def test_lookups_that_seldom_find_something_are_worth_their_cost_or_not() -> None:
+    cheap = Machine(lambda batch, length: 5000.0 + 50.0 * length, 0.8, coverage=0.2)
+    machine_rule = AdaptiveLength(MOST, are_sparse=True)
+    cheap.run(machine_rule, 4, 3000)
+    best, plain = best_speed(cheap, 4)
+    assert best > 1.3 * plain
+    assert cheap.speed() >= 0.95 * best
+    dear = Machine(lambda batch, length: 5000.0 + 1500.0 * length, 0.8, coverage=0.05)
+    dear.run(AdaptiveLength(MOST, are_sparse=True), 4, 3000)
+    assert dear.speed() >= 0.98 * best_speed(dear, 4)[1]
+
+
+def test_steps_in_which_the_draft_catches_up_are_not_held_against_it() -> None:
+    rule = AdaptiveLength(MOST)
+    machine = Machine(memory_bound, 0.8)
+    machine.run(rule, 4, 8)
+    while rule.choose(4) == 0:
+        machine.run(rule, 4, 2)
+    for _ in range(10):  # long steps that draft nothing yet
+        length = rule.choose(4)
+        rule.observe(StepResult(1, slots=(0, 1, 2, 3), token_ids=(0,) * 4, num_tokens=4, step_us=90_000), length)
+    machine.run(rule, 4, 100)
+    assert machine.chosen[-1] >= 3
+
+
+@pytest.mark.parametrize(
+    ("num_decoding", "expected"), [(1, 4), (9, 4), (10, 3), (19, 3), (20, 2), (29, 2), (30, 0), (64, 0)]
+)
+def test_the_table_is_that_of_mlc(num_decoding: int, expected: int) -> None:
+    assert TableLength(8, 128).choose(num_decoding) == expected
+    # No more tokens than slots, and no more than the library takes.
+    assert TableLength(8, num_decoding * 2).choose(num_decoding) == 0
+    assert TableLength(2, 128).choose(num_decoding) == min(2, expected)
+
+
+def test_each_rule_has_its_name() -> None:
+    config = make_config(max_num_draft_tokens=3)
+    assert make_draft_length(config).choose(1000) == 3

@@ -1,0 +1,116 @@
+"""What the flags about speculation mean together, and that a draft must have the model's tokens."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tiny_models import MODELS
+from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.memory import plan_memory
+from tpserve.coordinator.speculation import add_speculation_arguments, check_draft, choose_speculation
+from tpserve.proto.manifest import Manifest
+from tpserve.proto.speculation import Speculation
+from worker_builders import make_manifest
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tp", type=int, default=1)
+    add_speculation_arguments(parser)
+    return parser.parse_args(flags)
+
+
+def test_without_flags_nothing_is_drafted() -> None:
+    assert choose_speculation(parse()) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "method", "most", "rule"),
+    [
+        ("--draft-model d", "draft", 5, "auto"),
+        ("--draft-model d --num-speculative-tokens 3", "draft", 3, "fixed"),
+        ("--spec-method ngram --num-speculative-tokens mlc", "ngram", 4, "mlc"),
+        ("--spec-method suffix --num-speculative-tokens auto", "suffix", 5, "auto"),
+        ("--tp 4 --draft-model d --draft-tp 2 --spec-method draft", "draft", 5, "auto"),
+    ],
+)
+def test_flags_choose_a_proposer_and_a_length(flags: str, method: str, most: int, rule: str) -> None:
+    choice = choose_speculation(parse(*flags.split()))
+    assert choice is not None
+    assert (choice.method, choice.max_num_draft_tokens, choice.draft_length) == (method, most, rule)
+    folders = {"model_dir": "/m", "artifact_dir": "/a"} if choice.draft_model else None
+    config = json.loads(json.dumps(choice.config(folders, "dummy")))
+    assert config["draft_length"] == rule
+    speculation = Speculation.from_json(config["speculation"])
+    assert (speculation.method, speculation.max_num_draft_tokens) == (method, most)
+    if folders is not None:
+        assert (speculation.draft_model_dir, speculation.draft_artifact_dir) == (Path("/m"), Path("/a"))
+        assert (speculation.draft_tp_size, speculation.draft_load_format) == (choice.draft_tp, "dummy")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--num-speculative-tokens 3", "--num-speculative-tokens 3 without a proposer: give --draft-model"),
+        ("--draft-tp 2", "--draft-tp 2 without a proposer"),
+        ("--spec-method draft", "give --draft-model"),
+        ("--spec-method ngram --draft-model d", "leave --draft-model and --draft-tp away"),
+        ("--tp 4 --draft-model d --draft-tp 3", "--draft-tp 3 does not divide --tp 4"),
+        ("--draft-model d --draft-tp 2", "--draft-tp 2 does not divide --tp 1"),
+        ("--draft-model d --draft-placement dedicated", "use colocated"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags: str, words: str) -> None:
+    with pytest.raises(ClusterError, match=words):
+        choose_speculation(parse(*flags.split()))
+
+
+@pytest.mark.parametrize("value", ["0", "9", "some", "-1"])
+def test_a_length_out_of_range_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(f"--num-speculative-tokens={value}")
+    assert f"'{value}' is neither 1 to 8 nor auto nor mlc" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder: Path = tmp_path_factory.mktemp("model")
+    MODELS["llama_4q_2kv"].write(folder)
+    return make_manifest(folder, 1)
+
+
+def write_tokenizer(folder: Path, vocabulary: object, added: list[dict[str, object]]) -> Path:
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added}))
+    return folder
+
+
+def test_a_draft_with_other_tokens_is_refused(manifest: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="the draft has 100 tokens, the model 200"):
+        check_draft(manifest, replace(manifest, vocab_size=100), tmp_path, tmp_path)
+    check_draft(manifest, manifest, tmp_path, tmp_path)  # neither has a tokenizer
+    added: list[dict[str, object]] = [{"content": "<s>", "id": 2}]
+    ours = write_tokenizer(tmp_path / "ours", {"a": 0, "b": 1}, added)
+    same = write_tokenizer(tmp_path / "same", [["a", -1.0], ["b", -2.0]], added)
+    other = write_tokenizer(tmp_path / "other", {"a": 1, "b": 0}, added)
+    more = write_tokenizer(tmp_path / "more", {"a": 0, "b": 1}, [{"content": "<end>", "id": 2}])
+    check_draft(manifest, manifest, ours, same)
+    for wrong in (other, more):
+        with pytest.raises(ClusterError, match="gives other ids"):
+            check_draft(manifest, manifest, ours, wrong)
+
+
+def test_a_draft_has_its_share_of_memory(manifest: Manifest) -> None:
+    alone = plan_memory(manifest, "server", 64, 0.5, 40_000_000)
+    both = plan_memory(manifest, "server", 64, 0.5, 40_000_000, draft=manifest)
+    assert both.parameter_bytes == 2 * alone.parameter_bytes
+    assert both.kv_bytes == both.num_pages * 2 * manifest.kv.page_bytes
+    assert both.num_pages <= alone.num_pages
+    assert both.total_bytes <= 20_000_000
+    with pytest.raises(ClusterError, match="lower --max-model-len"):
+        plan_memory(manifest, "server", 64, 0.5, int(2.5 * alone.parameter_bytes), draft=manifest)

@@ -1,0 +1,111 @@
+"""A compiled model on one rank of a CPU: its library, communicator, parameters and pages. Knows nothing of steps."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tpserve.collectives.cpu import CollectiveStats
+from tpserve.proto.manifest import Manifest
+from tpserve.worker.arrays import Array, aligned_zeros, as_tensor
+from tpserve.worker.host_group import join
+from tpserve.worker.kv_cache import KVCache
+from tpserve.worker.library import Library, load_kernels
+from tpserve.worker.weights import dummy_parameters, load_parameters
+
+Progress = Callable[[int, int], None]
+"""Called with (parameters loaded, parameters in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRank:
+    """One rank of one model: where it is, and its group."""
+
+    manifest: Manifest
+    artifact_dir: Path
+    model_dir: Path
+    rank: int
+    tp_size: int
+    group_name: str
+    """Under which the ranks of this model find each other's memory; the secret by which they meet."""
+    load_format: Literal["auto", "dummy"]
+    num_pages: int
+    num_threads: int
+    collective_timeout_s: float
+    rendezvous: str | None = None
+    """`host:port` of the first rank's door, if the ranks are on several nodes."""
+    host: str = "127.0.0.1"
+    """Address at which the other ranks reach this one."""
+
+
+class Model:
+    """A model that may run.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    sample_kernel : callable
+        `sample` of its kernel library.
+    """
+
+    def __init__(self, config: ModelRank, progress: Progress, door: socket.socket | None = None) -> None:
+        """Join the group and load everything; returns when all ranks have come.
+
+        Parameters
+        ----------
+        door
+            Of the first rank, if the ranks are on several nodes.
+
+        Raises
+        ------
+        WorkerError
+            If the artifact or the weights cannot be used.
+        TimeoutError
+            If a rank of the group does not come in time; names it.
+        """
+        self.manifest = manifest = config.manifest
+        kernels = load_kernels(config.artifact_dir)
+        self.sample_kernel: Callable[..., None] = kernels["sample"]
+        # The library looks its collectives up by name when it is made: those of the model loaded last.
+        self._communicator = join(config, kernels, door)
+        kernels["set_num_threads"](config.num_threads)
+        self._step = Library(config.artifact_dir, manifest, kernels).step
+        if config.load_format == "dummy":
+            arrays = dummy_parameters(manifest, config.rank)
+        else:
+            arrays = load_parameters(manifest, config.model_dir, config.rank)
+        self._params: list[Any] = []
+        for array in arrays:
+            self._params.append(as_tensor(array))
+            progress(len(self._params), len(manifest.params))
+        self._kv = KVCache(manifest.kv, config.num_pages)
+        # Attention on a CPU needs neither a plan nor room for partial sums.
+        self._no_workspace = (as_tensor(aligned_zeros((0,), np.int32)), as_tensor(aligned_zeros((0,), np.float32)))
+
+    def step(
+        self, token_ids: Array, positions: Array, token_slots: Array, page_table: Array, sample_rows: Array
+    ) -> tuple[Any, Any]:
+        """Run the graph over a ragged batch; see `LlamaForCausalLM.step`.
+
+        Returns
+        -------
+        logits : tensor (R, padded_vocab_size) float32
+        hidden : tensor (R, hidden_size) float32
+        """
+        inputs = (token_ids, positions, token_slots, page_table, sample_rows)
+        logits, hidden = self._step(*map(as_tensor, inputs), *self._no_workspace, self._kv.layers, self._params)
+        return logits, hidden
+
+    def collective_totals(self) -> dict[str, CollectiveStats]:
+        """Return what this rank has done in collectives since the start, by kind; nothing of a model on one rank."""
+        return {} if self._communicator is None else self._communicator.stats()
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._communicator is not None:
+            self._communicator.close()

@@ -1,0 +1,1 @@
+"""Where draft tokens come from: one module for each method, all behind `base.Proposer`."""

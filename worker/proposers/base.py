@@ -1,0 +1,84 @@
+"""What every source of draft tokens offers, and what it may read."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tpserve.collectives.cpu import CollectiveStats
+from tpserve.proto.messages import SlotAdd
+from tpserve.worker.arrays import Array
+
+
+class Proposer(Protocol):
+    """Guesses how the sequences of some slots go on. Never wrong, only useless: the target verifies each token.
+
+    It reads the tokens of a slot in `Batch.tokens` and their number in `Batch.num_tokens`. Every rank proposes the
+    same, from the same plans. The order of calls in a step: `remove`, `add` and `grow` as the plan says, before the
+    batch takes it; `propose`, if the step verifies drafts; after it, `settle`.
+
+    An EAGLE-3 head fits as a draft model does (`draft.DraftModel`), with one more input. It is a decoder layer over
+    (the target's hidden row of a token, the embedding of the next token), so it needs the hidden rows of every token
+    that was accepted: three of the target's layers, which the compiled step must give as further outputs for all of
+    its T tokens (it gives the final norm's rows for the R sampled ones now). The runner would pass them to `settle`,
+    in the order of the step's tokens, and the head would keep those of accepted tokens as the input of its own
+    catch-up; prompts' rows come with their chunks in the same way. Its vocabulary is a subset of the target's, mapped
+    back by the table that its checkpoint holds (`d2t`); its KV pages, valid flags, catch-up and sampling are those of
+    `draft.DraftModel`, and so is verification, which knows no proposer.
+    """
+
+    def add(self, added: SlotAdd) -> None:
+        """Take a sequence that enters the batch, whether it speculates or not."""
+
+    def grow(self, page: int) -> None:
+        """Take a fresh page that is put at the end of some slot's table."""
+
+    def remove(self, slot: int) -> None:
+        """Let a sequence go; its tokens can still be read."""
+
+    def propose(self, slots: Array, limits: Array, num_draft_tokens: int) -> Array:
+        """Propose how sequences go on.
+
+        Parameters
+        ----------
+        slots : (B,) int32
+            That decode, those that have decoded longest first.
+        limits : (B,) int32
+            Most tokens for each, at most `num_draft_tokens`.
+
+        Returns
+        -------
+        (B, num_draft_tokens) int32
+            Token ids; -1 from where nothing is proposed on.
+        """
+
+    def settle(self, slots: Array) -> None:
+        """Learn that tokens were emitted for the slots given to `propose`, and stand in the batch."""
+
+    def collective_totals(self) -> dict[str, CollectiveStats]:
+        """Return what was done in collectives since the start, by kind."""
+
+    def close(self) -> None:
+        """Free what is held outside this process."""
+
+
+class TextProposer:
+    """What proposers that only look at tokens need not do."""
+
+    def add(self, added: SlotAdd) -> None:
+        """Nothing is kept by slot."""
+
+    def grow(self, page: int) -> None:
+        """Nothing is kept by page."""
+
+    def remove(self, slot: int) -> None:
+        """Nothing is kept by slot."""
+
+    def settle(self, slots: Array) -> None:
+        """Nothing is kept by token: they are read when they are needed."""
+
+    def collective_totals(self) -> dict[str, CollectiveStats]:
+        """Return nothing: ranks need not talk."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is held."""
