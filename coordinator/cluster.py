@@ -346,7 +346,7 @@ def _check_draft_groups(config: RankConfig, places: Sequence[Place]) -> None:
         nodes = dict.fromkeys(place.node for place in places[first : first + size])
         if len({place.node_id for place in places[first : first + size]}) > 1:
             raise ClusterError(
-                f"--draft-tp {size} would put one draft group on {', '.join(nodes)}, and its ranks share memory: lower it"
+                f"--draft-tp {size} would put a draft group, whose ranks share memory, on {', '.join(nodes)}: lower it"
             )
 
 

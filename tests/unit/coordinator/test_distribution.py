@@ -138,5 +138,5 @@ def test_ranks_of_a_draft_group_are_on_one_node(rank: RankConfig) -> None:
     places = [Place(f"id-{name}", name, "", None) for name in ("a", "a", "b", "b")]
     for size in (1, 2):
         _check_draft_groups(replace(rank, tp_size=4, speculation=Speculation("draft", 3, draft_tp_size=size)), places)
-    with pytest.raises(ClusterError, match=r"--draft-tp 4 would put one draft group on a, b, .* lower it"):
+    with pytest.raises(ClusterError, match=r"--draft-tp 4 would put a draft group, .* on a, b: lower it"):
         _check_draft_groups(replace(rank, tp_size=4, speculation=Speculation("draft", 3, draft_tp_size=4)), places)
