@@ -128,7 +128,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="between GPUs: over peer memory (push), or NCCL; auto takes push where ranks can map each other's memory",
     )
-    parser.add_argument("--ray-address", help="an existing Ray cluster (default: start Ray here)")
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="an existing Ray cluster, of which this host is a node (default: start Ray here)",
+    )
+    parser.add_argument(
+        "--tp-across-nodes",
+        choices=["pack", "spread"],
+        help="let ranks be on several nodes of --ray-address: on as few as have room, or on as many as there are "
+        "(default: all on one)",
+    )
+    parser.add_argument(
+        "--distribute",
+        choices=["auto", "never"],
+        default="auto",
+        help="auto: nodes that lack the model or the library are sent it; never: they are an error",
+    )
     parser.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds that running requests get at the end"
     )
@@ -219,6 +235,8 @@ class _Server:
             )
         if on_gpu and len(gpus) < args.tp:
             raise ServeError(f"--tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu")
+        if args.tp_across_nodes is not None and args.ray_address is None:
+            raise ServeError("--tp-across-nodes needs --ray-address: a Ray that is started here has one node")
         if not args.no_gateway:
             require_free_port("", args.host, args.port)
         require_free_port("engine-", args.engine_host, args.engine_port)
@@ -397,6 +415,8 @@ class _Server:
             "load_format": args.load_format,
             "collectives": args.collectives,
             "ray_address": args.ray_address,
+            "placement": args.tp_across_nodes or "one-node",
+            "distribute": args.distribute,
             "ray_temp_dir": ray_temp_dir,
             "drain_timeout_s": args.drain_timeout,
             "metrics_compat": args.metrics_compat,
