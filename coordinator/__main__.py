@@ -125,6 +125,7 @@ async def run(
             enable_prefix_cache=config.enable_prefix_cache,
             max_num_draft_tokens=(config.speculation or {}).get("max_num_draft_tokens", 0),
             draft_length=config.draft_length,
+            drafts_on_device=manifest.target["kind"] == "cuda",
             drafts_are_sparse=(config.speculation or {}).get("method") in SPARSE_METHODS,
         )
     )

@@ -39,6 +39,9 @@ class SchedulerConfig:
     """Most draft tokens that a step verifies for a sequence; 0: no speculation."""
     draft_length: DraftLengthRule = "fixed"
     """How many of them a step takes, see `draft_length`."""
+    drafts_on_device: bool = False
+    """Whether draft tokens are compared where grammars and penalties are not followed, and not beside prompts, as on a
+    GPU: then sequences that have one of them decode plainly, and so do steps that may take in prompts."""
     drafts_are_sparse: bool = False
     """Whether the proposer has nothing for most sequences, as one that looks tokens up."""
 

@@ -186,7 +186,10 @@ class Scheduler:
         max_len = checked_max_len(request, self._config)
         if self._num_queued >= self._config.max_num_queued_requests + self._slots.num_free:
             raise QueueFull(f"{self._num_queued} requests wait already; try again later")
-        speculates = self._draft_length is not None and not request.sampling.wants_hidden
+        sampling = request.sampling
+        speculates = self._draft_length is not None and not sampling.wants_hidden
+        if self._config.drafts_on_device:
+            speculates = speculates and request.grammar is None and not sampling.needs_output_history
         group = make_group(request, self._next_order, max_len, self._next_step, speculates)
         self._next_order += request.n
         self._groups[request.request_id] = group
@@ -257,7 +260,8 @@ class Scheduler:
             if budget == 0:
                 break
             budget -= self._run_chunk(sequence, budget, chunks, touched)
-        self._admit(step, budget, added, chunks, touched)
+        if not (num_draft_tokens and self._config.drafts_on_device):
+            self._admit(step, budget, added, chunks, touched)
         if not chunks and not num_decoding:
             return None
         removed = self._slots.take_removed()
@@ -283,7 +287,9 @@ class Scheduler:
         if self._draft_length is None or not self._num_decoding:
             return 0
         budget = self._config.max_num_batched_tokens
-        if self._prefilling or self._waiting:
+        if self._prefilling or (self._waiting and self._admission_open):
+            if self._config.drafts_on_device:
+                return 0
             budget //= 2
         most = budget // self._num_decoding - 1
         return max(0, min(self._draft_length.choose(self._num_decoding), most))

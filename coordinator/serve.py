@@ -207,8 +207,8 @@ class _Server:
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         device = "cuda" if on_gpu else "cpu"
         speculation = choose_speculation(args)
-        if speculation is not None and on_gpu:
-            raise ServeError("speculation runs on CPUs only so far: use --device cpu, or leave its flags away")
+        if speculation is not None and on_gpu and (speculation.method != "draft" or speculation.draft_tp != 1):
+            raise ServeError("on GPUs a draft model proposes, whole on each: give --draft-model and --draft-tp 1")
         num_draft_tokens = 0 if speculation is None else speculation.max_num_draft_tokens
         folders = self._compile(max_num_seqs, device, num_draft_tokens)
         manifest = Manifest.load(Path(folders["artifact_dir"]))

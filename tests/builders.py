@@ -26,6 +26,7 @@ def make_config(
     aging_steps: int = 256,
     max_passed_sequences: int = 32,
     max_num_draft_tokens: int = 0,
+    drafts_on_device: bool = False,
 ) -> SchedulerConfig:
     """A small config; pages of 4 tokens."""
     return SchedulerConfig(
@@ -40,6 +41,7 @@ def make_config(
         aging_steps=aging_steps,
         max_passed_sequences=max_passed_sequences,
         max_num_draft_tokens=max_num_draft_tokens,
+        drafts_on_device=drafts_on_device,
     )
 
 

@@ -135,6 +135,12 @@ class SimulatedWorker:
                 slot.next_position in (None, chunk.start), f"chunk at {chunk.start}, slot is at {slot.next_position}"
             )
             work.append(_Work(chunk.slot, chunk.start, chunk.token_ids))
+        if self.config.drafts_on_device:
+            require(not (plan.num_draft_tokens and plan.chunks), "draft tokens are verified beside prompts")
+            require(
+                not any(added.max_len and added.sampling.needs_output_history for added in plan.added_slots),
+                "a sequence with penalties speculates",
+            )
         num_tokens = sum(item.num_tokens for item in work)
         require(num_tokens <= self.config.max_num_batched_tokens, f"{num_tokens} tokens in one step")
         require(num_tokens > 0 or bool(full), "a step without tokens")

@@ -13,13 +13,16 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import cupy
 import numpy as np
 import tvm_ffi
 
+from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array
@@ -27,10 +30,12 @@ from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.buckets import Bucket, fill, make_buckets
 from tpserve.worker.device_group import DeviceGroup
 from tpserve.worker.device_sampler import DeviceSampler
+from tpserve.worker.device_speculation import DeviceDraft, DeviceSpeculation
 from tpserve.worker.device_weights import Progress, as_device_tensor, load_device_parameters, pinned
 from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.grammar import ConstrainedRow, GrammarFollower
 from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, load_kernels, tvm
+from tpserve.worker.verify_layout import VerifyBucket, lay_out_verify, make_verify_buckets, read_groups
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +48,13 @@ _MAX_PAGE_UPDATES = 4096
 class _CapturedStep:
     """One bucket's graph with the device buffer of its inputs."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: Bucket, verify: VerifyBucket | None = None) -> None:
         self.bucket = bucket
+        self.num_slots = 0 if verify is None else verify.num_slots
+        """Decoding slots that the step verifies draft tokens of."""
+        self.num_draft_tokens = 0 if verify is None else verify.num_draft_tokens
+        self.prompt_graph: Any = None
+        """The draft's pass over the same tokens, for steps with prompts."""
         self.inputs = cupy.zeros(bucket.num_inputs, cupy.int32)
         self.graph: Any = None
         self.forward_graph: Any = None
@@ -78,7 +88,10 @@ class PendingStep:
         mask_us: int = 0,
         hidden: dict[int, Array] | None = None,
     ) -> None:
-        """Note what was queued; without slots nothing was. `hidden` is by slot, of those that asked for their rows."""
+        """Note what was queued; without slots nothing was.
+
+        `slots` are those that decode or were sampled, each once; `hidden` is by slot, of those that asked for rows.
+        """
         self.hidden = hidden or {}
         self.plan = plan
         self.slots = slots
@@ -119,8 +132,6 @@ class DeviceRunner:
         TimeoutError
             If a rank of the group does not come in time; names it.
         """
-        if config.speculation is not None:
-            raise WorkerError("speculation runs on a CPU so far: start the server without draft tokens on GPUs")
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
         self._config = config
         self._rank = config.rank
@@ -153,10 +164,16 @@ class DeviceRunner:
         self._page_updates_tensor = tvm_ffi.from_dlpack(self._page_updates)
         self._last_token = tvm_ffi.from_dlpack(cupy.zeros(config.max_num_seqs, cupy.int32))
         self._sampler = DeviceSampler(
-            self._kernels, config.max_num_seqs, manifest.vocab_size, manifest.padded_vocab_size, _NUM_STAGING
+            self._kernels,
+            config.max_num_seqs,
+            manifest.vocab_size,
+            manifest.padded_vocab_size,
+            _NUM_STAGING,
+            manifest.max_num_rows,
         )
-        self._constrained: tuple[list[ConstrainedRow], int, int] = ([], 0, 0)
-        """Rows of the last step that had grammars, its number of rows and its staging."""
+        self._speculation = self._make_speculation(manifest, progress)
+        self._constrained: tuple[list[ConstrainedRow], int, int, int] = ([], 0, 0, 1)
+        """Groups of rows of the last step that had grammars, its number of rows, its staging, and rows of a group."""
         self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
         self._window = manifest.attention_window
         num_tokens = manifest.max_num_batched_tokens
@@ -164,7 +181,11 @@ class DeviceRunner:
         self._plan = cupy.zeros(self._plan_words(num_tokens), cupy.int32)
         self._workspace = tvm_ffi.from_dlpack(cupy.zeros(max(1, floats), cupy.float32))
         buckets = make_buckets(config.max_num_seqs, manifest.max_num_batched_tokens)
-        size = max(bucket.num_inputs for bucket in buckets)
+        verify_buckets: list[VerifyBucket] = []
+        if self._speculation is not None:
+            most = self._speculation.max_num_draft_tokens
+            verify_buckets = make_verify_buckets(config.max_num_seqs, manifest.max_num_rows, most)
+        size = max(bucket.num_inputs for bucket in (*buckets, *(each.bucket for each in verify_buckets)))
         self._input_staging = [pinned(size, np.int32) for _ in range(_NUM_STAGING)]
         self._update_staging = [pinned(3 * _MAX_PAGE_UPDATES, np.int32) for _ in range(_NUM_STAGING)]
         self._events = [cupy.cuda.Event(block=True, disable_timing=True) for _ in range(_NUM_STAGING)]
@@ -175,32 +196,61 @@ class DeviceRunner:
         self._last_finish = time.perf_counter()
         if self._group is not None:
             self._group.meet("weights")  # a rank that is still loading must not look late to a kernel
-        self._captured = self._capture(buckets)
+        self._captured = self._capture([_CapturedStep(bucket) for bucket in buckets])
+        self._verifying = self._capture([_CapturedStep(each.bucket, each) for each in verify_buckets])
         self._grammars.wait_warm()
         if self._group is not None:
             self._group.meet("graphs")
 
+    def _make_speculation(self, manifest: Manifest, progress: Progress) -> DeviceSpeculation | None:
+        """Load the draft, if there is one."""
+        config, speculation = self._config, self._config.speculation
+        if speculation is None:
+            return None
+        if speculation.method != "draft":
+            raise WorkerError(f"{speculation.method} looks tokens up on the host: on GPUs, use a draft model")
+        with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
+            draft = DeviceDraft(config, manifest, self._kernels, self._device, self._stream, progress)
+            width = manifest.max_model_len + 1
+            return DeviceSpeculation(speculation, draft, self._kernels, config.max_num_seqs, width, _NUM_STAGING)
+
     # ---- capture
 
-    def _capture(self, buckets: list[Bucket]) -> list[_CapturedStep]:
-        """Capture one graph for each bucket, largest first so that the allocator's pool has room for all."""
+    def _capture(self, steps: list[_CapturedStep]) -> list[_CapturedStep]:
+        """Capture each step's graph, largest first so that the allocator's pool has room for all.
+
+        Returns
+        -------
+        The steps, smallest first.
+        """
         started = time.perf_counter()
-        captured = []
+        steps = sorted(steps, key=lambda step: -step.bucket.num_tokens)
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
-            for bucket in sorted(buckets, key=lambda bucket: -bucket.num_tokens):
-                step = _CapturedStep(bucket)
-                step.plan = tvm_ffi.from_dlpack(self._plan[: self._plan_words(bucket.num_tokens)])
-                for _ in range(2):  # the pool must be warm: nothing may be allocated while capturing
-                    self._run(step)
-                self._stream.synchronize()
-                self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
-                self._run(step)
-                step.graph = self._stream.end_capture()
-                step.graph.upload(self._stream)
-                captured.append(step)
+            for step in steps:
+                step.plan = tvm_ffi.from_dlpack(self._plan[: self._plan_words(step.bucket.num_tokens)])
+                step.graph = self._capture_one(partial(self._run, step))
+                if self._speculation is not None and not step.num_draft_tokens:
+                    step.prompt_graph = self._capture_one(partial(self._run_draft, step))
             self._stream.synchronize()
-        logger.info("captured %d graphs in %.1f s", len(captured), time.perf_counter() - started)
-        return captured[::-1]
+        logger.info("captured %d graphs in %.1f s", len(steps), time.perf_counter() - started)
+        return steps[::-1]
+
+    def _capture_one(self, run: Callable[[], None]) -> Any:
+        """Capture what `run` queues."""
+        for _ in range(2):  # the pool must be warm: nothing may be allocated while capturing
+            run()
+        self._stream.synchronize()
+        self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+        run()
+        graph = self._stream.end_capture()
+        graph.upload(self._stream)
+        return graph
+
+    def _run_draft(self, step: _CapturedStep) -> None:
+        """Queue the draft's pass over a step that has run."""
+        assert self._speculation is not None
+        token_ids, positions, token_slots = step.tensors[:3]
+        self._speculation.compute_prompts(token_ids, positions, token_slots, self._page_table)
 
     def _capture_forward(self, step: _CapturedStep) -> None:
         """Capture a bucket's step up to the logits; nothing runs, and the pool has room from the whole step's capture.
@@ -226,12 +276,22 @@ class DeviceRunner:
         """Queue the sampling of a step's logits."""
         sample_slots, sample_positions = step.tensors[4:]
         ids = self._sampler.queue(logits, sample_slots, sample_positions)
-        self._kernels["store_last_tokens"](ids, sample_slots, self._last_token)
+        if self._speculation is not None:
+            where = (ids, sample_slots, sample_positions)
+            self._speculation.accept(step.num_slots, step.num_draft_tokens, *where)
+        else:
+            self._kernels["store_last_tokens"](ids, sample_slots, self._last_token)
 
     def _forward(self, step: _CapturedStep) -> tuple[Any, Any]:
         """Queue a step up to its logits; return them and the hidden rows that they are of."""
         token_ids, positions, token_slots, sample_rows = step.tensors[:4]
-        self._kernels["load_last_tokens"](token_slots, self._last_token, token_ids)
+        if self._speculation is None:
+            self._kernels["load_last_tokens"](token_slots, self._last_token, token_ids)
+        else:
+            drafts = step.num_draft_tokens
+            if drafts:
+                self._speculation.draft(token_slots, step.num_slots, drafts, self._page_table, self._sampler)
+            self._speculation.load(drafts, step.tensors)
         self._kernels["attention_plan"](positions, token_slots, *self._heads, self._window, step.plan)
         logits, hidden = self._step(
             token_ids,
@@ -258,44 +318,66 @@ class DeviceRunner:
         """
         if self._next_step_id is not None and plan.step_id != self._next_step_id:
             raise PlanError(f"step {plan.step_id} came where {self._next_step_id} was due")
-        if plan.num_draft_tokens:
-            raise PlanError(f"step {plan.step_id} asks for {plan.num_draft_tokens} draft tokens: no draft is loaded")
+        self._check_drafts(plan)
         self._next_step_id = plan.step_id + 1
         staging, self._next_staging = self._next_staging, (self._next_staging + 1) % _NUM_STAGING
-        updates = self._batch.apply(plan)
+        # How far slots that speculate are, and where they end, only the device knows.
+        updates = self._batch.apply(_without_limits(plan))
         self._grammars.apply(plan)
-        arrays = self._batch.prepare(plan)
+        drafts = plan.num_draft_tokens
+        arrays = lay_out_verify(self._batch.running(), drafts) if drafts else self._batch.prepare(plan)
+        slots = arrays.sample_slots[:: 1 + drafts].copy()
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             if updates:
                 self._update_pages(updates, staging)
             if plan.added_slots:
                 self._sampler.add(plan.added_slots, staging, self._stream)
+                if self._speculation is not None:
+                    self._speculation.add(plan.added_slots, self._stream)
                 for added in plan.added_slots:
                     (self._hidden_slots.add if added.sampling.wants_hidden else self._hidden_slots.discard)(added.slot)
             if not len(arrays.token_ids):
                 return PendingStep(self, plan, staging)
-            step = self._bucket_for(arrays)
+            step = self._bucket_for(arrays, drafts)
             fill(step.bucket, arrays, self._input_staging[staging])
             step.inputs.data.copy_from_host_async(
                 self._input_staging[staging].ctypes.data, step.inputs.nbytes, self._stream
             )
-            rows = self._grammars.rows(arrays.sample_slots)
+            rows = self._grammars.rows(slots)
+            if self._speculation is not None and drafts:
+                self._speculation.catch_up(step.tensors[2], step.num_slots, drafts, self._page_table)
             failures, mask_us = self._launch(step, rows, staging)
-            self._constrained = (rows, len(arrays.sample_slots), staging)
+            self._constrained = (rows, len(arrays.sample_slots), staging, 1 + drafts)
             self._sampler.fetch(len(arrays.sample_slots), arrays.sample_slots, staging, self._stream)
+            if self._speculation is not None:
+                self._speculation.fetch(len(slots), staging, self._stream)
             if self._group is not None:
                 self._group.fetch(staging, self._stream)
             hidden = {}
             if self._hidden_slots:
-                hidden = self._fetch_hidden(step.forward_hidden if rows else step.hidden, arrays)
+                hidden = self._fetch_hidden(step.forward_hidden if rows else step.hidden, slots, 1 + drafts)
             self._events[staging].record(self._stream)
-        slots = arrays.sample_slots.copy()
-        self._batch.commit(arrays, None)
+            if self._speculation is not None and not drafts:
+                if plan.chunks:  # behind the result: no first token waits for it
+                    step.prompt_graph.launch(self._stream)
+                else:
+                    self._speculation.plain_step()
+        if not drafts:
+            self._batch.commit(arrays, None)
         return PendingStep(self, plan, staging, slots, len(arrays.token_ids), step.bucket, failures, mask_us, hidden)
+
+    def _check_drafts(self, plan: StepPlan) -> None:
+        most = 0 if self._speculation is None else self._speculation.max_num_draft_tokens
+        if plan.num_draft_tokens > most:
+            raise PlanError(
+                f"step {plan.step_id} asks for {plan.num_draft_tokens} draft tokens, this replica verifies {most}"
+            )
+        if plan.num_draft_tokens and plan.chunks:
+            raise PlanError(f"step {plan.step_id} verifies draft tokens beside prompts, which a GPU does not")
 
     def _launch(self, step: _CapturedStep, rows: list[ConstrainedRow], staging: int) -> tuple[dict[int, str], int]:
         """Queue a step whose inputs are queued; return which slots cannot go on, and the microseconds of its masks."""
-        before, num_before, staging_before = self._constrained
+        before, num_before, staging_before, width = self._constrained
         buffer = self._sampler.mask_buffers[staging]
         if not rows:
             if before:  # followed no further: those slots have left, or wait for nothing that this step samples
@@ -309,7 +391,7 @@ class DeviceRunner:
         if before:
             self._events[staging_before].synchronize()
         started = time.perf_counter()
-        self._grammars.advance(before, self._sampler.token_ids(num_before, staging_before))
+        self._grammars.advance(before, self._sampler.token_ids(num_before, staging_before)[::width])
         failures = self._grammars.fill(rows, buffer)
         self._sampler.send_masks(staging, int(buffer.mask_rows.max()) + 1, self._stream)
         mask_us = int((time.perf_counter() - started) * 1e6)
@@ -329,19 +411,29 @@ class DeviceRunner:
         step_us = int((now - max(self._last_finish, pending.submitted)) * 1e6)
         self._last_finish = now
         is_first = self._rank == 0  # only it carries tokens
-        token_ids, logprobs = self._sampler.results(slots, pending.staging) if is_first else ((), {})
-        for slot, row in pending.hidden.items() if is_first else ():
-            # bfloat16 is the upper half of a float32.
-            logprobs[slot] = replace(logprobs[slot], hidden=(row.astype(np.uint32) << 16).tobytes())
+        rows, num_tokens = np.arange(len(slots)), pending.num_tokens
+        fields: dict[str, Any] = {"slots": tuple(slots.tolist())}
+        if self._speculation is not None:
+            counts, drafted = self._speculation.results(len(slots), pending.staging)
+            emitted = read_groups(slots, plan.num_draft_tokens, counts, drafted)
+            rows, fields = emitted.rows, emitted.fields
+            # Rows without a draft token, and those of slots at their end, were padding.
+            num_tokens -= int((counts == 0).sum()) + len(slots) * plan.num_draft_tokens - int(drafted.sum())
+            slots = np.repeat(slots, counts)
+        if is_first:
+            fields["token_ids"], logprobs = self._sampler.results(slots, rows, pending.staging)
+            for slot, row in pending.hidden.items():
+                # bfloat16 is the upper half of a float32.
+                last = replace(logprobs[slot][0], hidden=(row.astype(np.uint32) << 16).tobytes())
+                logprobs[slot] = (last,)
+            fields["logprobs"] = logprobs
         return StepResult(
             plan.step_id,
             self._rank,
-            slots=tuple(slots.tolist()) if is_first else (),
-            token_ids=token_ids,
-            logprobs={slot: (item,) for slot, item in logprobs.items()},
+            **fields if is_first else {},
             step_us=step_us,
             started_us=time.time_ns() // 1000 - step_us,
-            num_tokens=pending.num_tokens,
+            num_tokens=num_tokens,
             bucket_tokens=bucket.num_tokens,
             bucket_rows=bucket.num_rows,
             failures=pending.failures if is_first else {},
@@ -355,14 +447,17 @@ class DeviceRunner:
         if self._group is not None:
             self._group.close()
 
-    def _fetch_hidden(self, hidden: Any, arrays: StepArrays) -> dict[int, Array]:
-        """Queue copies of the hidden rows of slots that asked; rare, so each has memory of its own."""
+    def _fetch_hidden(self, hidden: Any, slots: Array, stride: int) -> dict[int, Array]:
+        """Queue copies of the hidden rows of slots that asked; rare, so each has memory of its own.
+
+        Such a slot has one row, the first of its `stride`.
+        """
         rows: dict[int, Array] = {}
         width = hidden.shape[1]
-        for row, slot in enumerate(arrays.sample_slots.tolist()):
+        for group, slot in enumerate(slots.tolist()):
             if slot in self._hidden_slots:
                 host = rows[slot] = pinned(width, np.uint16)
-                source = self._kernels["device_address"](hidden) + 2 * width * row
+                source = self._kernels["device_address"](hidden) + 2 * width * group * stride
                 cupy.cuda.runtime.memcpyAsync(
                     host.ctypes.data, source, host.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, self._stream.ptr
                 )
@@ -371,11 +466,12 @@ class DeviceRunner:
     def _plan_words(self, num_tokens: int) -> int:
         return int(self._kernels["attention_plan_size"](num_tokens, self._config.max_num_seqs))
 
-    def _bucket_for(self, arrays: StepArrays) -> _CapturedStep:
+    def _bucket_for(self, arrays: StepArrays, num_draft_tokens: int) -> _CapturedStep:
         num_tokens, num_rows = len(arrays.token_ids), len(arrays.sample_rows)
-        for step in self._captured:
+        for step in self._verifying if num_draft_tokens else self._captured:
             if step.bucket.num_tokens >= num_tokens and step.bucket.num_rows >= num_rows:
-                return step
+                if step.num_draft_tokens == num_draft_tokens:
+                    return step
         raise PlanError(f"no bucket holds {num_tokens} tokens of which {num_rows} are sampled")
 
     def _update_pages(self, updates: list[tuple[int, int, int]], staging: int) -> None:
@@ -387,6 +483,13 @@ class DeviceRunner:
             host[: 3 * len(part)] = np.asarray(part, np.int32).reshape(-1)
             self._page_updates.data.copy_from_host_async(host.ctypes.data, 12 * len(part), self._stream)
             self._kernels["scatter_pages"](self._page_updates_tensor._create_view((len(part), 3)), self._page_table)
+
+
+def _without_limits(plan: StepPlan) -> StepPlan:
+    if not any(added.max_len for added in plan.added_slots):
+        return plan
+    added = tuple(replace(each, max_len=0, prefix_token_ids=()) for each in plan.added_slots)
+    return replace(plan, added_slots=added)
 
 
 def _unowned(tensor: Any) -> Any:

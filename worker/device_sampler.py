@@ -18,6 +18,8 @@ from tpserve.worker.sampler import MAX_LOGPROBS, best_alternatives
 
 MAX_BIAS = 512
 """Entries of logit_bias that one sequence may have: graphs need a fixed size."""
+_LOGPROBS_STATE = 11
+"""Place of `num_logprobs` among the kernel's parameters by slot."""
 _FLOATS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty")
 
 
@@ -30,9 +32,13 @@ class DeviceSampler:
         The artifact's kernel library.
     num_staging
         Pinned copies, so that the host may prepare steps ahead.
+    max_num_rows
+        Of one step: more than slots where draft tokens are verified.
     """
 
-    def __init__(self, kernels: Any, max_num_seqs: int, vocab_size: int, width: int, num_staging: int) -> None:
+    def __init__(
+        self, kernels: Any, max_num_seqs: int, vocab_size: int, width: int, num_staging: int, max_num_rows: int = 0
+    ) -> None:
         self._sample = kernels["sample"]
         self._max_num_seqs = max_num_seqs
         self._vocab_size = vocab_size
@@ -78,15 +84,14 @@ class DeviceSampler:
         )
         self._state = tuple(tvm_ffi.from_dlpack(array) for array in state)
         # Logits with penalties and bias applied; width is the padded vocabulary.
-        self._adjusted = tvm_ffi.from_dlpack(cupy.empty((size, width), cupy.float32))
-        self._out = (
-            cupy.zeros(size, cupy.int32),
-            cupy.zeros(size, cupy.float32),
-            cupy.zeros((size, MAX_LOGPROBS), cupy.int32),
-            cupy.zeros((size, MAX_LOGPROBS), cupy.float32),
-        )
+        rows = -(-max(max_num_rows, max_num_seqs) // 4) * 4
+        self._adjusted = tvm_ffi.from_dlpack(cupy.empty((rows, width), cupy.float32))
+        self._out = _outputs(rows)
         # Made once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
         self._out_tensors = [tvm_ffi.from_dlpack(array) for array in self._out]
+        # What a draft samples: nobody wants its log-probabilities.
+        self._draft_out = [tvm_ffi.from_dlpack(array) for array in _outputs(size)]
+        self._no_logprobs = tvm_ffi.from_dlpack(cupy.full(size, -1, cupy.int32)[:max_num_seqs])
         self._results = [
             [pinned(array.size, array.dtype).reshape(array.shape) for array in self._out] for _ in range(num_staging)
         ]
@@ -152,8 +157,20 @@ class DeviceSampler:
         self._sample(logits, self._vocab_size, slots, positions, *self._state, adjusted, *out)
         return out[0]
 
+    def queue_draft(self, logits: Any, slots: Any, positions: Any) -> Any:
+        """Queue the sampling of a draft's logits by its slots' parameters; return the tensor of ids, (R,) int32.
+
+        The numbers drawn are those that the target will draw at these positions, so the two agree as often as they can.
+        """
+        rows = slots.shape[0]
+        out = [tensor._create_view((rows, *tensor.shape[1:])) for tensor in self._draft_out]
+        adjusted = self._adjusted._create_view((rows, self._adjusted.shape[1]))
+        state = (*self._state[:_LOGPROBS_STATE], self._no_logprobs, *self._state[_LOGPROBS_STATE + 1 :])
+        self._sample(logits, self._vocab_size, slots, positions, *state, adjusted, *out)
+        return out[0]
+
     def fetch(self, num_rows: int, slots: Array, staging: int, stream: Any) -> None:
-        """Queue the copies of a step's results to the host."""
+        """Queue the copies of a step's results to the host; `slots` are those of its rows, or of some of them."""
         wanted = bool((self._host_views["num_logprobs"][slots] >= 0).any())
         for device, host in zip(self._out, self._results[staging], strict=True):
             size = num_rows * device[:1].nbytes
@@ -162,8 +179,15 @@ class DeviceSampler:
             if not wanted:
                 break
 
-    def results(self, slots: Array, staging: int) -> tuple[tuple[int, ...], dict[int, TokenLogprobs]]:
+    def results(
+        self, slots: Array, rows: Array, staging: int
+    ) -> tuple[tuple[int, ...], dict[int, tuple[TokenLogprobs, ...]]]:
         """Return a finished step's token ids, and log-probabilities of the slots that asked.
+
+        Parameters
+        ----------
+        slots, rows : (E,) int32
+            Of what was emitted, slot by slot.
 
         Raises
         ------
@@ -171,17 +195,28 @@ class DeviceSampler:
             If the logits of a slot had a NaN or no finite maximum.
         """
         ids, chosen, top_ids, top_values = self._results[staging]
-        for row in np.flatnonzero(ids[: len(slots)] < 0):
-            raise WorkerError(f"logits of slot {slots[row]} have a NaN or no finite maximum")
-        logprobs: dict[int, TokenLogprobs] = {}
+        emitted = ids[rows]
+        for index in np.flatnonzero(emitted < 0):
+            raise WorkerError(f"logits of slot {slots[index]} have a NaN or no finite maximum")
+        logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         wanted = self._host_views["num_logprobs"][slots]
-        for row in np.flatnonzero(wanted >= 0):
-            count = int(wanted[row])
+        for index in np.flatnonzero(wanted >= 0):
+            row, slot, count = int(rows[index]), int(slots[index]), int(wanted[index])
             top = best_alternatives(top_ids[row, :count], top_values[row, :count])
-            logprobs[int(slots[row])] = TokenLogprobs(float(chosen[row]), top)
-        return tuple(ids[: len(slots)].tolist()), logprobs
+            logprobs[slot] = (*logprobs.get(slot, ()), TokenLogprobs(float(chosen[row]), top))
+        return tuple(emitted.tolist()), logprobs
 
     def token_ids(self, num_rows: int, staging: int) -> Array:
         """Return the ids that a finished step sampled, (R,) int32; a view that the staging's next use overwrites."""
         ids: Array = self._results[staging][0]
         return ids[:num_rows]
+
+
+def _outputs(rows: int) -> tuple[Any, ...]:
+    """Return memory for what the kernel gives: ids, log-probabilities, and those of the best alternatives."""
+    return (
+        cupy.zeros(rows, cupy.int32),
+        cupy.zeros(rows, cupy.float32),
+        cupy.zeros((rows, MAX_LOGPROBS), cupy.int32),
+        cupy.zeros((rows, MAX_LOGPROBS), cupy.float32),
+    )

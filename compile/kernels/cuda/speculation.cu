@@ -104,7 +104,8 @@ __global__ void draft_window_kernel(SlotState s, int count, int window, int behi
 /// The draft's first step of a round: (B * window,) tokens of (B,) slots, and the (B,) slots and positions that it samples.
 void draft_begin(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens,
                  TensorView decode_slots, int64_t stride, int64_t window, int64_t behind, int64_t draft_max_len,
-                 TensorView ids, TensorView positions, TensorView slots, TensorView sample_slots, TensorView sample_positions) {
+                 TensorView ids, TensorView positions, TensorView slots, TensorView sample_slots,
+                 TensorView sample_positions) {
   const SlotState s = state_of(tokens, num_tokens, max_len, draft_tokens);
   const int64_t batch = batch_of(decode_slots, stride), count = batch * window;
   if (window < 1 || behind < 0) TVM_FFI_THROW(ValueError) << "a window of " << window << " tokens, " << behind << " behind";
@@ -159,7 +160,8 @@ void draft_store(TensorView tokens, TensorView num_tokens, TensorView max_len, T
     TVM_FFI_THROW(ValueError) << "draft token " << index << ", expected 0 to " << s.max_drafts - 1;
   }
   launch(draft_store_kernel, blocks_for(batch), kThreads, 0, stream_of(sampled), s, static_cast<int>(batch),
-         static_cast<int>(index), checked<int32_t>("decode_slots", decode_slots, {batch * stride}), static_cast<int>(stride),
+         static_cast<int>(index), checked<int32_t>("decode_slots", decode_slots, {batch * stride}),
+         static_cast<int>(stride),
          checked<int32_t>("sampled", sampled, {batch}), checked<int32_t>("row_slots", row_slots, {batch}));
 }
 

@@ -56,6 +56,9 @@ SCENARIOS = {
     "speculation_one_token_pages": Scenario(
         make_config(max_num_draft_tokens=4, page_size=1, num_pages=70), num_prefixes=2, preempts=True
     ),
+    "speculation_on_device": Scenario(
+        make_config(max_num_draft_tokens=3, num_pages=20, drafts_on_device=True), max_n=2, abort=0.02, preempts=True
+    ),
     "speculation_group_losses": Scenario(
         make_config(max_num_draft_tokens=2, num_pages=24), group_loss=0.02, max_n=3, num_prefixes=2, abort=0.02
     ),

@@ -1,0 +1,238 @@
+"""Speculation on a GPU: the slots' tokens on the device, the draft's own model, and its part of each captured step.
+
+Everything of a round is device work: the draft's steps, the target's step over last and draft tokens, and the
+comparison, which sets how far each slot is. The host learns it with the result. Verification is that of
+`worker.verify`: a draft token is accepted if it is the token that the target samples in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import cupy
+import numpy as np
+import tvm_ffi
+
+from tpserve.proto.manifest import Manifest
+from tpserve.proto.messages import SlotAdd
+from tpserve.proto.rank import RankConfig
+from tpserve.proto.speculation import Speculation
+from tpserve.worker.arrays import Array
+from tpserve.worker.device_sampler import DeviceSampler
+from tpserve.worker.device_weights import Progress, as_device_tensor, load_device_parameters, pinned
+from tpserve.worker.errors import WorkerError
+from tpserve.worker.library import Library, check_manifest
+
+logger = logging.getLogger(__name__)
+
+_WINDOW = 4
+"""Tokens that the draft's first step of a round runs for each slot: two that the round before may have left out, and
+two of plain steps that were planned before the draft was asked again."""
+
+
+class DeviceDraft:
+    """The draft model of one rank, whole on each: ranks draft the same, and nothing travels between them."""
+
+    def __init__(
+        self, config: RankConfig, target: Manifest, kernels: Any, device: Any, stream: Any, progress: Progress
+    ) -> None:
+        speculation = config.speculation
+        assert speculation is not None
+        if speculation.draft_tp_size != 1:
+            raise WorkerError(
+                f"draft_tp_size is {speculation.draft_tp_size}: on GPUs each rank has the whole draft; set --draft-tp 1"
+            )
+        assert speculation.draft_artifact_dir is not None
+        assert speculation.draft_model_dir is not None
+        config = replace(
+            config,
+            rank=0,
+            tp_size=1,
+            model_dir=speculation.draft_model_dir,
+            artifact_dir=speculation.draft_artifact_dir,
+            load_format=speculation.draft_load_format,
+        )
+        self.manifest = manifest = check_manifest(config.artifact_dir, config.model_dir, 1, config.max_num_seqs)
+        if manifest.vocab_size != target.vocab_size or manifest.kv.page_size != target.kv.page_size:
+            raise WorkerError(
+                f"the draft has {manifest.vocab_size} tokens and pages of {manifest.kv.page_size}, the model "
+                f"{target.vocab_size} and {target.kv.page_size}: give a draft of the same family"
+            )
+        self._kernels = kernels
+        self._step = Library(config.artifact_dir, manifest, kernels, device).step
+        self._params = load_device_parameters(manifest, config, kernels, stream, progress)
+        kv = manifest.kv
+        self._kv = [
+            as_device_tensor(cupy.zeros(kv.layer_shape(config.num_pages), cupy.uint16), kv.dtype)
+            for _ in range(kv.num_layers)
+        ]
+        self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
+        self.max_num_tokens = manifest.max_num_batched_tokens
+        words = kernels["attention_plan_size"](self.max_num_tokens, config.max_num_seqs)
+        self._plan = cupy.zeros(words, cupy.int32)
+        floats = kernels["attention_workspace_size"](self.max_num_tokens, *self._heads, kv.head_dim)
+        self._workspace = tvm_ffi.from_dlpack(cupy.zeros(max(1, floats), cupy.float32))
+        self._max_num_seqs = config.max_num_seqs
+        if self.max_num_tokens < target.max_num_batched_tokens:
+            raise WorkerError(
+                f"the draft's library takes {self.max_num_tokens} tokens in a step, the model's "
+                f"{target.max_num_batched_tokens}: compile it with --max-num-batched-tokens of the latter"
+            )
+
+    def forward(self, ids: Any, positions: Any, slots: Any, page_table: Any, rows: Any) -> Any:
+        """Queue a step over (T,) tokens; return the (R, width) logits."""
+        words = self._kernels["attention_plan_size"](ids.shape[0], self._max_num_seqs)
+        plan = tvm_ffi.from_dlpack(self._plan[:words])
+        self._kernels["attention_plan"](positions, slots, *self._heads, self.manifest.attention_window, plan)
+        arguments = (ids, positions, slots, page_table, rows, plan, self._workspace, self._kv, self._params)
+        logits, _ = self._step(*arguments)
+        return logits
+
+
+class DeviceSpeculation:
+    """State of the slots of one rank, and what is queued for them.
+
+    Parameters
+    ----------
+    width
+        Tokens that a slot can hold.
+    """
+
+    def __init__(
+        self,
+        speculation: Speculation,
+        draft: DeviceDraft,
+        kernels: Any,
+        max_num_seqs: int,
+        width: int,
+        num_staging: int,
+    ) -> None:
+        self.max_num_draft_tokens = most = speculation.max_num_draft_tokens
+        self._draft = draft
+        self._kernels = kernels
+        self._tokens = cupy.zeros((max_num_seqs, width), cupy.int32)
+        self._max_len = cupy.zeros(max_num_seqs, cupy.int32)
+        arrays = (
+            self._tokens,
+            cupy.zeros(max_num_seqs, cupy.int32),
+            self._max_len,
+            cupy.full((max_num_seqs, most), -1, cupy.int32),
+        )
+        self._state = tuple(tvm_ffi.from_dlpack(array) for array in arrays)
+        """tokens, num_tokens, max_len, draft_tokens."""
+        self._counts = cupy.zeros(max_num_seqs, cupy.int32)
+        self._drafted = cupy.zeros(max_num_seqs, cupy.int32)
+        self._group_tensors = tuple(tvm_ffi.from_dlpack(array) for array in (self._counts, self._drafted))
+        self._results = [(pinned(max_num_seqs, np.int32), pinned(max_num_seqs, np.int32)) for _ in range(num_staging)]
+        size = max(draft.max_num_tokens, max_num_seqs * _WINDOW)
+        work = [cupy.zeros(size, cupy.int32) for _ in range(3)] + [cupy.zeros(max_num_seqs, cupy.int32) for _ in "ab"]
+        self._work = tuple(tvm_ffi.from_dlpack(array) for array in work)
+        """ids, positions, slots of the draft's steps; slots and positions that it samples."""
+        # Rows that are sampled: the last of each window, or each.
+        windows = cupy.arange(max_num_seqs, dtype=cupy.int32) * _WINDOW + (_WINDOW - 1)
+        self._window_rows = tvm_ffi.from_dlpack(windows)
+        self._all_rows = tvm_ffi.from_dlpack(cupy.arange(max_num_seqs, dtype=cupy.int32))
+        self._num_behind = 0
+        """Most tokens of a slot that the draft has not computed since it last drafted."""
+
+    # ---- between steps
+
+    def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
+        """Take what is known of sequences that enter slots, in order with the steps on `stream`."""
+        for added in added_slots:
+            self._max_len[added.slot : added.slot + 1].set(np.asarray([added.max_len], np.int32), stream)
+            if added.prefix_token_ids:
+                prefix = np.asarray(added.prefix_token_ids, np.int32)
+                self._tokens[added.slot, : len(prefix)].set(prefix, stream)
+
+    def catch_up(self, token_slots: Any, num_slots: int, num_draft_tokens: int, page_table: Any) -> None:
+        """Before a round, let the draft compute what plain steps have left out; not captured, since it is rare.
+
+        Parameters
+        ----------
+        token_slots : (num_slots * (1 + num_draft_tokens),) int32 tensor
+            As the step is laid out.
+        """
+        behind, self._num_behind = self._num_behind, 0
+        if behind <= _WINDOW - 2:
+            return
+        size = max(1, self._draft.max_num_tokens // num_slots)
+        passes = range(_WINDOW, behind + 2, size)
+        logger.info("the draft catches up with %d plain steps in %d passes", behind, len(passes))
+        stride, one = 1 + num_draft_tokens, self._all_rows._create_view((1,))
+        for begin in reversed(passes):  # the earliest tokens first
+            self._run_window(token_slots, stride, num_slots, size, begin, page_table, one)
+
+    def plain_step(self) -> None:
+        """Note that the slots move on without the draft."""
+        self._num_behind += 1
+
+    # ---- within a captured step
+
+    def draft(
+        self, token_slots: Any, num_slots: int, num_draft_tokens: int, page_table: Any, sampler: DeviceSampler
+    ) -> None:
+        """Queue the draft's part of a round.
+
+        Parameters
+        ----------
+        token_slots : (num_slots * (1 + num_draft_tokens),) int32 tensor
+            As the step is laid out.
+        """
+        stride = 1 + num_draft_tokens
+        rows = self._window_rows._create_view((num_slots,))
+        logits = self._run_window(token_slots, stride, num_slots, _WINDOW, 0, page_table, rows)
+        sample_slots, sample_positions = (tensor._create_view((num_slots,)) for tensor in self._work[3:])
+        for index in range(num_draft_tokens):
+            if index:
+                ids, positions, slots = (tensor._create_view((num_slots,)) for tensor in self._work[:3])
+                where = (ids, positions, slots, sample_positions)
+                self._kernels["draft_continue"](
+                    *self._state, token_slots, stride, index, self._draft.manifest.max_model_len, *where
+                )
+                rows = self._all_rows._create_view((num_slots,))
+                logits = self._draft.forward(ids, positions, slots, page_table, rows)
+                sample_slots = slots
+            sampled = sampler.queue_draft(logits, sample_slots, sample_positions)
+            self._kernels["draft_store"](*self._state, token_slots, stride, index, sampled, sample_slots)
+
+    def compute_prompts(self, token_ids: Any, positions: Any, token_slots: Any, page_table: Any) -> None:
+        """Queue the draft's pass over a step that has run, so that it has the KV of prompts too."""
+        self._draft.forward(token_ids, positions, token_slots, page_table, self._all_rows._create_view((1,)))
+
+    def load(self, num_draft_tokens: int, tensors: Sequence[Any]) -> None:
+        """Queue what gives a step's rows their tokens, positions and slots, in place."""
+        self._kernels["speculation_load"](*self._state, num_draft_tokens, *tensors)
+
+    def accept(
+        self, num_slots: int, num_draft_tokens: int, sampled: Any, sample_slots: Any, sample_positions: Any
+    ) -> None:
+        """Queue the comparison of draft tokens with what was sampled; it moves the slots on."""
+        groups = sample_slots.shape[0] - num_slots * num_draft_tokens
+        counts, drafted = (tensor._create_view((groups,)) for tensor in self._group_tensors)
+        where = (sampled, sample_slots, sample_positions, counts, drafted)
+        self._kernels["speculation_accept"](*self._state, num_slots, num_draft_tokens, *where)
+
+    def fetch(self, num_groups: int, staging: int, stream: Any) -> None:
+        """Queue the copies of what each group gave."""
+        for device, host in zip((self._counts, self._drafted), self._results[staging], strict=True):
+            if num_groups:
+                device.data.copy_to_host_async(host.ctypes.data, 4 * num_groups, stream)
+
+    def results(self, num_groups: int, staging: int) -> tuple[Array, Array]:
+        """Return a finished step's tokens and verified draft tokens by group, (G,) int32 each."""
+        counts, drafted = self._results[staging]
+        return counts[:num_groups].copy(), drafted[:num_groups].copy()
+
+    def _run_window(
+        self, slots_at: Any, stride: int, num_slots: int, window: int, behind: int, page_table: Any, rows: Any
+    ) -> Any:
+        ids, positions, slots = (tensor._create_view((num_slots * window,)) for tensor in self._work[:3])
+        sampled = tuple(tensor._create_view((num_slots,)) for tensor in self._work[3:])
+        where = (ids, positions, slots, *sampled)
+        limits = (window, behind, self._draft.manifest.max_model_len)
+        self._kernels["draft_begin"](*self._state, slots_at, stride, *limits, *where)
+        return self._draft.forward(ids, positions, slots, page_table, rows)
