@@ -165,7 +165,7 @@ class AdaptiveLength:
         """Return a length to be tried now: plain steps first, then the longest, whose time tells that of the others."""
         if not size.times[0].is_known:
             return 0
-        if not size.times[-1].is_known and size.num_since_trial == 0:
+        if self.max_num_draft_tokens not in size.tried:
             return self.max_num_draft_tokens
         # Times bend where arithmetic takes over from memory: what the line promises of a neighbour is only a guess.
         least = self._speed(size, size.length) * _WORTH_A_TRIAL
