@@ -320,6 +320,8 @@ class Engine:
             on_result=self._on_rank_result,
             stall_after_s=self._config.stall_after_s,
             on_stall=self._on_stall,
+            token=addresses[0].token,
+            nodes=[address.node if address.is_away else "" for address in addresses],
         )
         self._set_status(EngineStatus.DRAINING if self._draining else EngineStatus.READY, "")
 

@@ -43,6 +43,9 @@ DEFAULT_REPLAY_TIMEOUT_S = 45.0
 """Several times a rebuild on a busy machine, and less than the 60 s after which proxies cut a silent stream."""
 MAX_STALL_AFTER_S = 5.0
 """A step without a result for longer, or for a third of its deadline, makes the engine STALLED."""
+_WITHOUT_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+"""Every fork here is followed by an exec. gRPC's handlers at fork are not needed for that, and where its threads are
+busy they can crash the child before the exec."""
 _POLL_S = 0.1
 _GPU_STEP_TOKENS, _CPU_STEP_TOKENS = 512, 256
 """Of one step: on a GPU a whole prompt or two beside the decodes (benchmarks/README.md)."""
@@ -125,7 +128,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="between GPUs: over peer memory (push), or NCCL; auto takes push where ranks can map each other's memory",
     )
-    parser.add_argument("--ray-address", help="an existing Ray cluster (default: start Ray here)")
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="an existing Ray cluster, of which this host is a node (default: start Ray here)",
+    )
+    parser.add_argument(
+        "--tp-across-nodes",
+        choices=["pack", "spread"],
+        help="let ranks be on several nodes of --ray-address: on as few as have room, or on as many as there are "
+        "(default: all on one)",
+    )
+    parser.add_argument(
+        "--distribute",
+        choices=["auto", "never"],
+        default="auto",
+        help="auto: nodes that lack the model or the library are sent it; never: they are an error",
+    )
     parser.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds that running requests get at the end"
     )
@@ -216,6 +235,8 @@ class _Server:
             )
         if on_gpu and len(gpus) < args.tp:
             raise ServeError(f"--tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu")
+        if args.tp_across_nodes is not None and args.ray_address is None:
+            raise ServeError("--tp-across-nodes needs --ray-address: a Ray that is started here has one node")
         if not args.no_gateway:
             require_free_port("", args.host, args.port)
         require_free_port("engine-", args.engine_host, args.engine_port)
@@ -394,6 +415,8 @@ class _Server:
             "load_format": args.load_format,
             "collectives": args.collectives,
             "ray_address": args.ray_address,
+            "placement": args.tp_across_nodes or "one-node",
+            "distribute": args.distribute,
             "ray_temp_dir": ray_temp_dir,
             "drain_timeout_s": args.drain_timeout,
             "metrics_compat": args.metrics_compat,
@@ -502,15 +525,14 @@ def _spawn(
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | environment,
+        env=os.environ | _WITHOUT_FORK_HANDLERS | environment,
         pass_fds=pass_fds,
     )
 
 
 def ray_environment(ray_address: str | None) -> dict[str, str]:
     """Return what must stand in the environment before Ray is imported."""
-    # gRPC's handlers at fork only warn that its threads run; Ray's forks are followed by an exec.
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
     # A rank chooses its GPU by number: peer memory needs every GPU visible in every rank.
     environment |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
