@@ -20,6 +20,7 @@ from types import FrameType
 from typing import IO, Any
 
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.host_limits import usable_cpus
 from tpserve.coordinator.log import LOG_FORMATS, configure
 from tpserve.coordinator.memory import (
     MODE_MAX_NUM_SEQS,
@@ -381,7 +382,7 @@ class _Server:
             "max_num_batched_tokens": args.max_num_batched_tokens,
             "max_num_queued_requests": args.max_num_queued_reqs,
             "enable_prefix_cache": not args.no_prefix_cache,
-            "num_threads": max(1, (os.cpu_count() or 1) // args.tp),
+            "num_threads": max(1, usable_cpus() // args.tp),
             "load_format": args.load_format,
             "collectives": args.collectives,
             "ray_address": args.ray_address,
