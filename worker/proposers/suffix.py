@@ -88,6 +88,8 @@ def continuation(text: Array, count: int) -> list[int]:
 
 def _most_frequent(tokens: Array) -> tuple[int, float]:
     """Return the most frequent token, of equals the one that came last, and its share."""
+    if len(tokens) == 1:  # most often, and a tenth of the time
+        return int(tokens[0]), 1.0
     values, first_from_end, counts = np.unique(tokens[::-1], return_index=True, return_counts=True)
     best = np.lexsort((first_from_end, -counts))[0]
     return int(values[best]), int(counts[best]) / len(tokens)

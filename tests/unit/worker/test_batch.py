@@ -7,7 +7,7 @@ import pytest
 
 from tpserve.proto.messages import PromptChunk, SamplingParams, SlotAdd, StepPlan
 from tpserve.worker.arrays import aligned_empty, aligned_zeros, as_tensor
-from tpserve.worker.batch import Batch, StepArrays
+from tpserve.worker.batch import Batch, DraftTokens, StepArrays
 from tpserve.worker.errors import PlanError
 
 PAGE = 4
@@ -135,3 +135,69 @@ def test_arrays_are_aligned_and_shared_with_tensors(dtype: type[np.generic]) -> 
         if array.size:
             array.flat[0] = 3
             assert view.flat[0] == 3
+
+
+def speculating(slot: int, max_len: int, *pages: int) -> SlotAdd:
+    return SlotAdd(slot, SamplingParams(), pages, max_len=max_len, prefix_token_ids=(1, 2, 3, 4))
+
+
+def decoding_batch(max_num_rows: int | None = None) -> Batch:
+    """Slots 3, 0 and 2 decode: 3 and 2 speculate up to 9 and 7 tokens, all have six."""
+    batch = Batch(max_num_seqs=4, max_num_tokens=12, max_pages_per_seq=3, page_size=PAGE, max_num_rows=max_num_rows)
+    plan = StepPlan(
+        1,
+        added_slots=(speculating(3, 9, 1, 2), add(0, 1, 3), speculating(2, 7, 1, 4)),
+        chunks=tuple(PromptChunk(slot, 4, (slot,), sample=True) for slot in (3, 0, 2)),
+    )
+    run(batch, plan, [33, 30, 32])
+    return batch
+
+
+def test_drafts_stand_behind_their_slots_and_their_rows_behind_the_first_ones() -> None:
+    batch = decoding_batch()
+    assert batch.tokens[3, :6].tolist() == [1, 2, 3, 4, 3, 33]
+    assert batch.running().tolist() == [3, 0, 2]
+    assert batch.draft_limits(5).tolist() == [2, 0, 0]  # of nine tokens one is sampled last; slot 2 lacks only that
+    assert batch.draft_limits(1).tolist() == [1, 0, 0]
+    draft = DraftTokens(np.asarray([[70, 71], [-1, -1], [80, 81]], np.int32), np.asarray([2, 0, 1], np.int32))
+    plan = StepPlan(2, added_slots=(add(1, 6),), chunks=(PromptChunk(1, 0, (9, 9), sample=True),))
+    batch.apply(plan)
+    arrays = batch.prepare(plan, draft)
+    assert rows(arrays) == [
+        (33, 5, 3),
+        (70, 6, 3),
+        (71, 7, 3),
+        (30, 5, 0),
+        (32, 5, 2),
+        (80, 6, 2),
+        (9, 0, 1),
+        (9, 1, 1),
+    ]
+    firsts = [(0, 3, 6), (3, 0, 6), (4, 2, 6), (7, 1, 2)]
+    assert sampled(arrays) == [*firsts, (1, 3, 7), (5, 2, 7), (2, 3, 8)]
+    # Slot 3 takes a draft token and one more, the others one.
+    tokens = np.asarray([[70, 5, 0], [40, 0, 0], [41, 0, 0], [42, 0, 0]], np.int32)
+    batch.commit_runs(arrays.sample_slots[:4], tokens, np.asarray([2, 1, 1, 1], np.int32))
+    assert batch.tokens[3, :8].tolist() == [1, 2, 3, 4, 3, 33, 70, 5]
+    assert batch.num_tokens.tolist() == [7, 3, 7, 8]
+    # Slot 2 is at its end, and slot 1 decodes.
+    assert batch.running().tolist() == [3, 0, 1]
+    last = batch.prepare(StepPlan(3))
+    assert rows(last) == [(5, 7, 3), (40, 6, 0), (42, 2, 1)]
+    assert batch.ended.tolist() == [2]
+    batch.apply(StepPlan(4, removed_slots=(2,)))
+    assert (batch.prepare(StepPlan(4)).sample_slots.tolist(), batch.ended.tolist()) == ([3, 0, 1], [])
+
+
+def test_more_rows_than_the_library_takes_are_refused() -> None:
+    batch = decoding_batch(max_num_rows=4)
+    draft = DraftTokens(np.full((3, 2), 5, np.int32), np.asarray([2, 0, 0], np.int32))
+    with pytest.raises(PlanError, match="step 2 samples 5 rows, the library takes 4"):
+        batch.prepare(StepPlan(2), draft)
+
+
+def test_drafts_need_pages() -> None:
+    batch = decoding_batch()
+    draft = DraftTokens(np.full((3, 3), 5, np.int32), np.asarray([3, 0, 0], np.int32))
+    with pytest.raises(PlanError, match="step 2: a decoding slot has no page for its next token"):
+        batch.prepare(StepPlan(2), draft)
