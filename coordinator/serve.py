@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from types import FrameType
 from typing import IO, Any
 
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.gateway_keeper import GatewayKeeper, GatewayLost
 from tpserve.coordinator.host_limits import usable_cpus
 from tpserve.coordinator.log import LOG_FORMATS, configure
 from tpserve.coordinator.memory import (
@@ -211,9 +213,13 @@ class _Server:
         self._args = args
         self._stopping = False
         self._coordinator: subprocess.Popen[str] | None = None
-        self._gateways: list[subprocess.Popen[str]] = []
+        self._keeper: GatewayKeeper | None = None
         self._folders: list[Path] = []
         """Removed in the end."""
+
+    @property
+    def _gateways(self) -> list[subprocess.Popen[str]]:
+        return self._keeper.processes if self._keeper is not None else []
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Begin to stop; a second signal does not wait for running requests."""
@@ -318,6 +324,8 @@ class _Server:
     def stop(self) -> None:
         """End the gateways, which drain, then the coordinator, which ends the ranks and Ray."""
         self._stopping = True
+        if self._keeper is not None:
+            self._keeper.close_port()
         for gateway in self._gateways:
             if gateway.poll() is None:
                 gateway.terminate()
@@ -459,20 +467,20 @@ class _Server:
             **self._observability(),
             "parent_pid": os.getpid(),
         }
-        if args.gateway_processes == 1:
-            self._gateways = [_spawn("tpserve.coordinator.gateway", config, {})]
-            return first_words("gateway", self._gateways[0], "url")
-        # Each takes connections from one queue when it has time, and adds its counts to files that all of them show.
-        self._folders.append(Path(tempfile.mkdtemp(prefix="tpserve-metrics-")))
-        environment = {"PROMETHEUS_MULTIPROC_DIR": str(self._folders[-1])}
-        with bind(args.host, args.port) as shared:
-            config["listen_fd"] = shared.fileno()
-            for _ in range(args.gateway_processes):
-                self._gateways.append(
-                    _spawn("tpserve.coordinator.gateway", config, environment, pass_fds=(shared.fileno(),))
-                )
-            # In the end they alone hold the port: while they drain, nobody takes connections.
-            urls = [first_words("gateway", gateway, "url") for gateway in self._gateways]
+        environment, metrics_dir = {}, None
+        if args.gateway_processes > 1:
+            # Each takes connections from one queue when it has time, and adds its counts to files that all show.
+            metrics_dir = Path(tempfile.mkdtemp(prefix="tpserve-metrics-"))
+            self._folders.append(metrics_dir)
+            environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}
+
+        def spawn(shared: socket.socket) -> subprocess.Popen[str]:
+            listening = config | {"listen_fd": shared.fileno()}
+            return _spawn("tpserve.coordinator.gateway", listening, environment, pass_fds=(shared.fileno(),))
+
+        shared = bind(args.host, args.port)
+        self._keeper = GatewayKeeper(shared, spawn, args.gateway_processes, metrics_dir)
+        urls = [first_words("gateway", gateway, "url") for gateway in self._keeper.processes]
         return urls[0]
 
     def _await_engine(self, address: str) -> None:
@@ -502,11 +510,16 @@ class _Server:
                 time.sleep(_POLL_S)
 
     def _raise_if_ended(self) -> None:
-        named = [*(("gateway", gateway) for gateway in self._gateways), ("coordinator", self._coordinator)]
-        for name, process in named:
-            if process is not None and process.poll() is not None:
-                assert process.stdout is not None
-                raise ServeError(last_words(name, process, process.stdout.readline()))
+        """Start a gateway again that has ended; without the coordinator, or when gateways end again and again, fail."""
+        coordinator = self._coordinator
+        if coordinator is not None and coordinator.poll() is not None:
+            assert coordinator.stdout is not None
+            raise ServeError(last_words("coordinator", coordinator, coordinator.stdout.readline()))
+        if self._keeper is not None:
+            try:
+                self._keeper.look()
+            except GatewayLost as error:
+                raise ServeError(str(error)) from None
 
 
 def _log_lines(stream: IO[str]) -> None:
