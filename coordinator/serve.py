@@ -30,6 +30,7 @@ from tpserve.coordinator.memory import (
     available_host_bytes,
     plan_memory,
 )
+from tpserve.coordinator.node_memory import bytes_of_rank, read_nodes
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder, tell_parent
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, add_policy_arguments
 from tpserve.coordinator.speculation import (
@@ -232,16 +233,6 @@ class _Server:
     def start(self) -> None:
         """Bring everything up to the first healthy answer."""
         args = self._args
-        gpus = available_device_bytes() if args.device != "cpu" else []
-        on_gpu = bool(gpus)
-        if args.max_num_batched_tokens is None:
-            args.max_num_batched_tokens = _GPU_STEP_TOKENS if on_gpu else _CPU_STEP_TOKENS
-        if args.device == "cuda" and len(gpus) < args.tp:
-            raise ServeError(
-                f"--device cuda --tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu"
-            )
-        if on_gpu and len(gpus) < args.tp:
-            raise ServeError(f"--tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu")
         if args.tp_across_nodes is not None and args.ray_address is None:
             raise ServeError("--tp-across-nodes needs --ray-address: a Ray that is started here has one node")
         if not args.no_gateway:
@@ -249,6 +240,10 @@ class _Server:
         require_free_port("engine-", args.engine_host, args.engine_port)
         if args.operations_port is not None:
             require_free_port("operations-", args.engine_host, args.operations_port)
+        is_ours = args.ray_address is None or args.replica[1] > 1  # all its ranks are on this host
+        on_gpu, rank_bytes = self._find_memory() if is_ours else self._find_memory_of_nodes()
+        if args.max_num_batched_tokens is None:
+            args.max_num_batched_tokens = _GPU_STEP_TOKENS if on_gpu else _CPU_STEP_TOKENS
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         device = "cuda" if on_gpu else "cpu"
         speculation = choose_speculation(args)
@@ -266,7 +261,7 @@ class _Server:
             args.mode,
             max_num_seqs,
             args.gpu_memory_utilization,
-            self._memory_of_rank(gpus),
+            rank_bytes,
             draft=draft,
         )
         logger.info(
@@ -306,13 +301,43 @@ class _Server:
         elif not self._stopping:
             logger.info("Ready at %s\n\n%s\n", url, curl(url, names[0], bool(args.api_key or args.api_key_file)))
 
-    def _memory_of_rank(self, gpus: list[int]) -> int:
-        """Return the bytes that a rank may count on; replicas get GPUs of their own from Ray, and share a host."""
-        tp_size: int = self._args.tp
-        num_replicas: int = self._args.replica[1]
+    def _find_memory(self) -> tuple[bool, int]:
+        """Return whether ranks are on this host's GPUs, and the bytes that each may count on.
+
+        Replicas get GPUs of their own from Ray, and share a host.
+        """
+        args = self._args
+        gpus = available_device_bytes() if args.device != "cpu" else []
+        num_replicas: int = args.replica[1]
+        if args.device == "cuda" and len(gpus) < args.tp:
+            raise ServeError(
+                f"--device cuda --tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu"
+            )
+        if gpus and len(gpus) < args.tp:
+            raise ServeError(f"--tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu")
         if not gpus:
-            return available_host_bytes() // (tp_size * num_replicas)
-        return min((gpus if num_replicas == 1 else sorted(gpus, reverse=True))[:tp_size])
+            return False, available_host_bytes() // (args.tp * num_replicas)
+        return True, min((gpus if num_replicas == 1 else sorted(gpus, reverse=True))[: args.tp])
+
+    def _find_memory_of_nodes(self) -> tuple[bool, int]:
+        """Return the same of a cluster's nodes, of which this host may be one without a GPU."""
+        args = self._args
+        nodes = read_nodes(args.ray_address, os.environ | _WITHOUT_FORK_HANDLERS | ray_environment(args.ray_address))
+        one_node = args.tp_across_nodes is None
+        if args.device != "cpu":
+            free = bytes_of_rank(nodes, args.tp, one_node=one_node, on_gpus=True)
+            if free is not None:
+                return True, free
+            if args.device == "cuda":
+                counts = ", ".join(f"{node.name} has {node.num_gpus}" for node in nodes)
+                where = "on one node" if one_node else "on all nodes together"
+                raise ServeError(
+                    f"--device cuda --tp {args.tp}: Ray has not so many GPUs {where} ({counts}); lower --tp, allow "
+                    "--tp-across-nodes, or use --device cpu"
+                )
+        free = bytes_of_rank(nodes, args.tp, one_node=one_node, on_gpus=False)
+        # Without a place there is nothing to plan by; the coordinator waits for one, and says what is missing.
+        return False, available_host_bytes() // args.tp if free is None else free
 
     def watch(self) -> int:
         """Wait for a signal or for a process that ends on its own; return the exit code."""
