@@ -113,7 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--served-model-name", nargs="+", help="names clients may use (default: the model's)")
     parser.add_argument("--api-key", action="append", default=[], help="may be given several times")
-    parser.add_argument("--api-key-file", type=Path, help="more keys, one a line; a mounted secret")
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        help="more keys, one a line, which name=, rpm=, tpm= and max_parallel= may follow; read again when it changes",
+    )
+    parser.add_argument("--limits-dir", type=Path, help=argparse.SUPPRESS)  # of --replicas: what keys have used
     parser.add_argument(
         "--replicas", type=_positive, default=1, metavar="N", help="servers of their own behind one router, on one Ray"
     )
@@ -493,11 +498,14 @@ class _Server:
             "parent_pid": os.getpid(),
         }
         environment, metrics_dir = {}, None
+        if args.limits_dir is not None:
+            config["limits_dir"] = str(args.limits_dir)
         if args.gateway_processes > 1:
             # Each takes connections from one queue when it has time, and adds its counts to files that all show.
             metrics_dir = Path(tempfile.mkdtemp(prefix="tpserve-metrics-"))
             self._folders.append(metrics_dir)
             environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}
+            config["limits_dir"] = config.get("limits_dir", str(metrics_dir))
 
         def spawn(shared: socket.socket) -> subprocess.Popen[str]:
             listening = config | {"listen_fd": shared.fileno()}
@@ -558,15 +566,19 @@ def _spawn(
     module: str, config: dict[str, Any], environment: dict[str, str], pass_fds: tuple[int, ...] = ()
 ) -> subprocess.Popen[str]:
     # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
-    command = [sys.executable, "-m", module, json.dumps(config)]
-    return subprocess.Popen(
-        command,
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, "-"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env=os.environ | _WITHOUT_FORK_HANDLERS | environment,
         pass_fds=pass_fds,
     )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # one that is gone at once is seen by its parent
+        json.dump(config, process.stdin)  # not as an argument, which every user of this host could read
+    return process
 
 
 def ray_environment(ray_address: str | None) -> dict[str, str]:

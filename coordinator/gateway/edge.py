@@ -1,8 +1,8 @@
-"""The outermost layer of each HTTP request: id, API key, body size, metrics, and the last resort for faults."""
+"""The outermost layer of each HTTP request: id, key, limits of the body, metrics, and the last resort for faults."""
 
 from __future__ import annotations
 
-import hmac
+import asyncio
 import logging
 import re
 import time
@@ -16,10 +16,12 @@ from tpserve.coordinator.gateway.errors import (
     FAULT_MESSAGE,
     ApiError,
     BodyTooLarge,
+    BodyTooSlow,
     ClientDisconnected,
     InternalError,
     InvalidApiKey,
 )
+from tpserve.coordinator.gateway.keys import Account, KeyRing
 from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.stream import error_response
 
@@ -31,6 +33,9 @@ QUIET_ROUTES = ("/health", "/health/{probe}", "/metrics")
 GUARDED_PATHS = ("/v1/", "/debug/", "/tokenize", "/detokenize")
 """Need a key where there are keys."""
 
+BYTES_PER_S = 16 * 1024
+"""A body that comes slower than this for long is given up."""
+
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -41,8 +46,10 @@ class Edge:
     ----------
     routes
         Paths that metrics name; all others count as `other`, so that clients cannot grow the label set.
-    api_keys
-        Keys that open /v1; empty leaves it open.
+    keys
+        Keys that open /v1; none leaves it open.
+    body_timeout_s
+        A body must be there after this time, and a second more for each `BYTES_PER_S` of it.
     """
 
     def __init__(
@@ -51,14 +58,16 @@ class Edge:
         *,
         metrics: HttpMetrics,
         routes: Iterable[str],
-        api_keys: tuple[str, ...],
+        keys: KeyRing,
         max_body_bytes: int,
+        body_timeout_s: float,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._routes = frozenset(routes)
-        self._api_keys = [key.encode() for key in api_keys]
+        self._keys = keys
         self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; anything else (lifespan) passes through."""
@@ -76,8 +85,8 @@ class Edge:
         self._metrics.begin(route)
         try:
             try:
-                if path.startswith(GUARDED_PATHS) and self._api_keys:
-                    self._check_key(headers)
+                if path.startswith(GUARDED_PATHS) and not self._keys.is_open:
+                    scope["state"]["account"] = self._account(headers)
                 await self._app(scope, self._limited(headers, receive), exchange.send)
             except ClientDisconnect:
                 raise ClientDisconnected("The client closed the connection while sending the body") from None
@@ -108,13 +117,14 @@ class Edge:
                 extra={"request_id": exchange.request_id, "route": route, "status": status},
             )
 
-    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+    def _account(self, headers: dict[bytes, bytes]) -> Account:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not given:
             raise InvalidApiKey("An API key is needed: send it as 'Authorization: Bearer KEY'")
-        # Every key is compared in full, so that the time taken tells nothing.
-        if sum([hmac.compare_digest(given.strip(), key) for key in self._api_keys]) == 0:
+        account = self._keys.find(given.strip())
+        if account is None:
             raise InvalidApiKey("The API key is not known to this server")
+        return account
 
     def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
         """Return a channel that refuses a body over the limit, by its declared length or as it comes in."""
@@ -124,13 +134,26 @@ class Edge:
         if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
             raise too_large
         num_bytes = 0
+        is_whole = False
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
 
         async def limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, is_whole
+            if is_whole:  # from here on it tells when the client leaves
+                return await receive()
+            try:
+                async with asyncio.timeout_at(begin + self._body_timeout_s + num_bytes / BYTES_PER_S):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTooSlow(
+                    f"After {loop.time() - begin:.0f} s only {num_bytes} bytes of the body had come; it must come "
+                    f"within {self._body_timeout_s:g} s and a second for each {BYTES_PER_S} bytes"
+                ) from None
             num_bytes += len(message.get("body", b""))
             if num_bytes > limit:
                 raise too_large
+            is_whole = not message.get("more_body", False)
             return message
 
         return limited

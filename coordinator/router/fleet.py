@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -107,6 +108,8 @@ class Fleet:
         self._replacing: _Child | None = None
         self._ray: subprocess.Popen[str] | None = None
         self._ray_folder: Path | None = None
+        self._limits_folder: Path | None = None
+        """In which the replicas' gateways keep what each API key has used."""
         self._environment: dict[str, str] = {}
         self._replicas: list[_Child] = []
         self._ports: list[int] = []
@@ -149,6 +152,7 @@ class Fleet:
         if args.no_gateway:
             raise ServeError("--replicas needs a gateway for each replica: leave --no-gateway out")
         require_free_port("", args.host, args.port)
+        self._limits_folder = Path(tempfile.mkdtemp(prefix="tpserve-limits-"))
         token = args.router_token or os.urandom(24).hex()
         self._environment = {TOKEN_VARIABLE: token}
         address = args.ray_address or self._start_ray()
@@ -188,6 +192,7 @@ class Fleet:
         # Of a flag that is given twice the last one counts.
         command += ["--replicas", "1", "--replica", f"{number}/{args.replicas}", "--parent-pid", str(os.getpid())]
         command += ["--host", "127.0.0.1", "--port", str(self._ports[number]), "--ray-address", ray_address]
+        command += ["--limits-dir", str(self._limits_folder)]
         if args.operations_port is not None:
             command += ["--operations-port", str(args.operations_port + number)]
         if args.engine_port:
@@ -331,8 +336,9 @@ class Fleet:
             except subprocess.TimeoutExpired:
                 self._ray.kill()
                 self._ray.wait()
-        if self._ray_folder is not None:
-            remove_folder(self._ray_folder)
+        for folder in (self._ray_folder, self._limits_folder):
+            if folder is not None:
+                remove_folder(folder)
 
 
 def _end(children: Sequence[_Child], within_s: float) -> None:
