@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,9 @@ from types import FrameType
 from typing import IO, Any
 
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.gateway.config import ConfigError
+from tpserve.coordinator.gateway.keys import KeyRing
+from tpserve.coordinator.gateway.tls import TlsError, add_tls_arguments, tls_files_of
 from tpserve.coordinator.gateway_keeper import GatewayKeeper, GatewayLost
 from tpserve.coordinator.host_limits import usable_cpus
 from tpserve.coordinator.log import LOG_FORMATS, configure
@@ -128,6 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECRET",
         help=f"opens POST /admin/rolling-restart with --replicas (or ${ADMIN_VARIABLE})",
     )
+    add_tls_arguments(parser)
     add_policy_arguments(parser)
     parser.add_argument("--allow-origins", nargs="*", default=[], help="origins for CORS")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
@@ -241,6 +246,7 @@ class _Server:
         if args.tp_across_nodes is not None and args.ray_address is None:
             raise ServeError("--tp-across-nodes needs --ray-address: a Ray that is started here has one node")
         if not args.no_gateway:
+            check_doors(args)
             require_free_port("", args.host, args.port)
         require_free_port("engine-", args.engine_host, args.engine_port)
         if args.operations_port is not None:
@@ -300,7 +306,10 @@ class _Server:
             return
         logger.info("The engine listens at %s", engine_address)
         url = self._start_gateways(folders, names, engine_address)
-        self._await_healthy(url)
+        if args.ssl_client_auth == "required":
+            self._await_engine(engine_address)  # the gateway answers nobody without a certificate, also not this
+        else:
+            self._await_healthy(url)
         if not self._stopping and args.replica[1] > 1:
             logger.info("It is ready, at %s for the router", url)
         elif not self._stopping:
@@ -481,6 +490,13 @@ class _Server:
             "otlp_traces_endpoint": args.otlp_traces_endpoint,
         }
 
+    def _tls(self) -> dict[str, str]:
+        """Return the TLS files of the gateways; behind the router of --replicas they need none."""
+        names = ("ssl_certfile", "ssl_keyfile", "ssl_keyfile_password_file", "ssl_ca_certs", "ssl_client_auth")
+        if self._args.replica[1] > 1:
+            return {}
+        return {name: str(value) for name in names if (value := getattr(self._args, name)) is not None}
+
     def _start_gateways(self, folders: dict[str, str], names: list[str], engine_address: str) -> str:
         args = self._args
         config = {
@@ -491,6 +507,7 @@ class _Server:
             "port": args.port,
             "api_keys": args.api_key,
             "api_key_file": None if args.api_key_file is None else str(args.api_key_file),
+            **self._tls(),
             "allow_origins": args.allow_origins,
             "router_token": args.router_token,
             "drain_timeout_s": args.drain_timeout,
@@ -533,7 +550,7 @@ class _Server:
                 time.sleep(_POLL_S)
 
     def _await_healthy(self, url: str) -> None:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the gateway is never behind a proxy
+        opener = local_opener()
         while not self._stopping:
             self._raise_if_ended()
             try:
@@ -553,6 +570,33 @@ class _Server:
                 self._keeper.look()
             except GatewayLost as error:
                 raise ServeError(str(error)) from None
+
+
+def check_doors(args: argparse.Namespace) -> None:
+    """Fail before anything is built if the keys or the TLS files cannot be used.
+
+    Raises
+    ------
+    ServeError
+        Naming the flag or the file.
+    """
+    try:
+        KeyRing(args.api_key, args.api_key_file)
+        tls_files_of(args)
+    except (ConfigError, TlsError) as error:
+        raise ServeError(str(error)) from None
+
+
+def local_opener() -> urllib.request.OpenerDirector:
+    """Return what asks a child of this process for its health.
+
+    It is never behind a proxy, and need not prove who it is: its certificate may name another host than this address,
+    and nothing is sent that is worth a secret.
+    """
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
 
 
 def _log_lines(stream: IO[str]) -> None:

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
+from tpserve.coordinator.gateway.tls import TlsFiles, tls_files
 from tpserve.coordinator.log import LOG_FORMATS
 
 
@@ -36,6 +37,14 @@ class GatewayConfig:
     """More keys, one a line with its limits (see `keys`); read again when it changes."""
     limits_dir: str | None = None
     """A folder in which all gateways of this host keep what keys have used; None: this one stands alone."""
+    ssl_certfile: str | None = None
+    """Serve HTTPS with this certificate chain; this and the next are read again when they change (see `tls`)."""
+    ssl_keyfile: str | None = None
+    ssl_keyfile_password_file: str | None = None
+    ssl_ca_certs: str | None = None
+    """Authorities of client certificates."""
+    ssl_client_auth: str = "none"
+    """none, optional or required."""
     allow_origins: tuple[str, ...] = ()
     """Origins for CORS; `*` is any; empty turns CORS off."""
     max_body_bytes: int = 16 * 2**20
@@ -88,6 +97,22 @@ class GatewayConfig:
             raise ConfigError(f"log_level is {self.log_level!r}: it must be debug, info, warning or error")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log_format is {self.log_format!r}: it must be text or json")
+
+    def tls_files(self) -> TlsFiles | None:
+        """Return the files of HTTPS; None is HTTP.
+
+        Raises
+        ------
+        TlsError
+            If they cannot be used.
+        """
+        return tls_files(
+            self.ssl_certfile,
+            self.ssl_keyfile,
+            self.ssl_keyfile_password_file,
+            self.ssl_ca_certs,
+            self.ssl_client_auth,
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
@@ -15,13 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tpserve.coordinator.gateway.errors import (
     FAULT_MESSAGE,
     ApiError,
-    BodyTooLarge,
-    BodyTooSlow,
     ClientDisconnected,
     InternalError,
     InvalidApiKey,
 )
 from tpserve.coordinator.gateway.keys import Account, KeyRing
+from tpserve.coordinator.gateway.limited_body import limited_body
 from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.stream import error_response
 
@@ -32,9 +30,6 @@ QUIET_ROUTES = ("/health", "/health/{probe}", "/metrics")
 
 GUARDED_PATHS = ("/v1/", "/debug/", "/tokenize", "/detokenize")
 """Need a key where there are keys."""
-
-BYTES_PER_S = 16 * 1024
-"""A body that comes slower than this for long is given up."""
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -49,7 +44,7 @@ class Edge:
     keys
         Keys that open /v1; none leaves it open.
     body_timeout_s
-        A body must be there after this time, and a second more for each `BYTES_PER_S` of it.
+        See `limited_body`.
     """
 
     def __init__(
@@ -87,7 +82,8 @@ class Edge:
             try:
                 if path.startswith(GUARDED_PATHS) and not self._keys.is_open:
                     scope["state"]["account"] = self._account(headers)
-                await self._app(scope, self._limited(headers, receive), exchange.send)
+                limited = limited_body(headers, receive, max_bytes=self._max_body_bytes, timeout_s=self._body_timeout_s)
+                await self._app(scope, limited, exchange.send)
             except ClientDisconnect:
                 raise ClientDisconnected("The client closed the connection while sending the body") from None
             except ApiError:
@@ -125,38 +121,6 @@ class Edge:
         if account is None:
             raise InvalidApiKey("The API key is not known to this server")
         return account
-
-    def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """Return a channel that refuses a body over the limit, by its declared length or as it comes in."""
-        limit = self._max_body_bytes
-        too_large = BodyTooLarge(f"The body is larger than {limit} bytes")
-        declared = headers.get(b"content-length", b"")
-        if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
-            raise too_large
-        num_bytes = 0
-        is_whole = False
-        loop = asyncio.get_running_loop()
-        begin = loop.time()
-
-        async def limited() -> Message:
-            nonlocal num_bytes, is_whole
-            if is_whole:  # from here on it tells when the client leaves
-                return await receive()
-            try:
-                async with asyncio.timeout_at(begin + self._body_timeout_s + num_bytes / BYTES_PER_S):
-                    message = await receive()
-            except TimeoutError:
-                raise BodyTooSlow(
-                    f"After {loop.time() - begin:.0f} s only {num_bytes} bytes of the body had come; it must come "
-                    f"within {self._body_timeout_s:g} s and a second for each {BYTES_PER_S} bytes"
-                ) from None
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > limit:
-                raise too_large
-            is_whole = not message.get("more_body", False)
-            return message
-
-        return limited
 
 
 class _Exchange:

@@ -27,6 +27,10 @@ FAULT_MESSAGE = "The server failed on this request"
 """All that a client learns of a fault of ours; the log has the rest."""
 
 
+LIMIT_HEADER = "x-tpserve-limit"
+"""Of a 429 that comes of the client's own limits, by which a router tells it from a full queue."""
+
+
 class ApiError(Exception):
     """A refusal with its HTTP status and OpenAI error object.
 
@@ -172,7 +176,7 @@ class RateLimited(ApiError):
     @property
     def headers(self) -> dict[str, str]:
         """HTTP headers that go with the status."""
-        return {**super().headers, **self._rate_headers}
+        return {**super().headers, **self._rate_headers, LIMIT_HEADER: self.limit}
 
 
 class ClientDisconnected(ApiError):

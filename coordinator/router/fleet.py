@@ -30,10 +30,12 @@ from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, TOKEN_VARIABLE
 from tpserve.coordinator.serve import (
     ServeError,
+    check_doors,
     curl,
     default_names,
     first_words,
     last_words,
+    local_opener,
     ray_environment,
     require_free_port,
 )
@@ -119,7 +121,7 @@ class Fleet:
         """By port, as the router says."""
         self._next_look = 0.0
         self._was_all_ready = False
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._opener = local_opener()
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Begin to stop; a second signal waits for nothing."""
@@ -151,6 +153,9 @@ class Fleet:
         args = self._args
         if args.no_gateway:
             raise ServeError("--replicas needs a gateway for each replica: leave --no-gateway out")
+        check_doors(args)
+        if args.ssl_client_auth == "required":
+            raise ServeError("--ssl-client-auth required: with --replicas it can only be optional or none")
         require_free_port("", args.host, args.port)
         self._limits_folder = Path(tempfile.mkdtemp(prefix="tpserve-limits-"))
         token = args.router_token or os.urandom(24).hex()
@@ -208,6 +213,9 @@ class Fleet:
         command += ["--max-inflight-per-backend", str(args.max_inflight_per_backend)]
         command += ["--queue-timeout", str(args.queue_timeout), "--drain-timeout", str(args.drain_timeout)]
         command += ["--log-format", args.log_format, "--merge-metrics", "--parent-pid", str(os.getpid())]
+        for name in ("certfile", "keyfile", "keyfile_password_file", "ca_certs", "client_auth"):
+            if (value := getattr(args, f"ssl_{name}")) is not None:
+                command += [f"--ssl-{name.replace('_', '-')}", str(value)]
         admin = {} if args.admin_token is None else {ADMIN_VARIABLE: args.admin_token}
         return _Child("router", command, self._environment | admin)
 
