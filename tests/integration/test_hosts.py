@@ -108,6 +108,7 @@ def test_answers_are_those_of_one_host(server: Server, hosts: TwoHosts, demo_fol
     assert re.search(r"rank 1: pid \d+ on host-b", server.log)
     for kind in ("model", "library"):
         assert re.search(rf"sent the {kind} to host-b in [\d.]+ s", server.log)
+    assert server.metrics()["tpserve_collectives_info{backend=tcp}"] == 1
     with server.client() as client:
         for name in GOLDENS:
             golden, chunks = Golden(demo_folder, name), list[str]()
