@@ -225,20 +225,19 @@ class Cluster:
         located = [asyncio.ensure_future(_result(actor.locate.remote())) for actor in self._actors]
         timeout_s = self._config.start_timeout_s
         try:
-            _, late = await asyncio.wait(located, timeout=min(_TELL_AFTER_S, timeout_s))
-            if late and self._config.ray_address is not None:
+            for wait_s in (min(_TELL_AFTER_S, timeout_s), max(0.0, timeout_s - _TELL_AFTER_S)):
+                _, late = await asyncio.wait(located, timeout=wait_s, return_when=asyncio.FIRST_EXCEPTION)
+                for each in located:
+                    if each.done() and (error := each.exception()) is not None:
+                        raise ClusterError(f"a rank's process cannot start: {root_cause(error)}")
+                if not late:
+                    break
                 nodes = await asyncio.to_thread(describe, self._bundle)
-                logger.warning("%d of the ranks wait for their node: %s", len(late), nodes)
-            if late:
-                _, late = await asyncio.wait(located, timeout=timeout_s - _TELL_AFTER_S)
-            if late:
-                nodes = await asyncio.to_thread(describe, self._bundle)
-                raise ClusterError(f"{len(late)} of the ranks have no node after {timeout_s:g} s: {nodes}")
+                logger.warning("%d of the ranks wait for a node, or for their process to start: %s", len(late), nodes)
+            else:
+                missing = f"{len(late)} of the ranks found no node, or did not start"
+                raise ClusterError(f"{missing}, within {timeout_s:g} s: {nodes}")
             places: list[Place] = [each.result() for each in located]
-        except ClusterError:
-            raise
-        except Exception as error:  # whatever the actor raised, Ray wraps it
-            raise ClusterError(f"a rank's process cannot start: {root_cause(error)}") from None
         finally:
             for each in located:
                 each.cancel()
