@@ -61,7 +61,7 @@ class ServeError(RuntimeError):
     """The server cannot start or go on; one clear line for the user."""
 
 
-class _AlreadyTold(ServeError):
+class AlreadyTold(ServeError):
     """As above, where a process that ran in the foreground has written the line itself."""
 
 
@@ -198,7 +198,7 @@ def main(args: argparse.Namespace) -> int:
         return server.watch()
     except (ServeError, ClusterError, ManifestError) as error:
         # One clear line; what led to it is in the log above.
-        if not isinstance(error, _AlreadyTold):
+        if not isinstance(error, AlreadyTold):
             logger.error("tpserve serve: error: %s", error)
         if args.no_gateway:
             tell_parent(error=str(error))
@@ -427,7 +427,7 @@ class _Server:
         if process.returncode < 0:
             raise ServeError(f"the compiler was ended by {signal.Signals(-process.returncode).name}")
         if process.returncode != 0:
-            raise _AlreadyTold("the model could not be prepared")
+            raise AlreadyTold("the model could not be prepared")
         folders: dict[str, str] = json.loads(output)
         return folders
 

@@ -283,6 +283,7 @@ SPECULATION = Board(
             ((rate("spec_decode_steps_total", "length"), "{{length}} draft tokens"),),
             "0 is plain decoding: with `auto`, where drafts do not pay.",
         ),
+        Panel("Step time, with drafts", "s", quantiles("step_seconds", where='kind="verify"')),
         Panel(
             "Time spent on drafting",
             "percentunit",
