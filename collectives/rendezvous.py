@@ -1,4 +1,4 @@
-"""Where the ranks of a group meet before they share memory: small messages over TCP, each with a deadline.
+"""Where the ranks of a group meet before they exchange activations: small messages over TCP, each with a deadline.
 
 Rank 0 listens, the others come. One exchange gives every rank what all ranks brought, and is a barrier besides. Used
 while a group starts and by nothing in a step.
@@ -12,6 +12,8 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -19,11 +21,86 @@ _HEADER = struct.Struct("!iI")  # rank, bytes that follow
 _MAX_BYTES = 1 << 20
 _NONCE_BYTES = 16
 _RETRY_S = 0.05
+_HANDSHAKE_S = 5.0
+"""Who comes to a door and does not say who it is keeps the others waiting no longer."""
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
-    """Open rank 0's door; port 0 takes a free one."""
+    """Open a rank's door; port 0 takes a free one."""
     return socket.create_server((host, port))
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """How one rank gets connections to others: those that come to its door, and those to whose door it goes.
+
+    Who comes proves that it knows the group's secret, which is never sent; who owns the door does not.
+    """
+
+    rank: int
+    secret: bytes
+    timeout_s: float
+    """What the deadlines below were made of, for messages."""
+
+    def admit(self, door: socket.socket, ranks: Collection[int], deadline: float) -> dict[int, socket.socket]:
+        """Wait until each of `ranks` has come; strangers are turned away.
+
+        Raises
+        ------
+        TimeoutError
+            Naming those that did not come. Who came is let go.
+        """
+        peers: dict[int, socket.socket] = {}
+        while len(peers) < len(ranks):
+            try:
+                door.settimeout(_left(deadline))
+                peer, _ = door.accept()
+            except TimeoutError:
+                for peer in peers.values():
+                    peer.close()
+                absent = ", ".join(str(rank) for rank in ranks if rank not in peers)
+                raise TimeoutError(f"rank {self.rank} waited {self.timeout_s:g} s for rank {absent} to come") from None
+            rank = self._ask(peer, min(deadline, time.monotonic() + _HANDSHAKE_S))
+            if rank is not None and rank in ranks and rank not in peers:
+                peers[rank] = peer
+            else:
+                peer.close()
+        return peers
+
+    def reach(self, rank: int, address: str, deadline: float) -> socket.socket:
+        """Go to the door of `rank` at `host:port`, which may not be open yet.
+
+        Raises
+        ------
+        TimeoutError
+        """
+        host, _, port = address.rpartition(":")
+        why = ""
+        while True:
+            try:
+                with contextlib.ExitStack() as opened:
+                    peer = opened.enter_context(socket.create_connection((host, int(port)), timeout=_left(deadline)))
+                    _, nonce = _receive(peer, deadline)
+                    _send(peer, self.rank, _proof(self.secret, nonce, self.rank), deadline)
+                    opened.pop_all()
+                    return peer
+            except TimeoutError:
+                raise TimeoutError(
+                    f"rank {self.rank} waited {self.timeout_s:g} s for rank {rank} at {address} to answer{why}"
+                ) from None
+            except OSError as error:  # nobody listens yet, or there is no way there now
+                why = f" ({error.strerror or error})"
+                time.sleep(min(_RETRY_S, max(0.0, deadline - time.monotonic())))
+
+    def _ask(self, peer: socket.socket, deadline: float) -> int | None:
+        """Return the rank that came, or None for a stranger."""
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        try:
+            _send(peer, 0, nonce, deadline)
+            rank, answer = _receive(peer, deadline)
+        except (OSError, ValueError):
+            return None
+        return rank if hmac.compare_digest(answer, _proof(self.secret, nonce, rank)) else None
 
 
 class Rendezvous:
@@ -60,18 +137,18 @@ class Rendezvous:
     ) -> None:
         self._rank = rank
         self._world_size = world_size
-        self._secret = secret.encode()
         self._timeout_s = timeout_s
         self._peers: dict[int, socket.socket] = {}
         self._door = door
         deadline = time.monotonic() + timeout_s
+        handshake = Handshake(rank, secret.encode(), timeout_s)
         try:
             if rank != 0:
-                self._peers[0] = self._reach(address, deadline)
+                self._peers = {0: handshake.reach(0, address, deadline)}
             elif door is None:
                 raise ValueError("rank 0 needs the door that it opened with `listen`")
             else:
-                self._receive_all(door, deadline)
+                self._peers = handshake.admit(door, range(1, world_size), deadline)
         except BaseException:
             self.close()
             raise
@@ -118,55 +195,6 @@ class Rendezvous:
             raise TimeoutError(f"rank {self._rank} waited {self._timeout_s:g} s for rank {rank} to exchange") from None
         except ConnectionError as error:
             raise ConnectionError(f"rank {rank} left the rendezvous of its group ({error})") from None
-
-    def _receive_all(self, door: socket.socket, deadline: float) -> None:
-        while len(self._peers) < self._world_size - 1:
-            try:
-                door.settimeout(_left(deadline))
-                peer, _ = door.accept()
-                rank = self._admit(peer, deadline)
-            except TimeoutError:
-                absent = [str(rank) for rank in range(1, self._world_size) if rank not in self._peers]
-                raise TimeoutError(
-                    f"rank 0 waited {self._timeout_s:g} s for rank {', '.join(absent)} to come"
-                ) from None
-            if rank is not None:
-                self._peers[rank] = peer
-
-    def _admit(self, peer: socket.socket, deadline: float) -> int | None:
-        """Return the rank that came, or None for a stranger."""
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        try:
-            _send(peer, 0, nonce, deadline)
-            rank, answer = _receive(peer, deadline)
-        except (ConnectionError, ValueError):
-            peer.close()
-            return None
-        except TimeoutError:
-            peer.close()
-            raise
-        known = hmac.compare_digest(answer, _proof(self._secret, nonce, rank))
-        if not known or not 0 < rank < self._world_size or rank in self._peers:
-            peer.close()
-            return None
-        return rank
-
-    def _reach(self, address: str, deadline: float) -> socket.socket:
-        host, _, port = address.rpartition(":")
-        while True:
-            try:
-                with contextlib.ExitStack() as opened:
-                    peer = opened.enter_context(socket.create_connection((host, int(port)), timeout=_left(deadline)))
-                    _, nonce = _receive(peer, deadline)
-                    _send(peer, self._rank, _proof(self._secret, nonce, self._rank), deadline)
-                    opened.pop_all()
-                    return peer
-            except TimeoutError:
-                raise TimeoutError(
-                    f"rank {self._rank} waited {self._timeout_s:g} s for rank 0 at {address} to answer"
-                ) from None
-            except ConnectionError:
-                time.sleep(min(_RETRY_S, max(0.0, deadline - time.monotonic())))
 
 
 def _proof(secret: bytes, nonce: bytes, rank: int) -> bytes:

@@ -21,8 +21,9 @@ from typing import Any, Literal, TextIO
 
 import grpc.aio
 
-from tpserve.coordinator.cluster import Cluster, ClusterConfig
+from tpserve.coordinator.cluster import Cluster, ClusterConfig, Placement
 from tpserve.coordinator.config import SchedulerConfig
+from tpserve.coordinator.distribution import Distribute
 from tpserve.coordinator.engine import Engine, EngineConfig
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.log import LogFormat, configure, take_over_rank_output
@@ -66,6 +67,9 @@ class CoordinatorConfig:
     max_num_queued_requests: int = 1024
     enable_prefix_cache: bool = True
     ray_address: str | None = None
+    placement: Placement = "one-node"
+    distribute: Distribute = "auto"
+    """See `ClusterConfig` for these."""
     ray_temp_dir: str | None = None
     """Empty folder for a Ray that is started here; see `ClusterConfig`."""
     host: str = "127.0.0.1"
@@ -106,7 +110,16 @@ def make_cluster(config: CoordinatorConfig, manifest: Manifest) -> Cluster:
         speculation=None if config.speculation is None else Speculation.from_json(config.speculation),
     )
     temp_dir = None if config.ray_temp_dir is None else Path(config.ray_temp_dir)
-    return Cluster(ClusterConfig(rank, config.start_timeout_s, config.ray_address, temp_dir))
+    return Cluster(
+        ClusterConfig(
+            rank,
+            config.start_timeout_s,
+            config.ray_address,
+            placement=config.placement,
+            distribute=config.distribute,
+            temp_dir=temp_dir,
+        )
+    )
 
 
 async def run(

@@ -38,6 +38,8 @@ class RankState:
     rank: int
     last_step: int = 0
     """Latest step that it has finished."""
+    node: str = ""
+    """Where it is, if that is another node than the coordinator's."""
 
 
 class WorkerGroup:
@@ -56,6 +58,8 @@ class WorkerGroup:
         *,
         stall_after_s: float = 5.0,
         on_stall: Callable[[], None] = lambda: None,
+        token: str | None = None,
+        nodes: Sequence[str] = (),
     ) -> None:
         """Open the streams.
 
@@ -71,11 +75,15 @@ class WorkerGroup:
             Age at which a step without a result is a stall.
         on_stall
             Called when a stall begins, and again when it ends with a result.
+        token
+            Shown to every rank.
+        nodes
+            By rank: where it is, empty on the coordinator's own node.
         """
         self._lost: RankLost | None = None
         self._on_lost = on_lost
         self._on_result = on_result
-        self.ranks = [RankState(rank) for rank in range(len(addresses))]
+        self.ranks = [RankState(rank, node=nodes[rank] if nodes else "") for rank in range(len(addresses))]
         self._step_timeout_s = step_timeout_s
         self._stall_after_s = stall_after_s
         self._on_stall = on_stall
@@ -83,7 +91,7 @@ class WorkerGroup:
         self._results: asyncio.Queue[StepResult | RankLost] = asyncio.Queue()
         self._channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for address in addresses]
         # Plans are serialised once and sent as bytes to every rank.
-        self._calls: list[Any] = [_open_stream(channel) for channel in self._channels]
+        self._calls: list[Any] = [_open_stream(channel, token) for channel in self._channels]
         self._readers = [asyncio.create_task(self._read(rank)) for rank in range(len(addresses))]
         self._watchdog = asyncio.create_task(self._watch())
         self._gave_up: dict[int, str] = {}
@@ -98,7 +106,7 @@ class WorkerGroup:
             try:
                 await call.write(data)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-                self._lose(RankLost(rank, f"does not take step {plan.step_id} ({_cause(error)})"))
+                self._lose(self._loss(rank, f"does not take step {plan.step_id} ({_cause(error)})"))
                 return
 
     async def next_result(self) -> StepResult:
@@ -148,6 +156,9 @@ class WorkerGroup:
             self._results.put_nowait(lost)
             self._on_lost()
 
+    def _loss(self, rank: int, cause: str) -> RankLost:
+        return RankLost(rank, cause, self.ranks[rank].node)
+
     async def _read(self, rank: int) -> None:
         call, state = self._calls[rank], self.ranks[rank]
         lost: RankLost
@@ -155,14 +166,14 @@ class WorkerGroup:
             while True:
                 data = await call.read()
                 if not isinstance(data, bytes):  # grpc.aio.EOF
-                    lost = RankLost(rank, "ended its stream")
+                    lost = self._loss(rank, "ended its stream")
                     break
                 result = StepResult.from_pb(worker_pb2.StepResult.FromString(data))
                 if result.error.startswith("TimeoutError"):
                     self._give_up(rank, f"step {result.step_id}: {result.error}")
                     return
                 if result.error:
-                    lost = RankLost(rank, f"failed in step {result.step_id}: {result.error}")
+                    lost = self._loss(rank, f"failed in step {result.step_id}: {result.error}")
                     break
                 state.last_step = result.step_id
                 self._on_result(result)
@@ -170,7 +181,7 @@ class WorkerGroup:
                     self._sent_at.pop(result.step_id, None)
                     self._results.put_nowait(result)
         except grpc.aio.AioRpcError as error:
-            lost = RankLost(rank, _cause(error))
+            lost = self._loss(rank, _cause(error))
         self._lose(lost)
 
     def _give_up(self, rank: int, words: str) -> None:
@@ -182,7 +193,9 @@ class WorkerGroup:
     def _lose_silent(self) -> None:
         witness, words = next(iter(self._gave_up.items()))
         silent = [state.rank for state in self.ranks if state.rank not in self._gave_up]
-        self._lose(RankLost(silent[0] if silent else witness, f"late in a collective; rank {witness} says of {words}"))
+        self._lose(
+            self._loss(silent[0] if silent else witness, f"late in a collective; rank {witness} says of {words}")
+        )
 
     async def _watch(self) -> None:
         """Tell of stalls, and name the late rank when a step has missed its deadline."""
@@ -192,17 +205,17 @@ class WorkerGroup:
             age_s = self.oldest_step_age_s()
             if age_s > self._step_timeout_s:
                 cause = f"missed the {self._step_timeout_s:g} s deadline of step {min(self._sent_at)}"
-                self._lose(RankLost(self.least_advanced().rank, cause))
+                self._lose(self._loss(self.least_advanced().rank, cause))
                 return
             if stalled is not (age_s > self._stall_after_s):
                 stalled = not stalled
                 self._on_stall()
 
 
-def _open_stream(channel: grpc.aio.Channel) -> Any:
+def _open_stream(channel: grpc.aio.Channel, token: str | None) -> Any:
     # Without serialisers gRPC carries bytes as they are; its stubs do not know that, nor the reading and writing calls.
     untyped: Any = channel
-    return untyped.stream_stream(_METHOD)()
+    return untyped.stream_stream(_METHOD)(metadata=() if token is None else (("authorization", f"Bearer {token}"),))
 
 
 def _cause(error: BaseException) -> str:

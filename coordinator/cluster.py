@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import logging
 import os
+import secrets
 import select
 import shutil
 import signal
-import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from tpserve.coordinator.distribution import Distribute, Distributor, Receiver, root_cause, with_folders
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.process import make_ray_temp_dir, remove_folder
-from tpserve.proto.rank import RankAddress, RankConfig
+from tpserve.coordinator.rank_actor import RankActor
+from tpserve.coordinator.ray_nodes import describe, find_own_node, wait_head_lost
+from tpserve.proto.rank import Place, RankAddress, RankConfig
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,15 @@ _TEMP_DIR_BYTES = 16 << 20
 """For Ray's sockets and logs; without room for logs it goes on, without room to start it does not come up."""
 _DAEMONS = ("gcs_server", "raylet")
 """Without which Ray starts and ends nothing."""
+_PLACE_TIMEOUT_S = 30.0
+"""For a place in a cluster that stands already."""
+_TELL_AFTER_S = 5.0
+"""A rank that has no place for longer is told of in the log."""
+_RANK_ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+"""A rank chooses its GPU by number: peer memory needs every GPU visible in every rank."""
+
+Placement = Literal["one-node", "pack", "spread"]
+_STRATEGIES = {"one-node": "STRICT_PACK", "pack": "PACK", "spread": "SPREAD"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +55,14 @@ class ClusterConfig:
     start_timeout_s: float
     """Loading the library and the weights on every rank must take no longer."""
     ray_address: str | None = None
-    """An existing Ray cluster; None starts one on this machine, which ends with this process."""
+    """An existing Ray cluster, of which this machine is a node; None starts one here, which ends with this process."""
+    placement: Placement = "one-node"
+    """one-node: all ranks on one, as they exchange activations in every layer; pack: on as few as have room; spread: on
+    as many as there are."""
+    distribute: Distribute = "auto"
+    """auto: nodes that lack the model or the library are sent it; never: they are an error."""
     temp_dir: Path | None = None
     """Folder for a Ray started here, removed in the end; None makes one."""
-
-
-class RankActor:
-    """Runs in the actor's process; finds the rank's code by name, as coordinator and worker meet only over `proto`."""
-
-    def __init__(self) -> None:
-        self._rank: Any = importlib.import_module("tpserve.worker.actor").Rank()
-
-    def start(self, config: RankConfig) -> RankAddress:
-        """Start the rank; see `tpserve.worker.actor`."""
-        address: RankAddress = self._rank.start(config)
-        return address
-
-    def open_door(self, host: str) -> str:
-        """Open the place where ranks on GPUs meet; see `tpserve.worker.actor`."""
-        address: str = self._rank.open_door(host)
-        return address
 
 
 class Cluster:
@@ -72,7 +71,16 @@ class Cluster:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
         self._temp_dir = config.temp_dir
+        rank = config.rank
+        self._distributor = Distributor(rank, config.distribute)
+        self._bundle = {"CPU": 1}
+        if config.ray_address is not None and rank.device is not None:
+            self._bundle["GPU"] = 1  # others may use the cluster; a Ray of our own counts none
         self._placement: Any = None
+        self._node_id = ""
+        """Ray's, of this node."""
+        self._head_lost = ""
+        """What a cluster that was joined has lost, once it has."""
         self._actors: list[Any] = []
         self._pidfds: list[int] = []
         """Of the ranks that run on this machine."""
@@ -106,28 +114,43 @@ class Cluster:
                 "_temp_dir": str(self._temp_dir),
             }
         else:
-            options["address"] = self._config.ray_address
+            head, own = find_own_node(self._config.ray_address)
+            options |= {"address": head, "_node_ip_address": own}
         try:
             ray.init(**options)
+            self._node_id = ray.get_runtime_context().get_node_id()
             if self._config.ray_address is None:
                 assert self._temp_dir is not None
                 found = {name: pid for pid, name in _processes_of(self._temp_dir)}
                 self._daemons = {name: os.pidfd_open(found[name]) for name in _DAEMONS}
-            # All ranks on one node: they exchange activations in every layer.
-            self._placement = placement_group([{"CPU": 1}] * tp_size, strategy="STRICT_PACK")
-            if not self._placement.wait(30):
-                raise ClusterError(f"no Ray node has {tp_size} free CPUs for {tp_size} ranks: free some, or lower --tp")
-        except ClusterError:
-            raise
         except Exception as error:  # Ray raises bare Exception when a daemon does not come up
-            raise ClusterError(f"Ray cannot be started: {error}") from error
+            raise ClusterError(
+                f"Ray cannot be {'joined' if self._config.ray_address else 'started'}: {error}"
+            ) from error
+        self._placement = placement_group([self._bundle] * tp_size, strategy=_STRATEGIES[self._config.placement])
+        if not self._placement.wait(_PLACE_TIMEOUT_S):
+            raise ClusterError(self._no_room())
+
+    def _no_room(self) -> str:
+        """Say which resources are missing, and where they are."""
+        tp_size = self._config.rank.tp_size
+        needed = " and ".join(f"{tp_size} free {name}s" for name in self._bundle)
+        nodes = describe(self._bundle)
+        if self._config.placement == "one-node":
+            remedy = "free some, lower --tp, or let ranks be on several nodes with --tp-across-nodes"
+            return f"no Ray node has {needed} for {tp_size} ranks: {nodes}; {remedy}"
+        return f"the Ray nodes have not {needed} for {tp_size} ranks: {nodes}; free some, add nodes, or lower --tp"
 
     async def wait_lost(self) -> str:
-        """Wait until the Ray that was started here has lost a daemon; return which.
+        """Wait until Ray has lost what it needs to start and end ranks; return what.
 
-        Ray itself lets its processes go on for a minute and then ends them, the coordinator too. Of a cluster that was
-        joined, Ray tells by the ranks that it loses.
+        Of a Ray that was started here that is a daemon: Ray itself lets its processes go on for a minute and then ends
+        them, the coordinator too. Of a cluster that was joined it is its head, or this node's place in it; other nodes
+        show by the ranks on them.
         """
+        if self._config.ray_address is not None:
+            self._head_lost = await wait_head_lost()
+            return self._head_lost
         loop, lost = asyncio.get_running_loop(), asyncio.Event()
         for pidfd in self._daemons.values():
             loop.add_reader(pidfd, lost.set)
@@ -136,15 +159,17 @@ class Cluster:
         finally:
             for pidfd in self._daemons.values():
                 loop.remove_reader(pidfd)
-        return self._lost_daemons()
+        return self._lost()
 
     @property
     def is_lost(self) -> bool:
-        """Whether the Ray that was started here can start and end nothing any more."""
-        return bool(self._lost_daemons())
+        """Whether Ray can start and end nothing any more."""
+        return bool(self._lost())
 
-    def _lost_daemons(self) -> str:
-        """Return the daemons that have ended by themselves; empty while all live."""
+    def _lost(self) -> str:
+        """Return what Ray has lost; empty while it works."""
+        if self._head_lost:
+            return self._head_lost
         ended, _, _ = select.select(self._daemons.values(), [], [], 0)
         return ", ".join(name for name, pidfd in self._daemons.items() if pidfd in ended)
 
@@ -156,25 +181,23 @@ class Cluster:
         ClusterError
             Naming the first rank that failed and why, or those that did not come in time.
         """
-        if lost := self._lost_daemons():
+        if lost := self._lost():
             raise ClusterError(f"Ray has lost its {lost}: no rank can be started")
-        template = self._config.rank
-        group_name = f"tpserve-{uuid.uuid4().hex}"
         actor_class = ray.remote(RankActor)
-        strategy = PlacementGroupSchedulingStrategy(self._placement)
+        options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0}  # the engine rebuilds a lost rank's group whole
+        if "GPU" in self._bundle:
+            options |= {"num_gpus": 1, "runtime_env": {"env_vars": _RANK_ENVIRONMENT}}
         self._actors = [
             actor_class.options(
-                num_cpus=1,
-                max_restarts=0,  # one lost rank ends the group; the engine rebuilds it whole
-                scheduling_strategy=strategy,
+                **options,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=at),
             ).remote()
-            for _ in range(template.tp_size)
+            for at in range(self._config.rank.tp_size)
         ]
-        if template.device is not None and template.tp_size > 1:
-            template = replace(template, rendezvous=await self._open_door(template.host))
+        configs = await self._configure(await self._locate())
         starts = [
-            asyncio.ensure_future(_result(actor.start.remote(_rank_config(template, rank, group_name))))
-            for rank, actor in enumerate(self._actors)
+            asyncio.ensure_future(_result(actor.start.remote(config)))
+            for actor, config in zip(self._actors, configs, strict=True)
         ]
         _, late = await asyncio.wait(starts, timeout=self._config.start_timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         # A rank's own failure says more than that of those which waited for it.
@@ -186,17 +209,80 @@ class Cluster:
         await asyncio.gather(*starts, return_exceptions=True)
         if failures:
             rank, error = min(failures, key=lambda failure: isinstance(failure[1], TimeoutError))
-            raise ClusterError(f"rank {rank} cannot start: {_root_cause(error)}")
+            raise ClusterError(f"rank {rank} cannot start: {root_cause(error)}")
         if late:
             ranks = ", ".join(str(rank) for rank, start in enumerate(starts) if start in late)
             raise ClusterError(f"rank {ranks} did not start within {self._config.start_timeout_s:g} s")
         addresses = [start.result() for start in starts]
         for address in addresses:
             logger.info("rank %d: pid %d on %s", address.rank, address.pid, address.node)
-            if address.node == socket.gethostname():
-                with contextlib.suppress(OSError):  # it died just now, or lives in a container: then Ray ends it alone
+            if not address.is_away:
+                with contextlib.suppress(OSError):  # it died just now
                     self._pidfds.append(os.pidfd_open(address.pid))
         return addresses
+
+    async def _locate(self) -> list[Place]:
+        """Wait until every rank has a place, and put them in order: this node's first, neighbours side by side."""
+        located = [asyncio.ensure_future(_result(actor.locate.remote())) for actor in self._actors]
+        timeout_s = self._config.start_timeout_s
+        try:
+            _, late = await asyncio.wait(located, timeout=min(_TELL_AFTER_S, timeout_s))
+            if late and self._config.ray_address is not None:
+                nodes = await asyncio.to_thread(describe, self._bundle)
+                logger.warning("%d of the ranks wait for their node: %s", len(late), nodes)
+            if late:
+                _, late = await asyncio.wait(located, timeout=timeout_s - _TELL_AFTER_S)
+            if late:
+                nodes = await asyncio.to_thread(describe, self._bundle)
+                raise ClusterError(f"{len(late)} of the ranks have no node after {timeout_s:g} s: {nodes}")
+            places: list[Place] = [each.result() for each in located]
+        except ClusterError:
+            raise
+        except Exception as error:  # whatever the actor raised, Ray wraps it
+            raise ClusterError(f"a rank's process cannot start: {root_cause(error)}") from None
+        finally:
+            for each in located:
+                each.cancel()
+        order = sorted(
+            range(len(places)),
+            key=lambda at: (places[at].node_id != self._node_id, places[at].node_id, places[at].device or 0),
+        )
+        self._actors = [self._actors[at] for at in order]
+        return [places[at] for at in order]
+
+    async def _configure(self, places: Sequence[Place]) -> list[RankConfig]:
+        """Return each rank's configuration; its node has by then what the rank loads."""
+        template = replace(self._config.rank, group_name=f"tpserve-{uuid.uuid4().hex}", token=secrets.token_urlsafe(32))
+        across = len({place.node_id for place in places}) > 1
+        away = {
+            place.node_id: Receiver(place.node, actor)
+            for place, actor in zip(places, self._actors, strict=True)
+            if self._is_away(place)
+        }
+        if across and template.collectives == "push":
+            nodes = ", ".join(dict.fromkeys(place.node for place in places))
+            raise ClusterError(
+                f"--collectives push works over memory that GPUs of one node share, and the ranks are on {nodes}: take "
+                "auto or nccl"
+            )
+        _check_draft_groups(template, places)
+        folders = await self._distributor.ensure(away) if away else {}
+        hosts = [place.host if away or across else template.host for place in places]
+        if template.tp_size > 1 and (template.device is not None or across):
+            template = replace(template, rendezvous=await self._open_door(hosts[0]))
+        configs = []
+        for rank, place in enumerate(places):
+            device = template.device
+            if device is not None:  # without a GPU of Ray's, the group's first device plus the rank
+                device = device + rank if place.device is None else place.device
+            config = replace(template, rank=rank, host=hosts[rank], device=device, across_nodes=across)
+            if self._is_away(place):
+                config = with_folders(replace(config, is_away=True), folders[place.node_id])
+            configs.append(config)
+        return configs
+
+    def _is_away(self, place: Place) -> bool:
+        return place.node_id != self._node_id
 
     async def _open_door(self, host: str) -> str:
         """Let rank 0 open the group's rendezvous; return its address."""
@@ -206,7 +292,7 @@ class Cluster:
         except TimeoutError:
             raise ClusterError(f"rank 0 did not start within {self._config.start_timeout_s:g} s") from None
         except Exception as error:  # whatever the actor raised, Ray wraps it
-            raise ClusterError(f"rank 0 cannot start: {_root_cause(error)}") from None
+            raise ClusterError(f"rank 0 cannot start: {root_cause(error)}") from None
 
     async def kill_ranks(self) -> None:
         """End every rank of the group at once."""
@@ -221,18 +307,17 @@ class Cluster:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
         actors, self._actors = self._actors, []
-        if self._lost_daemons():
+        if self._lost():
             return  # nobody is there who would do it
         for actor in actors:
             ray.kill(actor, no_restart=True)
 
     def shutdown(self) -> None:
         """End the ranks, and Ray if it was started here; leave nothing behind. Blocks."""
-        if self._lost_daemons():
+        if self._lost():
             # What Ray does to end takes minutes without its daemons.
             self._end_ranks()
-            assert self._temp_dir is not None
-            for pid, _ in _processes_of(self._temp_dir):
+            for pid, _ in _processes_of(self._temp_dir) if self._temp_dir is not None else ():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         elif ray.is_initialized():
@@ -254,17 +339,16 @@ def _processes_of(temp_dir: Path) -> Iterator[tuple[int, str]]:
                 yield int(process.name), (process / "comm").read_text().strip()
 
 
+def _check_draft_groups(config: RankConfig, places: Sequence[Place]) -> None:
+    """See that the ranks of each draft group, which follow each other, are on one node: they share memory."""
+    size = 1 if config.speculation is None else config.speculation.draft_tp_size
+    for first in range(0, config.tp_size, size):
+        nodes = dict.fromkeys(place.node for place in places[first : first + size])
+        if len({place.node_id for place in places[first : first + size]}) > 1:
+            raise ClusterError(
+                f"--draft-tp {size} would put a draft group, whose ranks share memory, on {', '.join(nodes)}: lower it"
+            )
+
+
 async def _result(ref: Any) -> Any:
     return await ref
-
-
-def _rank_config(template: RankConfig, rank: int, group_name: str) -> RankConfig:
-    """Return the configuration of one rank; on GPUs, rank r has the group's first device plus r."""
-    device = None if template.device is None else template.device + rank
-    return replace(template, rank=rank, group_name=group_name, device=device)
-
-
-def _root_cause(error: BaseException | None) -> str:
-    """Return the remote exception's own words, without Ray's trace."""
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {cause}"

@@ -159,6 +159,7 @@ class Engine:
         grammar: Grammar | None = None,
         name: str = "",
         traceparent: str = "",
+        emitted: tuple[tuple[int, ...], ...] = (),
     ) -> int:
         """Accept a request; its events go to `sink` under `client_id`.
 
@@ -168,6 +169,8 @@ class Engine:
             The API's id of the request, for its spans.
         traceparent
             W3C trace context of the caller's span; empty: not traced.
+        emitted
+            See `Request`.
 
         Returns
         -------
@@ -184,7 +187,7 @@ class Engine:
         key = self._next_key
         try:
             self._scheduler.add_request(
-                Request(key, prompt_token_ids, sampling, max_tokens, n, stop_token_ids, grammar)
+                Request(key, prompt_token_ids, sampling, max_tokens, n, stop_token_ids, grammar, emitted)
             )
         except QueueFull:
             self._metrics.count_rejection("queue_full")
@@ -317,6 +320,8 @@ class Engine:
             on_result=self._on_rank_result,
             stall_after_s=self._config.stall_after_s,
             on_stall=self._on_stall,
+            token=addresses[0].token,
+            nodes=[address.node if address.is_away else "" for address in addresses],
         )
         self._set_status(EngineStatus.DRAINING if self._draining else EngineStatus.READY, "")
 

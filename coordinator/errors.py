@@ -11,10 +11,16 @@ class CoordinatorError(RuntimeError):
 
 
 class RankLost(CoordinatorError):
-    """A rank is gone; its whole group is rebuilt."""
+    """A rank is gone; its whole group is rebuilt.
 
-    def __init__(self, rank: int, cause: str) -> None:
-        super().__init__(f"rank {rank}: {cause}")
+    Parameters
+    ----------
+    node
+        Where it was, if that is another node than the coordinator's.
+    """
+
+    def __init__(self, rank: int, cause: str, node: str = "") -> None:
+        super().__init__(f"rank {rank}{f' on {node}' if node else ''}: {cause}")
         self.rank = rank
         self.cause = cause
 

@@ -1,6 +1,6 @@
-"""Every metric that a replica exports, in one list: what it is called, counts and means, and its name in vLLM.
+"""Every metric that a replica or a router exports, in one list each: its name, what it counts, and its name in vLLM.
 
-The coordinator and the gateway make their metrics from it; so do docs/metrics.md, the recording rules and the tests of
+Coordinator, gateway and router make their metrics from it; so do docs/metrics.md, the recording rules and the tests of
 dashboards. Owns names, labels and buckets. Knows nothing of how a value comes about.
 """
 
@@ -57,11 +57,11 @@ class MetricSpec:
     text: str
     """What HELP says."""
     labels: tuple[str, ...] = ()
-    """Besides `ENGINE_LABELS`, which the gateway's metrics do not have."""
+    """Besides `ENGINE_LABELS`, which only the coordinator's metrics have."""
     buckets: tuple[float, ...] = ()
     vllm: str | None = None
     """vLLM's name for it without prefix; None where vLLM has none."""
-    source: Literal["coordinator", "gateway"] = "coordinator"
+    source: Literal["coordinator", "gateway", "router"] = "coordinator"
 
     @property
     def full_name(self) -> str:
@@ -275,6 +275,48 @@ CATALOGUE: tuple[MetricSpec, ...] = (
 )
 
 BY_NAME = {spec.name: spec for spec in CATALOGUE}
+
+
+def _router(
+    kind: Kind, name: str, text: str, labels: Sequence[str] = (), buckets: tuple[float, ...] = ()
+) -> MetricSpec:
+    return MetricSpec(f"router_{name}", kind, text, tuple(labels), buckets, source="router")
+
+
+ROUTER_CATALOGUE: tuple[MetricSpec, ...] = (
+    _router("counter", "requests", "Requests answered, by route and status code.", ["route", "code"]),
+    _router(
+        "histogram",
+        "request_duration_seconds",
+        "Time from the request's headers to the end of the answer.",
+        ["route"],
+        HTTP_BUCKETS,
+    ),
+    _router("histogram", "queue_seconds", "Time until a replica with room was found.", (), HTTP_BUCKETS),
+    _router("gauge", "queued", "Requests that wait for a replica with room."),
+    _router(
+        "counter",
+        "rejections",
+        "Requests that no replica took, by reason: queue_full, queue_timeout, no_backend.",
+        ["reason"],
+    ),
+    _router("gauge", "backend_ready", "1 if the replica's /health/ready passes.", ["backend"]),
+    _router("gauge", "backend_in_flight", "Requests at the replica.", ["backend"]),
+    _router(
+        "counter",
+        "backend_requests",
+        "Requests sent to the replica, by what became of them: answered, refused, lost, or their client has left.",
+        ["backend", "outcome"],
+    ),
+    _router("gauge", "breaker_state", "1 for the breaker's present state, 0 for the others.", ["backend", "state"]),
+    _router("counter", "breaker_changes", "Times that the breaker came into a state.", ["backend", "state"]),
+    _router("counter", "moves", "Streams whose replica was lost: moved to another one, or failed.", ["outcome"]),
+    _router("counter", "prompt_blocks", "Blocks of 128 characters of the prompts that were sent."),
+    _router("counter", "matched_blocks", "Of those, that the chosen replica had seen, by the router's estimate."),
+)
+"""Of `tpserve router`, and of `tpserve serve --replicas`."""
+
+ROUTER_BY_NAME = {spec.name: spec for spec in ROUTER_CATALOGUE}
 
 
 def sample_names() -> frozenset[str]:

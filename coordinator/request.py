@@ -40,6 +40,9 @@ class Request:
     """A sequence ends after one of these, which is reported like any token."""
     grammar: Grammar | None = None
     """What each choice must match; only passed on."""
+    emitted: tuple[tuple[int, ...], ...] = ()
+    """By choice, output tokens that another replica has sent to the client; it goes on behind them, as after the loss
+    of a group. Empty: nothing was."""
 
 
 class TokenEvent(NamedTuple):
@@ -143,7 +146,7 @@ def make_group(request: Request, first_order: int, max_len: int, step: int, spec
             order=first_order + choice,
             sampling=replace(request.sampling, seed=choice_seed(request.sampling.seed, choice)),
             stop_token_ids=request.stop_token_ids,
-            tokens=list(request.prompt_token_ids),
+            tokens=[*request.prompt_token_ids, *(request.emitted[choice] if request.emitted else ())],
             num_prompt_tokens=len(request.prompt_token_ids),
             max_len=max_len,
             waiting_since_step=step,
@@ -175,6 +178,10 @@ def checked_max_len(request: Request, config: SchedulerConfig) -> int:
             f"{config.max_model_len} tokens, so shorten it to {config.max_model_len - 1} or less"
         )
     max_len = min(num_prompt + request.max_tokens, config.max_model_len)
+    if request.emitted and len(request.emitted) != request.n:
+        raise RequestInvalid(f"emitted tokens are given for {len(request.emitted)} choices; there are {request.n}")
+    if (most := max(map(len, request.emitted), default=0)) >= max_len - num_prompt:
+        raise RequestInvalid(f"{most} tokens of a choice were emitted already; it may have {max_len - num_prompt}")
     num_pages = -(-(max_len - 1) // config.page_size)  # the last token is sampled, but never fed back
     if num_pages > config.num_pages:
         raise RequestInvalid(

@@ -388,9 +388,11 @@ class Scheduler:
         group = sequence.group
         num_cached = len(matched) * self._config.page_size
         if not sequence.has_run:
+            # What was emitted elsewhere may be cached too, and is no prompt.
+            num_hits = min(num_cached, sequence.num_prompt_tokens)
             self._num_query_tokens += sequence.num_prompt_tokens
-            self._num_hit_tokens += num_cached
-            sequence.num_cached_tokens = num_cached
+            self._num_hit_tokens += num_hits
+            sequence.num_cached_tokens = num_hits
             self._started.append((sequence.request_id, sequence.choice))
         if not group.started:
             group.started = True

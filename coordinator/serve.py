@@ -28,6 +28,7 @@ from tpserve.coordinator.memory import (
     plan_memory,
 )
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder, tell_parent
+from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, add_policy_arguments
 from tpserve.coordinator.speculation import (
     SpeculationChoice,
     add_speculation_arguments,
@@ -42,6 +43,9 @@ DEFAULT_REPLAY_TIMEOUT_S = 45.0
 """Several times a rebuild on a busy machine, and less than the 60 s after which proxies cut a silent stream."""
 MAX_STALL_AFTER_S = 5.0
 """A step without a result for longer, or for a third of its deadline, makes the engine STALLED."""
+_WITHOUT_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+"""Every fork here is followed by an exec. gRPC's handlers at fork are not needed for that, and where its threads are
+busy they can crash the child before the exec."""
 _POLL_S = 0.1
 _GPU_STEP_TOKENS, _CPU_STEP_TOKENS = 512, 256
 """Of one step: on a GPU a whole prompt or two beside the decodes (benchmarks/README.md)."""
@@ -97,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the coordinator's own /metrics and /health, on --engine-host (default: only the gateway has them)",
     )
     parser.add_argument("--parent-pid", type=_positive, help=argparse.SUPPRESS)  # of a process that this ends with
+    parser.add_argument("--replica", type=_replica, default=(0, 1), help=argparse.SUPPRESS)  # of --replicas: I/N
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
     parser.add_argument(
@@ -105,6 +110,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-model-name", nargs="+", help="names clients may use (default: the model's)")
     parser.add_argument("--api-key", action="append", default=[], help="may be given several times")
     parser.add_argument("--api-key-file", type=Path, help="more keys, one a line; a mounted secret")
+    parser.add_argument(
+        "--replicas", type=_positive, default=1, metavar="N", help="servers of their own behind one router, on one Ray"
+    )
+    parser.add_argument(
+        "--admin-token",
+        default=os.environ.get(ADMIN_VARIABLE),
+        metavar="SECRET",
+        help=f"opens POST /admin/rolling-restart with --replicas (or ${ADMIN_VARIABLE})",
+    )
+    add_policy_arguments(parser)
     parser.add_argument("--allow-origins", nargs="*", default=[], help="origins for CORS")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     parser.add_argument(
@@ -113,7 +128,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="between GPUs: over peer memory (push), or NCCL; auto takes push where ranks can map each other's memory",
     )
-    parser.add_argument("--ray-address", help="an existing Ray cluster (default: start Ray here)")
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="an existing Ray cluster, of which this host is a node (default: start Ray here)",
+    )
+    parser.add_argument(
+        "--tp-across-nodes",
+        choices=["pack", "spread"],
+        help="let ranks be on several nodes of --ray-address: on as few as have room, or on as many as there are "
+        "(default: all on one)",
+    )
+    parser.add_argument(
+        "--distribute",
+        choices=["auto", "never"],
+        default="auto",
+        help="auto: nodes that lack the model or the library are sent it; never: they are an error",
+    )
     parser.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds that running requests get at the end"
     )
@@ -147,7 +178,12 @@ def add_observability_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Serve until a signal or a failure; return the exit code."""
-    configure(args.log_format, "serve")
+    if args.replicas > 1:
+        from tpserve.coordinator.router.fleet import main as fleet_main  # which starts this module again for each
+
+        return fleet_main(args)
+    number, num_replicas = args.replica
+    configure(args.log_format, "serve" if num_replicas == 1 else f"replica {number}")
     server = _Server(args)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, server.on_signal)
@@ -199,11 +235,13 @@ class _Server:
             )
         if on_gpu and len(gpus) < args.tp:
             raise ServeError(f"--tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu")
+        if args.tp_across_nodes is not None and args.ray_address is None:
+            raise ServeError("--tp-across-nodes needs --ray-address: a Ray that is started here has one node")
         if not args.no_gateway:
-            _require_free_port("", args.host, args.port)
-        _require_free_port("engine-", args.engine_host, args.engine_port)
+            require_free_port("", args.host, args.port)
+        require_free_port("engine-", args.engine_host, args.engine_port)
         if args.operations_port is not None:
-            _require_free_port("operations-", args.engine_host, args.operations_port)
+            require_free_port("operations-", args.engine_host, args.operations_port)
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         device = "cuda" if on_gpu else "cpu"
         speculation = choose_speculation(args)
@@ -221,7 +259,7 @@ class _Server:
             args.mode,
             max_num_seqs,
             args.gpu_memory_utilization,
-            min(gpus[: args.tp]) if on_gpu else available_host_bytes() // args.tp,
+            self._memory_of_rank(gpus),
             draft=draft,
         )
         logger.info(
@@ -256,8 +294,18 @@ class _Server:
         logger.info("The engine listens at %s", engine_address)
         url = self._start_gateways(folders, names, engine_address)
         self._await_healthy(url)
-        if not self._stopping:
-            logger.info("Ready at %s\n\n%s\n", url, _curl(url, names[0], bool(args.api_key or args.api_key_file)))
+        if not self._stopping and args.replica[1] > 1:
+            logger.info("It is ready, at %s for the router", url)
+        elif not self._stopping:
+            logger.info("Ready at %s\n\n%s\n", url, curl(url, names[0], bool(args.api_key or args.api_key_file)))
+
+    def _memory_of_rank(self, gpus: list[int]) -> int:
+        """Return the bytes that a rank may count on; replicas get GPUs of their own from Ray, and share a host."""
+        tp_size: int = self._args.tp
+        num_replicas: int = self._args.replica[1]
+        if not gpus:
+            return available_host_bytes() // (tp_size * num_replicas)
+        return min((gpus if num_replicas == 1 else sorted(gpus, reverse=True))[:tp_size])
 
     def watch(self) -> int:
         """Wait for a signal or for a process that ends on its own; return the exit code."""
@@ -363,10 +411,12 @@ class _Server:
             "max_num_batched_tokens": args.max_num_batched_tokens,
             "max_num_queued_requests": args.max_num_queued_reqs,
             "enable_prefix_cache": not args.no_prefix_cache,
-            "num_threads": max(1, (os.cpu_count() or 1) // args.tp),
+            "num_threads": max(1, (os.cpu_count() or 1) // (args.tp * args.replica[1])),
             "load_format": args.load_format,
             "collectives": args.collectives,
             "ray_address": args.ray_address,
+            "placement": args.tp_across_nodes or "one-node",
+            "distribute": args.distribute,
             "ray_temp_dir": ray_temp_dir,
             "drain_timeout_s": args.drain_timeout,
             "metrics_compat": args.metrics_compat,
@@ -380,8 +430,8 @@ class _Server:
             "port": args.engine_port,
             "parent_pid": os.getpid(),
         }
-        self._coordinator = _spawn("tpserve.coordinator", config, _ray_environment(args.ray_address))
-        return _first_words("coordinator", self._coordinator, "address")
+        self._coordinator = _spawn("tpserve.coordinator", config, ray_environment(args.ray_address))
+        return first_words("coordinator", self._coordinator, "address")
 
     def _observability(self) -> dict[str, Any]:
         """Return what coordinator and gateway are both told."""
@@ -403,13 +453,14 @@ class _Server:
             "api_keys": args.api_key,
             "api_key_file": None if args.api_key_file is None else str(args.api_key_file),
             "allow_origins": args.allow_origins,
+            "router_token": args.router_token,
             "drain_timeout_s": args.drain_timeout,
             **self._observability(),
             "parent_pid": os.getpid(),
         }
         if args.gateway_processes == 1:
             self._gateways = [_spawn("tpserve.coordinator.gateway", config, {})]
-            return _first_words("gateway", self._gateways[0], "url")
+            return first_words("gateway", self._gateways[0], "url")
         # Each takes connections from one queue when it has time, and adds its counts to files that all of them show.
         self._folders.append(Path(tempfile.mkdtemp(prefix="tpserve-metrics-")))
         environment = {"PROMETHEUS_MULTIPROC_DIR": str(self._folders[-1])}
@@ -420,7 +471,7 @@ class _Server:
                     _spawn("tpserve.coordinator.gateway", config, environment, pass_fds=(shared.fileno(),))
                 )
             # In the end they alone hold the port: while they drain, nobody takes connections.
-            urls = [_first_words("gateway", gateway, "url") for gateway in self._gateways]
+            urls = [first_words("gateway", gateway, "url") for gateway in self._gateways]
         return urls[0]
 
     def _await_engine(self, address: str) -> None:
@@ -454,7 +505,7 @@ class _Server:
         for name, process in named:
             if process is not None and process.poll() is not None:
                 assert process.stdout is not None
-                raise ServeError(_last_words(name, process, process.stdout.readline()))
+                raise ServeError(last_words(name, process, process.stdout.readline()))
 
 
 def _log_lines(stream: IO[str]) -> None:
@@ -474,15 +525,14 @@ def _spawn(
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | environment,
+        env=os.environ | _WITHOUT_FORK_HANDLERS | environment,
         pass_fds=pass_fds,
     )
 
 
-def _ray_environment(ray_address: str | None) -> dict[str, str]:
+def ray_environment(ray_address: str | None) -> dict[str, str]:
     """Return what must stand in the environment before Ray is imported."""
-    # gRPC's handlers at fork only warn that its threads run; Ray's forks are followed by an exec.
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
     # A rank chooses its GPU by number: peer memory needs every GPU visible in every rank.
     environment |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
@@ -491,24 +541,24 @@ def _ray_environment(ray_address: str | None) -> dict[str, str]:
     return environment
 
 
-def _first_words(name: str, process: subprocess.Popen[str], key: str) -> str:
+def first_words(name: str, process: subprocess.Popen[str], key: str) -> str:
     """Wait until a process tells where it listens."""
     assert process.stdout is not None
     line = process.stdout.readline()
     facts: dict[str, str] = json.loads(line) if line else {}
     if key not in facts:
         process.wait()
-        raise ServeError(_last_words(name, process, line))
+        raise ServeError(last_words(name, process, line))
     return facts[key]
 
 
-def _last_words(name: str, process: subprocess.Popen[str], line: str) -> str:
+def last_words(name: str, process: subprocess.Popen[str], line: str) -> str:
     """Return why a process ended, from its last line on standard output if it said so."""
     error: str | None = json.loads(line).get("error") if line else None
     return error or f"the {name} ended with status {process.returncode}"
 
 
-def _require_free_port(kind: str, host: str, port: int) -> None:
+def require_free_port(kind: str, host: str, port: int) -> None:
     """Fail before anything is built if the port of --`kind`port is taken; its process binds it later."""
     if not 0 <= port <= 65535:
         raise ServeError(f"--{kind}port {port} is not in 0..65535")
@@ -526,7 +576,8 @@ def default_names(model: str) -> list[str]:
     return [short, model] if model.startswith("HF://") else [short]
 
 
-def _curl(url: str, model: str, with_key: bool) -> str:
+def curl(url: str, model: str, with_key: bool) -> str:
+    """Return a first request, for the user to copy."""
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     body = json.dumps({"model": model, "messages": messages, "temperature": 0})
     key = " -H 'Authorization: Bearer YOUR_KEY'" if with_key else ""
@@ -545,6 +596,11 @@ def _seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
     return value
+
+
+def _replica(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    return int(number), int(count)
 
 
 def _share(text: str) -> float:

@@ -152,6 +152,7 @@ class Session:
                 Grammar.from_pb(submit.grammar) if submit.HasField("grammar") else None,
                 name=submit.name,
                 traceparent=submit.traceparent,
+                emitted=tuple(tuple(choice.token_ids) for choice in submit.emitted),
             )
         except RequestInvalid as error:
             self._reject(submit, engine_pb2.Rejected.INVALID, str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tpserve.coordinator.metrics_catalogue import CATALOGUE, VLLM_PREFIX, MetricSpec
+from tpserve.coordinator.metrics_catalogue import CATALOGUE, ROUTER_CATALOGUE, VLLM_PREFIX, MetricSpec
 
 TARGET = Path(__file__).with_name("metrics.md")
 _HEAD = """# Metrics
@@ -15,17 +15,20 @@ The coordinator's metrics have the labels `model_name` and `engine`, the number 
 here. Histograms have `_bucket`, `_sum` and `_count`. Where vLLM has the same metric its name is given: `tpserve serve
 --metrics-compat vllm` exports these names too, and `deploy/prometheus/rules.yaml` records them.
 
+A router's /metrics has its own metrics; that of `tpserve serve --replicas` also those of all replicas, with the label
+`replica`.
+
 """
 
 
 def table() -> str:
     """Return the page."""
-    return _HEAD + "\n\n".join([_part("coordinator"), _part("gateway")]) + "\n"
+    return _HEAD + "\n\n".join(map(_part, ("coordinator", "gateway", "router"))) + "\n"
 
 
 def _part(source: str) -> str:
     rows = [f"## The {source}'s", "", "| metric | type | labels | what it counts | vLLM |", "|---|---|---|---|---|"]
-    return "\n".join(rows + [_row(spec) for spec in CATALOGUE if spec.source == source])
+    return "\n".join(rows + [_row(spec) for spec in (*CATALOGUE, *ROUTER_CATALOGUE) if spec.source == source])
 
 
 def _row(spec: MetricSpec) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from tpserve.proto.speculation import Speculation
+
+_FINGERPRINT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +31,61 @@ class RankConfig:
     num_threads: int
     """Threads of the kernels."""
     group_name: str
-    """Unique name of the group, under which its ranks find each other's memory."""
+    """Unique name of the group, under which its ranks find each other's memory; the secret by which they meet."""
     collective_timeout_s: float
     """A rank that is later than this in a collective ends the group."""
     host: str = "127.0.0.1"
-    """Address to listen on for step plans."""
+    """Address to listen on for step plans, and for other ranks: loopback, or its node's where the coordinator or a rank
+    is on another."""
+    token: str | None = field(default=None, repr=False)
+    """What the coordinator shows with its plans; None takes plans from anybody who reaches `host`."""
+    is_away: bool = False
+    """Whether this rank is on another node than the coordinator, which then cannot end its process itself."""
+    across_nodes: bool = False
+    """Whether the group's ranks are on several nodes."""
     device: int | None = None
     """GPU of this rank; None computes on the CPU."""
     rendezvous: str = ""
-    """`host:port` of rank 0's door, where ranks on GPUs meet; empty for one rank, and on the CPU."""
+    """`host:port` of rank 0's door, where ranks meet on GPUs or across nodes; empty for one rank, and on one CPU."""
     collectives: Literal["auto", "push", "nccl"] = "auto"
     """Between GPUs: over peer memory, or by NCCL; auto takes peer memory wherever ranks can map it."""
     speculation: Speculation | None = None
     """How draft tokens are proposed; None: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where Ray has put a rank."""
+
+    node_id: str
+    """Ray's."""
+    node: str
+    """Host name."""
+    host: str
+    """Address at which other nodes reach it."""
+    device: int | None
+    """GPU that Ray gave it, as CUDA numbers them there; None if it was given none."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """By which a file is known without being read whole."""
+
+    name: str
+    num_bytes: int
+    fingerprint: str
+    """Of its size, its beginning and its end; see `fingerprint_of`."""
+
+
+def fingerprint_of(path: Path) -> str:
+    """Return the hex digest of a file's size, first and last MiB."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        digest.update(file.read(_FINGERPRINT_BYTES))
+        file.seek(max(0, size - _FINGERPRINT_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +98,10 @@ class RankAddress:
     pid: int
     node: str
     """Host name, for the log."""
+    is_away: bool = False
+    """Whether it is on another node than the coordinator."""
+    token: str | None = field(default=None, repr=False)
+    """What the rank wants to be shown."""
 
     @property
     def target(self) -> str:

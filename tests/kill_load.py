@@ -1,4 +1,4 @@
-"""Streams of every kind against a server whose ranks are killed: what each client must get, and what it got.
+"""Streams of every kind against a server whose processes are killed or replaced: what each client must get, and got.
 
 A stream is complete if each choice has the text, the finish reason and the number of tokens that it had when nothing
 was killed. A request may be refused (429, 503); once it was accepted it must be complete.
@@ -12,7 +12,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,11 +100,10 @@ async def stream(client: openai.AsyncOpenAI, request: Request, answer: Answer) -
         answer.error = error
 
 
-class KillLoad:
-    """Clients that ask one thing after another, each compared with what came before any rank was killed."""
+class ComparedLoad:
+    """Clients that ask one thing after another, each compared with what came undisturbed."""
 
-    def __init__(self, server: Server, client: openai.AsyncOpenAI, requests: Sequence[Request], seed: int) -> None:
-        self._server = server
+    def __init__(self, client: openai.AsyncOpenAI, requests: Sequence[Request], seed: int) -> None:
         self._client = client
         self._requests = requests
         self._rng = random.Random(seed)
@@ -112,11 +111,10 @@ class KillLoad:
         self.outcomes: Counter[str] = Counter()
         self.faults: list[str] = []
         """What went wrong, in words; empty if no answer was lost."""
-        self.rebuilds_s: list[float] = []
-        """From a kill to READY."""
         self.pauses_s: list[float] = []
         """The longest gap of each stream that lived through a kill."""
-        self._num_kills = 0
+        self.num_kills = 0
+        """So far; whoever kills counts."""
 
     async def learn(self) -> None:
         """Ask everything once, undisturbed."""
@@ -131,44 +129,24 @@ class KillLoad:
             assert answer.error is None, f"without any kill, {request['messages']}: {answer.error}"
             assert len(answer.finishes) == request.get("n", 1)
 
-    async def run(self, num_kills: int, num_clients: int, max_pause_s: float) -> None:
-        """Kill a random rank `num_kills` times, each a random time after the group is ready, under `num_clients`."""
+    async def run_while(self, disturbance: Coroutine[Any, Any, None], num_clients: int) -> None:
+        """Keep so many clients asking for as long as the disturbance lasts, and let them come to their end."""
         stop = asyncio.Event()
         clients = [asyncio.create_task(self._ask_on(stop)) for _ in range(num_clients)]
         try:
-            for _ in range(num_kills):
-                await asyncio.sleep(self._rng.uniform(0.1, max_pause_s))
-                await self._kill_one()
+            await disturbance
         finally:
             stop.set()
             await asyncio.gather(*clients)
 
-    async def _kill_one(self) -> None:
-        """Kill a rank and wait for the new group."""
-        old = await asyncio.to_thread(self._server.rank_pids)
-        rank = self._rng.choice(sorted(old))
-        self._num_kills += 1
-        os.kill(old[rank], signal.SIGKILL)
-        begun = time.monotonic()
-        while True:
-            await asyncio.sleep(0.05)
-            pids = await asyncio.to_thread(self._server.rank_pids)
-            if all(pids[each] != old[each] for each in old):
-                status, _ = await asyncio.to_thread(self._server.health)
-                if status == 200:
-                    break
-            if time.monotonic() - begun > REBUILT_WITHIN_S:
-                raise AssertionError(self._server.report(f"no new group {REBUILT_WITHIN_S:g} s after a kill"))
-        self.rebuilds_s.append(time.monotonic() - begun)
-
     async def _ask_on(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
             number = self._rng.randrange(len(self._requests))
-            answer, kills_before = Answer(), self._num_kills
+            answer, kills_before = Answer(), self.num_kills
             await stream(self._client, self._requests[number], answer)
             outcome = self._judge(number, answer)
             self.outcomes[outcome] += 1
-            if self._num_kills > kills_before and outcome == "complete":
+            if self.num_kills > kills_before and outcome == "complete":
                 self.outcomes["complete, over a kill"] += 1
                 self.pauses_s.append(answer.longest_gap_s)
             if outcome == "refused":
@@ -186,3 +164,40 @@ class KillLoad:
             self.faults.append(f"{prompt!r} is {answer.what!r} and not {expected.what!r}")
             return "wrong"
         return "complete"
+
+
+class KillLoad(ComparedLoad):
+    """Such clients of a server whose ranks are killed."""
+
+    def __init__(self, server: Server, client: openai.AsyncOpenAI, requests: Sequence[Request], seed: int) -> None:
+        super().__init__(client, requests, seed)
+        self._server = server
+        self.rebuilds_s: list[float] = []
+        """From a kill to READY."""
+
+    async def run(self, num_kills: int, num_clients: int, max_pause_s: float) -> None:
+        """Kill a random rank `num_kills` times, each a random time after the group is ready, under `num_clients`."""
+        await self.run_while(self._kill(num_kills, max_pause_s), num_clients)
+
+    async def _kill(self, num_kills: int, max_pause_s: float) -> None:
+        for _ in range(num_kills):
+            await asyncio.sleep(self._rng.uniform(0.1, max_pause_s))
+            await self._kill_one()
+
+    async def _kill_one(self) -> None:
+        """Kill a rank and wait for the new group."""
+        old = await asyncio.to_thread(self._server.rank_pids)
+        rank = self._rng.choice(sorted(old))
+        self.num_kills += 1
+        os.kill(old[rank], signal.SIGKILL)
+        begun = time.monotonic()
+        while True:
+            await asyncio.sleep(0.05)
+            pids = await asyncio.to_thread(self._server.rank_pids)
+            if all(pids[each] != old[each] for each in old):
+                status, _ = await asyncio.to_thread(self._server.health)
+                if status == 200:
+                    break
+            if time.monotonic() - begun > REBUILT_WITHIN_S:
+                raise AssertionError(self._server.report(f"no new group {REBUILT_WITHIN_S:g} s after a kill"))
+        self.rebuilds_s.append(time.monotonic() - begun)

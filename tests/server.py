@@ -136,21 +136,33 @@ class Server:
     ----------
     flags
         Flags of `tpserve serve`; a free port and the model name `demo` are added.
+    prefix
+        A command that runs another, to start it by.
+    host
+        The address that it listens on.
     """
 
-    def __init__(self, model: str | Path, *flags: str, folder: Path, environ: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *flags: str,
+        folder: Path,
+        environ: Mapping[str, str] = {},
+        prefix: Sequence[str] = (),
+        host: str = "127.0.0.1",
+    ) -> None:
         self.mark = uuid.uuid4().hex
         self.footprint = Footprint(self.mark)
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         self.api_key = flags[flags.index("--api-key") + 1] if "--api-key" in flags else "none"
         self.log_path = folder / f"server-{self.mark[:8]}.log"
         names = () if "--served-model-name" in flags else ("--served-model-name", MODEL_NAME)
-        arguments = command("serve", model, "--port", str(self.port), *names, *flags)
+        arguments = command("serve", model, "--host", host, "--port", str(self.port), *names, *flags)
         self.started_at = time.monotonic()
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                arguments,
+                [*prefix, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

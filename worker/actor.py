@@ -6,11 +6,15 @@ import logging
 import os
 import socket
 import sys
+import threading
 from typing import Any
 
 from tpserve.proto.rank import RankAddress, RankConfig
 
 logger = logging.getLogger(__name__)
+
+_LINGER_S = 5.0
+"""Ray ends ranks sooner wherever it reaches them."""
 
 
 class Rank:
@@ -22,7 +26,7 @@ class Rank:
         self._door: socket.socket | None = None
 
     def open_door(self, host: str) -> str:
-        """Open the place where ranks on GPUs meet; return its `host:port`. For rank 0, before `start`."""
+        """Open the place where the group's ranks meet; return its `host:port`. For rank 0, before `start`."""
         from tpserve.collectives.rendezvous import listen
 
         self._door = listen(host)
@@ -50,13 +54,27 @@ class Rank:
         if config.device is None:
             from tpserve.worker.runner import Runner
 
-            self._runner = Runner(config, _log_progress)
+            self._runner = Runner(config, _log_progress, door=self._door)
         else:
             from tpserve.worker.device_runner import DeviceRunner
 
             self._runner = DeviceRunner(config, _log_progress, door=self._door)
-        self._server, port = serve(self._runner, config.rank, config.host)
-        return RankAddress(config.rank, config.host, port, os.getpid(), socket.gethostname())
+        on_end = _end_soon if config.is_away else None
+        self._server, port = serve(self._runner, config.rank, config.host, config.token, on_end)
+        return RankAddress(
+            config.rank, config.host, port, os.getpid(), socket.gethostname(), config.is_away, config.token
+        )
+
+
+def _end_soon() -> None:
+    """End this process when the coordinator has gone.
+
+    If the node is cut off nobody else can, and once it is back the next group needs the place.
+    """
+    logger.warning("the coordinator has gone or is cut off: this rank ends")
+    timer = threading.Timer(_LINGER_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def _log_progress(done: int, total: int) -> None:

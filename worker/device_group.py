@@ -58,7 +58,8 @@ class DeviceGroup:
             config.rank, size, config.rendezvous, config.group_name, timeout_s=_START_TIMEOUT_S, door=door
         )
         self._communicator: PushCommunicator | NcclCommunicator
-        if config.collectives == "push" or (config.collectives == "auto" and self._can_map(config.device)):
+        may_map = config.collectives == "auto" and not config.across_nodes
+        if config.collectives == "push" or (may_map and self._can_map(config.device)):
             self._communicator = PushCommunicator(
                 kernels, self._rendezvous, config.rank, size, hidden_size, timeout_s=config.collective_timeout_s
             )

@@ -2,6 +2,7 @@
 
 WorkerError
 ├── LibraryError    the artifact cannot be used on this host or with this configuration
+├── ReceptionError  the model or the library cannot be kept on this node
 ├── WeightsError    the checkpoint does not fill the library's parameters
 └── PlanError       a step plan contradicts what the worker holds: a bug of the coordinator
 """
@@ -13,6 +14,10 @@ class WorkerError(RuntimeError):
 
 class LibraryError(WorkerError):
     """The artifact cannot be used here."""
+
+
+class ReceptionError(WorkerError):
+    """What the coordinator's node sends cannot be kept here."""
 
 
 class WeightsError(WorkerError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tpserve.collectives.cpu import CollectiveStats, SharedMemoryCommunicator
+from tpserve.collectives.cpu import CollectiveStats
 from tpserve.proto.manifest import Manifest
 from tpserve.worker.arrays import Array, aligned_zeros, as_tensor
+from tpserve.worker.host_group import join
 from tpserve.worker.kv_cache import KVCache
 from tpserve.worker.library import Library, load_kernels
 from tpserve.worker.weights import dummy_parameters, load_parameters
-
-_ATTACH_TIMEOUT_S = 60.0
-"""For the slowest rank's process to start, however short a step's deadline is."""
 
 Progress = Callable[[int, int], None]
 """Called with (parameters loaded, parameters in all)."""
@@ -33,11 +32,15 @@ class ModelRank:
     rank: int
     tp_size: int
     group_name: str
-    """Under which the ranks of this model find each other's memory."""
+    """Under which the ranks of this model find each other's memory; the secret by which they meet."""
     load_format: Literal["auto", "dummy"]
     num_pages: int
     num_threads: int
     collective_timeout_s: float
+    rendezvous: str | None = None
+    """`host:port` of the first rank's door, if the ranks are on several nodes."""
+    host: str = "127.0.0.1"
+    """Address at which the other ranks reach this one."""
 
 
 class Model:
@@ -50,8 +53,13 @@ class Model:
         `sample` of its kernel library.
     """
 
-    def __init__(self, config: ModelRank, progress: Progress) -> None:
+    def __init__(self, config: ModelRank, progress: Progress, door: socket.socket | None = None) -> None:
         """Join the group and load everything; returns when all ranks have come.
+
+        Parameters
+        ----------
+        door
+            Of the first rank, if the ranks are on several nodes.
 
         Raises
         ------
@@ -63,18 +71,8 @@ class Model:
         self.manifest = manifest = config.manifest
         kernels = load_kernels(config.artifact_dir)
         self.sample_kernel: Callable[..., None] = kernels["sample"]
-        self._communicator: SharedMemoryCommunicator | None = None
-        if config.tp_size > 1:
-            self._communicator = SharedMemoryCommunicator(
-                kernels,
-                config.group_name,
-                config.rank,
-                config.tp_size,
-                timeout_s=config.collective_timeout_s,
-                attach_timeout_s=max(_ATTACH_TIMEOUT_S, config.collective_timeout_s),
-            )
-            # The library looks its collectives up by name when it is made: those of the model loaded last.
-            self._communicator.register()
+        # The library looks its collectives up by name when it is made: those of the model loaded last.
+        self._communicator = join(config, kernels, door)
         kernels["set_num_threads"](config.num_threads)
         self._step = Library(config.artifact_dir, manifest, kernels).step
         if config.load_format == "dummy":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from dataclasses import replace
 from typing import Any
@@ -30,8 +31,13 @@ logger = logging.getLogger(__name__)
 class Runner:
     """The compiled model with its weights, pages and batch, as one rank of its group."""
 
-    def __init__(self, config: RankConfig, progress: Progress) -> None:
+    def __init__(self, config: RankConfig, progress: Progress, door: socket.socket | None = None) -> None:
         """Join the group and load everything; returns when all ranks have come.
+
+        Parameters
+        ----------
+        door
+            Of rank 0 in a group across nodes: what the ranks come to, at `config.rendezvous`.
 
         Raises
         ------
@@ -57,8 +63,11 @@ class Runner:
                 num_pages=config.num_pages,
                 num_threads=config.num_threads,
                 collective_timeout_s=config.collective_timeout_s,
+                rendezvous=config.rendezvous if config.across_nodes else None,
+                host=config.host,
             ),
             progress,
+            door,
         )
         page_size = manifest.kv.page_size
         self._batch = Batch(

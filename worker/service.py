@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +18,13 @@ from tpserve.proto.pb import worker_pb2, worker_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)]
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.so_reuseport", 0),
+    # Shows within half a minute that the coordinator's host is cut off, which closes no connection.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
 
 
 class PendingResult(Protocol):
@@ -49,16 +56,37 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Executes the plans of one stream in order; after an error the rank is of no more use and says so.
 
     One thread submits plans as they come, another waits for results, so a device always has its next step.
+
+    Parameters
+    ----------
+    token
+        What a caller must show; None takes everybody.
+    on_end
+        Called when a stream has ended, however it did.
     """
 
-    def __init__(self, runner: PlanRunner, rank: int) -> None:
+    def __init__(
+        self,
+        runner: PlanRunner,
+        rank: int,
+        token: str | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
         self._runner = runner
         self._rank = rank
+        self._token = token
+        self._on_end = on_end
 
     def Execute(
         self, request_iterator: Iterator[worker_pb2.StepPlan], context: grpc.ServicerContext
     ) -> Iterator[worker_pb2.StepResult]:
         """Run each plan as it comes."""
+        if self._token is not None:
+            shown = dict(context.invocation_metadata()).get("authorization", "")
+            if not hmac.compare_digest(str(shown).encode(), f"Bearer {self._token}".encode()):
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "this rank takes plans of its own coordinator alone")
+        if self._on_end is not None:
+            context.add_callback(self._on_end)
         submitted: queue.SimpleQueue[tuple[int, PendingResult | Exception] | None] = queue.SimpleQueue()
         threading.Thread(target=self._submit_all, args=(request_iterator, submitted), daemon=True).start()
         while (item := submitted.get()) is not None:
@@ -93,12 +121,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             submitted.put(None)
 
 
-def serve(runner: PlanRunner, rank: int, host: str) -> tuple[grpc.Server, int]:
-    """Start the door on a free port; return the server and the port."""
+def serve(
+    runner: PlanRunner,
+    rank: int,
+    host: str,
+    token: str | None = None,
+    on_end: Callable[[], None] | None = None,
+) -> tuple[grpc.Server, int]:
+    """Start the door on a free port; return the server and the port. See `WorkerService` for `token` and `on_end`."""
     # One stream, one thread: plans run in order, and a second coordinator must wait.
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=1), options=_OPTIONS)
     worker_pb2_grpc.add_WorkerServicer_to_server(  # type: ignore[no-untyped-call]  # generated
-        WorkerService(runner, rank), server
+        WorkerService(runner, rank, token, on_end), server
     )
     port = server.add_insecure_port(f"{host}:0")
     server.start()

@@ -20,6 +20,7 @@ from tpserve.coordinator.gateway.engine_types import EngineStatus
 from tpserve.coordinator.gateway.errors import FAULT_MESSAGE, ApiError, EngineUnavailable, InternalError, error_object
 from tpserve.coordinator.gateway.metrics import CONTENT_TYPE
 from tpserve.coordinator.gateway.openapi import openapi_document
+from tpserve.coordinator.gateway.origin import RouterDoor
 from tpserve.coordinator.gateway.page_routes import add_page_routes
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.stream import error_response, json_response
@@ -48,8 +49,9 @@ def create_app(service: Service) -> ASGIApp:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_fault)
+    traced = app if service.tracing is None else TraceRequests(app, service.tracing)
     edge: ASGIApp = Edge(
-        app if service.tracing is None else TraceRequests(app, service.tracing),
+        RouterDoor(traced, service.config.router_token),
         metrics=service.metrics,
         routes=[path for route in app.routes if isinstance(path := getattr(route, "path", None), str)],
         api_keys=service.config.all_api_keys(),

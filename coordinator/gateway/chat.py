@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-import uuid
 from typing import Any, Literal
 
 from starlette.requests import Request
@@ -14,6 +12,7 @@ from starlette.responses import Response
 from tpserve.coordinator.gateway import debug
 from tpserve.coordinator.gateway.errors import InvalidRequest
 from tpserve.coordinator.gateway.generation import Update, Usage
+from tpserve.coordinator.gateway.origin import origin_of
 from tpserve.coordinator.gateway.output import Shape, chat_shape
 from tpserve.coordinator.gateway.prepare import engine_request, stop_token_ids, tokenise
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, Message, Tool, parse_body
@@ -21,6 +20,7 @@ from tpserve.coordinator.gateway.service import AnswerHead, Service
 from tpserve.coordinator.gateway.stream import sse
 from tpserve.coordinator.gateway.tokenizer import Tokenizer
 from tpserve.coordinator.gateway.tools.parser import CallArguments, CallStart, Content, OutputParser, Part, Reasoning
+from tpserve.coordinator.relay import Identity
 
 
 async def create_chat_completion(service: Service, http: Request) -> Response:
@@ -32,7 +32,9 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         If the request cannot be served.
     """
     request = parse_body(ChatCompletionRequest, await http.body())
-    head = AnswerHead(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.resolve_model(request.model))
+    origin = origin_of(http)
+    identity = origin.identity
+    head = AnswerHead(f"chatcmpl-{identity.key}", identity.created, service.resolve_model(request.model))
     debug.require_enabled(service, request)
     if request.asks_for_metrics:
         kind: Literal["chat.completion.chunk", "chat.completion"]
@@ -63,20 +65,22 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         requested=request.output_limit,
         default_limit=None,
         num_logprobs=request.num_logprobs,
+        fresh_seed=identity.seed,
         grammar=shape.grammar,
     )
     tokenizer = service.model.tokenizer
     return await service.respond(
         http,
         [to_engine],
+        progress=origin.progress,
         stops=request.stops,
         visible_tokens=shape.visible_tokens,
         writer=(
-            (lambda generation: ChatChunks(head, tokenizer, request, shape, generation.usage))
+            (lambda generation: ChatChunks(head, tokenizer, request, shape, identity, generation.usage))
             if request.stream
             else None
         ),
-        answer=lambda: ChatAnswer(head, tokenizer, request, shape),
+        answer=lambda: ChatAnswer(head, tokenizer, request, shape, identity),
     )
 
 
@@ -87,15 +91,23 @@ class ChatChunks:
     ----------
     shape
         What the text is split into.
+    identity
+        Of which the ids of tool calls are made.
     usage
         Counts of the running generation, read when a chunk with usage is written.
     """
 
     def __init__(
-        self, head: AnswerHead, tokenizer: Tokenizer, request: ChatCompletionRequest, shape: Shape, usage: Usage
+        self,
+        head: AnswerHead,
+        tokenizer: Tokenizer,
+        request: ChatCompletionRequest,
+        shape: Shape,
+        identity: Identity,
+        usage: Usage,
     ) -> None:
         self._tokenizer = tokenizer
-        self._parsers = None if shape.is_plain else [shape.new_parser() for _ in range(request.n or 1)]
+        self._parsers = _parsers(shape, request, identity)
         self._logprobs = request.num_logprobs is not None
         self._include_usage = request.include_usage
         self._usage_by_chunk = request.usage_by_chunk
@@ -154,11 +166,18 @@ class ChatChunks:
 class ChatAnswer:
     """Collects a `chat.completion` object."""
 
-    def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: ChatCompletionRequest, shape: Shape) -> None:
+    def __init__(
+        self,
+        head: AnswerHead,
+        tokenizer: Tokenizer,
+        request: ChatCompletionRequest,
+        shape: Shape,
+        identity: Identity,
+    ) -> None:
         self._head = head
         self._tokenizer = tokenizer
         num_choices = request.n or 1
-        self._parsers = None if shape.is_plain else [shape.new_parser() for _ in range(num_choices)]
+        self._parsers = _parsers(shape, request, identity)
         self._messages = [_Message() for _ in range(num_choices)]
         self._finish: list[str | None] = [None] * num_choices
         self._logprobs: list[list[dict[str, Any]]] | None = None
@@ -237,6 +256,14 @@ class _Message:
         if self._reasoning:
             out["reasoning_content"] = "".join(self._reasoning)
         return out
+
+
+def _parsers(shape: Shape, request: ChatCompletionRequest, identity: Identity) -> list[OutputParser] | None:
+    """Return a parser for each choice; None if there is nothing to split."""
+    if shape.is_plain:
+        return None
+    ids = identity.random("tool calls")
+    return [shape.new_parser(ids) for _ in range(request.n or 1)]
 
 
 def _parts(parser: OutputParser, update: Update) -> list[Part]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tpserve.coordinator.gateway import debug
+from tpserve.coordinator.gateway.engine_types import EngineRequest
 from tpserve.coordinator.gateway.errors import InvalidRequest
 from tpserve.coordinator.gateway.generation import Update, Usage
+from tpserve.coordinator.gateway.origin import origin_of
 from tpserve.coordinator.gateway.output import Shape, completion_shape
-from tpserve.coordinator.gateway.prepare import engine_request, stop_token_ids, tokenise
+from tpserve.coordinator.gateway.prepare import SEED_MASK, engine_request, stop_token_ids, tokenise
 from tpserve.coordinator.gateway.protocol import MAX_TOTAL_CHOICES, CompletionRequest, parse_body
 from tpserve.coordinator.gateway.service import AnswerHead, Service
 from tpserve.coordinator.gateway.stream import sse
@@ -33,7 +33,9 @@ async def create_completion(service: Service, http: Request) -> Response:
         If the request cannot be served.
     """
     request = parse_body(CompletionRequest, await http.body())
-    head = AnswerHead(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.resolve_model(request.model))
+    origin = origin_of(http)
+    identity = origin.identity
+    head = AnswerHead(f"cmpl-{identity.key}", identity.created, service.resolve_model(request.model))
     debug.require_enabled(service, request)
     if request.asks_for_metrics:
         return await debug.metrics_answer(service, request, head, "text_completion")
@@ -51,7 +53,7 @@ async def create_completion(service: Service, http: Request) -> Response:
         shape = await asyncio.to_thread(completion_shape, request, stop_token_ids(request, model))
     if shape.grammar is not None:
         await service.grammars.check(shape.grammar, info.vocab_size, param=shape.param)
-    to_engine = []
+    to_engine: list[EngineRequest] = []
     echoes: list[str] = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
@@ -73,6 +75,7 @@ async def create_completion(service: Service, http: Request) -> Response:
                 requested=request.max_tokens,
                 default_limit=DEFAULT_MAX_TOKENS,
                 num_logprobs=request.logprobs,
+                fresh_seed=identity.seed + len(to_engine) & SEED_MASK,
                 grammar=shape.grammar,
             )
         )
@@ -83,6 +86,7 @@ async def create_completion(service: Service, http: Request) -> Response:
     return await service.respond(
         http,
         to_engine,
+        progress=origin.progress,
         stops=request.stops,
         writer=(
             (lambda generation: CompletionChunks(head, model.tokenizer, request, echoes, generation.usage))

@@ -57,6 +57,8 @@ class GatewayConfig:
     """Opens /debug."""
     otlp_traces_endpoint: str | None = None
     """Where spans are sent; None: nowhere."""
+    router_token: str | None = None
+    """Secret shared with a router, which may then move streams between gateways; None: there is none."""
     parent_pid: int | None = None
     """The process that started this one; the gateway ends with it. None: it stands alone."""
 
@@ -69,6 +71,8 @@ class GatewayConfig:
             raise ConfigError(f"engine_address is {self.engine_address!r}: it must be host:port")
         if any(not key for key in self.api_keys):
             raise ConfigError("api_keys holds an empty key: leave the list empty to serve without keys")
+        if self.router_token == "":
+            raise ConfigError("router_token is empty: leave it out to serve without a router")
         for name in ("max_body_bytes", *(f.name for f in dataclasses.fields(self) if f.name.endswith("_s"))):
             value = getattr(self, name)
             if not 0 <= value < math.inf or (value == 0 and name != "drain_timeout_s"):

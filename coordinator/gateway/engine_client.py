@@ -153,6 +153,7 @@ class EngineClient:
             name=request.name,
             traceparent="" if self._traceparent is None else self._traceparent(),
             grammar=None if request.grammar is None else request.grammar.to_pb(),
+            emitted=[engine_pb2.Emitted(token_ids=token_ids) for token_ids in request.emitted],
         )
         self._outbox.put_nowait(engine_pb2.GatewayMessage(submit=submit))
         return request_id

@@ -62,6 +62,8 @@ class EngineRequest:
     stop_token_ids: Sequence[int]
     grammar: Grammar | None = None
     """What each choice must match, known to compile."""
+    emitted: Sequence[Sequence[int]] = ()
+    """By choice, output tokens that another replica gave; empty: none."""
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ ApiError                        status  type                   code
 │   ├── ContextLengthExceeded   400     invalid_request_error  context_length_exceeded
 │   └── UnsupportedFeature      400     invalid_request_error  unsupported_feature
 ├── InvalidApiKey               401     invalid_request_error  invalid_api_key
+├── RouterOnly                  403     invalid_request_error  router_only
 ├── ModelNotFound               404     invalid_request_error  model_not_found
 ├── BodyTooLarge                413     invalid_request_error  request_too_large
 ├── QueueFull                   429     rate_limit_error       rate_limit_exceeded     + Retry-After
@@ -97,6 +98,14 @@ class InvalidApiKey(ApiError):
     def headers(self) -> dict[str, str]:
         """HTTP headers that go with the status."""
         return {"www-authenticate": "Bearer"}
+
+
+class RouterOnly(ApiError):
+    """The request says what only a router that shares this server's secret may say."""
+
+    status = 403
+    type = "invalid_request_error"
+    default_code = "router_only"
 
 
 class ModelNotFound(ApiError):

@@ -6,6 +6,8 @@ Knows nothing of HTTP or of how an answer is written.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +17,12 @@ from tpserve.coordinator.gateway.engine_types import EngineRequest, Mailbox, Tok
 from tpserve.coordinator.gateway.errors import (
     ClientDisconnected,
     EngineUnavailable,
+    InvalidRequest,
     RequestTimeout,
 )
 from tpserve.coordinator.gateway.stop import StopMatcher
 from tpserve.coordinator.gateway.tokenizer import Tokenizer
+from tpserve.coordinator.relay import Progress
 from tpserve.proto.messages import FinishReason, TokenLogprobs
 
 
@@ -55,6 +59,11 @@ class Usage:
             "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
+
+
+_NOBODY = 0
+"""No engine request has this id."""
+_LAST_FINISH = FinishReason.LENGTH.value
 
 
 class _Choice:
@@ -100,6 +109,8 @@ class Generation:
         Special tokens that stand in the text by their name.
     timeout_s
         Time for the whole of it.
+    progress
+        Of a stream that may move: what a router has of it, from which it goes on.
     """
 
     def __init__(
@@ -111,27 +122,42 @@ class Generation:
         stops: tuple[str, ...],
         visible_tokens: Iterable[str] = (),
         timeout_s: float,
+        progress: Progress | None = None,
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._n = requests[0].n
+        self.progress = progress
+        """Takes note of each step, if a router is to have marks."""
+        self.is_replaying = progress is not None and progress.resumed
+        """Whether `updates` gives what the client has already."""
         shown = tokenizer.special_texts(visible_tokens)
         self._choices = [_Choice(tokenizer, stops, shown) for request in requests for _ in range(request.n)]
         # Only with these does it matter which token of an event did what.
         self._token_by_token = bool(stops) or requests[0].sampling.num_logprobs is not None
         self._num_open = len(self._choices)
         self._timeout_s = timeout_s
+        self._is_over = False
         self._mailbox = Mailbox(len(requests))
         self._first_index: dict[int, int] = {}
         self._cached: dict[int, int] = {}
         self._watch: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.usage = Usage(sum(len(request.prompt_token_ids) for request in requests))
+        self._replayed: list[Update] = []
+        self._emitted: list[list[int]] = [[] for _ in self._choices]
+        if progress is not None and progress.resumed:
+            self._replay(progress)
 
     @property
     def num_choices(self) -> int:
         """Choices over all prompts."""
         return len(self._choices)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `updates` has given everything."""
+        return self._is_over
 
     async def start(self, receive: Callable[[], Awaitable[Mapping[str, Any]]], accept_timeout_s: float) -> None:
         """Submit the requests and wait until all are accepted.
@@ -150,7 +176,7 @@ class Generation:
         timeout = RequestTimeout(f"The request took longer than {self._timeout_s:g} s")
         self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._mailbox.fail, timeout)
         for number, request in enumerate(self._requests):
-            self._first_index[self._engine.submit(request, self._mailbox)] = number * self._n
+            self._submit(number, request)
         try:
             async with asyncio.timeout(accept_timeout_s):
                 await self._mailbox.wait_accepted()
@@ -167,14 +193,24 @@ class Generation:
         ApiError
             If the engine fails the request, the client leaves, or time is up.
         """
+        for number, update in enumerate(self._replayed):
+            if number % 256 == 255:
+                await asyncio.sleep(0)  # let others have a turn
+            yield [update]
+        self._replayed.clear()
+        self.is_replaying = False
         while self._num_open:
             updates = []
             for event in await self._mailbox.take():
                 index = self._first_index[event.request_id] + event.choice
                 if not self._choices[index].finished:
+                    if self.progress is not None:
+                        finish = 0 if event.finish is None else event.finish.value
+                        self.progress.add(index, finish, tuple(event.token_ids))
                     updates.append(self._update(index, event))
             if updates:
                 yield updates
+        self._is_over = True
 
     def close(self) -> None:
         """Abort what still runs, and forget the requests."""
@@ -191,6 +227,47 @@ class Generation:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._mailbox.fail(ClientDisconnected("The client closed the connection"))
+
+    def _replay(self, progress: Progress) -> None:
+        """Take the steps that another replica made, as they came, so that everything is as it was there.
+
+        Raises
+        ------
+        InvalidRequest
+            If they do not belong to this request.
+        """
+        self.usage.num_cached_tokens = progress.num_cached_tokens
+        for step in progress.steps:
+            if step.choice >= len(self._choices) or self._choices[step.choice].finished or step.finish > _LAST_FINISH:
+                raise InvalidRequest(f"a mark has a step of choice {step.choice} that this request cannot have made")
+            finish = FinishReason(step.finish) if step.finish else None
+            event = TokenEvent(_NOBODY, step.choice, step.token_ids, [], finish, "", 0)
+            self._replayed.append(self._update(step.choice, event))
+            self._emitted[step.choice] += step.token_ids
+        progress.steps.clear()  # from here on for the next marks
+
+    def _submit(self, number: int, request: EngineRequest) -> None:
+        """Send one prompt's request; of one that goes on, only what has not finished."""
+        first = number * self._n
+        if not self.is_replaying:
+            self._first_index[self._engine.submit(request, self._mailbox)] = first
+            return
+        finished = [self._choices[first + choice].finished for choice in range(self._n)]
+        if all(finished):
+            self._mailbox.accept()
+            return
+        emitted = self._emitted[first : first + self._n]
+        if any(emitted):
+            rest = [() if done else token_ids for done, token_ids in zip(finished, emitted, strict=True)]
+            request = dataclasses.replace(request, emitted=rest)
+        request_id = self._engine.submit(request, self._mailbox)
+        self._first_index[request_id] = first
+        if any(emitted):
+            # What was cached here is nothing to the client, who knows what was where the answer began.
+            self._cached[request_id] = sys.maxsize
+        for choice, done in enumerate(finished):
+            if done:
+                self._engine.abort(request_id, choice)
 
     def _update(self, index: int, event: TokenEvent) -> Update:
         """Turn one event into text and count its tokens."""

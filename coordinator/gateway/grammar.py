@@ -116,6 +116,8 @@ class GrammarChecker:
             self._process = None
             raise
         if answer is None or "unavailable" in answer:
+            if answer is None:
+                logger.error("the compiler of grammars ended with status %d before it was ready", await process.wait())
             await self.close()
             why = "its compiler has ended; the log says why" if answer is None else answer["unavailable"]
             raise EngineUnavailable(f"Structured output is not available: {why}")

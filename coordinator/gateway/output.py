@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,11 +56,11 @@ class Shape:
         tools = () if self.tool_format is None else self.tool_format.visible_tokens
         return tools if self.reasoning is ReasoningMode.NONE else (*tools, THINK, THINK_END)
 
-    def new_parser(self) -> OutputParser:
-        """Return a parser for one choice."""
+    def new_parser(self, ids: random.Random) -> OutputParser:
+        """Return a parser for one choice, whose calls get their ids from `ids`."""
         tools = None
         if self.tool_format is not None:
-            tools = ToolParser(self.tool_format, self.tool_names, self.max_calls)
+            tools = ToolParser(self.tool_format, self.tool_names, self.max_calls, ids)
         return OutputParser(self.reasoning, tools)
 
 

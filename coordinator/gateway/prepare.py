@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 
 from tpserve.coordinator.gateway.engine_types import EngineInfo, EngineRequest
@@ -67,8 +66,9 @@ def sampling_params(
     defaults: SamplingDefaults,
     info: EngineInfo,
     num_logprobs: int | None,
+    fresh_seed: int,
 ) -> SamplingParams:
-    """Return how the request's tokens are drawn; without a seed, a fresh random one.
+    """Return how the request's tokens are drawn; without a seed, by the fresh one.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def sampling_params(
         min_p=_given(request.min_p, defaults.min_p),
         frequency_penalty=_given(request.frequency_penalty, 0.0),
         presence_penalty=_given(request.presence_penalty, 0.0),
-        seed=secrets.randbits(64) if request.seed is None else request.seed & SEED_MASK,
+        seed=fresh_seed if request.seed is None else request.seed & SEED_MASK,
         logit_bias=tuple(bias.items()),
         num_logprobs=num_logprobs,
     )
@@ -103,6 +103,7 @@ def engine_request(
     requested: int | None,
     default_limit: int | None,
     num_logprobs: int | None,
+    fresh_seed: int,
     grammar: Grammar | None = None,
 ) -> EngineRequest:
     """Return what the coordinator is asked for one prompt.
@@ -116,7 +117,7 @@ def engine_request(
         name=name,
         prompt_token_ids=prompt_token_ids,
         n=request.n or 1,
-        sampling=sampling_params(request, model.defaults, info, num_logprobs),
+        sampling=sampling_params(request, model.defaults, info, num_logprobs, fresh_seed),
         max_tokens=output_limit(len(prompt_token_ids), requested, info, default_limit),
         stop_token_ids=stop_token_ids(request, model),
         grammar=grammar,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
-import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -15,10 +13,12 @@ from starlette.types import Message
 
 from tpserve.coordinator.gateway.chat import create_chat_completion
 from tpserve.coordinator.gateway.errors import ApiError, InvalidRequest
+from tpserve.coordinator.gateway.origin import origin_of
 from tpserve.coordinator.gateway.protocol import parse_body
 from tpserve.coordinator.gateway.responses_wire import ResponsesRequest
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.stream import EventStream, event_data, json_response
+from tpserve.coordinator.relay import Identity
 
 _PARAMS = {"messages": "input", "max_completion_tokens": "max_output_tokens", "max_tokens": "max_output_tokens"}
 """What a chat request calls differently."""
@@ -38,7 +38,7 @@ async def create_response(service: Service, http: Request) -> Response:
     except InvalidRequest as error:
         raise _renamed(error) from None
     assert isinstance(chat, EventStream)
-    answer = ResponseWriter(request, service.resolve_model(request.model))
+    answer = ResponseWriter(request, service.resolve_model(request.model), origin_of(http).identity)
     if request.stream:
         return ResponseStream(chat, answer)
     async with contextlib.aclosing(chat.events()) as groups:
@@ -79,11 +79,12 @@ class ResponseWriter:
     Items follow each other: reasoning, a message, tool calls, each closed before the next is opened.
     """
 
-    def __init__(self, request: ResponsesRequest, model: str) -> None:
+    def __init__(self, request: ResponsesRequest, model: str, identity: Identity) -> None:
         self._request = request
         self._model = model
-        self._id = f"resp_{uuid.uuid4().hex}"
-        self._created = int(time.time())
+        self._id = f"resp_{identity.key}"
+        self._created = identity.created
+        self._ids = identity.random("response items")
         self._num_events = 0
         self._items: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
@@ -161,7 +162,7 @@ class ResponseWriter:
         out = b""
         part_type = "output_text" if kind == "message" else "reasoning_text"
         if self._open is None or self._open["type"] != kind:
-            item: dict[str, Any] = {"id": f"{kind[:3]}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress"}
+            item: dict[str, Any] = {"id": f"{kind[:3]}_{self._new_id()}", "type": kind, "status": "in_progress"}
             item |= {"content": [], "role": "assistant"} if kind == "message" else {"content": [], "summary": []}
             out = self._close() + self._add(item)
             assert self._open is not None
@@ -182,7 +183,7 @@ class ResponseWriter:
         if call.get("id"):
             out = self._close() + self._add(
                 {
-                    "id": f"fc_{uuid.uuid4().hex}",
+                    "id": f"fc_{self._new_id()}",
                     "type": "function_call",
                     "status": "in_progress",
                     "call_id": call["id"],
@@ -195,6 +196,9 @@ class ResponseWriter:
             self._open["arguments"] += delta
             out += self._item_event("response.function_call_arguments.delta", delta=delta)
         return out
+
+    def _new_id(self) -> str:
+        return f"{self._ids.getrandbits(128):032x}"
 
     def _add(self, item: dict[str, Any]) -> bytes:
         self._items.append(item)

@@ -21,6 +21,7 @@ from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.stream import ChunkWriter, EventStream, json_response
 from tpserve.coordinator.gateway.tracing import TracedCall
+from tpserve.coordinator.relay import Progress
 from tpserve.coordinator.tracing import Tracing
 
 
@@ -110,6 +111,7 @@ class Service:
         http: Request,
         requests: list[EngineRequest],
         *,
+        progress: Progress | None = None,
         stops: tuple[str, ...],
         visible_tokens: Iterable[str] = (),
         writer: Callable[[Generation], ChunkWriter] | None,
@@ -121,6 +123,8 @@ class Service:
         ----------
         http
             Its body has been read.
+        progress
+            How far the stream is, if a router asks for marks.
         visible_tokens
             Special tokens that stand in the text by their name.
         writer
@@ -135,6 +139,7 @@ class Service:
             self.engine,
             self.model.tokenizer,
             requests,
+            progress=progress,
             stops=stops,
             visible_tokens=visible_tokens,
             timeout_s=self.config.request_timeout_s,

@@ -12,9 +12,17 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tpserve.coordinator.gateway.errors import FAULT_MESSAGE, ApiError, ClientDisconnected, InternalError, error_json
+from tpserve.coordinator.gateway.errors import (
+    FAULT_MESSAGE,
+    ApiError,
+    ClientDisconnected,
+    EngineUnavailable,
+    InternalError,
+    error_json,
+)
 from tpserve.coordinator.gateway.generation import Generation, Update
 from tpserve.coordinator.gateway.metrics import HttpMetrics
+from tpserve.coordinator.relay import LOST
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +66,8 @@ class EventStream(Response):
     """The response that streams a generation and closes it.
 
     Headers are sent at once: the generation must have been accepted. What goes wrong later is sent as an event with
-    OpenAI's error object, which ends the stream in place of [DONE].
+    OpenAI's error object, which ends the stream in place of [DONE]. A router gets marks (see `relay`), and none of the
+    events that it had from another gateway.
 
     Parameters
     ----------
@@ -139,9 +148,15 @@ class EventStream(Response):
 
     async def _send_events(self, send: Send) -> bytes:
         """Send the events; return what ends the stream."""
+        progress = self.generation.progress
         try:
             async with contextlib.aclosing(self.events()) as events:
                 async for body in events:
+                    if progress is not None:
+                        if self.generation.is_replaying:
+                            continue  # the client has it from another gateway
+                        if not self.generation.is_over:
+                            body += progress.take_mark(self.generation.usage.num_cached_tokens)
                     self._num_sent += 1
                     await send({"type": "http.response.body", "body": body, "more_body": True})
         except ClientDisconnected as error:
@@ -151,7 +166,8 @@ class EventStream(Response):
         except ApiError as error:
             self.metrics.stream_failed(error.status)
             logger.warning("request %s failed while streaming: %s", self.name, error.message)
-            return self.error_event(error)
+            lost = progress is not None and isinstance(error, EngineUnavailable)
+            return (LOST if lost else b"") + self.error_event(error)
         except Exception:
             self.metrics.stream_failed(500)
             logger.exception("request %s failed while streaming", self.name)

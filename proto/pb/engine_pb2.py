@@ -25,49 +25,51 @@ _sym_db = _symbol_database.Default()
 from tpserve.proto.pb import common_pb2 as tpserve_dot_proto_dot_pb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtpserve/proto/pb/engine.proto\x12\x07tpserve\x1a\x1dtpserve/proto/pb/common.proto\"_\n\x0eGatewayMessage\x12!\n\x06submit\x18\x01 \x01(\x0b\x32\x0f.tpserve.SubmitH\x00\x12\x1f\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x0e.tpserve.AbortH\x00\x42\t\n\x07message\"\xde\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\t\n\x01n\x18\x03 \x01(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.tpserve.SamplingParams\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x0c\n\x04name\x18\x07 \x01(\t\x12!\n\x07grammar\x18\x08 \x01(\x0b\x32\x10.tpserve.Grammar\x12\x13\n\x0btraceparent\x18\x0f \x01(\t\";\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\xb6\x01\n\rEngineMessage\x12%\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x11.tpserve.AcceptedH\x00\x12%\n\x08rejected\x18\x02 \x01(\x0b\x32\x11.tpserve.RejectedH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.tpserve.TokenBatchH\x00\x12%\n\x05state\x18\x04 \x01(\x0b\x32\x14.tpserve.EngineStateH\x00\x42\t\n\x07message\"\x1e\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\xa2\x01\n\x08Rejected\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12$\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x16.tpserve.Rejected.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\r\"4\n\x04\x43ode\x12\x0b\n\x07INVALID\x10\x00\x12\x0e\n\nQUEUE_FULL\x10\x01\x12\x0f\n\x0bUNAVAILABLE\x10\x02\"1\n\nTokenBatch\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.tpserve.TokenEvent\"\xbf\x01\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.tpserve.TokenLogprobs\x12%\n\x06\x66inish\x18\x05 \x01(\x0e\x32\x15.tpserve.FinishReason\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x07 \x01(\r\"\xa2\x01\n\x0b\x45ngineState\x12+\n\x06status\x18\x01 \x01(\x0e\x32\x1b.tpserve.EngineState.Status\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"V\n\x06Status\x12\x0c\n\x08STARTING\x10\x00\x12\t\n\x05READY\x10\x01\x12\x0e\n\nREBUILDING\x10\x02\x12\x0c\n\x08\x44RAINING\x10\x03\x12\x0b\n\x07STALLED\x10\x04\x12\x08\n\x04\x44\x45\x41\x44\x10\x05\"\x11\n\x0f\x44\x65scribeRequest\"\xc3\x01\n\nEngineInfo\x12\x11\n\tmodel_dir\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x04 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\x05 \x01(\r\x12\x0f\n\x07tp_size\x18\x06 \x01(\r\x12#\n\x05state\x18\x07 \x01(\x0b\x32\x14.tpserve.EngineState\x12\x0f\n\x07version\x18\x08 \x01(\t\"\x10\n\x0eMetricsRequest\"\x1b\n\x0bMetricsText\x12\x0c\n\x04text\x18\x01 \x01(\t\"4\n\x0cTraceRequest\x12\x11\n\tnum_steps\x18\x01 \x01(\r\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\"\x19\n\tStepTrace\x12\x0c\n\x04json\x18\x01 \x01(\t*O\n\x0c\x46inishReason\x12\x10\n\x0cNOT_FINISHED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\x0b\n\x07\x41\x42ORTED\x10\x03\x12\n\n\x06\x46\x41ILED\x10\x04\x32\xf1\x01\n\x06\x45ngine\x12>\n\x07Session\x12\x17.tpserve.GatewayMessage\x1a\x16.tpserve.EngineMessage(\x01\x30\x01\x12\x39\n\x08\x44\x65scribe\x12\x18.tpserve.DescribeRequest\x1a\x13.tpserve.EngineInfo\x12\x38\n\x07Metrics\x12\x17.tpserve.MetricsRequest\x1a\x14.tpserve.MetricsText\x12\x32\n\x05Trace\x12\x15.tpserve.TraceRequest\x1a\x12.tpserve.StepTraceb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtpserve/proto/pb/engine.proto\x12\x07tpserve\x1a\x1dtpserve/proto/pb/common.proto\"_\n\x0eGatewayMessage\x12!\n\x06submit\x18\x01 \x01(\x0b\x32\x0f.tpserve.SubmitH\x00\x12\x1f\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x0e.tpserve.AbortH\x00\x42\t\n\x07message\"\x81\x02\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\t\n\x01n\x18\x03 \x01(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.tpserve.SamplingParams\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x0c\n\x04name\x18\x07 \x01(\t\x12!\n\x07grammar\x18\x08 \x01(\x0b\x32\x10.tpserve.Grammar\x12\x13\n\x0btraceparent\x18\x0f \x01(\t\x12!\n\x07\x65mitted\x18\x10 \x03(\x0b\x32\x10.tpserve.Emitted\"\x1c\n\x07\x45mitted\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\";\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\xb6\x01\n\rEngineMessage\x12%\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x11.tpserve.AcceptedH\x00\x12%\n\x08rejected\x18\x02 \x01(\x0b\x32\x11.tpserve.RejectedH\x00\x12%\n\x06tokens\x18\x03 \x01(\x0b\x32\x13.tpserve.TokenBatchH\x00\x12%\n\x05state\x18\x04 \x01(\x0b\x32\x14.tpserve.EngineStateH\x00\x42\t\n\x07message\"\x1e\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\xa2\x01\n\x08Rejected\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12$\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x16.tpserve.Rejected.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\r\"4\n\x04\x43ode\x12\x0b\n\x07INVALID\x10\x00\x12\x0e\n\nQUEUE_FULL\x10\x01\x12\x0f\n\x0bUNAVAILABLE\x10\x02\"1\n\nTokenBatch\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.tpserve.TokenEvent\"\xbf\x01\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.tpserve.TokenLogprobs\x12%\n\x06\x66inish\x18\x05 \x01(\x0e\x32\x15.tpserve.FinishReason\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x07 \x01(\r\"\xa2\x01\n\x0b\x45ngineState\x12+\n\x06status\x18\x01 \x01(\x0e\x32\x1b.tpserve.EngineState.Status\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"V\n\x06Status\x12\x0c\n\x08STARTING\x10\x00\x12\t\n\x05READY\x10\x01\x12\x0e\n\nREBUILDING\x10\x02\x12\x0c\n\x08\x44RAINING\x10\x03\x12\x0b\n\x07STALLED\x10\x04\x12\x08\n\x04\x44\x45\x41\x44\x10\x05\"\x11\n\x0f\x44\x65scribeRequest\"\xc3\x01\n\nEngineInfo\x12\x11\n\tmodel_dir\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x04 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\x05 \x01(\r\x12\x0f\n\x07tp_size\x18\x06 \x01(\r\x12#\n\x05state\x18\x07 \x01(\x0b\x32\x14.tpserve.EngineState\x12\x0f\n\x07version\x18\x08 \x01(\t\"\x10\n\x0eMetricsRequest\"\x1b\n\x0bMetricsText\x12\x0c\n\x04text\x18\x01 \x01(\t\"4\n\x0cTraceRequest\x12\x11\n\tnum_steps\x18\x01 \x01(\r\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\"\x19\n\tStepTrace\x12\x0c\n\x04json\x18\x01 \x01(\t*O\n\x0c\x46inishReason\x12\x10\n\x0cNOT_FINISHED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\x0b\n\x07\x41\x42ORTED\x10\x03\x12\n\n\x06\x46\x41ILED\x10\x04\x32\xf1\x01\n\x06\x45ngine\x12>\n\x07Session\x12\x17.tpserve.GatewayMessage\x1a\x16.tpserve.EngineMessage(\x01\x30\x01\x12\x39\n\x08\x44\x65scribe\x12\x18.tpserve.DescribeRequest\x1a\x13.tpserve.EngineInfo\x12\x38\n\x07Metrics\x12\x17.tpserve.MetricsRequest\x1a\x14.tpserve.MetricsText\x12\x32\n\x05Trace\x12\x15.tpserve.TraceRequest\x1a\x12.tpserve.StepTraceb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tpserve.proto.pb.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1593
-  _globals['_FINISHREASON']._serialized_end=1672
+  _globals['_FINISHREASON']._serialized_start=1658
+  _globals['_FINISHREASON']._serialized_end=1737
   _globals['_GATEWAYMESSAGE']._serialized_start=73
   _globals['_GATEWAYMESSAGE']._serialized_end=168
   _globals['_SUBMIT']._serialized_start=171
-  _globals['_SUBMIT']._serialized_end=393
-  _globals['_ABORT']._serialized_start=395
-  _globals['_ABORT']._serialized_end=454
-  _globals['_ENGINEMESSAGE']._serialized_start=457
-  _globals['_ENGINEMESSAGE']._serialized_end=639
-  _globals['_ACCEPTED']._serialized_start=641
-  _globals['_ACCEPTED']._serialized_end=671
-  _globals['_REJECTED']._serialized_start=674
-  _globals['_REJECTED']._serialized_end=836
-  _globals['_REJECTED_CODE']._serialized_start=784
-  _globals['_REJECTED_CODE']._serialized_end=836
-  _globals['_TOKENBATCH']._serialized_start=838
-  _globals['_TOKENBATCH']._serialized_end=887
-  _globals['_TOKENEVENT']._serialized_start=890
-  _globals['_TOKENEVENT']._serialized_end=1081
-  _globals['_ENGINESTATE']._serialized_start=1084
-  _globals['_ENGINESTATE']._serialized_end=1246
-  _globals['_ENGINESTATE_STATUS']._serialized_start=1160
-  _globals['_ENGINESTATE_STATUS']._serialized_end=1246
-  _globals['_DESCRIBEREQUEST']._serialized_start=1248
-  _globals['_DESCRIBEREQUEST']._serialized_end=1265
-  _globals['_ENGINEINFO']._serialized_start=1268
-  _globals['_ENGINEINFO']._serialized_end=1463
-  _globals['_METRICSREQUEST']._serialized_start=1465
-  _globals['_METRICSREQUEST']._serialized_end=1481
-  _globals['_METRICSTEXT']._serialized_start=1483
-  _globals['_METRICSTEXT']._serialized_end=1510
-  _globals['_TRACEREQUEST']._serialized_start=1512
-  _globals['_TRACEREQUEST']._serialized_end=1564
-  _globals['_STEPTRACE']._serialized_start=1566
-  _globals['_STEPTRACE']._serialized_end=1591
-  _globals['_ENGINE']._serialized_start=1675
-  _globals['_ENGINE']._serialized_end=1916
+  _globals['_SUBMIT']._serialized_end=428
+  _globals['_EMITTED']._serialized_start=430
+  _globals['_EMITTED']._serialized_end=458
+  _globals['_ABORT']._serialized_start=460
+  _globals['_ABORT']._serialized_end=519
+  _globals['_ENGINEMESSAGE']._serialized_start=522
+  _globals['_ENGINEMESSAGE']._serialized_end=704
+  _globals['_ACCEPTED']._serialized_start=706
+  _globals['_ACCEPTED']._serialized_end=736
+  _globals['_REJECTED']._serialized_start=739
+  _globals['_REJECTED']._serialized_end=901
+  _globals['_REJECTED_CODE']._serialized_start=849
+  _globals['_REJECTED_CODE']._serialized_end=901
+  _globals['_TOKENBATCH']._serialized_start=903
+  _globals['_TOKENBATCH']._serialized_end=952
+  _globals['_TOKENEVENT']._serialized_start=955
+  _globals['_TOKENEVENT']._serialized_end=1146
+  _globals['_ENGINESTATE']._serialized_start=1149
+  _globals['_ENGINESTATE']._serialized_end=1311
+  _globals['_ENGINESTATE_STATUS']._serialized_start=1225
+  _globals['_ENGINESTATE_STATUS']._serialized_end=1311
+  _globals['_DESCRIBEREQUEST']._serialized_start=1313
+  _globals['_DESCRIBEREQUEST']._serialized_end=1330
+  _globals['_ENGINEINFO']._serialized_start=1333
+  _globals['_ENGINEINFO']._serialized_end=1528
+  _globals['_METRICSREQUEST']._serialized_start=1530
+  _globals['_METRICSREQUEST']._serialized_end=1546
+  _globals['_METRICSTEXT']._serialized_start=1548
+  _globals['_METRICSTEXT']._serialized_end=1575
+  _globals['_TRACEREQUEST']._serialized_start=1577
+  _globals['_TRACEREQUEST']._serialized_end=1629
+  _globals['_STEPTRACE']._serialized_start=1631
+  _globals['_STEPTRACE']._serialized_end=1656
+  _globals['_ENGINE']._serialized_start=1740
+  _globals['_ENGINE']._serialized_end=1981
 # @@protoc_insertion_point(module_scope)

@@ -43,6 +43,7 @@ def server(
     flags = ["--tp", "2", "--load-format", "dummy", "--max-num-seqs", "8", "--log-format", "json", "--enable-debug"]
     flags += ["--metrics-compat", "vllm", "--otlp-traces-endpoint", receiver[1]]
     flags += ["--operations-port", str(OPERATIONS_PORT)]
+    flags += ["--draft-model", str(tiny_folder), "--num-speculative-tokens", "2"]
     folder = tmp_path_factory.mktemp("observed")
     with Server.running(tiny_folder, *flags, folder=folder, environ={"OTEL_BSP_SCHEDULE_DELAY": "200"}) as running:
         yield running
@@ -118,6 +119,9 @@ def test_every_panel_and_rule_has_data_under_load(server: Server, tmp_path: Path
             "tpserve-scheduler / Step time, decode / C",
             "tpserve-collectives / Bandwidth inside collectives / A",
             "tpserve-collectives / Busy / A",
+            "tpserve-speculation / Accept rate / A",
+            "tpserve-speculation / Accepted by position / A",
+            "tpserve-speculation / Time spent on drafting / A",
         ):
             for series in observer.query(values[name]):
                 assert float(series["value"][1]) > 0, name

@@ -20,7 +20,7 @@ GATEWAY_ALLOWED = (
     "tpserve.coordinator.gateway",
     *(
         f"tpserve.coordinator.{name}"
-        for name in ("process", "health", "log", "metrics_catalogue", "step_log", "tracing")
+        for name in ("process", "health", "log", "metrics_catalogue", "relay", "step_log", "tracing")
     ),
 )
 BENCH_ALLOWED = ("tpserve.proto", "tpserve.coordinator.bench", "tpserve.coordinator.process")

@@ -10,7 +10,7 @@ mistral_args   `[TOOL_CALLS]f[ARGS]{...}`, once for each call (since Tekken v11)
 
 from __future__ import annotations
 
-import secrets
+import random
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,11 +46,11 @@ class ToolFormat(Enum):
             ToolFormat.MISTRAL_ARGS: ("[TOOL_CALLS]", "[ARGS]"),
         }[self]
 
-    def new_call_id(self) -> str:
-        """Return a fresh id for a call, as the format's templates accept it in a history."""
+    def new_call_id(self, ids: random.Random) -> str:
+        """Return a fresh id for a call, drawn from `ids`, as the format's templates accept it in a history."""
         if self in (ToolFormat.MISTRAL, ToolFormat.MISTRAL_ARGS):  # nine letters and digits, say its templates
-            return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
-        return f"call_{secrets.token_hex(12)}"
+            return "".join(ids.choice(string.ascii_letters + string.digits) for _ in range(9))
+        return f"call_{ids.getrandbits(96):024x}"
 
 
 def format_of(template_source: str) -> ToolFormat:

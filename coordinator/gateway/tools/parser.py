@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
@@ -118,12 +119,15 @@ class ToolParser:
         Of the functions that may be called.
     max_calls
         Later calls are dropped; None is no limit.
+    ids
+        Where the ids of calls are drawn from.
     """
 
-    def __init__(self, kind: ToolFormat, names: Collection[str], max_calls: int | None) -> None:
+    def __init__(self, kind: ToolFormat, names: Collection[str], max_calls: int | None, ids: random.Random) -> None:
         self._kind = kind
         self._names = names
         self._max_calls = max_calls
+        self._ids = ids
         self._text = ""
         """Not yet dealt with."""
         self._raw = ""
@@ -231,7 +235,7 @@ class ToolParser:
                 return self._give_up(parts)
             self._started, self._raw = True, ""
             if self._counts:
-                parts.append(CallStart(self.num_calls, self._kind.new_call_id(), scanner.name))
+                parts.append(CallStart(self.num_calls, self._kind.new_call_id(self._ids), scanner.name))
         if self._started:
             self._raw = ""
             if (arguments := scanner.take_arguments()) and self._counts:

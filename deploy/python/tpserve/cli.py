@@ -7,6 +7,7 @@ import sys
 
 _COMMANDS = {
     "serve": "serve a model over the OpenAI API",
+    "router": "one door before several servers: choice by prefix and load, streams that survive their server",
     "chat": "chat with a model in the terminal",
     "compile": "build the library of a model for one TP degree",
     "convert": "write the Hugging Face form of a GGUF file",
@@ -20,6 +21,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tpserve", description="Tensor-parallel LLM serving.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(_COMMANDS))
     serve = commands.add_parser("serve", help=_COMMANDS["serve"])
+    router = commands.add_parser("router", help=_COMMANDS["router"])
+    if args[:1] == ["router"]:
+        from tpserve.coordinator.router.__main__ import add_arguments as add_router_arguments
+        from tpserve.coordinator.router.__main__ import main as router_main
+
+        add_router_arguments(router)
+        return router_main(parser.parse_args(args))
     if args[:1] in (["compile"], ["convert"]):
         from tpserve.compile.__main__ import main as compile_main
 
@@ -38,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     from tpserve.coordinator.serve import main as serve_main
 
     add_arguments(serve)
-    return serve_main(parser.parse_args(args))
+    return serve_main(parser.parse_args(args, argparse.Namespace(argv=args)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tpserve.collectives import rendezvous
 from tpserve.collectives.rendezvous import Rendezvous, listen
 
 HOST = "127.0.0.1"
@@ -100,3 +101,13 @@ def test_strangers_are_turned_away() -> None:
 def test_rank_0_needs_its_door() -> None:
     with pytest.raises(ValueError, match="the door that it opened"):
         Rendezvous(0, 2, "127.0.0.1:1", "secret", timeout_s=0.1)
+
+
+def test_a_stranger_that_says_nothing_does_not_keep_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_HANDSHAKE_S", 0.2)
+    door = listen(HOST)
+    with socket.create_connection(door.getsockname()), ThreadPoolExecutor(2) as pool:
+        rank_0 = pool.submit(Rendezvous, 0, 2, address_of(door), "secret", timeout_s=10.0, door=door)
+        rank_1 = pool.submit(Rendezvous, 1, 2, address_of(door), "secret", timeout_s=10.0)
+        rank_1.result(5).close()
+        rank_0.result(5).close()

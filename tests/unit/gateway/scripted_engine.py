@@ -131,6 +131,9 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         outbox.put_nowait(engine_pb2.EngineMessage(accepted=engine_pb2.Accepted(request_id=submit.request_id)))
         streams = {choice: iter(self.script(submit, choice)) for choice in range(submit.n)}
         counts = dict.fromkeys(streams, 0)
+        for choice, emitted in enumerate(submit.emitted):
+            counts[choice] = len(emitted.token_ids)
+            assert [next(streams[choice]) for _ in emitted.token_ids] == emitted.token_ids, "emitted by no engine"
         while streams:
             batch = engine_pb2.TokenBatch()
             for choice in list(streams):
@@ -146,7 +149,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self, submit: engine_pb2.Submit, choice: int, streams: dict[int, Iterator[int]], counts: dict[int, int]
     ) -> engine_pb2.TokenEvent:
         event = engine_pb2.TokenEvent(request_id=submit.request_id, choice=choice)
-        if counts[choice] == 0:
+        if counts[choice] == (len(submit.emitted[choice].token_ids) if submit.emitted else 0):
             event.num_cached_tokens = self.num_cached_tokens
         for _ in range(self.tokens_per_event):
             if counts[choice] == self.fail_after:

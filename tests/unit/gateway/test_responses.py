@@ -13,6 +13,7 @@ from tpserve.coordinator.gateway.responses import ResponseWriter
 from tpserve.coordinator.gateway.responses_wire import ResponseEvent, ResponseObject, ResponsesRequest
 from tpserve.coordinator.gateway.stream import event_data
 from tpserve.coordinator.gateway.tokenizer import Tokenizer
+from tpserve.coordinator.relay import Identity
 from unit.gateway.conftest import StackFactory
 from unit.gateway.test_chat import HI
 
@@ -117,7 +118,7 @@ def chunk(finish: str | None = None, **delta: Any) -> dict[str, Any]:
 
 
 def test_reasoning_text_and_calls_become_items() -> None:
-    writer = ResponseWriter(ResponsesRequest(input="x"), "m")
+    writer = ResponseWriter(ResponsesRequest(input="x"), "m", Identity.fresh(0, 0))
     raw = writer.begin()
     for piece in (
         chunk(role="assistant", content=""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def parse(
     max_calls: int | None = None,
 ) -> tuple[str, str, list[tuple[str, str]]]:
     """Return content, reasoning, and (name, arguments) of the calls; checks how parts follow each other."""
-    tools = None if kind is None else ToolParser(kind, NAMES, max_calls)
+    tools = None if kind is None else ToolParser(kind, NAMES, max_calls, random.Random(0))
     parser = OutputParser(reasoning, tools)
     parts = [part for piece in pieces for part in parser.push(piece)] + parser.flush()
     content = thought = ""
@@ -149,7 +150,7 @@ def test_what_is_no_call_is_content_and_nothing_is_lost(kind: ToolFormat, text: 
 
 
 def test_arguments_come_as_they_are_written() -> None:
-    parser = ToolParser(HERMES, NAMES, None)
+    parser = ToolParser(HERMES, NAMES, None, random.Random(0))
     assert parser.push('<tool_call>\n{"name": "get_') == []
     (start,) = parser.push('weather", ')
     assert isinstance(start, CallStart)
@@ -198,8 +199,9 @@ def test_a_call_behind_reasoning_is_found_and_one_inside_is_not() -> None:
 
 
 def test_ids_are_what_templates_accept() -> None:
-    assert all(len(MISTRAL.new_call_id()) == 9 and MISTRAL_ARGS.new_call_id().isalnum() for _ in range(50))
-    assert len({HERMES.new_call_id() for _ in range(100)}) == 100
+    ids = random.Random(0)
+    assert all(len(MISTRAL.new_call_id(ids)) == 9 and MISTRAL_ARGS.new_call_id(ids).isalnum() for _ in range(50))
+    assert len({HERMES.new_call_id(ids) for _ in range(100)}) == 100
 
 
 @pytest.mark.parametrize(
