@@ -3,8 +3,8 @@
 Regime: `tpserve serve --replicas 2` with the demo model on this machine's CPU; streaming clients without pause, each
 request greedy, sampled with a seed, bound to a JSON schema, or with n=2 or log-probabilities; POST
 /admin/rolling-restart, again when the last one is done. The drain is shorter than the streams, so that most of them
-move to the other replica. Every stream must have the text, the finish reason, the log-probabilities and the number of tokens
-that it had undisturbed; nothing may be refused.
+move to the other replica. Every stream must have the text, the finish reason, the log-probabilities and the number of
+tokens that it had undisturbed; nothing may be refused.
 
 It fails (exit code 1) if one answer was lost, wrong or refused, if fewer than N-1 replicas were ready at any time, or
 if something is left behind in the end. Run as `PYTHONPATH=tests:deploy/python .venv/bin/python benchmarks/rolling.py
