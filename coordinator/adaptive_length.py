@@ -162,11 +162,11 @@ class AdaptiveLength:
         return self._sizes[bucket]
 
     def _next_trial(self, size: _Size) -> int | None:
-        """Return a length to be tried now: plain steps first, then the longest, whose time tells that of the others."""
+        """Return a length to be tried now: plain steps, then one draft token, which is cheap and tells of others."""
         if not size.times[0].is_known:
             return 0
-        if not size.times[-1].is_known and size.num_since_trial == 0:
-            return self.max_num_draft_tokens
+        if 1 not in size.tried:
+            return 1
         # Times bend where arithmetic takes over from memory: what the line promises of a neighbour is only a guess.
         least = self._speed(size, size.length) * _WORTH_A_TRIAL
         for length in (size.length + 1, size.length - 1):
@@ -195,14 +195,16 @@ class AdaptiveLength:
         return self._tokens(length) / step_us if step_us else 0.0
 
     def _step_us(self, size: _Size, length: int) -> float:
-        """Time of a step: measured, or on the line between those of no draft and of the longest that was measured."""
+        """Return the time of a step: measured, or on the line through the measured ones around or below it."""
         if size.times[length].is_known or length == 0:
             return size.times[length].step_us
-        known = next((k for k in range(self.max_num_draft_tokens, 0, -1) if size.times[k].is_known), None)
-        if known is None:
+        known = [k for k in range(1, self.max_num_draft_tokens + 1) if size.times[k].is_known]
+        if not known:
             return 0.0
-        plain = size.times[0].step_us
-        return plain + (size.times[known].step_us - plain) * length / known
+        above = next((k for k in known if k > length), known[-1])
+        below = max((k for k in known if k < above and k < length), default=0)
+        low, high = size.times[below].step_us, size.times[above].step_us
+        return low + (high - low) * (length - below) / (above - below)
 
     def _tokens(self, length: int) -> float:
         """Return the tokens that a sequence can expect of one step, on average over those that run."""

@@ -6,13 +6,11 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import select
 import shutil
 import signal
-import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +18,9 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tpserve.coordinator.distribution import Distribute, Distributor, Receiver, root_cause, with_folders
+from tpserve.coordinator.distribution import Distribute, Distributor, Receiver, root_cause
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.group_layout import GroupLayout, order
 from tpserve.coordinator.process import make_ray_temp_dir, remove_folder
 from tpserve.coordinator.rank_actor import RankActor
 from tpserve.coordinator.ray_nodes import describe, find_own_node, wait_head_lost
@@ -226,63 +225,33 @@ class Cluster:
         located = [asyncio.ensure_future(_result(actor.locate.remote())) for actor in self._actors]
         timeout_s = self._config.start_timeout_s
         try:
-            _, late = await asyncio.wait(located, timeout=min(_TELL_AFTER_S, timeout_s))
-            if late and self._config.ray_address is not None:
+            for wait_s in (min(_TELL_AFTER_S, timeout_s), max(0.0, timeout_s - _TELL_AFTER_S)):
+                _, late = await asyncio.wait(located, timeout=wait_s, return_when=asyncio.FIRST_EXCEPTION)
+                for each in located:
+                    if each.done() and (error := each.exception()) is not None:
+                        raise ClusterError(f"a rank's process cannot start: {root_cause(error)}")
+                if not late:
+                    break
                 nodes = await asyncio.to_thread(describe, self._bundle)
-                logger.warning("%d of the ranks wait for their node: %s", len(late), nodes)
-            if late:
-                _, late = await asyncio.wait(located, timeout=timeout_s - _TELL_AFTER_S)
-            if late:
-                nodes = await asyncio.to_thread(describe, self._bundle)
-                raise ClusterError(f"{len(late)} of the ranks have no node after {timeout_s:g} s: {nodes}")
+                logger.warning("%d of the ranks wait for a node, or for their process to start: %s", len(late), nodes)
+            else:
+                missing = f"{len(late)} of the ranks found no node, or did not start"
+                raise ClusterError(f"{missing}, within {timeout_s:g} s: {nodes}")
             places: list[Place] = [each.result() for each in located]
-        except ClusterError:
-            raise
-        except Exception as error:  # whatever the actor raised, Ray wraps it
-            raise ClusterError(f"a rank's process cannot start: {root_cause(error)}") from None
         finally:
             for each in located:
                 each.cancel()
-        order = sorted(
-            range(len(places)),
-            key=lambda at: (places[at].node_id != self._node_id, places[at].node_id, places[at].device or 0),
-        )
-        self._actors = [self._actors[at] for at in order]
-        return [places[at] for at in order]
+        ranks = order(places, self._node_id)
+        self._actors = [self._actors[at] for at in ranks]
+        return [places[at] for at in ranks]
 
     async def _configure(self, places: Sequence[Place]) -> list[RankConfig]:
         """Return each rank's configuration; its node has by then what the rank loads."""
-        template = replace(self._config.rank, group_name=f"tpserve-{uuid.uuid4().hex}", token=secrets.token_urlsafe(32))
-        across = len({place.node_id for place in places}) > 1
-        away = {
-            place.node_id: Receiver(place.node, actor)
-            for place, actor in zip(places, self._actors, strict=True)
-            if self._is_away(place)
-        }
-        if across and template.collectives == "push":
-            nodes = ", ".join(dict.fromkeys(place.node for place in places))
-            raise ClusterError(
-                f"--collectives push works over memory that GPUs of one node share, and the ranks are on {nodes}: take "
-                "auto or nccl"
-            )
-        _check_draft_groups(template, places)
-        folders = await self._distributor.ensure(away) if away else {}
-        hosts = [place.host if away or across else template.host for place in places]
-        if template.tp_size > 1 and (template.device is not None or across):
-            template = replace(template, rendezvous=await self._open_door(hosts[0]))
-        configs = []
-        for rank, place in enumerate(places):
-            device = template.device
-            if device is not None:  # without a GPU of Ray's, the group's first device plus the rank
-                device = device + rank if place.device is None else place.device
-            config = replace(template, rank=rank, host=hosts[rank], device=device, across_nodes=across)
-            if self._is_away(place):
-                config = with_folders(replace(config, is_away=True), folders[place.node_id])
-            configs.append(config)
-        return configs
-
-    def _is_away(self, place: Place) -> bool:
-        return place.node_id != self._node_id
+        layout = GroupLayout(self._config.rank, places, self._node_id)
+        receivers = {node: Receiver(places[rank].node, self._actors[rank]) for node, rank in layout.away.items()}
+        folders = await self._distributor.ensure(receivers) if receivers else {}
+        rendezvous = await self._open_door(layout.hosts[0]) if layout.needs_door else ""
+        return layout.configs(rendezvous, folders)
 
     async def _open_door(self, host: str) -> str:
         """Let rank 0 open the group's rendezvous; return its address."""
@@ -337,17 +306,6 @@ def _processes_of(temp_dir: Path) -> Iterator[tuple[int, str]]:
         with contextlib.suppress(OSError):  # gone meanwhile
             if f"{temp_dir}/".encode() in (process / "cmdline").read_bytes():
                 yield int(process.name), (process / "comm").read_text().strip()
-
-
-def _check_draft_groups(config: RankConfig, places: Sequence[Place]) -> None:
-    """See that the ranks of each draft group, which follow each other, are on one node: they share memory."""
-    size = 1 if config.speculation is None else config.speculation.draft_tp_size
-    for first in range(0, config.tp_size, size):
-        nodes = dict.fromkeys(place.node for place in places[first : first + size])
-        if len({place.node_id for place in places[first : first + size]}) > 1:
-            raise ClusterError(
-                f"--draft-tp {size} would put a draft group, whose ranks share memory, on {', '.join(nodes)}: lower it"
-            )
 
 
 async def _result(ref: Any) -> Any:

@@ -123,6 +123,8 @@ class Engine:
         self._step_log: StepLog | None = None
         """Of the present group."""
         self._trace = StepTrace()
+        self._collectives = "none"
+        """By which the ranks of the latest group exchange activations."""
         self._after_idle: set[int] = set()
         """Steps in flight before which there was nothing to run."""
         self._last_end_us = 0
@@ -248,6 +250,10 @@ class Engine:
         """See EngineGauges."""
         return self._group.ranks if self._group is not None else []
 
+    def collectives(self) -> str:
+        """See EngineGauges."""
+        return self._collectives
+
     async def trace(self, num_steps: int, timeout_s: float) -> str:
         """Record the next steps in Chrome's trace event format; see `StepTrace.record`."""
         return await self._trace.record(num_steps, len(self.ranks()), timeout_s)
@@ -313,6 +319,7 @@ class Engine:
         self._gave_up = False
         self._step_log = StepLog(len(addresses))
         self._metrics.make_ranks(len(addresses))
+        self._collectives = addresses[0].collectives
         self._group = WorkerGroup(
             [address.target for address in addresses],
             self._config.step_timeout_s,

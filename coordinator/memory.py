@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.host_limits import free_memory_limit
 from tpserve.proto.manifest import Manifest
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
@@ -104,11 +105,12 @@ def available_device_bytes() -> list[int]:
 
 
 def available_host_bytes() -> int:
-    """Return the memory that processes of this host can still take without swapping."""
+    """Return the memory that this process can still take without swapping, within its container's limit."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
+            free, limit = int(value.split()[0]) * 1024, free_memory_limit()
+            return free if limit is None else min(free, limit)
     raise ClusterError("/proc/meminfo does not say MemAvailable: give the number of KV pages")
 
 

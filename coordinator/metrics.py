@@ -37,6 +37,9 @@ class EngineGauges(Protocol):
     def states(self) -> Iterable[tuple[str, bool]]:
         """Return every state's name and whether it is the present one."""
 
+    def collectives(self) -> str:
+        """Return by which the ranks exchange activations."""
+
     def ranks(self) -> Sequence[RankState]:
         """Return what is known of the ranks; empty while the group is down."""
 
@@ -245,7 +248,7 @@ _SCRAPED = frozenset(
     {
         *("num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc"),
         *("cache_config_info", "kv_pages", "kv_pages_evictable", "prefix_cache_queries", "prefix_cache_hits"),
-        *("num_preemptions", "steps", "engine_state", "rank_last_step"),
+        *("num_preemptions", "steps", "engine_state", "rank_last_step", "collectives_info"),
     }
 )
 """Read from the engine."""
@@ -271,6 +274,7 @@ def _read(source: EngineGauges) -> dict[str, dict[tuple[str, ...], float]]:
         "num_preemptions": {(): stats.num_preemptions},
         "steps": {(): stats.num_steps},
         "engine_state": {(name,): float(active) for name, active in source.states()},
+        "collectives_info": {(source.collectives(),): 1},
         "rank_last_step": {(str(rank.rank),): rank.last_step for rank in source.ranks()},
     }
     assert found.keys() == _SCRAPED

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from types import FrameType
 from typing import IO, Any
 
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.gateway_keeper import GatewayKeeper, GatewayLost
+from tpserve.coordinator.host_limits import usable_cpus
 from tpserve.coordinator.log import LOG_FORMATS, configure
 from tpserve.coordinator.memory import (
     MODE_MAX_NUM_SEQS,
@@ -27,6 +30,7 @@ from tpserve.coordinator.memory import (
     available_host_bytes,
     plan_memory,
 )
+from tpserve.coordinator.node_memory import bytes_of_rank, read_nodes
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder, tell_parent
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, add_policy_arguments
 from tpserve.coordinator.speculation import (
@@ -210,9 +214,13 @@ class _Server:
         self._args = args
         self._stopping = False
         self._coordinator: subprocess.Popen[str] | None = None
-        self._gateways: list[subprocess.Popen[str]] = []
+        self._keeper: GatewayKeeper | None = None
         self._folders: list[Path] = []
         """Removed in the end."""
+
+    @property
+    def _gateways(self) -> list[subprocess.Popen[str]]:
+        return self._keeper.processes if self._keeper is not None else []
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Begin to stop; a second signal does not wait for running requests."""
@@ -225,16 +233,6 @@ class _Server:
     def start(self) -> None:
         """Bring everything up to the first healthy answer."""
         args = self._args
-        gpus = available_device_bytes() if args.device != "cpu" else []
-        on_gpu = bool(gpus)
-        if args.max_num_batched_tokens is None:
-            args.max_num_batched_tokens = _GPU_STEP_TOKENS if on_gpu else _CPU_STEP_TOKENS
-        if args.device == "cuda" and len(gpus) < args.tp:
-            raise ServeError(
-                f"--device cuda --tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu"
-            )
-        if on_gpu and len(gpus) < args.tp:
-            raise ServeError(f"--tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu")
         if args.tp_across_nodes is not None and args.ray_address is None:
             raise ServeError("--tp-across-nodes needs --ray-address: a Ray that is started here has one node")
         if not args.no_gateway:
@@ -242,6 +240,10 @@ class _Server:
         require_free_port("engine-", args.engine_host, args.engine_port)
         if args.operations_port is not None:
             require_free_port("operations-", args.engine_host, args.operations_port)
+        is_ours = args.ray_address is None or args.replica[1] > 1  # all its ranks are on this host
+        on_gpu, rank_bytes = self._find_memory() if is_ours else self._find_memory_of_nodes()
+        if args.max_num_batched_tokens is None:
+            args.max_num_batched_tokens = _GPU_STEP_TOKENS if on_gpu else _CPU_STEP_TOKENS
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         device = "cuda" if on_gpu else "cpu"
         speculation = choose_speculation(args)
@@ -259,7 +261,7 @@ class _Server:
             args.mode,
             max_num_seqs,
             args.gpu_memory_utilization,
-            self._memory_of_rank(gpus),
+            rank_bytes,
             draft=draft,
         )
         logger.info(
@@ -299,13 +301,43 @@ class _Server:
         elif not self._stopping:
             logger.info("Ready at %s\n\n%s\n", url, curl(url, names[0], bool(args.api_key or args.api_key_file)))
 
-    def _memory_of_rank(self, gpus: list[int]) -> int:
-        """Return the bytes that a rank may count on; replicas get GPUs of their own from Ray, and share a host."""
-        tp_size: int = self._args.tp
-        num_replicas: int = self._args.replica[1]
+    def _find_memory(self) -> tuple[bool, int]:
+        """Return whether ranks are on this host's GPUs, and the bytes that each may count on.
+
+        Replicas get GPUs of their own from Ray, and share a host.
+        """
+        args = self._args
+        gpus = available_device_bytes() if args.device != "cpu" else []
+        num_replicas: int = args.replica[1]
+        if args.device == "cuda" and len(gpus) < args.tp:
+            raise ServeError(
+                f"--device cuda --tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu"
+            )
+        if gpus and len(gpus) < args.tp:
+            raise ServeError(f"--tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu")
         if not gpus:
-            return available_host_bytes() // (tp_size * num_replicas)
-        return min((gpus if num_replicas == 1 else sorted(gpus, reverse=True))[:tp_size])
+            return False, available_host_bytes() // (args.tp * num_replicas)
+        return True, min((gpus if num_replicas == 1 else sorted(gpus, reverse=True))[: args.tp])
+
+    def _find_memory_of_nodes(self) -> tuple[bool, int]:
+        """Return the same of a cluster's nodes, of which this host may be one without a GPU."""
+        args = self._args
+        nodes = read_nodes(args.ray_address, os.environ | _WITHOUT_FORK_HANDLERS | ray_environment(args.ray_address))
+        one_node = args.tp_across_nodes is None
+        if args.device != "cpu":
+            free = bytes_of_rank(nodes, args.tp, one_node=one_node, on_gpus=True)
+            if free is not None:
+                return True, free
+            if args.device == "cuda":
+                counts = ", ".join(f"{node.name} has {node.num_gpus}" for node in nodes)
+                where = "on one node" if one_node else "on all nodes together"
+                raise ServeError(
+                    f"--device cuda --tp {args.tp}: Ray has not so many GPUs {where} ({counts}); lower --tp, allow "
+                    "--tp-across-nodes, or use --device cpu"
+                )
+        free = bytes_of_rank(nodes, args.tp, one_node=one_node, on_gpus=False)
+        # Without a place there is nothing to plan by; the coordinator waits for one, and says what is missing.
+        return False, available_host_bytes() // args.tp if free is None else free
 
     def watch(self) -> int:
         """Wait for a signal or for a process that ends on its own; return the exit code."""
@@ -317,6 +349,8 @@ class _Server:
     def stop(self) -> None:
         """End the gateways, which drain, then the coordinator, which ends the ranks and Ray."""
         self._stopping = True
+        if self._keeper is not None:
+            self._keeper.close_port()
         for gateway in self._gateways:
             if gateway.poll() is None:
                 gateway.terminate()
@@ -411,7 +445,7 @@ class _Server:
             "max_num_batched_tokens": args.max_num_batched_tokens,
             "max_num_queued_requests": args.max_num_queued_reqs,
             "enable_prefix_cache": not args.no_prefix_cache,
-            "num_threads": max(1, (os.cpu_count() or 1) // (args.tp * args.replica[1])),
+            "num_threads": max(1, usable_cpus() // (args.tp * args.replica[1])),
             "load_format": args.load_format,
             "collectives": args.collectives,
             "ray_address": args.ray_address,
@@ -458,20 +492,20 @@ class _Server:
             **self._observability(),
             "parent_pid": os.getpid(),
         }
-        if args.gateway_processes == 1:
-            self._gateways = [_spawn("tpserve.coordinator.gateway", config, {})]
-            return first_words("gateway", self._gateways[0], "url")
-        # Each takes connections from one queue when it has time, and adds its counts to files that all of them show.
-        self._folders.append(Path(tempfile.mkdtemp(prefix="tpserve-metrics-")))
-        environment = {"PROMETHEUS_MULTIPROC_DIR": str(self._folders[-1])}
-        with bind(args.host, args.port) as shared:
-            config["listen_fd"] = shared.fileno()
-            for _ in range(args.gateway_processes):
-                self._gateways.append(
-                    _spawn("tpserve.coordinator.gateway", config, environment, pass_fds=(shared.fileno(),))
-                )
-            # In the end they alone hold the port: while they drain, nobody takes connections.
-            urls = [first_words("gateway", gateway, "url") for gateway in self._gateways]
+        environment, metrics_dir = {}, None
+        if args.gateway_processes > 1:
+            # Each takes connections from one queue when it has time, and adds its counts to files that all show.
+            metrics_dir = Path(tempfile.mkdtemp(prefix="tpserve-metrics-"))
+            self._folders.append(metrics_dir)
+            environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}
+
+        def spawn(shared: socket.socket) -> subprocess.Popen[str]:
+            listening = config | {"listen_fd": shared.fileno()}
+            return _spawn("tpserve.coordinator.gateway", listening, environment, pass_fds=(shared.fileno(),))
+
+        shared = bind(args.host, args.port)
+        self._keeper = GatewayKeeper(shared, spawn, args.gateway_processes, metrics_dir)
+        urls = [first_words("gateway", gateway, "url") for gateway in self._keeper.processes]
         return urls[0]
 
     def _await_engine(self, address: str) -> None:
@@ -501,11 +535,16 @@ class _Server:
                 time.sleep(_POLL_S)
 
     def _raise_if_ended(self) -> None:
-        named = [*(("gateway", gateway) for gateway in self._gateways), ("coordinator", self._coordinator)]
-        for name, process in named:
-            if process is not None and process.poll() is not None:
-                assert process.stdout is not None
-                raise ServeError(last_words(name, process, process.stdout.readline()))
+        """Start a gateway again that has ended; without the coordinator, or when gateways end again and again, fail."""
+        coordinator = self._coordinator
+        if coordinator is not None and coordinator.poll() is not None:
+            assert coordinator.stdout is not None
+            raise ServeError(last_words("coordinator", coordinator, coordinator.stdout.readline()))
+        if self._keeper is not None:
+            try:
+                self._keeper.look()
+            except GatewayLost as error:
+                raise ServeError(str(error)) from None
 
 
 def _log_lines(stream: IO[str]) -> None:

@@ -102,6 +102,8 @@ class RankAddress:
     """Whether it is on another node than the coordinator."""
     token: str | None = field(default=None, repr=False)
     """What the rank wants to be shown."""
+    collectives: str = "none"
+    """By which it exchanges activations: shared_memory, tcp, push or nccl; none for a rank alone."""
 
     @property
     def target(self) -> str:

@@ -62,7 +62,14 @@ class Rank:
         on_end = _end_soon if config.is_away else None
         self._server, port = serve(self._runner, config.rank, config.host, config.token, on_end)
         return RankAddress(
-            config.rank, config.host, port, os.getpid(), socket.gethostname(), config.is_away, config.token
+            config.rank,
+            config.host,
+            port,
+            os.getpid(),
+            socket.gethostname(),
+            config.is_away,
+            config.token,
+            self._runner.collectives,
         )
 
 

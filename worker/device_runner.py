@@ -440,6 +440,11 @@ class DeviceRunner:
             mask_us=pending.mask_us if is_first else 0,
         )
 
+    @property
+    def collectives(self) -> str:
+        """By which ranks exchange activations."""
+        return "none" if self._group is None else self._group.backend
+
     def close(self) -> None:
         """Wait for what is queued, so that its memory may go, and leave the group."""
         self._grammars.close()

@@ -220,6 +220,11 @@ class Runner:
                 totals[kind] = more + totals[kind] if kind in totals else more
         return totals
 
+    @property
+    def collectives(self) -> str:
+        """By which ranks exchange activations."""
+        return self._model.collectives
+
     def close(self) -> None:
         """Leave the group."""
         self._grammars.close()

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from tpserve.coordinator.bench.definitions import Metrics, Record, Summary
 from tpserve.coordinator.bench.errors import BenchError
-from tpserve.coordinator.bench.speculation import Drafts
+from tpserve.coordinator.draft_counts import Drafts
 
 FORMAT_VERSION = 1
 _SUMMARIES = ("ttft_s", "tpot_s", "itl_s", "e2el_s", "input_tokens", "output_tokens")

@@ -25,8 +25,9 @@ from tpserve.coordinator.bench.options import Options, comparable
 from tpserve.coordinator.bench.report import text_block, write_csv
 from tpserve.coordinator.bench.results import Configuration, Point, Run, request_rows
 from tpserve.coordinator.bench.server import running, serve_command
-from tpserve.coordinator.bench.speculation import Drafts, read_drafts
+from tpserve.coordinator.bench.speculation import read_drafts
 from tpserve.coordinator.bench.view import View
+from tpserve.coordinator.draft_counts import Drafts
 
 logger = logging.getLogger(__name__)
 

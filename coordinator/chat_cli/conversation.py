@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import orjson
 
+from tpserve.coordinator.draft_counts import parse_drafts
 from tpserve.coordinator.gateway.answers import ChatCompletionChunk, Usage
 from tpserve.coordinator.gateway.errors import ApiError
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, parse_body
@@ -91,6 +92,14 @@ class Conversation:
         self.messages: list[dict[str, str]] = list(self._system)
         self.settings: dict[str, Any] = {}
         self.stats = Stats()
+
+    def stats_lines(self) -> list[str]:
+        """Return how fast the last answer came and, where drafts are verified, how many were accepted so far."""
+        lines = [str(self.stats)]
+        drafts = parse_drafts(self._backend.metrics())
+        if drafts is not None and drafts.num_drafts:
+            lines.append(f"accept rate: {100 * drafts.accept_rate:.1f} %, accept length: {drafts.accept_length:.2f}")
+        return lines
 
     def reset(self) -> None:
         """Forget everything said but the system prompt. Settings stay."""

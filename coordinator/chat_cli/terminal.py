@@ -109,7 +109,7 @@ def _command(conversation: Conversation, line: str) -> str:
         case "/help":
             return HELP
         case "/stats":
-            return f"{conversation.stats}\n"
+            return "".join(f"{line}\n" for line in conversation.stats_lines())
         case "/metrics":
             return conversation.metrics()
         case "/reset":

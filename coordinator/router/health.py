@@ -25,6 +25,7 @@ class HealthWatch:
 
     def start(self) -> None:
         """Begin to ask."""
+        self._replicas.look = self._look
         self._tasks = [asyncio.create_task(self._watch(backend)) for backend in self._replicas.backends]
 
     async def close(self) -> None:
@@ -35,20 +36,24 @@ class HealthWatch:
 
     async def _watch(self, backend: Backend) -> None:
         while True:
-            try:
-                is_ready, detail = await self._ask(backend)
-            except UpstreamLost as error:
-                backend.num_failed_polls += 1
-                if not error.was_sent:
-                    backend.load.prefix.clear()  # nobody listens: when somebody does, its cache will be empty
-                if not error.was_sent or backend.num_failed_polls >= _SLOW_POLLS:
-                    self._replicas.set_ready(backend, False, str(error))
-            else:
-                backend.num_failed_polls = 0
-                self._replicas.set_ready(backend, is_ready, detail)
+            await self._look(backend)
             backend.upstream.lose_silent(self._config.silent_after_s, even_whole=bool(backend.num_failed_polls))
             self._replicas.dispatch()  # a breaker may have become half-open by the time alone
             await asyncio.sleep(self._config.health_interval_s)
+
+    async def _look(self, backend: Backend) -> None:
+        """Ask once, and take in the answer."""
+        try:
+            is_ready, detail = await self._ask(backend)
+        except UpstreamLost as error:
+            backend.num_failed_polls += 1
+            if not error.was_sent:
+                backend.load.prefix.clear()  # nobody listens: when somebody does, its cache will be empty
+            if not error.was_sent or backend.num_failed_polls >= _SLOW_POLLS:
+                self._replicas.set_ready(backend, False, str(error))
+        else:
+            backend.num_failed_polls = 0
+            self._replicas.set_ready(backend, is_ready, detail)
 
     async def _ask(self, backend: Backend) -> tuple[bool, str]:
         """Return whether it takes requests, and why not; raise UpstreamLost if it does not say."""

@@ -144,7 +144,7 @@ class Exchange:
         try:
             response = await self._request(lease)
             if response.status in (429, 503):
-                self._refuse(lease, response, await response.body())
+                await self._refuse(lease, response, await response.body())
                 return False
             if response.status == 200 and response.is_stream:
                 done = await self._pass_stream(lease, response)
@@ -202,9 +202,10 @@ class Exchange:
         if self._identity is not None:
             assert self._config.router_token is not None
             headers.append((SECRET_HEADER.encode(), self._config.router_token.encode()))
+            marks = self._stream.restart()
             if self._stream.has_begun:
                 headers.append((STREAM_HEADER.encode(), self._identity.to_header(len(body))))
-                body += self._stream.restart()
+                body += marks
             else:
                 headers.append((STREAM_HEADER.encode(), self._identity.to_header()))
         query: bytes = self._scope["query_string"]
@@ -213,13 +214,13 @@ class Exchange:
         method = self._scope["method"].replace("HEAD", "GET").encode()
         return await lease.backend.upstream.request(method, target, headers, body)
 
-    def _refuse(self, lease: Lease, response: Response, body: bytes) -> None:
+    async def _refuse(self, lease: Lease, response: Response, body: bytes) -> None:
         """Take in a 429 or 503."""
         self._refusal = response, body
         self._tried.refused.add((lease.backend.name, lease.life))
         lease.end("refused")
-        if response.status == 503:  # its health will say when it can be asked again
-            self._replicas.set_ready(lease.backend, False, f"it answered 503: {_message(body)}")
+        if response.status == 503:  # of this request alone, or it drains: then it is to be waited for, or another one
+            await self._replicas.look(lease.backend)
 
     def _lose(self, lease: Lease, error: UpstreamLost) -> None:
         """Decide whether a request whose replica was lost goes to another one.

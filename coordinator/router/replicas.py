@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -98,6 +98,10 @@ class _Waiter:
     granted: asyncio.Future[Lease]
 
 
+async def _look_away(backend: Backend) -> None:
+    """Nobody watches."""
+
+
 class Replicas:
     """All replicas, the choice among them, and who waits."""
 
@@ -108,6 +112,8 @@ class Replicas:
         self.metrics = RouterMetrics(self._read)
         self.was_ready = False
         """Whether any replica has ever been ready."""
+        self.look: Callable[[Backend], Awaitable[None]] = _look_away
+        """Asks a replica at once how it is; whoever watches over health sets it."""
         self.backends = [self._make(url) for url in config.backends]
 
     def _make(self, url: str) -> Backend:

@@ -342,6 +342,12 @@ COLLECTIVES = Board(
         Panel("Bytes into collectives", "Bps", ((rate("collective_bytes_total", "kind, rank"), "{{kind}} {{rank}}"),)),
         Panel("Calls", "ops", ((rate("collective_calls_total", "kind"), "{{kind}}"),)),
         Panel(
+            "Backend",
+            "short",
+            ((f"count by (backend) (tpserve_collectives_info{{{MODEL}}})", "{{backend}}"),),
+            "nccl between GPUs of one host is slower than push: some GPUs cannot map each other's memory.",
+        ),
+        Panel(
             "Bandwidth inside collectives",
             "Bps",
             (

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
-from server import Server, chat_request, processes_of, until
+from server import MODEL_NAME, Server, chat_request, processes_of, until
+from tpserve import AsyncMLCEngine
 
 DUMMY = ("--load-format", "dummy", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")
 """Random weights and few sequences."""
 ENDED_WITHIN_S = 20.0
 MODULES = {"coordinator": "tpserve.coordinator", "gateway": "tpserve.coordinator.gateway"}
+GATEWAY_BACK_WITHIN_S = 15.0
+"""It loads a tokenizer and joins the coordinator."""
 REASONS = {
     "coordinator": "the coordinator ended with status -9",
-    "gateway": "the gateway ended with status -9",
     "gcs_server": "Ray has lost its gcs_server: start the server again",
     "raylet": "Ray has lost its raylet: start the server again",
 }
@@ -54,7 +59,7 @@ async def one_stream(server: Server, on_text: Callable[[], None]) -> str:
     return "complete" if num_finished == 4 else "cut without a word"
 
 
-@pytest.mark.parametrize("victim", ["launcher", "coordinator", "gateway", "gcs_server", "raylet"])
+@pytest.mark.parametrize("victim", ["launcher", "coordinator", "gcs_server", "raylet"])
 async def test_killed_process_ends_the_replica(tiny_folder: Path, tmp_path: Path, victim: str) -> None:
     """kill -9 amid streams: each ends with its text or an error, and `serve` fails naming the culprit."""
     server = Server(tiny_folder, *DUMMY, "--tp", "2", folder=tmp_path)
@@ -86,8 +91,6 @@ async def test_killed_process_ends_the_replica(tiny_folder: Path, tmp_path: Path
         assert "Traceback" not in server.log, server.log[-6000:]
         if victim == "gcs_server":
             assert seen == "complete"  # the ranks still live
-        elif victim == "gateway":
-            assert seen == "connection refused or cut"
         elif victim == "coordinator":
             assert seen == "error event: The session with the engine was lost"
         else:  # ranks end when they miss their raylet, sooner or later
@@ -97,3 +100,76 @@ async def test_killed_process_ends_the_replica(tiny_folder: Path, tmp_path: Path
         assert all(outcome.startswith(allowed) for outcome in later), later
     finally:
         server.kill_all()
+
+
+@pytest.mark.parametrize("num_gateways", [1, 2])
+async def test_a_killed_gateway_is_started_again(tiny_folder: Path, tmp_path: Path, num_gateways: int) -> None:
+    """kill -9 amid streams: only what went through it is cut, new clients wait, and other doors see nothing."""
+    flags = ("--gateway-processes", str(num_gateways))
+    server = Server(tiny_folder, *DUMMY, *flags, folder=tmp_path)
+    try:
+        await asyncio.to_thread(server.wait_ready)
+        victim = min(process.pid for process in gateways(server))
+        (address,) = re.findall(r"The engine listens at (\S+)", server.log)
+        async with AsyncMLCEngine(MODEL_NAME, address=address) as engine:
+            beside = asyncio.create_task(other_door(engine))
+            num_chunks = 0
+
+            def count() -> None:
+                nonlocal num_chunks
+                num_chunks += 1
+
+            running = [asyncio.create_task(one_stream(server, count)) for _ in range(2)]
+            await asyncio.to_thread(until, lambda: num_chunks > 8, within_s=20, what="streams")
+            os.kill(victim, signal.SIGKILL)
+            killed_at = time.monotonic()
+            # Nobody is refused: who comes now waits for the next gateway.
+            later = await asyncio.wait_for(one_stream(server, lambda: None), GATEWAY_BACK_WITHIN_S)
+            print(f"a client that came then was served after {time.monotonic() - killed_at:.1f} s")
+            seen = await asyncio.wait_for(asyncio.gather(*running), ENDED_WITHIN_S)
+            assert await asyncio.wait_for(beside, ENDED_WITHIN_S) > 100
+        assert later == "complete"
+        assert set(seen) <= {"complete", "connection refused or cut"}
+        if num_gateways == 1:
+            assert set(seen) == {"connection refused or cut"}
+        assert "the gateway ended with status -9 and is started again in 0.1 s" in server.log
+        assert len(gateways(server)) == num_gateways
+        assert victim not in [process.pid for process in gateways(server)]
+        code, _ = await asyncio.to_thread(server.health)
+        assert code == 200
+        assert server.process.poll() is None
+        if num_gateways == 1:
+            await asyncio.to_thread(kill_until_given_up, server)
+    finally:
+        server.kill_all()
+
+
+def kill_until_given_up(server: Server) -> None:
+    """Kill each gateway that comes: the server gives up, with the reason."""
+    deadline = time.monotonic() + 40
+    while server.process.poll() is None and time.monotonic() < deadline:
+        for process in gateways(server):
+            with suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.05)
+    assert server.process.wait(10) == 1, server.report("gateways are started for ever")
+    assert "tpserve serve: error: the gateway ended with status -9, for the 6th time within 60 s" in server.log
+    server.footprint.assert_gone(ENDED_WITHIN_S)
+
+
+def gateways(server: Server) -> list[psutil.Process]:
+    found = []
+    for process in processes_of(server.mark):
+        with suppress(psutil.Error):
+            if process.cmdline()[1:3] == ["-m", MODULES["gateway"]]:
+                found.append(process)
+    return found
+
+
+async def other_door(engine: AsyncMLCEngine) -> int:
+    """Stream by the engine's own door; return the number of tokens."""
+    request = chat_request("Count.", max_tokens=200, temperature=1, seed=3, logit_bias={"2": -100}, stream=True)
+    count = 0
+    async for _ in await engine.chat.completions.create(**request):
+        count += 1
+    return count

@@ -23,9 +23,17 @@ GATEWAY_ALLOWED = (
         for name in ("process", "health", "log", "metrics_catalogue", "relay", "step_log", "tracing")
     ),
 )
-BENCH_ALLOWED = ("tpserve.proto", "tpserve.coordinator.bench", "tpserve.coordinator.process")
+BENCH_ALLOWED = (
+    "tpserve.proto",
+    "tpserve.coordinator.bench",
+    "tpserve.coordinator.process",
+    "tpserve.coordinator.draft_counts",
+)
 PYTHON_ENGINE_ALLOWED = (*GATEWAY_ALLOWED, "tpserve.coordinator.serve", "tpserve.coordinator.python_engine")
-PURE = ("scheduler", "page_pool", "prefix_cache", "kv_pages", "slot_table", "sequence_list", "step_calendar", "request")
+PURE = (
+    *("scheduler", "page_pool", "prefix_cache", "kv_pages", "slot_table", "sequence_list", "step_calendar", "request"),
+    *("decode_progress", "draft_length", "adaptive_length"),
+)
 IMPURE_MODULES = {"asyncio", "time", "random", "grpc", "ray", "logging", "os", "socket", "threading", "numpy"}
 
 

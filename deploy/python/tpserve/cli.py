@@ -11,6 +11,7 @@ _COMMANDS = {
     "chat": "chat with a model in the terminal",
     "compile": "build the library of a model for one TP degree",
     "convert": "write the Hugging Face form of a GGUF file",
+    "doctor": "check this host: GPUs, shared memory, limits, ports, disks, versions, and what to do",
     "bench": "measure time per output token and throughput by TP degree and load; the same as bench-tp",
 }
 
@@ -40,7 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         from tpserve.coordinator.chat_cli.__main__ import main as chat_main
 
         return chat_main(args[1:])
-    for name in ("chat", "compile", "convert", "bench"):
+    if args[:1] == ["doctor"]:
+        from tpserve.coordinator.doctor.__main__ import main as doctor_main
+
+        return doctor_main(args[1:])
+    for name in ("chat", "compile", "convert", "doctor", "bench"):
         commands.add_parser(name, help=_COMMANDS[name])
     from tpserve.coordinator.serve import add_arguments
     from tpserve.coordinator.serve import main as serve_main

@@ -26,7 +26,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{/* Which pods answer HTTP. */}}
 {{- define "tpserve.httpComponent" -}}
-{{- ternary "gateway" "engine" .Values.gateway.separate -}}
+{{- if .Values.router.enabled }}router{{ else }}{{ ternary "gateway" "engine" .Values.gateway.separate }}{{ end -}}
 {{- end -}}
 
 {{- define "tpserve.image" -}}
@@ -68,6 +68,61 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "tpserve.keySecret" -}}
 {{- .Values.apiKeys.existingSecret | default (printf "%s-api-keys" (include "tpserve.fullname" .)) -}}
+{{- end -}}
+
+{{- define "tpserve.routerSecret" -}}
+{{- .Values.router.existingSecret | default (printf "%s-router" (include "tpserve.fullname" .)) -}}
+{{- end -}}
+
+{{/* Of routers and replicas: by it a stream may move. */}}
+{{- define "tpserve.routerEnv" -}}
+{{- if .Values.router.enabled -}}
+- name: TPSERVE_ROUTER_TOKEN
+  valueFrom: {secretKeyRef: {name: {{ include "tpserve.routerSecret" . }}, key: {{ .Values.router.key }}}}
+{{- end -}}
+{{- end -}}
+
+{{/* GPUs of one replica. */}}
+{{- define "tpserve.numGpus" -}}
+{{- $draft := .Values.engine.draft -}}
+{{- $dedicated := and $draft.model (eq $draft.placement "dedicated") -}}
+{{- add .Values.engine.tensorParallelSize (ternary $draft.tensorParallelSize 0 (not (not $dedicated))) -}}
+{{- end -}}
+
+{{/* Whether the ranks are in several pods of a RayCluster. */}}
+{{- define "tpserve.acrossPods" -}}
+{{- if and (eq .Values.engine.ray.mode "kuberay") (gt (int .Values.engine.ray.workers) 0) -}}yes{{- end -}}
+{{- end -}}
+
+{{/* GPUs of one pod of an engine. */}}
+{{- define "tpserve.podGpus" -}}
+{{- if include "tpserve.acrossPods" . }}{{ .Values.engine.ray.ranksPerPod }}{{ else }}{{ include "tpserve.numGpus" . }}{{ end -}}
+{{- end -}}
+
+{{/* What a rank's pod asks for. */}}
+{{- define "tpserve.rankResources" -}}
+{{- $v := .Values -}}
+requests:
+  {{- toYaml $v.engine.resources.requests | nindent 2 }}
+  {{- if eq $v.engine.device "cuda" }}
+  {{ $v.engine.gpuResource }}: {{ include "tpserve.podGpus" . }}
+  {{- end }}
+limits:
+  {{- toYaml $v.engine.resources.limits | nindent 2 }}
+  {{- if eq $v.engine.device "cuda" }}
+  {{ $v.engine.gpuResource }}: {{ include "tpserve.podGpus" . }}
+  {{- end }}
+{{- end -}}
+
+{{/* Most draft tokens of a step, which the library is compiled for; coordinator/speculation.py has the table. */}}
+{{- define "tpserve.maxDraftTokens" -}}
+{{- $draft := .Values.engine.draft -}}
+{{- if or $draft.model $draft.method -}}
+{{- $most := get (dict "auto" 5 "mlc" 4) (toString $draft.numSpeculativeTokens) -}}
+{{- $most | default $draft.numSpeculativeTokens -}}
+{{- else -}}
+0
+{{- end -}}
 {{- end -}}
 
 {{/* Longer than what the pod may take to end: not receiving traffic any more, draining, ending ranks and Ray. */}}
@@ -127,6 +182,17 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 {{- end }}
 {{- end }}
+{{- with $v.engine.draft.model }}
+- --draft-model={{ . }}
+- --draft-tp={{ $v.engine.draft.tensorParallelSize }}
+- --draft-placement={{ $v.engine.draft.placement }}
+{{- end }}
+{{- with $v.engine.draft.method }}
+- --spec-method={{ . }}
+{{- end }}
+{{- if or $v.engine.draft.model $v.engine.draft.method }}
+- --num-speculative-tokens={{ $v.engine.draft.numSpeculativeTokens }}
+{{- end }}
 {{- with $v.tracing.otlpEndpoint }}
 - --otlp-traces-endpoint={{ . }}
 {{- end }}
@@ -135,6 +201,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 {{- if eq $v.engine.ray.mode "kuberay" }}
 - --ray-address=auto
+{{- end }}
+{{- if include "tpserve.acrossPods" . }}
+- --tp-across-nodes=pack
 {{- end }}
 {{- with $v.engine.extraArgs }}
 {{ toYaml . }}
@@ -228,6 +297,26 @@ initContainers:
       - {name: models, mountPath: /models, readOnly: true}
       - {name: cache, mountPath: /cache}
       - {name: tmp, mountPath: /tmp}
+  {{- if $v.engine.draft.model }}
+  - name: draft-library
+    image: {{ include "tpserve.image" . | quote }}
+    imagePullPolicy: {{ $v.image.pullPolicy }}
+    command: [timeout, {{ $v.compile.activeDeadlineSeconds | quote }}, sh, -c]
+    args:
+      - until tpserve "$@" --jit-policy=READONLY; do sleep 5; done
+      - sh
+      {{- include "tpserve.draftCompileArgs" . | nindent 6 }}
+    env:
+      {{- include "tpserve.env" . | nindent 6 }}
+    resources:
+      {{- toYaml $v.compile.resources | nindent 6 }}
+    securityContext:
+      {{- toYaml $v.securityContext | nindent 6 }}
+    volumeMounts:
+      - {name: models, mountPath: /models, readOnly: true}
+      - {name: cache, mountPath: /cache}
+      - {name: tmp, mountPath: /tmp}
+  {{- end }}
 {{- end }}
 containers:
   - name: engine
@@ -251,6 +340,7 @@ containers:
     {{- end }}
     env:
       {{- include "tpserve.env" . | nindent 6 }}
+      {{- include "tpserve.routerEnv" . | nindent 6 }}
       {{- with $v.engine.extraEnv }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
@@ -270,16 +360,7 @@ containers:
       # Endpoints forget the pod before it stops taking requests.
       preStop: {exec: {command: [sleep, {{ $v.shutdown.preStopSeconds | quote }}]}}
     resources:
-      requests:
-        {{- toYaml $v.engine.resources.requests | nindent 8 }}
-        {{- if eq $v.engine.device "cuda" }}
-        {{ $v.engine.gpuResource }}: {{ $v.engine.tensorParallelSize }}
-        {{- end }}
-      limits:
-        {{- toYaml $v.engine.resources.limits | nindent 8 }}
-        {{- if eq $v.engine.device "cuda" }}
-        {{ $v.engine.gpuResource }}: {{ $v.engine.tensorParallelSize }}
-        {{- end }}
+      {{- include "tpserve.rankResources" . | nindent 6 }}
     securityContext:
       {{- toYaml $v.securityContext | nindent 6 }}
     volumeMounts:
@@ -303,6 +384,65 @@ volumes:
   - name: keys
     secret: {secretName: {{ include "tpserve.keySecret" . }}, defaultMode: 0440}
   {{- end }}
+{{- end -}}
+
+{{/* A pod of further ranks, which KubeRay starts Ray in and watches. */}}
+{{- define "tpserve.rankPodSpec" -}}
+{{- $v := .Values -}}
+serviceAccountName: {{ include "tpserve.serviceAccount" . }}
+automountServiceAccountToken: false
+{{- with $v.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  {{- toYaml $v.podSecurityContext | nindent 2 }}
+terminationGracePeriodSeconds: 30
+{{- with $v.engine.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $v.engine.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- with $v.engine.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $v.engine.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $v.engine.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+containers:
+  - name: ranks
+    image: {{ include "tpserve.image" . | quote }}
+    imagePullPolicy: {{ $v.image.pullPolicy }}
+    env:
+      {{- include "tpserve.env" . | nindent 6 }}
+      {{- with $v.engine.extraEnv }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+    resources:
+      {{- include "tpserve.rankResources" . | nindent 6 }}
+    securityContext:
+      {{- toYaml $v.securityContext | nindent 6 }}
+    volumeMounts:
+      - {name: models, mountPath: /models, readOnly: true}
+      - {name: cache, mountPath: /cache}
+      - {name: tmp, mountPath: /tmp}
+      - {name: shm, mountPath: /dev/shm}
+volumes:
+  - name: models
+    persistentVolumeClaim: {claimName: {{ include "tpserve.modelClaim" . }}, readOnly: true}
+  - name: cache
+    persistentVolumeClaim: {claimName: {{ include "tpserve.cacheClaim" . }}}
+  - name: tmp
+    emptyDir: {sizeLimit: {{ $v.engine.tmpSize }}}
+  - name: shm
+    emptyDir: {medium: Memory, sizeLimit: {{ $v.engine.shmSize }}}
 {{- end -}}
 
 {{/* What cannot go together; the schema checks the single values. */}}
@@ -338,6 +478,40 @@ volumes:
 {{- if and $v.ingress.enabled (not $v.ingress.hosts) -}}
 {{- fail "ingress.enabled needs ingress.hosts" -}}
 {{- end -}}
+{{- $ray := $v.engine.ray -}}
+{{- if and (gt (int $ray.workers) 0) (ne $ray.mode "kuberay") -}}
+{{- fail "engine.ray.workers needs engine.ray.mode kuberay: Ray inside one pod has no others" -}}
+{{- end -}}
+{{- if and (include "tpserve.acrossPods" .) (lt (int (mul (add $ray.workers 1) $ray.ranksPerPod)) (int $v.engine.tensorParallelSize)) -}}
+{{- fail (printf "engine.ray.ranksPerPod %v in %v pods is less than engine.tensorParallelSize %v: raise it, or engine.ray.workers" $ray.ranksPerPod (add $ray.workers 1) $v.engine.tensorParallelSize) -}}
+{{- end -}}
+{{- if and $v.router.enabled $v.gateway.separate -}}
+{{- fail "router.enabled with gateway.separate: the router is before whole replicas, which have their own gateways; leave gateway.separate false" -}}
+{{- end -}}
+{{- if and $v.router.enabled (eq $v.engine.ray.mode "kuberay") -}}
+{{- fail "router.enabled with engine.ray.mode kuberay: a RayCluster is one replica; take engine.ray.mode local" -}}
+{{- end -}}
+{{- if and $v.router.enabled (or $v.autoscaling.keda.enabled $v.autoscaling.hpa.enabled) -}}
+{{- fail "router.enabled with autoscaling: the router is given its replicas by name; set engine.replicas" -}}
+{{- end -}}
+{{- if and $v.router.enabled $v.inferencePool.enabled -}}
+{{- fail "router.enabled with inferencePool.enabled: both choose the replica of a request; take one" -}}
+{{- end -}}
+{{- if and $v.router.enabled (lt (int $v.engine.replicas) 1) -}}
+{{- fail "router.enabled needs engine.replicas of 1 or more" -}}
+{{- end -}}
+{{- if and $v.engine.draft.model $v.engine.draft.method (ne $v.engine.draft.method "draft") -}}
+{{- fail (printf "engine.draft.method %s looks tokens up: leave engine.draft.model empty" $v.engine.draft.method) -}}
+{{- end -}}
+{{- if and (eq $v.engine.draft.method "draft") (not $v.engine.draft.model) -}}
+{{- fail "engine.draft.method draft needs engine.draft.model" -}}
+{{- end -}}
+{{- if ne (mod $v.engine.tensorParallelSize $v.engine.draft.tensorParallelSize) 0 -}}
+{{- fail (printf "engine.draft.tensorParallelSize %v does not divide engine.tensorParallelSize %v" $v.engine.draft.tensorParallelSize $v.engine.tensorParallelSize) -}}
+{{- end -}}
+{{- if and $v.compile.enabled $v.engine.draft.model (not $v.engine.maxModelLen) -}}
+{{- fail "compile.enabled with engine.draft.model needs engine.maxModelLen: the draft is compiled for the same length" -}}
+{{- end -}}
 {{- if and $v.compile.enabled (hasPrefix "HF://" $v.model.path) $v.model.offline -}}
 {{- fail "model.offline with an HF:// model: nothing would be downloaded; put the folder on the model volume" -}}
 {{- end -}}
@@ -349,16 +523,29 @@ volumes:
 - --tp={{ .size }}
 - --device={{ ternary "cuda:sm_90a" "cpu" (eq .root.Values.engine.device "cuda") }}
 {{ include "tpserve.libraryArgs" .root }}
+- --max-num-draft-tokens={{ include "tpserve.maxDraftTokens" .root }}
+{{- end -}}
+
+{{/* As `tpserve serve` compiles a draft. */}}
+{{- define "tpserve.draftCompileArgs" -}}
+- compile
+- {{ .Values.engine.draft.model }}
+- --tp={{ .Values.engine.draft.tensorParallelSize }}
+- --device={{ ternary "cuda:sm_90a" "cpu" (eq .Values.engine.device "cuda") }}
+- --max-num-seqs={{ .Values.engine.maxNumSeqs }}
+- --max-num-batched-tokens={{ .Values.engine.maxNumBatchedTokens }}
+- --max-model-len={{ .Values.engine.maxModelLen }}
+- --cut-model-len
 {{- end -}}
 
 {{/* One container of the compile Job. */}}
 {{- define "tpserve.compileContainer" -}}
-- name: tp{{ .size }}
+- name: {{ .name }}
   image: {{ include "tpserve.compileImage" .root | quote }}
   imagePullPolicy: {{ .root.Values.image.pullPolicy }}
   command: [tpserve]
   args:
-    {{- include "tpserve.compileArgs" . | nindent 4 }}
+    {{- .args | nindent 4 }}
     - --jit-policy=ON
   env:
     {{- include "tpserve.env" .root | nindent 4 }}

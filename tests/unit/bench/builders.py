@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tpserve.coordinator.bench.definitions import Metrics, Record, Role, measure
 from tpserve.coordinator.bench.results import Configuration, Point, request_rows
-from tpserve.coordinator.bench.speculation import Drafts
+from tpserve.coordinator.draft_counts import Drafts
 
 
 def make_record(

@@ -11,7 +11,7 @@ from tpserve.coordinator.bench.chart import draw
 from tpserve.coordinator.bench.errors import BenchError
 from tpserve.coordinator.bench.report import text_block, write_csv
 from tpserve.coordinator.bench.results import Run
-from tpserve.coordinator.bench.speculation import Drafts
+from tpserve.coordinator.draft_counts import Drafts
 from unit.bench.builders import make_point
 
 GOLDEN = """\

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tpserve.coordinator.bench.speculation import Drafts, parse_drafts, read_drafts
+from tpserve.coordinator.bench.speculation import read_drafts
+from tpserve.coordinator.draft_counts import Drafts, parse_drafts
 from tpserve.coordinator.metrics import Metrics
 from tpserve.proto.messages import StepResult
 from unit.bench.virtual import FakeEndpoint

@@ -104,6 +104,16 @@ def test_stats_in_the_slides_form() -> None:
     assert str(Stats(2.1, 14.04)) == "prefill: 2.1 tok/s, decode: 14.0 tok/s"
 
 
+def test_stats_tell_of_drafts_where_there_are_any() -> None:
+    class Drafting(Echo):
+        def metrics(self) -> str:
+            counts = {"drafts": 10, "draft_tokens": 30, "accepted_tokens": 15}
+            return "".join(f"tpserve_spec_decode_num_{name}_total {count}\n" for name, count in counts.items())
+
+    text, _ = talk(Drafting(), "/stats")
+    assert text == "prefill: 0.0 tok/s, decode: 0.0 tok/s\naccept rate: 50.0 %, accept length: 2.50\n"
+
+
 def test_settings_reach_the_request() -> None:
     echo = Echo()
     text, _ = talk(

@@ -12,11 +12,10 @@ from typing import Any, Literal
 import pytest
 
 from tpserve.coordinator import distribution
-from tpserve.coordinator.cluster import _check_draft_groups
 from tpserve.coordinator.distribution import Distributor, Receiver, with_folders
 from tpserve.coordinator.errors import ClusterError
 from tpserve.proto.manifest import Manifest
-from tpserve.proto.rank import FileFacts, Place, RankConfig
+from tpserve.proto.rank import FileFacts, RankConfig
 from tpserve.proto.speculation import Speculation
 from tpserve.worker.reception import has_files
 
@@ -132,11 +131,3 @@ async def test_a_node_that_does_not_answer_is_named(rank: RankConfig, monkeypatc
     silent = Receiver("host-b", SimpleNamespace(has_files=SimpleNamespace(remote=lambda *_: asyncio.sleep(9))))
     with pytest.raises(ClusterError, match=r"^host-b did not answer for 0\.05 s while the model was sent"):
         await Distributor(rank, "auto").ensure({"b": silent})
-
-
-def test_ranks_of_a_draft_group_are_on_one_node(rank: RankConfig) -> None:
-    places = [Place(f"id-{name}", name, "", None) for name in ("a", "a", "b", "b")]
-    for size in (1, 2):
-        _check_draft_groups(replace(rank, tp_size=4, speculation=Speculation("draft", 3, draft_tp_size=size)), places)
-    with pytest.raises(ClusterError, match=r"--draft-tp 4 would put a draft group, .* on a, b: lower it"):
-        _check_draft_groups(replace(rank, tp_size=4, speculation=Speculation("draft", 3, draft_tp_size=4)), places)

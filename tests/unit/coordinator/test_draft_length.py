@@ -108,6 +108,13 @@ def test_it_does_not_swing_where_nothing_is_to_be_gained(batch: int) -> None:
     assert machine.speed() >= 0.98 * plain
 
 
+def test_drafts_are_tried_from_the_start() -> None:
+    machine = Machine(memory_bound, 0.8)
+    machine.run(AdaptiveLength(MOST), 1, 40)
+    assert any(machine.chosen[:8])
+    assert machine.chosen[-1] >= 3
+
+
 def test_it_follows_the_batch_and_the_requests() -> None:
     machine = Machine(memory_bound, 0.8)
     rule = AdaptiveLength(MOST)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import copy
 import json
 import os
@@ -28,11 +29,17 @@ from tpserve.coordinator.health import PROBES
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.metrics_catalogue import sample_names
 from tpserve.coordinator.operations import make_app
+from tpserve.coordinator.router.__main__ import add_arguments as add_router_arguments
+from tpserve.coordinator.router.__main__ import config_of as router_config_of
+from tpserve.coordinator.router.arguments import TOKEN_VARIABLE
 from tpserve.coordinator.serve import add_arguments
+from tpserve.coordinator.speculation import choose_speculation
 
 NAMES = [path.stem for path in helm.EXAMPLES]
 KUBERNETES_VERSIONS = ("1.31", "1.34", "1.37")
 CUSTOM_GROUPS = ("ray.io", "monitoring.coreos.com", "keda.sh", "gateway.networking.k8s.io", "inference.networking")
+KUBERAYS = {"ranks"}
+"""Containers that KubeRay starts, probes and ends."""
 STOP_MARGIN_S = 20
 """Ranks and Ray end after the drain."""
 
@@ -47,13 +54,15 @@ def pods(example: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield (labels, spec) of every pod that an example starts."""
     for document in helm.render(example):
         match document["kind"]:
-            case "Deployment" | "Job":
-                template = document["spec"]["template"]
+            case "Deployment" | "StatefulSet" | "Job":
+                templates = [document["spec"]["template"]]
             case "RayCluster":
-                template = document["spec"]["headGroupSpec"]["template"]
+                groups = [document["spec"]["headGroupSpec"], *document["spec"].get("workerGroupSpecs", [])]
+                templates = [group["template"] for group in groups]
             case _:
                 continue
-        yield template["metadata"]["labels"], template["spec"]
+        for template in templates:
+            yield template["metadata"]["labels"], template["spec"]
 
 
 def containers(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -169,6 +178,62 @@ def test_the_gateways_configuration_is_the_codes(example: str) -> None:
 
 
 @each_example
+def test_the_router_knows_every_replica_by_its_name(example: str) -> None:
+    routers = [one for _, spec in pods(example) for one in spec["containers"] if one["name"] == "router"]
+    sets = of_kind(example, "StatefulSet")
+    assert len(routers) == len(sets), "replicas have names where a router is given them, and nowhere else"
+    for container, replicas in zip(routers, sets, strict=True):
+        parser = _Parser()
+        add_router_arguments(parser)
+        assert container["args"][0] == "router"
+        config = router_config_of(parser.parse_args(container["args"][1:]))
+        assert (config.host, config.port) == ("0.0.0.0", container["ports"][0]["containerPort"])
+        ((_, engine),) = engines(example)
+        (port,) = (one["containerPort"] for one in engine["ports"] if one["name"] == "http")
+        (service,) = (
+            one for one in of_kind(example, "Service") if one["metadata"]["name"] == replicas["spec"]["serviceName"]
+        )
+        assert service["spec"]["clusterIP"] == "None"
+        assert service["spec"]["publishNotReadyAddresses"] is True
+        domain = f"{service['metadata']['name']}.{helm.NAMESPACE}.svc"
+        assert config.backends == tuple(
+            f"http://{replicas['metadata']['name']}-{number}.{domain}:{port}"
+            for number in range(replicas["spec"]["replicas"])
+        )
+        # One secret lets streams move; who does not know it cannot make a replica go on with anything.
+        tokens = [
+            [one["valueFrom"]["secretKeyRef"] for one in each["env"] if one["name"] == TOKEN_VARIABLE]
+            for each in (container, engine)
+        ]
+        assert tokens[0] == tokens[1] != []
+        (secret,) = of_kind(example, "Secret")
+        assert secret["metadata"]["name"] == tokens[0][0]["name"]
+        assert len(base64.b64decode(secret["data"][tokens[0][0]["key"]])) >= 32
+
+
+def test_pods_of_a_group_reach_each_other_and_nobody_else_reaches_their_ray() -> None:
+    policies = {one["metadata"]["name"]: one["spec"] for one in of_kind("kuberay-two-nodes", "NetworkPolicy")}
+    (rule,) = policies["r-tpserve-ray"]["ingress"]
+    assert "ports" not in rule
+    assert [source["podSelector"] for source in rule["from"]] == [policies["r-tpserve-ray"]["podSelector"]]
+    (selected,) = rule["from"][0]["podSelector"]["matchExpressions"]
+    assert set(selected["values"]) == {labels["app.kubernetes.io/component"] for labels, _ in pods("kuberay-two-nodes")}
+    (service,) = of_kind("kuberay-two-nodes", "Service")
+    assert service["spec"]["selector"]["app.kubernetes.io/component"] == "engine", "ranks beside answer no HTTP"
+    (cluster,) = of_kind("kuberay-two-nodes", "RayCluster")
+    head, (workers,) = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
+    assert head["rayStartParams"]["num-cpus"] == workers["rayStartParams"]["num-cpus"] == "4"
+
+
+def test_only_the_router_and_the_scraper_reach_replicas_behind_it() -> None:
+    policies = {one["metadata"]["name"]: one["spec"] for one in of_kind("router", "NetworkPolicy")}
+    (rule,) = policies["r-tpserve-engine"]["ingress"]
+    (source,) = rule["from"]
+    assert source["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "router"
+    assert policies["r-tpserve-http"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "router"
+
+
+@each_example
 def test_the_job_compiles_what_the_engine_loads(example: str) -> None:
     jobs = of_kind(example, "Job")
     if not jobs:
@@ -181,14 +246,50 @@ def test_the_job_compiles_what_the_engine_loads(example: str) -> None:
     assert served.jit_policy == "READONLY"
     spec = jobs[0]["spec"]["template"]["spec"]
     compiled = [compiler.parse_args(container["args"][1:]) for container in containers(spec)]
-    (waits,) = engine_spec["initContainers"]
-    awaited = compiler.parse_args([*waits["args"][3:], "--jit-policy=READONLY"])
-    for one in [*compiled, awaited]:
-        for name in ("model", "quantization", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+    awaited = [
+        compiler.parse_args([*waits["args"][3:], "--jit-policy=READONLY"]) for waits in engine_spec["initContainers"]
+    ]
+    speculation = choose_speculation(served)
+    for one in [*compiled, *awaited]:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             assert getattr(one, name) == getattr(served, name), name
-    assert served.tp in [one.tp for one in compiled]
-    assert awaited.tp == served.tp
-    assert {one.device for one in compiled} == {awaited.device}
+        if one.model == served.model:
+            assert one.quantization == served.quantization
+            assert one.max_num_draft_tokens == (0 if speculation is None else speculation.max_num_draft_tokens)
+        else:  # as `tpserve serve` compiles it
+            assert (one.model, one.tp) == (served.draft_model, speculation.draft_tp if speculation else None)
+            assert (one.quantization, one.max_num_draft_tokens, one.cut_model_len) == ("auto", 0, True)
+    needed = [(served.model, served.tp)]
+    if speculation is not None and speculation.draft_model is not None:
+        needed.append((speculation.draft_model, speculation.draft_tp))
+    assert [(one.model, one.tp) for one in awaited] == needed
+    assert set(needed) <= {(one.model, one.tp) for one in compiled}
+    assert len({one.device for one in [*compiled, *awaited]}) == 1
+
+
+def test_a_dedicated_draft_has_gpus_of_its_own() -> None:
+    flags = ("--set", "engine.draft.placement=dedicated,engine.draft.tensorParallelSize=2")
+    for extra, gpus in (((), 2), (flags, 4)):
+        documents = helm.render("draft", *extra)
+        (engine,) = (one for one in documents if one["kind"] == "Deployment")
+        (container,) = engine["spec"]["template"]["spec"]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == gpus
+        assert container["resources"]["requests"]["nvidia.com/gpu"] == gpus
+
+
+@pytest.mark.parametrize("tokens", ["auto", "mlc", "1", "8"])
+def test_the_library_is_compiled_for_the_draft_tokens_that_are_served(tokens: str) -> None:
+    compiler, serve = _Parser(), _Parser()
+    add_compile_arguments(compiler)
+    add_arguments(serve)
+    documents = helm.render("draft", "--set", f"engine.draft.numSpeculativeTokens={tokens}")
+    (job,) = (one for one in documents if one["kind"] == "Job")
+    (target,) = job["spec"]["template"]["spec"]["containers"]
+    (engine,) = (one for one in documents if one["kind"] == "Deployment")
+    (container,) = engine["spec"]["template"]["spec"]["containers"]
+    speculation = choose_speculation(serve.parse_args(serve_arguments(container)[1:]))
+    assert speculation is not None
+    assert compiler.parse_args(target["args"][1:]).max_num_draft_tokens == speculation.max_num_draft_tokens
 
 
 def gateway_routes() -> set[str]:
@@ -209,12 +310,15 @@ def test_probes_and_scrapes_go_to_routes_and_ports_that_exist(example: str) -> N
             ports = {port["name"] for port in container.get("ports", [])}
             for name in ("startup", "readiness", "liveness"):
                 if f"{name}Probe" not in container:
-                    assert spec["restartPolicy"] == "Never"
+                    assert spec.get("restartPolicy") == "Never" or container["name"] in KUBERAYS
                     continue
                 get = container[f"{name}Probe"]["httpGet"]
                 assert get["port"] in ports
-                routes = operations if get["port"] == "operations" else gateway_routes()
-                assert "/health/{probe}" in routes
+                if container["name"] == "router":
+                    assert f'"{get["path"]}"' in (ROOT / "coordinator/router/app.py").read_text()
+                else:
+                    routes = operations if get["port"] == "operations" else gateway_routes()
+                    assert "/health/{probe}" in routes
                 assert get["path"].removeprefix("/health/") in PROBES
     for service in of_kind(example, "Service"):
         backends = [
@@ -273,8 +377,15 @@ def test_gpus_shared_memory_and_time_fit_the_degree(example: str) -> None:
     args = serve_arguments(container)
     (tp,) = (int(arg.removeprefix("--tp=")) for arg in args if arg.startswith("--tp="))
     gpus = container["resources"]["limits"].get("nvidia.com/gpu")
-    assert gpus == (None if "--device=cpu" in args else tp)
     assert gpus == container["resources"]["requests"].get("nvidia.com/gpu")
+    clusters = of_kind(example, "RayCluster")
+    workers = clusters[0]["spec"].get("workerGroupSpecs", []) if clusters else []
+    beside = sum(
+        group["replicas"] * group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+        for group in workers
+    )
+    assert (gpus or 0) + beside == (0 if "--device=cpu" in args else tp)
+    assert ("--tp-across-nodes=pack" in args) == bool(workers)
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
@@ -288,10 +399,12 @@ def test_the_grace_outlasts_the_drain(example: str) -> None:
     for _, spec in pods(example):
         for container in spec["containers"]:
             if "lifecycle" not in container:
-                assert spec["restartPolicy"] == "Never"
+                assert spec.get("restartPolicy") == "Never" or container["name"] in KUBERAYS
                 continue
             sleep_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-            if container["name"] == "gateway":
+            if container["name"] == "router":
+                (drain_s,) = (float(a.partition("=")[2]) for a in container["args"] if a.startswith("--drain-timeout="))
+            elif container["name"] == "gateway":
                 drain_s = GatewayConfig.from_json(container["args"][0]).drain_timeout_s
             else:
                 args = serve_arguments(container)
@@ -355,6 +468,19 @@ def test_nothing_is_downloaded_where_nothing_can_be() -> None:
         (("--set", "httpRoute.enabled=true"), "parentRefs"),
         (("--set", "ingress.enabled=true"), "ingress.hosts"),
         (("--set", "tracing.otlpEndpoint=collector"), "otlpEndpoint"),
+        (("--set", "router.enabled=true,gateway.separate=true"), "gateway.separate"),
+        (("--set", "router.enabled=true,engine.ray.mode=kuberay"), "RayCluster"),
+        (("--set", "router.enabled=true,autoscaling.keda.enabled=true"), "set engine.replicas"),
+        (("--set", "router.enabled=true,engine.replicas=0"), "engine.replicas"),
+        (("--set", "router.policy=random"), "'prefix', 'least-loaded', 'round-robin'"),
+        (("--set", "router.enabled=true,inferencePool.enabled=true,inferencePool.endpointPicker.name=p"), "take one"),
+        (("--set", "engine.ray.workers=1"), "engine.ray.mode kuberay"),
+        (("--set", "engine.ray.mode=kuberay,engine.ray.workers=1,engine.tensorParallelSize=4"), "is less than"),
+        (("--set", "engine.draft.method=draft"), "needs engine.draft.model"),
+        (("--set", "engine.draft.method=ngram,engine.draft.model=/models/m"), "looks tokens up"),
+        (("--set", "engine.draft.tensorParallelSize=2"), "does not divide"),
+        (("--set", "engine.draft.numSpeculativeTokens=9"), "numSpeculativeTokens"),
+        (("--set", "compile.enabled=true,engine.draft.model=/models/m"), "engine.maxModelLen"),
     ],
 )
 def test_values_that_cannot_work_are_refused_with_the_remedy(flags: tuple[str, ...], words: str) -> None:

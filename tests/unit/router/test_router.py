@@ -21,6 +21,7 @@ from unit.gateway.test_chat import HI
 from unit.router.conftest import SECRET, make_engine, routed, until
 
 CHAT = "/v1/chat/completions"
+READY = engine_pb2.EngineState.READY
 LONG = [{"role": "user", "content": "the quick brown fox " * 40}]
 USAGE = {"include_usage": True}
 
@@ -143,6 +144,41 @@ async def test_a_stream_outlives_its_engine(make_stack: StackFactory, tokenizer:
             assert len(failing.submits) == len(good.submits) == 2
             direct = await other.client.chat.completions.create(model="tiny", messages=HI, seed=8, max_tokens=20)
             assert texts == [direct.choices[0].message.content] * 2
+
+
+async def test_a_stream_that_fails_before_its_first_token_begins_elsewhere(
+    make_stack: StackFactory, tokenizer: Tokenizer
+) -> None:
+    failing, good = make_engine(tokenizer, fail_after=0), make_engine(tokenizer)
+    async with make_stack(failing, router_token=SECRET) as one, make_stack(good, router_token=SECRET) as other:
+        async with routed(one.url, other.url, policy="round-robin") as routing:
+            stream = await routing.client.chat.completions.create(model="tiny", messages=HI, stream=True, max_tokens=9)
+            assert await text_of(stream)
+            assert (len(failing.submits), len(good.submits)) == (1, 1)
+            assert not good.submits[0].emitted
+
+
+async def test_a_refusal_of_a_draining_replica_is_not_the_clients_affair(
+    make_stack: StackFactory, tokenizer: Tokenizer
+) -> None:
+    """Its 503 is known before its health is asked the next time: the request waits for the one that comes back."""
+    away = engine_pb2.Rejected(code=engine_pb2.Rejected.UNAVAILABLE, message="the engine is draining", retry_after_s=1)
+    engine = make_engine(tokenizer)
+    async with make_stack(engine, router_token=SECRET) as stack:
+        async with routed(stack.url, health_interval_s=60.0) as routing:
+            outbox = await stack.engine.sessions.get()
+            engine.rejection = away
+            state = engine_pb2.EngineState(status=engine_pb2.EngineState.DRAINING, detail="shutting down")
+            outbox.put_nowait(engine_pb2.EngineMessage(state=state))
+            await stack.until_state("draining")
+            asking = asyncio.create_task(routing.http.post(CHAT, json={"messages": HI, "max_tokens": 1}))
+            await routing.until_queued(1)
+            assert len(engine.submits) == 1
+            engine.rejection = None
+            outbox.put_nowait(engine_pb2.EngineMessage(state=engine_pb2.EngineState(status=READY)))
+            await stack.until_state("ready")
+            await routing.router.replicas.look(routing.router.replicas.backends[0])
+            assert (await asking).status_code == 200
 
 
 async def test_nobody_can_go_on(make_stack: StackFactory, tokenizer: Tokenizer) -> None:
