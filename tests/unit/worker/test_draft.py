@@ -19,6 +19,9 @@ from tpserve.worker.arrays import Array
 from tpserve.worker.proposers.draft import DraftModel
 from tpserve.worker.runner import Runner
 
+KNOB = 0.7
+"""Drafts that are often wrong."""
+
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory, artifacts: Artifacts) -> Pairs:
@@ -150,7 +153,7 @@ def check_against_fresh(seen: Proposals, fresh: FreshDraft) -> None:
 
 @pytest.fixture(scope="module")
 def fresh(pairs: Pairs) -> Iterator[FreshDraft]:
-    draft = knob_pair(0.3)[1]
+    draft = knob_pair(KNOB)[1]
     with started(pairs.alone(draft, f"draft-{VOCAB}", DRAFT_TOKENS)) as runner:
         yield FreshDraft(runner)
 
@@ -159,7 +162,7 @@ def fresh(pairs: Pairs) -> Iterator[FreshDraft]:
 def test_proposals_are_those_of_a_draft_that_computed_the_prefix_at_once(
     pairs: Pairs, fresh: FreshDraft, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with started(pairs.config(0.3)) as runner:
+    with started(pairs.config(KNOB)) as runner:
         seen = watch(runner, monkeypatch)
         long_run(seen.driver, seed)
     assert len(seen.made) > 200
@@ -217,8 +220,15 @@ def test_a_draft_out_of_step_is_seen(
         monkeypatch.setattr(DraftModel, name, bug)
     if not bugs:
         monkeypatch.setattr("tpserve.worker.sampler.Sampler.copy_counts", lambda self, source, slots: None)
-    with started(pairs.config(0.3)) as runner:
+    assert any(is_seen(pairs, fresh, seed, monkeypatch) for seed in range(4))  # most are in the first run
+
+
+def is_seen(pairs: Pairs, fresh: FreshDraft, seed: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    with started(pairs.config(KNOB)) as runner:
         seen = watch(runner, monkeypatch)
-        long_run(seen.driver, seed=0)
-    with pytest.raises(AssertionError):
+        long_run(seen.driver, seed)
+    try:
         check_against_fresh(seen, fresh)
+    except AssertionError:
+        return True
+    return False
