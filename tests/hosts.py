@@ -25,9 +25,10 @@ import pytest
 
 from server import environment, processes_of
 
-CLIENT, DOOR = "198.18.213.1", "198.18.213.2"
-"""Of the machine itself and of the first host, between them (RFC 2544 sets this network aside for tests)."""
-FIRST, SECOND = "198.18.214.1", "198.18.214.2"
+CLIENT, DOOR = (f"198.18.{os.getpid() % 250}.{host}" for host in (1, 2))
+"""Of the machine itself and of the first host, between them (RFC 2544 sets this network aside for tests), another for
+each process that tests."""
+FIRST, SECOND = "198.19.0.1", "198.19.0.2"
 """Of the two hosts, between them."""
 GCS_PORT = 6379
 RAY_ENVIRON = {
