@@ -174,6 +174,7 @@ class Fleet:
             "num_cpus": max(self._args.replicas * self._args.tp, os.cpu_count() or 1),
             "temp_dir": str(self._ray_folder),
             "log_format": self._args.log_format,
+            "drain_timeout_s": self._args.drain_timeout,
             "parent_pid": os.getpid(),
         }
         self._ray = subprocess.Popen(
