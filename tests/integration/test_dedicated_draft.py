@@ -35,8 +35,8 @@ def expected(demo_model: Path, folder: Path) -> list[str | None]:
 
 @pytest.fixture(scope="module")
 def server(demo_model: Path, folder: Path) -> Iterator[Server]:
-    flags = ("--max-num-seqs", "4", "--draft-model", str(demo_model), "--num-speculative-tokens", "3")
-    flags += ("--draft-placement", "dedicated", "--draft-tp", "2")
+    flags = ["--max-num-seqs", "4", "--draft-model", str(demo_model), "--num-speculative-tokens", "3"]
+    flags += ["--draft-placement", "dedicated", "--draft-tp", "2"]
     with Server.running(demo_model, *flags, folder=folder) as running:
         yield running
 
