@@ -179,8 +179,10 @@ class Fleet:
         self._environment |= {
             name: value for name, value in ray_environment(None).items() if name.startswith("RAY_AUTH_")
         }
+        args = self._args
+        num_draft_ranks = (args.draft_tp or 1) if args.draft_placement == "dedicated" else 0
         config = {
-            "num_cpus": max(self._args.replicas * self._args.tp, os.cpu_count() or 1),
+            "num_cpus": max(args.replicas * (args.tp + num_draft_ranks), os.cpu_count() or 1),
             "temp_dir": str(self._ray_folder),
             "log_format": self._args.log_format,
             "drain_timeout_s": self._args.drain_timeout,

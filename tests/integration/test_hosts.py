@@ -132,7 +132,7 @@ def test_a_host_that_is_cut_off_and_returns(server: Server, hosts: TwoHosts, dem
         print(f"the stream went on {time.monotonic() - cut_at:.1f} s after the cut")
     assert "".join(chunks) == golden.text
     lost = re.findall(r"lost rank .*", server.log)[-1]
-    assert re.match(r"lost rank 1 on host-b: late in a collective; rank 0 says of step \d+: TimeoutError: rank 0", lost)
+    assert re.match(r"lost rank 1 on host-b: waited for in vain; rank 0 says of step \d+: TimeoutError: rank 0", lost)
     assert len(re.findall("sent the model", server.log)) == 1, "what the host had been sent was there still"
     assert server.health()[0] == 200
 
