@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,9 @@ class SharedMemoryCommunicator:
     ValueError
         If arguments are out of range or ranks disagree on them.
     """
+
+    backend: ClassVar[str] = "shared_memory"
+    """For the log and the metrics."""
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ Two kernels and a scratch buffer where `push` has one kernel; taken where ranks 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import cupy
 import tvm_ffi
@@ -33,6 +33,9 @@ class NcclCommunicator:
     TimeoutError
         If a rank does not come to the rendezvous.
     """
+
+    backend: ClassVar[str] = "nccl"
+    """For the log and the metrics."""
 
     def __init__(self, kernels: Any, rendezvous: Rendezvous, rank: int, world_size: int) -> None:
         token = rendezvous.exchange(nccl.get_unique_id() if rank == 0 else b"")[0]

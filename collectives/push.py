@@ -5,7 +5,7 @@ Owns the workspaces that ranks map from one another. The protocol is in kernels/
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import cupy
 import tvm_ffi
@@ -49,6 +49,9 @@ class PushCommunicator:
     RuntimeError
         If the GPUs cannot reach each other's memory.
     """
+
+    backend: ClassVar[str] = "push"
+    """For the log and the metrics."""
 
     def __init__(
         self,

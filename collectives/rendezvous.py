@@ -12,7 +12,7 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -41,6 +41,8 @@ class Handshake:
     secret: bytes
     timeout_s: float
     """What the deadlines below were made of, for messages."""
+    name: Callable[[int], str] = str
+    """What a rank is called in messages."""
 
     def admit(self, door: socket.socket, ranks: Collection[int], deadline: float) -> dict[int, socket.socket]:
         """Wait until each of `ranks` has come; strangers are turned away.
@@ -58,8 +60,9 @@ class Handshake:
             except TimeoutError:
                 for peer in peers.values():
                     peer.close()
-                absent = ", ".join(str(rank) for rank in ranks if rank not in peers)
-                raise TimeoutError(f"rank {self.rank} waited {self.timeout_s:g} s for rank {absent} to come") from None
+                absent = ", ".join(self.name(rank) for rank in ranks if rank not in peers)
+                own = self.name(self.rank)
+                raise TimeoutError(f"rank {own} waited {self.timeout_s:g} s for rank {absent} to come") from None
             rank = self._ask(peer, min(deadline, time.monotonic() + _HANDSHAKE_S))
             if rank is not None and rank in ranks and rank not in peers:
                 peers[rank] = peer
@@ -86,7 +89,8 @@ class Handshake:
                     return peer
             except TimeoutError:
                 raise TimeoutError(
-                    f"rank {self.rank} waited {self.timeout_s:g} s for rank {rank} at {address} to answer{why}"
+                    f"rank {self.name(self.rank)} waited {self.timeout_s:g} s for rank {self.name(rank)} at {address} "
+                    f"to answer{why}"
                 ) from None
             except OSError as error:  # nobody listens yet, or there is no way there now
                 why = f" ({error.strerror or error})"

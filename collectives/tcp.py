@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,9 @@ class TcpCommunicator:
     OSError
         If `host` is no address of this machine.
     """
+
+    backend: ClassVar[str] = "tcp"
+    """For the log and the metrics."""
 
     def __init__(
         self,

@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 _METHOD = "/tpserve.Worker/Execute"
 _ALL_REPORT_WITHIN_S = 0.25
-"""Ranks that wait in the same collective give up at nearly the same time."""
+"""Ranks that wait in the same collective give up at nearly the same time, and a process that ends ends its stream."""
+_WITNESSES = ("TimeoutError", "ConnectionError")
+"""Errors of a rank that waited for another."""
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
@@ -40,6 +42,8 @@ class RankState:
     """Latest step that it has finished."""
     node: str = ""
     """Where it is, if that is another node than the coordinator's."""
+    name: str = ""
+    """What it is called in messages and metrics."""
 
 
 class WorkerGroup:
@@ -60,6 +64,7 @@ class WorkerGroup:
         on_stall: Callable[[], None] = lambda: None,
         token: str | None = None,
         nodes: Sequence[str] = (),
+        names: Sequence[str] = (),
     ) -> None:
         """Open the streams.
 
@@ -79,11 +84,16 @@ class WorkerGroup:
             Shown to every rank.
         nodes
             By rank: where it is, empty on the coordinator's own node.
+        names
+            By rank: what it is called; empty: by its number. Ranks of a draft come behind the model's.
         """
         self._lost: RankLost | None = None
         self._on_lost = on_lost
         self._on_result = on_result
-        self.ranks = [RankState(rank, node=nodes[rank] if nodes else "") for rank in range(len(addresses))]
+        self.ranks = [
+            RankState(rank, node=nodes[rank] if nodes else "", name=names[rank] if names else str(rank))
+            for rank in range(len(addresses))
+        ]
         self._step_timeout_s = step_timeout_s
         self._stall_after_s = stall_after_s
         self._on_stall = on_stall
@@ -157,7 +167,7 @@ class WorkerGroup:
             self._on_lost()
 
     def _loss(self, rank: int, cause: str) -> RankLost:
-        return RankLost(rank, cause, self.ranks[rank].node)
+        return RankLost(rank, cause, self.ranks[rank].node, self.ranks[rank].name)
 
     async def _read(self, rank: int) -> None:
         call, state = self._calls[rank], self.ranks[rank]
@@ -169,7 +179,7 @@ class WorkerGroup:
                     lost = self._loss(rank, "ended its stream")
                     break
                 result = StepResult.from_pb(worker_pb2.StepResult.FromString(data))
-                if result.error.startswith("TimeoutError"):
+                if result.error.startswith(_WITNESSES):
                     self._give_up(rank, f"step {result.step_id}: {result.error}")
                     return
                 if result.error:
@@ -185,7 +195,7 @@ class WorkerGroup:
         self._lose(lost)
 
     def _give_up(self, rank: int, words: str) -> None:
-        """Note that a rank waited in vain. Not it is lost, but the one that it waited for: who says nothing."""
+        """Note that a rank waited in vain. Not it is lost, but the one waited for, which says nothing or ends."""
         self._gave_up[rank] = words
         if self._blame is None:
             self._blame = asyncio.get_running_loop().call_later(_ALL_REPORT_WITHIN_S, self._lose_silent)
@@ -194,7 +204,10 @@ class WorkerGroup:
         witness, words = next(iter(self._gave_up.items()))
         silent = [state.rank for state in self.ranks if state.rank not in self._gave_up]
         self._lose(
-            self._loss(silent[0] if silent else witness, f"late in a collective; rank {witness} says of {words}")
+            self._loss(
+                silent[0] if silent else witness,
+                f"waited for in vain; rank {self.ranks[witness].name} says of {words}",
+            )
         )
 
     async def _watch(self) -> None:

@@ -24,7 +24,7 @@ from tpserve.coordinator.group_layout import GroupLayout, order
 from tpserve.coordinator.process import make_ray_temp_dir, remove_folder
 from tpserve.coordinator.rank_actor import RankActor
 from tpserve.coordinator.ray_nodes import describe, find_own_node, wait_head_lost
-from tpserve.proto.rank import Place, RankAddress, RankConfig
+from tpserve.proto.rank import Door, Place, RankAddress, RankConfig, rank_name
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ class Cluster:
         self._temp_dir = config.temp_dir
         rank = config.rank
         self._distributor = Distributor(rank, config.distribute)
+        self._num_draft_ranks = 0 if rank.speculation is None else rank.speculation.num_draft_ranks
+        self._num_ranks = rank.tp_size + self._num_draft_ranks
         self._bundle = {"CPU": 1}
         if config.ray_address is not None and rank.device is not None:
             self._bundle["GPU"] = 1  # others may use the cluster; a Ray of our own counts none
@@ -94,7 +96,6 @@ class Cluster:
         ClusterError
             If Ray cannot be started or joined, or has no room for the group.
         """
-        tp_size = self._config.rank.tp_size
         options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
         if self._config.ray_address is None:
             if self._temp_dir is None:
@@ -107,7 +108,7 @@ class Cluster:
                 )
             options |= {
                 "address": "local",
-                "num_cpus": max(tp_size, os.cpu_count() or 1),
+                "num_cpus": max(self._num_ranks, os.cpu_count() or 1),
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "include_dashboard": False,
                 "_temp_dir": str(self._temp_dir),
@@ -126,19 +127,21 @@ class Cluster:
             raise ClusterError(
                 f"Ray cannot be {'joined' if self._config.ray_address else 'started'}: {error}"
             ) from error
-        self._placement = placement_group([self._bundle] * tp_size, strategy=_STRATEGIES[self._config.placement])
+        self._placement = placement_group(
+            [self._bundle] * self._num_ranks, strategy=_STRATEGIES[self._config.placement]
+        )
         if not self._placement.wait(_PLACE_TIMEOUT_S):
             raise ClusterError(self._no_room())
 
     def _no_room(self) -> str:
         """Say which resources are missing, and where they are."""
-        tp_size = self._config.rank.tp_size
-        needed = " and ".join(f"{tp_size} free {name}s" for name in self._bundle)
+        count = self._num_ranks
+        needed = " and ".join(f"{count} free {name}s" for name in self._bundle)
         nodes = describe(self._bundle)
         if self._config.placement == "one-node":
             remedy = "free some, lower --tp, or let ranks be on several nodes with --tp-across-nodes"
-            return f"no Ray node has {needed} for {tp_size} ranks: {nodes}; {remedy}"
-        return f"the Ray nodes have not {needed} for {tp_size} ranks: {nodes}; free some, add nodes, or lower --tp"
+            return f"no Ray node has {needed} for {count} ranks: {nodes}; {remedy}"
+        return f"the Ray nodes have not {needed} for {count} ranks: {nodes}; free some, add nodes, or lower --tp"
 
     async def wait_lost(self) -> str:
         """Wait until Ray has lost what it needs to start and end ranks; return what.
@@ -173,7 +176,7 @@ class Cluster:
         return ", ".join(name for name, pidfd in self._daemons.items() if pidfd in ended)
 
     async def start_ranks(self) -> Sequence[RankAddress]:
-        """Start every rank of a new group and return their addresses by rank.
+        """Start every rank of a new group and return their addresses by rank, the draft's own behind the model's.
 
         Raises
         ------
@@ -191,7 +194,7 @@ class Cluster:
                 **options,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=at),
             ).remote()
-            for at in range(self._config.rank.tp_size)
+            for at in range(self._num_ranks)
         ]
         configs = await self._configure(await self._locate())
         starts = [
@@ -208,13 +211,13 @@ class Cluster:
         await asyncio.gather(*starts, return_exceptions=True)
         if failures:
             rank, error = min(failures, key=lambda failure: isinstance(failure[1], TimeoutError))
-            raise ClusterError(f"rank {rank} cannot start: {root_cause(error)}")
+            raise ClusterError(f"rank {configs[rank].name} cannot start: {root_cause(error)}")
         if late:
-            ranks = ", ".join(str(rank) for rank, start in enumerate(starts) if start in late)
+            ranks = ", ".join(config.name for config, start in zip(configs, starts, strict=True) if start in late)
             raise ClusterError(f"rank {ranks} did not start within {self._config.start_timeout_s:g} s")
         addresses = [start.result() for start in starts]
         for address in addresses:
-            logger.info("rank %d: pid %d on %s", address.rank, address.pid, address.node)
+            logger.info("rank %s: pid %d on %s", address.name, address.pid, address.node)
             if not address.is_away:
                 with contextlib.suppress(OSError):  # it died just now
                     self._pidfds.append(os.pidfd_open(address.pid))
@@ -225,20 +228,19 @@ class Cluster:
         located = [asyncio.ensure_future(_result(actor.locate.remote())) for actor in self._actors]
         timeout_s = self._config.start_timeout_s
         try:
-            _, late = await asyncio.wait(located, timeout=min(_TELL_AFTER_S, timeout_s))
-            if late and self._config.ray_address is not None:
+            for wait_s in (min(_TELL_AFTER_S, timeout_s), max(0.0, timeout_s - _TELL_AFTER_S)):
+                _, late = await asyncio.wait(located, timeout=wait_s, return_when=asyncio.FIRST_EXCEPTION)
+                for each in located:
+                    if each.done() and (error := each.exception()) is not None:
+                        raise ClusterError(f"a rank's process cannot start: {root_cause(error)}")
+                if not late:
+                    break
                 nodes = await asyncio.to_thread(describe, self._bundle)
-                logger.warning("%d of the ranks wait for their node: %s", len(late), nodes)
-            if late:
-                _, late = await asyncio.wait(located, timeout=timeout_s - _TELL_AFTER_S)
-            if late:
-                nodes = await asyncio.to_thread(describe, self._bundle)
-                raise ClusterError(f"{len(late)} of the ranks have no node after {timeout_s:g} s: {nodes}")
+                logger.warning("%d of the ranks wait for a node, or for their process to start: %s", len(late), nodes)
+            else:
+                missing = f"{len(late)} of the ranks found no node, or did not start"
+                raise ClusterError(f"{missing}, within {timeout_s:g} s: {nodes}")
             places: list[Place] = [each.result() for each in located]
-        except ClusterError:
-            raise
-        except Exception as error:  # whatever the actor raised, Ray wraps it
-            raise ClusterError(f"a rank's process cannot start: {root_cause(error)}") from None
         finally:
             for each in located:
                 each.cancel()
@@ -251,18 +253,26 @@ class Cluster:
         layout = GroupLayout(self._config.rank, places, self._node_id)
         receivers = {node: Receiver(places[rank].node, self._actors[rank]) for node, rank in layout.away.items()}
         folders = await self._distributor.ensure(receivers) if receivers else {}
-        rendezvous = await self._open_door(layout.hosts[0]) if layout.needs_door else ""
-        return layout.configs(rendezvous, folders)
+        rendezvous, draft_door, target_door = "", "", ""
+        if layout.needs_door:
+            rendezvous = await self._open_door(0, layout.hosts[0], "group")
+        if self._num_draft_ranks:
+            first = self._config.rank.tp_size
+            draft_door = await self._open_door(first, layout.hosts[first], "draft")
+        if self._num_draft_ranks > 1:
+            target_door = await self._open_door(0, layout.hosts[0], "draft")
+        return layout.configs(rendezvous, folders, draft_door, target_door)
 
-    async def _open_door(self, host: str) -> str:
-        """Let rank 0 open the group's rendezvous; return its address."""
-        opening = _result(self._actors[0].open_door.remote(host))
+    async def _open_door(self, rank: int, host: str, door: Door) -> str:
+        """Let a rank open a door; return its address."""
+        name = rank_name(rank, self._config.rank.tp_size)
+        opening = _result(self._actors[rank].open_door.remote(host, door))
         try:
             return await asyncio.wait_for(opening, self._config.start_timeout_s)
         except TimeoutError:
-            raise ClusterError(f"rank 0 did not start within {self._config.start_timeout_s:g} s") from None
+            raise ClusterError(f"rank {name} did not start within {self._config.start_timeout_s:g} s") from None
         except Exception as error:  # whatever the actor raised, Ray wraps it
-            raise ClusterError(f"rank 0 cannot start: {root_cause(error)}") from None
+            raise ClusterError(f"rank {name} cannot start: {root_cause(error)}") from None
 
     async def kill_ranks(self) -> None:
         """End every rank of the group at once."""

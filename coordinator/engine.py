@@ -121,8 +121,12 @@ class Engine:
         self._gave_up = False
         self._tracing = tracing
         self._step_log: StepLog | None = None
-        """Of the present group."""
+        """Of the present group's ranks, but a draft's own."""
+        self._num_model_ranks = 0
+        """Of the present group; a draft's own ranks have the numbers behind them."""
         self._trace = StepTrace()
+        self._collectives = "none"
+        """By which the ranks of the latest group exchange activations."""
         self._after_idle: set[int] = set()
         """Steps in flight before which there was nothing to run."""
         self._last_end_us = 0
@@ -138,7 +142,7 @@ class Engine:
             age = self._group.oldest_step_age_s()
             if age > self._config.stall_after_s:
                 late = self._group.least_advanced()
-                ranks = f"; rank {late.rank} has finished step {late.last_step}" if len(self._group.ranks) > 1 else ""
+                ranks = f"; rank {late.name} has finished step {late.last_step}" if len(self._group.ranks) > 1 else ""
                 return EngineStatus.STALLED, f"no step has finished for {age:.1f} s{ranks}"
         return self._status, self._detail
 
@@ -248,9 +252,13 @@ class Engine:
         """See EngineGauges."""
         return self._group.ranks if self._group is not None else []
 
+    def collectives(self) -> str:
+        """See EngineGauges."""
+        return self._collectives
+
     async def trace(self, num_steps: int, timeout_s: float) -> str:
         """Record the next steps in Chrome's trace event format; see `StepTrace.record`."""
-        return await self._trace.record(num_steps, len(self.ranks()), timeout_s)
+        return await self._trace.record(num_steps, [rank.name for rank in self.ranks()], timeout_s)
 
     # ---- the loop
 
@@ -279,7 +287,7 @@ class Engine:
                 await self._serve()
             except RankLost as lost:
                 logger.error("lost %s; rebuilding the TP group, %d requests wait", lost, len(self._active))
-                self._metrics.count_lost_rank(lost.rank)
+                self._metrics.count_lost_rank(lost.name)
                 self._metrics.rebuilds.inc()
                 self._set_status(EngineStatus.REBUILDING, f"lost {lost}")
                 self._give_up = asyncio.get_running_loop().call_later(
@@ -311,8 +319,10 @@ class Engine:
         if self._give_up is not None:
             self._give_up.cancel()
         self._gave_up = False
-        self._step_log = StepLog(len(addresses))
-        self._metrics.make_ranks(len(addresses))
+        self._num_model_ranks = sum(address.draft_rank is None for address in addresses)
+        self._step_log = StepLog(self._num_model_ranks)
+        self._metrics.make_ranks([address.name for address in addresses])
+        self._collectives = addresses[0].collectives
         self._group = WorkerGroup(
             [address.target for address in addresses],
             self._config.step_timeout_s,
@@ -322,6 +332,7 @@ class Engine:
             on_stall=self._on_stall,
             token=addresses[0].token,
             nodes=[address.node if address.is_away else "" for address in addresses],
+            names=[address.name for address in addresses],
         )
         self._set_status(EngineStatus.DRAINING if self._draining else EngineStatus.READY, "")
 
@@ -383,6 +394,8 @@ class Engine:
         assert self._step_log is not None
         self._metrics.observe_rank(result)
         self._trace.rank(result)
+        if result.rank >= self._num_model_ranks:
+            return  # a draft's, which takes part in no collective of the model's
         ranks = self._step_log.add(result)
         if ranks is not None and len(ranks) > 1:
             self._metrics.observe_group(ranks)

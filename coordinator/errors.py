@@ -17,10 +17,13 @@ class RankLost(CoordinatorError):
     ----------
     node
         Where it was, if that is another node than the coordinator's.
+    name
+        What it is called in messages and metrics; empty: by its number.
     """
 
-    def __init__(self, rank: int, cause: str, node: str = "") -> None:
-        super().__init__(f"rank {rank}{f' on {node}' if node else ''}: {cause}")
+    def __init__(self, rank: int, cause: str, node: str = "", name: str = "") -> None:
+        self.name = name or str(rank)
+        super().__init__(f"rank {self.name}{f' on {node}' if node else ''}: {cause}")
         self.rank = rank
         self.cause = cause
 

@@ -1,4 +1,7 @@
-"""Which rank of a group is where, and what each is therefore told: pure, no Ray and no waiting."""
+"""Which rank of a group is where, and what each is therefore told: pure, no Ray and no waiting.
+
+Behind the model's ranks are those that a draft has to itself, if it has any.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ class GroupLayout:
     def __init__(self, template: RankConfig, places: Sequence[Place], own_node_id: str) -> None:
         self._places = places
         self._own_node_id = own_node_id
-        self.is_across_nodes = len({place.node_id for place in places}) > 1
+        ours, drafts = places[: template.tp_size], places[template.tp_size :]
+        self.is_across_nodes = len({place.node_id for place in ours}) > 1
         self._template = replace(
             template,
             group_name=f"tpserve-{uuid.uuid4().hex}",
@@ -52,10 +56,10 @@ class GroupLayout:
         if self.is_across_nodes and template.collectives == "push":
             raise ClusterError(
                 "--collectives push works over memory that GPUs of one node share, and the ranks are on "
-                f"{_names(places)}: take auto or nccl"
+                f"{_names(ours)}: take auto or nccl"
             )
         size = 1 if template.speculation is None else template.speculation.draft_tp_size
-        for first in range(0, len(places), size):
+        for first in range(0, len(places), size) if not drafts else (template.tp_size,):
             group = places[first : first + size]
             if len({place.node_id for place in group}) > 1:
                 raise ClusterError(
@@ -77,9 +81,11 @@ class GroupLayout:
     @property
     def needs_door(self) -> bool:
         """Whether the ranks meet at a door of rank 0, and not in shared memory alone."""
-        return len(self._places) > 1 and (self._template.device is not None or self.is_across_nodes)
+        return self._template.tp_size > 1 and (self._template.device is not None or self.is_across_nodes)
 
-    def configs(self, rendezvous: str, folders: Mapping[str, Mapping[str, Path]]) -> list[RankConfig]:
+    def configs(
+        self, rendezvous: str, folders: Mapping[str, Mapping[str, Path]], draft_door: str = "", target_door: str = ""
+    ) -> list[RankConfig]:
         """Return what each rank is told.
 
         Parameters
@@ -88,6 +94,8 @@ class GroupLayout:
             Address of the door; empty without one.
         folders
             What ranks load, by kind, at each node of `away`.
+        draft_door, target_door
+            See `RankConfig`.
         """
         configs = []
         for rank, (place, host) in enumerate(zip(self._places, self.hosts, strict=True)):
@@ -95,6 +103,7 @@ class GroupLayout:
             if device is not None:  # without a GPU of Ray's, the group's first device plus the rank
                 device = device + rank if place.device is None else place.device
             config = replace(self._template, rank=rank, host=host, device=device, rendezvous=rendezvous)
+            config = replace(config, draft_door=draft_door, target_door=target_door)
             if self._is_away(place):
                 config = with_folders(replace(config, is_away=True), folders[place.node_id])
             configs.append(config)

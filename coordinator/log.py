@@ -17,7 +17,7 @@ from pythonjsonlogger.json import JsonFormatter
 LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 
-_RANK_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) rank (\d+): (.*)", re.DOTALL)
+_RANK_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) rank ((?:draft )?\d+): (.*)", re.DOTALL)
 _HANDLER = "tpserve"
 """Name of the handler, by which it is found and replaced when a process has read its configuration."""
 _RAY_HANDLER = "ray_print_logs"
@@ -79,8 +79,8 @@ def _log_lines(data: Mapping[str, Any]) -> None:
 def log_rank_line(line: str, pid: int | None) -> None:
     """Log one line that a rank wrote, with its number and level if the line has them."""
     found = _RANK_LINE.fullmatch(line)
-    level, rank, message = (found[1], int(found[2]), found[3]) if found else ("INFO", None, line)
-    extra: dict[str, object] = {} if rank is None else {"rank": rank}
+    level, rank, message = (found[1], found[2], found[3]) if found else ("INFO", None, line)
+    extra: dict[str, object] = {} if rank is None else {"rank": int(rank) if rank.isdecimal() else rank}
     if pid is not None:
         extra["rank_pid"] = pid
     rank_logger.log(logging.getLevelNamesMapping()[level], message, extra=extra)

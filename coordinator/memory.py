@@ -20,7 +20,7 @@ _LOCAL_KV_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of one rank."""
+    """Bytes of one rank, with its share of a draft's."""
 
     parameter_bytes: int
     kv_bytes: int
@@ -40,6 +40,7 @@ def plan_memory(
     utilization: float,
     available_bytes: int,
     draft: Manifest | None = None,
+    draft_share: float = 1.0,
 ) -> MemoryPlan:
     """Decide the number of KV pages of each rank.
 
@@ -51,7 +52,10 @@ def plan_memory(
     available_bytes
         Memory that one rank may count on.
     draft
-        Of a draft on the same ranks: each page has its KV too.
+        Of a draft: each page has its KV too, on each of its ranks.
+    draft_share
+        Ranks of the draft for each of the model: 1 where they are the same. A draft's own ranks take theirs from the
+        same memory.
 
     Raises
     ------
@@ -62,9 +66,9 @@ def plan_memory(
     page = manifest.kv.page_bytes
     workspace = manifest.workspace_bytes
     if draft is not None:
-        parameters += _parameter_bytes(draft)
-        page += draft.kv.page_bytes
-        workspace += draft.workspace_bytes
+        parameters += math.ceil(draft_share * _parameter_bytes(draft))
+        page += math.ceil(draft_share * draft.kv.page_bytes)
+        workspace += math.ceil(draft_share * draft.workspace_bytes)
     pages_per_seq = -(-manifest.max_model_len // manifest.kv.page_size)
     budget = int(available_bytes * utilization) - parameters - workspace
     if budget < pages_per_seq * page:

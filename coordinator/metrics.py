@@ -37,6 +37,9 @@ class EngineGauges(Protocol):
     def states(self) -> Iterable[tuple[str, bool]]:
         """Return every state's name and whether it is the present one."""
 
+    def collectives(self) -> str:
+        """Return by which the ranks exchange activations."""
+
     def ranks(self) -> Sequence[RankState]:
         """Return what is known of the ranks; empty while the group is down."""
 
@@ -85,6 +88,7 @@ class Metrics:
         self.iteration_tokens = self._histogram("iteration_tokens")
         self.host_gap = self._histogram("host_gap_seconds")
         self._step_kinds = {kind: self._histogram("step_seconds", kind) for kind in ("decode", "verify", "mixed")}
+        self._rank_names: Sequence[str] = ()
         self._rank_steps: dict[int, Histogram] = {}
         # Counters without labels stand at zero from the start, and so do those whose labels are known.
         for name, counter in self._counters.items():
@@ -112,9 +116,9 @@ class Metrics:
         """Count one request that was not accepted."""
         self._counters["admission_rejections"].inc(1, reason)
 
-    def count_lost_rank(self, rank: int) -> None:
+    def count_lost_rank(self, name: str) -> None:
         """Count the loss of a rank."""
-        self._counters["ranks_lost"].inc(1, str(rank))
+        self._counters["ranks_lost"].inc(1, name)
 
     def count_prompt(self, num_tokens: int, num_cached: int) -> None:
         """Count where the prompt of a choice that has started to answer came from."""
@@ -123,16 +127,17 @@ class Metrics:
         sources.inc(num_tokens - num_cached, "local_compute")
         self.prompt_tokens_cached.inc(num_cached)
 
-    def make_ranks(self, num_ranks: int) -> None:
-        """Make the metrics of each rank appear, at zero."""
-        for rank in range(num_ranks):
-            self._rank_steps[rank] = self._histogram("rank_step_seconds", str(rank))
+    def make_ranks(self, names: Sequence[str]) -> None:
+        """Make the metrics of each rank appear, at zero; names are by rank."""
+        self._rank_names = tuple(names)
+        for rank, label in enumerate(names):
+            self._rank_steps[rank] = self._histogram("rank_step_seconds", label)
             for name in ("straggler_steps", "straggler_wait_seconds", "ranks_lost"):
-                self._counters[name].inc(0, str(rank))
+                self._counters[name].inc(0, label)
 
     def observe_rank(self, result: StepResult) -> None:
         """Take in what one rank says of one step that ran tokens."""
-        rank = str(result.rank)
+        rank = self._rank_names[result.rank]
         self._rank_steps[result.rank].observe(result.step_us / 1e6)
         for use in result.collectives:
             self._counters["collective_seconds"].inc(use.busy_us / 1e6, rank, use.kind)
@@ -245,7 +250,7 @@ _SCRAPED = frozenset(
     {
         *("num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc"),
         *("cache_config_info", "kv_pages", "kv_pages_evictable", "prefix_cache_queries", "prefix_cache_hits"),
-        *("num_preemptions", "steps", "engine_state", "rank_last_step"),
+        *("num_preemptions", "steps", "engine_state", "rank_last_step", "collectives_info"),
     }
 )
 """Read from the engine."""
@@ -271,7 +276,8 @@ def _read(source: EngineGauges) -> dict[str, dict[tuple[str, ...], float]]:
         "num_preemptions": {(): stats.num_preemptions},
         "steps": {(): stats.num_steps},
         "engine_state": {(name,): float(active) for name, active in source.states()},
-        "rank_last_step": {(str(rank.rank),): rank.last_step for rank in source.ranks()},
+        "collectives_info": {(source.collectives(),): 1},
+        "rank_last_step": {(rank.name,): rank.last_step for rank in source.ranks()},
     }
     assert found.keys() == _SCRAPED
     return found

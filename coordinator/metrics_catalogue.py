@@ -224,6 +224,13 @@ CATALOGUE: tuple[MetricSpec, ...] = (
     _own("counter", "collective_bytes", "Bytes that a rank put into collectives.", ["rank", "kind"]),
     _own("counter", "collective_calls", "Calls of collectives.", ["rank", "kind"]),
     _own(
+        "gauge",
+        "collectives_info",
+        "1; the label says by which ranks exchange activations: push (peer memory) or nccl between GPUs, shared_memory "
+        "or tcp between CPUs, none for one rank.",
+        ["backend"],
+    ),
+    _own(
         "counter",
         "straggler_steps",
         "Steps for whose collectives this rank came last while another waited a tenth of the step or longer.",

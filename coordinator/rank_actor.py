@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from tpserve.proto.rank import FileFacts, Place, RankAddress, RankConfig
+from tpserve.proto.rank import Door, FileFacts, Place, RankAddress, RankConfig
 
 
 class RankActor:
@@ -57,9 +57,9 @@ class RankActor:
         address: RankAddress = self._rank.start(config)
         return address
 
-    def open_door(self, host: str) -> str:
-        """Open the place where the group's ranks meet; see `tpserve.worker.actor`."""
-        address: str = self._rank.open_door(host)
+    def open_door(self, host: str, door: Door) -> str:
+        """Open a place where ranks meet; see `tpserve.worker.actor`."""
+        address: str = self._rank.open_door(host, door)
         return address
 
 

@@ -65,7 +65,7 @@ class ServeError(RuntimeError):
     """The server cannot start or go on; one clear line for the user."""
 
 
-class _AlreadyTold(ServeError):
+class AlreadyTold(ServeError):
     """As above, where a process that ran in the foreground has written the line itself."""
 
 
@@ -208,7 +208,7 @@ def main(args: argparse.Namespace) -> int:
         return server.watch()
     except (ServeError, ClusterError, ManifestError) as error:
         # One clear line; what led to it is in the log above.
-        if not isinstance(error, _AlreadyTold):
+        if not isinstance(error, AlreadyTold):
             logger.error("tpserve serve: error: %s", error)
         if args.no_gateway:
             tell_parent(error=str(error))
@@ -258,9 +258,10 @@ class _Server:
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         device = "cuda" if on_gpu else "cpu"
         speculation = choose_speculation(args)
-        if speculation is not None and on_gpu and (speculation.method != "draft" or speculation.draft_tp != 1):
-            raise ServeError("on GPUs a draft model proposes, whole on each: give --draft-model and --draft-tp 1")
+        if speculation is not None and on_gpu:
+            speculation.require_gpus()
         num_draft_tokens = 0 if speculation is None else speculation.max_num_draft_tokens
+        num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
         folders = self._compile(max_num_seqs, device, num_draft_tokens)
         manifest = Manifest.load(Path(folders["artifact_dir"]))
         manifest.require(tp_size=args.tp, max_num_seqs=max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens)
@@ -274,6 +275,7 @@ class _Server:
             args.gpu_memory_utilization,
             rank_bytes,
             draft=draft,
+            draft_share=1.0 if not num_draft_ranks else num_draft_ranks / args.tp,
         )
         logger.info(
             'Under mode "%s", max batch size will be set to %d, max KV cache token capacity will be set to %d, '
@@ -293,6 +295,7 @@ class _Server:
         )
         names = args.served_model_name or default_names(args.model)
         sizes: dict[str, Any] = {"num_pages": memory.num_pages, "max_num_seqs": max_num_seqs}
+        sizes["num_threads"] = max(1, usable_cpus() // ((args.tp + num_draft_ranks) * args.replica[1]))
         if speculation is not None:
             sizes |= speculation.config(draft_folders, args.load_format)
         engine_address = self._start_coordinator(folders, names[0], sizes)
@@ -441,7 +444,7 @@ class _Server:
         if process.returncode < 0:
             raise ServeError(f"the compiler was ended by {signal.Signals(-process.returncode).name}")
         if process.returncode != 0:
-            raise _AlreadyTold("the model could not be prepared")
+            raise AlreadyTold("the model could not be prepared")
         folders: dict[str, str] = json.loads(output)
         return folders
 
@@ -459,7 +462,6 @@ class _Server:
             "max_num_batched_tokens": args.max_num_batched_tokens,
             "max_num_queued_requests": args.max_num_queued_reqs,
             "enable_prefix_cache": not args.no_prefix_cache,
-            "num_threads": max(1, usable_cpus() // (args.tp * args.replica[1])),
             "load_format": args.load_format,
             "collectives": args.collectives,
             "ray_address": args.ray_address,

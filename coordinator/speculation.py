@@ -6,14 +6,15 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tpserve.coordinator.errors import ClusterError
 from tpserve.proto.manifest import Manifest
-from tpserve.proto.speculation import MAX_DRAFT_TOKENS, METHODS, DraftLengthRule, Method
+from tpserve.proto.speculation import MAX_DRAFT_TOKENS, METHODS, DraftLengthRule, DraftPlacement, Method
 
 MOST_BY_RULE: dict[DraftLengthRule, int] = {"auto": 5, "mlc": 4}
 """Draft tokens up to which a rule goes; the library is compiled for them."""
+_TP_DEGREES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,28 @@ class SpeculationChoice:
     draft_length: DraftLengthRule
     draft_model: str | None
     draft_tp: int
+    draft_placement: DraftPlacement = "colocated"
+
+    @property
+    def num_draft_ranks(self) -> int:
+        """Ranks that the draft has to itself."""
+        return self.draft_tp if self.draft_placement == "dedicated" else 0
+
+    def require_gpus(self) -> None:
+        """Check that it is built for GPUs.
+
+        Raises
+        ------
+        ClusterError
+            If it is not; names the remedy.
+        """
+        if self.draft_placement == "dedicated":
+            raise ClusterError(
+                "--draft-placement dedicated is built for CPUs alone: on GPUs a round of drafting and verifying is one "
+                "captured graph; use colocated"
+            )
+        if self.method != "draft" or self.draft_tp != 1:
+            raise ClusterError("on GPUs a draft model proposes, whole on each: give --draft-model and --draft-tp 1")
 
     def config(self, draft: dict[str, str] | None, load_format: str) -> dict[str, Any]:
         """Return the coordinator's fields.
@@ -38,6 +61,7 @@ class SpeculationChoice:
         if draft is not None:
             speculation |= {f"draft_{name}": folder for name, folder in draft.items()}
             speculation |= {"draft_tp_size": self.draft_tp, "draft_load_format": load_format}
+            speculation |= {"draft_placement": self.draft_placement}
         return {"speculation": speculation, "draft_length": self.draft_length}
 
 
@@ -50,13 +74,16 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-model", metavar="MODEL", help="a smaller model with the same vocabulary, as MODEL is given"
     )
     group.add_argument(
-        "--draft-tp", type=int, metavar="1|2|4|8", help="ranks of one draft group (default 1); must divide --tp"
+        "--draft-tp",
+        type=int,
+        metavar="1|2|4|8",
+        help="ranks of one draft group (default 1); they divide --tp where colocated",
     )
     group.add_argument(
         "--draft-placement",
-        choices=["colocated", "dedicated"],
+        choices=get_args(DraftPlacement),
         default="colocated",
-        help="colocated: on the ranks of the model itself, which is all there is so far",
+        help="colocated: on the ranks of the model itself; dedicated: on ranks of its own, on CPUs",
     )
     group.add_argument(
         "--spec-method",
@@ -88,22 +115,28 @@ def choose_speculation(args: argparse.Namespace) -> SpeculationChoice | None:
                     f"--{flag.replace('_', '-')} {getattr(args, flag)} without a proposer: "
                     "give --draft-model, or --spec-method ngram or suffix"
                 )
+        if args.draft_placement != "colocated":
+            raise ClusterError(f"--draft-placement {args.draft_placement} without a proposer: give --draft-model")
         return None
     if method == "draft" and not args.draft_model:
         raise ClusterError("--spec-method draft needs a model that drafts: give --draft-model, or --spec-method ngram")
     if method != "draft" and (args.draft_model or args.draft_tp is not None):
         raise ClusterError(f"--spec-method {method} looks tokens up: leave --draft-model and --draft-tp away")
-    if args.draft_placement == "dedicated":
-        raise ClusterError("--draft-placement dedicated is not built yet: use colocated")
+    placement: DraftPlacement = args.draft_placement
+    if placement == "dedicated" and method != "draft":
+        raise ClusterError(f"--spec-method {method} has no model to place: leave --draft-placement dedicated away")
     draft_tp = args.draft_tp or 1
-    if draft_tp < 1 or args.tp % draft_tp != 0:
+    if placement == "dedicated" and draft_tp not in _TP_DEGREES:
+        raise ClusterError(f"--draft-tp {draft_tp} is not one of {', '.join(map(str, _TP_DEGREES))}")
+    if placement == "colocated" and (draft_tp < 1 or args.tp % draft_tp != 0):
         raise ClusterError(
-            f"--draft-tp {draft_tp} does not divide --tp {args.tp}: each group of that many ranks drafts for itself"
+            f"--draft-tp {draft_tp} does not divide --tp {args.tp}: each group of that many ranks drafts for itself; "
+            "lower it, or give the draft ranks of its own with --draft-placement dedicated"
         )
     length: int | DraftLengthRule = args.num_speculative_tokens or "auto"
     rule: DraftLengthRule = "fixed" if isinstance(length, int) else length
     most = length if isinstance(length, int) else MOST_BY_RULE[length]
-    return SpeculationChoice(method, most, rule, args.draft_model, draft_tp)
+    return SpeculationChoice(method, most, rule, args.draft_model, draft_tp, placement)
 
 
 def check_draft(target: Manifest, draft: Manifest, target_dir: Path, draft_dir: Path) -> None:

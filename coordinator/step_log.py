@@ -65,10 +65,15 @@ class StepTrace:
         """Steps before it had begun on some rank when the recording began."""
         self._done = asyncio.Event()
 
-    async def record(self, num_steps: int, num_ranks: int, timeout_s: float) -> str:
+    async def record(self, num_steps: int, rank_names: Sequence[str], timeout_s: float) -> str:
         """Record the next steps and return the trace as JSON.
 
         With fewer steps if no more were run in time; `otherData` says how many there are.
+
+        Parameters
+        ----------
+        rank_names
+            By rank.
 
         Raises
         ------
@@ -81,7 +86,7 @@ class StepTrace:
         self._steps = {}
         self._first_step_id = 0
         self._num_wanted = num_steps
-        self._num_ranks = num_ranks
+        self._num_ranks = len(rank_names)
         self._begin_us = time.time_ns() // 1000
         self._clock_us = time.time_ns() / 1000 - time.perf_counter() * 1e6
         self._done.clear()
@@ -96,7 +101,7 @@ class StepTrace:
         return json.dumps(
             {
                 "traceEvents": [
-                    *_names(num_ranks),
+                    *_names(rank_names),
                     *sorted([*self._host_events, *of_ranks], key=lambda event: event["ts"]),
                 ],
                 "displayTimeUnit": "ms",
@@ -168,15 +173,15 @@ def _span(
     }
 
 
-def _names(num_ranks: int) -> list[dict[str, Any]]:
+def _names(rank_names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the events that name processes and tracks."""
     names: list[dict[str, Any]] = [
         _name("process_name", _COORDINATOR_PID, 0, "coordinator"),
         _name("thread_name", _COORDINATOR_PID, 1, "scheduler"),
         _name("thread_name", _COORDINATOR_PID, 2, "host"),
     ]
-    for rank in range(num_ranks):
-        names.append(_name("process_name", _FIRST_RANK_PID + rank, 0, f"rank {rank}"))
+    for rank, label in enumerate(rank_names):
+        names.append(_name("process_name", _FIRST_RANK_PID + rank, 0, f"rank {label}"))
         names.append(_name("thread_name", _FIRST_RANK_PID + rank, 1, "steps"))
     return names
 

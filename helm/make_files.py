@@ -49,6 +49,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "enum": [*range(1, 9), "auto", "mlc"],
         "description": "Draft tokens of a step.",
     },
+    "engine.ray.ranksPerPod": {"enum": [0, 1, 2, 4, 8]},
     "router.replicas": {"minimum": 1},
     "router.policy": {"enum": ["prefix", "least-loaded", "round-robin"]},
     "router.maxInFlightPerBackend": {"minimum": 1},

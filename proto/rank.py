@@ -11,10 +11,18 @@ from tpserve.proto.speculation import Speculation
 
 _FINGERPRINT_BYTES = 1 << 20
 
+Door = Literal["group", "draft"]
+"""Where ranks meet: those of the model; or those with a draft's own."""
+
+
+def rank_name(rank: int, tp_size: int) -> str:
+    """Return what a rank is called in messages and metrics: a draft's own ranks are counted behind the model's."""
+    return str(rank) if rank < tp_size else f"draft {rank - tp_size}"
+
 
 @dataclass(frozen=True, slots=True)
 class RankConfig:
-    """One rank of a tensor-parallel group."""
+    """One rank of a tensor-parallel group, or of its draft's own ranks: those from `tp_size` on."""
 
     rank: int
     tp_size: int
@@ -51,6 +59,20 @@ class RankConfig:
     """Between GPUs: over peer memory, or by NCCL; auto takes peer memory wherever ranks can map it."""
     speculation: Speculation | None = None
     """How draft tokens are proposed; None: never."""
+    target_door: str = ""
+    """`host:port` of rank 0's door for the draft's own ranks but the first; empty if there are none."""
+    draft_door: str = ""
+    """`host:port` of the draft's first own rank's door for the model's ranks; empty if it has none."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return rank_name(self.rank, self.tp_size)
+
+    @property
+    def draft_rank(self) -> int | None:
+        """Its number among the draft's own ranks; None: it is one of the model's."""
+        return self.rank - self.tp_size if self.rank >= self.tp_size else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +124,15 @@ class RankAddress:
     """Whether it is on another node than the coordinator."""
     token: str | None = field(default=None, repr=False)
     """What the rank wants to be shown."""
+    collectives: str = "none"
+    """By which it exchanges activations: shared_memory, tcp, push or nccl; none for a rank alone."""
+    draft_rank: int | None = None
+    """See `RankConfig`."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages and metrics."""
+        return str(self.rank) if self.draft_rank is None else f"draft {self.draft_rank}"
 
     @property
     def target(self) -> str:

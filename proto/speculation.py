@@ -10,6 +10,8 @@ Method = Literal["draft", "ngram", "suffix"]
 METHODS: tuple[Method, ...] = ("draft", "ngram", "suffix")
 SPARSE_METHODS: tuple[Method, ...] = ("ngram", "suffix")
 """Which look tokens up, and often find nothing."""
+DraftPlacement = Literal["colocated", "dedicated"]
+"""colocated: in the processes of the model's own ranks; dedicated: in processes of the draft's own."""
 DraftLengthRule = Literal["fixed", "auto", "mlc"]
 """fixed: always the most; auto: by measured times and accept rates; mlc: MLC's table by batch size."""
 MAX_DRAFT_TOKENS = 8
@@ -31,10 +33,16 @@ class Speculation:
     """The draft's compiled library and manifest."""
     draft_tp_size: int = 1
     """Ranks of one draft group. On the target's ranks it divides their number, and each group drafts the same."""
+    draft_placement: DraftPlacement = "colocated"
     draft_load_format: Literal["auto", "dummy"] = "auto"
     min_ngram: int = 2
     max_ngram: int = 4
     """Lengths of the run of last tokens that prompt lookup searches for; the longest that occurs wins."""
+
+    @property
+    def num_draft_ranks(self) -> int:
+        """Ranks that the draft has to itself."""
+        return self.draft_tp_size if self.draft_placement == "dedicated" else 0
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:

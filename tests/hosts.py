@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +25,10 @@ import pytest
 
 from server import environment, processes_of
 
-CLIENT, DOOR = "198.18.213.1", "198.18.213.2"
-"""Of the machine itself and of the first host, between them (RFC 2544 sets this network aside for tests)."""
-FIRST, SECOND = "198.18.214.1", "198.18.214.2"
+CLIENT, DOOR = (f"198.18.{os.getpid() % 250}.{host}" for host in (1, 2))
+"""Of the machine itself and of the first host, between them (RFC 2544 sets this network aside for tests), another for
+each process that tests."""
+FIRST, SECOND = "198.19.0.1", "198.19.0.2"
 """Of the two hosts, between them."""
 GCS_PORT = 6379
 RAY_ENVIRON = {
@@ -78,6 +79,12 @@ class Host:
         flags = ("--node-ip-address", self.address, "--num-cpus", str(num_cpus), "--temp-dir", self.ray_dir)
         store = ("--object-store-memory", str(80 << 20), "--disable-usage-stats")
         self.run(Path(sys.executable).parent / "ray", "start", *joins, *flags, *store)
+
+    def kill_all(self) -> None:
+        """Kill everything that runs there, as a power cut does; the host itself stays."""
+        _kill_all(
+            lambda: {pid for pid in psutil.pids() if _network(pid) == _network(self.holder.pid)} - {self.holder.pid}
+        )
 
     def set_cable(self, device: str, state: str) -> None:
         """Pull the cable, or put it back: `state` is down or up."""
@@ -173,12 +180,17 @@ def _require_namespaces() -> None:
 
 def _end_all(mark: str, networks: set[str]) -> None:
     """Kill what has the mark, and what is in these networks: some of Ray's processes overwrite their environment."""
+    _kill_all(
+        lambda: (
+            {process.pid for process in processes_of(mark)}
+            | {pid for pid in psutil.pids() if _network(pid) in networks}
+        )
+    )
+
+
+def _kill_all(find: Callable[[], set[int]]) -> None:
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        found = {process.pid for process in processes_of(mark)}
-        found |= {pid for pid in psutil.pids() if _network(pid) in networks}
-        if not found:
-            return
+    while (found := find()) and time.monotonic() < deadline:
         for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

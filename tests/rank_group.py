@@ -79,18 +79,28 @@ class RankProcesses:
         collectives: Literal["auto", "push", "nccl"] = "auto",
         speculation: Speculation | None = None,
     ) -> Iterator[RankGroup]:
-        """Load a model on the first `tp_size` processes; rank r on GPU `devices[r]`, or all on CPUs."""
+        """Load a model on the first `tp_size` processes; rank r on GPU `devices[r]`, or all on CPUs.
+
+        A draft's own ranks are on the processes behind them.
+        """
         context = multiprocessing.get_context("spawn")
-        while len(self._ranks) < tp_size:
+        num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
+        while len(self._ranks) < tp_size + num_draft_ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
-        pipes = [pipe for _, pipe in self._ranks[:tp_size]]
+        pipes = [pipe for _, pipe in self._ranks[: tp_size + num_draft_ranks]]
         name = f"tpserve-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
-            rendezvous = ""
+            rendezvous, draft_door, target_door = "", "", ""
+            if num_draft_ranks:
+                pipes[tp_size].send(("open door", "127.0.0.1"))
+                draft_door = _collect(pipes[tp_size : tp_size + 1])[0]
+            if num_draft_ranks > 1:
+                pipes[0].send(("open door", "127.0.0.1"))
+                target_door = _collect(pipes[:1])[0]
             if devices is not None and tp_size > 1:
                 pipes[0].send(("open door", "127.0.0.1"))
                 rendezvous = _collect(pipes[:1])[0]
@@ -110,6 +120,8 @@ class RankProcesses:
                     rendezvous=rendezvous,
                     collectives=collectives,
                     speculation=speculation,
+                    draft_door=draft_door,
+                    target_door=target_door,
                 )
                 pipe.send(("load", config))
             _collect(pipes)
@@ -271,8 +283,12 @@ def _serve(pipe: Connection) -> None:
                 from tpserve.worker.device_runner import DeviceRunner
 
                 runner = DeviceRunner(what, lambda done, total: None, door=door)
+            elif kind == "load" and what.draft_rank is not None:
+                from tpserve.worker.draft_runner import DraftRunner
+
+                runner, door = DraftRunner(what, lambda done, total: None, door=door), None
             elif kind == "load":
-                runner = Runner(what, lambda done, total: None)
+                runner, door = Runner(what, lambda done, total: None, drafts_door=door), None
             elif runner is None:
                 raise AssertionError(f"{kind} before load")
             elif kind == "close":

@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import Any
 
-from tpserve.proto.rank import RankAddress, RankConfig
+from tpserve.proto.rank import Door, RankAddress, RankConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,20 @@ class Rank:
     def __init__(self) -> None:
         self._server: Any = None
         self._runner: Any = None
-        self._door: socket.socket | None = None
+        self._doors: dict[Door, socket.socket] = {}
 
-    def open_door(self, host: str) -> str:
-        """Open the place where the group's ranks meet; return its `host:port`. For rank 0, before `start`."""
+    def open_door(self, host: str, door: Door) -> str:
+        """Open a place where ranks meet; return its `host:port`. Before `start`.
+
+        Parameters
+        ----------
+        door
+            group: of the model's ranks, at its rank 0; draft: where the model's ranks and the draft's own meet.
+        """
         from tpserve.collectives.rendezvous import listen
 
-        self._door = listen(host)
-        return f"{host}:{self._door.getsockname()[1]}"
+        self._doors[door] = listen(host)
+        return f"{host}:{self._doors[door].getsockname()[1]}"
 
     def start(self, config: RankConfig) -> RankAddress:
         """Load the library and this rank's weights, join the group, listen.
@@ -44,25 +50,38 @@ class Rank:
         """
         logging.basicConfig(
             level=logging.INFO,
-            format=f"%(levelname)s rank {config.rank}: %(message)s",
+            format=f"%(levelname)s rank {config.name}: %(message)s",
             stream=sys.stderr,
             force=True,
         )
         # Imported here: the actor's process loads TVM, the coordinator that pickles this class by name does not.
         from tpserve.worker.service import serve
 
-        if config.device is None:
+        group, draft = self._doors.get("group"), self._doors.get("draft")
+        if config.draft_rank is not None:
+            from tpserve.worker.draft_runner import DraftRunner
+
+            self._runner = DraftRunner(config, _log_progress, door=draft)
+        elif config.device is None:
             from tpserve.worker.runner import Runner
 
-            self._runner = Runner(config, _log_progress, door=self._door)
+            self._runner = Runner(config, _log_progress, door=group, drafts_door=draft)
         else:
             from tpserve.worker.device_runner import DeviceRunner
 
-            self._runner = DeviceRunner(config, _log_progress, door=self._door)
+            self._runner = DeviceRunner(config, _log_progress, door=group)
         on_end = _end_soon if config.is_away else None
         self._server, port = serve(self._runner, config.rank, config.host, config.token, on_end)
         return RankAddress(
-            config.rank, config.host, port, os.getpid(), socket.gethostname(), config.is_away, config.token
+            config.rank,
+            config.host,
+            port,
+            os.getpid(),
+            socket.gethostname(),
+            config.is_away,
+            config.token,
+            self._runner.collectives,
+            config.draft_rank,
         )
 
 

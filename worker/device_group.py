@@ -72,6 +72,11 @@ class DeviceGroup:
         self._communicator.register()
         self._late = [pinned(1, np.int32) for _ in range(num_staging)]
 
+    @property
+    def backend(self) -> str:
+        """By which ranks exchange activations."""
+        return self._communicator.backend
+
     def meet(self, what: str) -> None:
         """Wait until every rank has come as far.
 

@@ -27,7 +27,8 @@ from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch, StepArrays
-from tpserve.worker.buckets import Bucket, fill, make_buckets
+from tpserve.worker.buckets import fill, make_buckets
+from tpserve.worker.captured_step import CapturedStep, PendingStep, unowned
 from tpserve.worker.device_group import DeviceGroup
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_speculation import DeviceDraft, DeviceSpeculation
@@ -43,75 +44,6 @@ _NUM_STAGING = 4
 """Pinned copies of a step's inputs and outputs: more than plans can be in flight."""
 _MAX_PAGE_UPDATES = 4096
 """Page-table entries that one step may change."""
-
-
-class _CapturedStep:
-    """One bucket's graph with the device buffer of its inputs."""
-
-    def __init__(self, bucket: Bucket, verify: VerifyBucket | None = None) -> None:
-        self.bucket = bucket
-        self.num_slots = 0 if verify is None else verify.num_slots
-        """Decoding slots that the step verifies draft tokens of."""
-        self.num_draft_tokens = 0 if verify is None else verify.num_draft_tokens
-        self.prompt_graph: Any = None
-        """The draft's pass over the same tokens, for steps with prompts."""
-        self.inputs = cupy.zeros(bucket.num_inputs, cupy.int32)
-        self.graph: Any = None
-        self.forward_graph: Any = None
-        """The same without the sampling; captured when a step of this size first has a grammar."""
-        self.logits: Any = None
-        """What the forward graph writes: memory of the pool, good until the next launch of any graph."""
-        parts = [self.inputs[start : start + size] for start, size in zip(bucket.starts, bucket.sizes, strict=True)]
-        parts[2].fill(-1)
-        parts[4].fill(-1)
-        self.tensors = [tvm_ffi.from_dlpack(part) for part in parts]
-        """token_ids, positions, token_slots, sample_rows, sample_slots, sample_positions."""
-        self.plan: Any = None
-        self.hidden: Any = None
-        """What the graph writes: (R, hidden_size) bfloat16, good until the next launch of any graph."""
-        self.forward_hidden: Any = None
-        """The same of the forward graph."""
-
-
-class PendingStep:
-    """A step on its way; `wait` blocks until the device has done it."""
-
-    def __init__(
-        self,
-        runner: DeviceRunner,
-        plan: StepPlan,
-        staging: int,
-        slots: Array | None = None,
-        num_tokens: int = 0,
-        bucket: Bucket | None = None,
-        failures: dict[int, str] | None = None,
-        mask_us: int = 0,
-        hidden: dict[int, Array] | None = None,
-    ) -> None:
-        """Note what was queued; without slots nothing was.
-
-        `slots` are those that decode or were sampled, each once; `hidden` is by slot, of those that asked for rows.
-        """
-        self.hidden = hidden or {}
-        self.plan = plan
-        self.slots = slots
-        self.staging = staging
-        self.num_tokens = num_tokens
-        self.bucket = bucket
-        self.submitted = time.perf_counter()
-        self.failures = failures or {}
-        self.mask_us = mask_us
-        self._runner = runner
-
-    def wait(self) -> StepResult:
-        """Return the result; the coordinator's deadline of a step bounds the wait.
-
-        Raises
-        ------
-        WorkerError
-            If the logits of a slot had a NaN or no finite maximum.
-        """
-        return self._runner.finish(self)
 
 
 class DeviceRunner:
@@ -196,8 +128,8 @@ class DeviceRunner:
         self._last_finish = time.perf_counter()
         if self._group is not None:
             self._group.meet("weights")  # a rank that is still loading must not look late to a kernel
-        self._captured = self._capture([_CapturedStep(bucket) for bucket in buckets])
-        self._verifying = self._capture([_CapturedStep(each.bucket, each) for each in verify_buckets])
+        self._captured = self._capture([CapturedStep(bucket) for bucket in buckets])
+        self._verifying = self._capture([CapturedStep(each.bucket, each) for each in verify_buckets])
         self._grammars.wait_warm()
         if self._group is not None:
             self._group.meet("graphs")
@@ -216,7 +148,7 @@ class DeviceRunner:
 
     # ---- capture
 
-    def _capture(self, steps: list[_CapturedStep]) -> list[_CapturedStep]:
+    def _capture(self, steps: list[CapturedStep]) -> list[CapturedStep]:
         """Capture each step's graph, largest first so that the allocator's pool has room for all.
 
         Returns
@@ -246,13 +178,13 @@ class DeviceRunner:
         graph.upload(self._stream)
         return graph
 
-    def _run_draft(self, step: _CapturedStep) -> None:
+    def _run_draft(self, step: CapturedStep) -> None:
         """Queue the draft's pass over a step that has run."""
         assert self._speculation is not None
         token_ids, positions, token_slots = step.tensors[:3]
         self._speculation.compute_prompts(token_ids, positions, token_slots, self._page_table)
 
-    def _capture_forward(self, step: _CapturedStep) -> None:
+    def _capture_forward(self, step: CapturedStep) -> None:
         """Capture a bucket's step up to the logits; nothing runs, and the pool has room from the whole step's capture.
 
         The logits' memory goes back to the pool, as it does in every other graph: only what is launched later writes to
@@ -262,17 +194,17 @@ class DeviceRunner:
         self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
         logits, step.forward_hidden = self._forward(step)
         step.forward_graph = self._stream.end_capture()
-        step.logits = _unowned(logits)
+        step.logits = unowned(logits)
         step.forward_graph.upload(self._stream)
         took_ms = (time.perf_counter() - started) * 1e3
         logger.info("captured the forward pass of %d tokens for grammars in %.1f ms", step.bucket.num_tokens, took_ms)
 
-    def _run(self, step: _CapturedStep) -> None:
+    def _run(self, step: CapturedStep) -> None:
         """Queue everything that one step does on the device."""
         logits, step.hidden = self._forward(step)
         self._sample(step, logits)
 
-    def _sample(self, step: _CapturedStep, logits: Any) -> None:
+    def _sample(self, step: CapturedStep, logits: Any) -> None:
         """Queue the sampling of a step's logits."""
         sample_slots, sample_positions = step.tensors[4:]
         ids = self._sampler.queue(logits, sample_slots, sample_positions)
@@ -282,7 +214,7 @@ class DeviceRunner:
         else:
             self._kernels["store_last_tokens"](ids, sample_slots, self._last_token)
 
-    def _forward(self, step: _CapturedStep) -> tuple[Any, Any]:
+    def _forward(self, step: CapturedStep) -> tuple[Any, Any]:
         """Queue a step up to its logits; return them and the hidden rows that they are of."""
         token_ids, positions, token_slots, sample_rows = step.tensors[:4]
         if self._speculation is None:
@@ -375,7 +307,7 @@ class DeviceRunner:
         if plan.num_draft_tokens and plan.chunks:
             raise PlanError(f"step {plan.step_id} verifies draft tokens beside prompts, which a GPU does not")
 
-    def _launch(self, step: _CapturedStep, rows: list[ConstrainedRow], staging: int) -> tuple[dict[int, str], int]:
+    def _launch(self, step: CapturedStep, rows: list[ConstrainedRow], staging: int) -> tuple[dict[int, str], int]:
         """Queue a step whose inputs are queued; return which slots cannot go on, and the microseconds of its masks."""
         before, num_before, staging_before, width = self._constrained
         buffer = self._sampler.mask_buffers[staging]
@@ -440,6 +372,11 @@ class DeviceRunner:
             mask_us=pending.mask_us if is_first else 0,
         )
 
+    @property
+    def collectives(self) -> str:
+        """By which ranks exchange activations."""
+        return "none" if self._group is None else self._group.backend
+
     def close(self) -> None:
         """Wait for what is queued, so that its memory may go, and leave the group."""
         self._grammars.close()
@@ -466,7 +403,7 @@ class DeviceRunner:
     def _plan_words(self, num_tokens: int) -> int:
         return int(self._kernels["attention_plan_size"](num_tokens, self._config.max_num_seqs))
 
-    def _bucket_for(self, arrays: StepArrays, num_draft_tokens: int) -> _CapturedStep:
+    def _bucket_for(self, arrays: StepArrays, num_draft_tokens: int) -> CapturedStep:
         num_tokens, num_rows = len(arrays.token_ids), len(arrays.sample_rows)
         for step in self._verifying if num_draft_tokens else self._captured:
             if step.bucket.num_tokens >= num_tokens and step.bucket.num_rows >= num_rows:
@@ -490,18 +427,6 @@ def _without_limits(plan: StepPlan) -> StepPlan:
         return plan
     added = tuple(replace(each, max_len=0, prefix_token_ids=()) for each in plan.added_slots)
     return replace(plan, added_slots=added)
-
-
-def _unowned(tensor: Any) -> Any:
-    """Return a tensor over the same memory that does not keep it from its allocator."""
-    view = (
-        cupy.from_dlpack(tensor)
-        if tensor.dtype != "bfloat16"
-        else cupy.from_dlpack(tensor._create_view(tensor.shape, dtype="uint16"))
-    )
-    memory = cupy.cuda.UnownedMemory(view.data.ptr, view.nbytes, owner=None)
-    bare = cupy.ndarray(view.shape, view.dtype, cupy.cuda.MemoryPointer(memory, 0))
-    return as_device_tensor(bare, str(tensor.dtype))
 
 
 def _num_mask_threads(tp_size: int) -> int:

@@ -16,6 +16,11 @@ _ATTACH_TIMEOUT_S = 60.0
 """For the slowest rank's process to start, however short a step's deadline is."""
 
 
+def attach_timeout_s(collective_timeout_s: float) -> float:
+    """Return within what time ranks must come together."""
+    return max(_ATTACH_TIMEOUT_S, collective_timeout_s)
+
+
 def join(
     config: ModelRank, kernels: Any, door: socket.socket | None
 ) -> SharedMemoryCommunicator | TcpCommunicator | None:
@@ -35,11 +40,11 @@ def join(
     """
     if config.tp_size == 1:
         return None
-    attach_timeout_s = max(_ATTACH_TIMEOUT_S, config.collective_timeout_s)
+    within_s = attach_timeout_s(config.collective_timeout_s)
     communicator: SharedMemoryCommunicator | TcpCommunicator
     if config.rendezvous is not None:
         with Rendezvous(
-            config.rank, config.tp_size, config.rendezvous, config.group_name, timeout_s=attach_timeout_s, door=door
+            config.rank, config.tp_size, config.rendezvous, config.group_name, timeout_s=within_s, door=door
         ) as rendezvous:
             communicator = TcpCommunicator(
                 rendezvous,
@@ -48,7 +53,7 @@ def join(
                 config.tp_size,
                 secret=config.group_name,
                 timeout_s=config.collective_timeout_s,
-                attach_timeout_s=attach_timeout_s,
+                attach_timeout_s=within_s,
             )
     else:
         communicator = SharedMemoryCommunicator(
@@ -57,7 +62,7 @@ def join(
             config.rank,
             config.tp_size,
             timeout_s=config.collective_timeout_s,
-            attach_timeout_s=attach_timeout_s,
+            attach_timeout_s=within_s,
         )
     communicator.register()
     return communicator

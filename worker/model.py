@@ -101,6 +101,11 @@ class Model:
         logits, hidden = self._step(*map(as_tensor, inputs), *self._no_workspace, self._kv.layers, self._params)
         return logits, hidden
 
+    @property
+    def collectives(self) -> str:
+        """By which ranks exchange activations."""
+        return "none" if self._communicator is None else self._communicator.backend
+
     def collective_totals(self) -> dict[str, CollectiveStats]:
         """Return what this rank has done in collectives since the start, by kind; nothing of a model on one rank."""
         return {} if self._communicator is None else self._communicator.stats()

@@ -62,21 +62,28 @@ def sample_reference(
     return ReferenceSample(token_id, TokenLogprobs(float(logprobs[token_id]), top))
 
 
-def uniform(seed: int, counter: int) -> float:
-    """Return the number in [0, 1) of Philox4x32-10 for a 64-bit key and counter (Salmon et al., SC'11)."""
-    words = philox4x32(seed, counter)
-    return (words[0] << 21 | words[1] >> 11) * 2.0**-53
+def exponentials(seed: int, position: int, count: int) -> npt.NDArray[np.float64]:
+    """Return the variates of tokens 0 to count - 1, (count,).
+
+    Token i has word i % 32 / 8 of block i / 32 * 8 + i % 8: eight blocks side by side serve 32 tokens in order.
+    """
+    num_groups = -(-count // 32)
+    words = np.stack(philox4x32(seed, position, np.arange(8 * num_groups, dtype=np.uint64)))  # (word, block)
+    in_order = words.reshape(4, num_groups, 8).transpose(1, 0, 2).reshape(-1)[:count]
+    exponential: npt.NDArray[np.float64] = -np.log1p(-(in_order.astype(np.float64) + 0.5) * 2.0**-32)
+    return exponential
 
 
-def philox4x32(key: int, counter: int) -> tuple[int, int, int, int]:
-    """Return the four words of Philox4x32-10."""
-    mask = 0xFFFFFFFF
-    x = (counter & mask, counter >> 32 & mask, 0, 0)
-    low, high = key & mask, key >> 32 & mask
+def philox4x32(key: int, counter: int, blocks: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], ...]:
+    """Return the words of Philox4x32-10 (Salmon et al., SC'11) for a 64-bit key and each counter (counter, block)."""
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    lower = np.broadcast_to(np.uint64(counter), blocks.shape)
+    x = (lower & mask, lower >> half, blocks & mask, blocks >> half)
+    low, high = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(10):
-        a, b = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
-        x = ((b >> 32) ^ x[1] ^ low, b & mask, (a >> 32) ^ x[3] ^ high, a & mask)
-        low, high = (low + 0x9E3779B9) & mask, (high + 0xBB67AE85) & mask
+        a, b = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
+        x = ((b >> half) ^ x[1] ^ np.uint64(low), b & mask, (a >> half) ^ x[3] ^ np.uint64(high), a & mask)
+        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
     return x
 
 
@@ -111,6 +118,6 @@ def _draw(adjusted: npt.NDArray[np.float64], ranking: npt.NDArray[np.int64], par
         reached = running >= top_p * weights[kept].sum()
         kept = kept[: int(np.argmax(reached)) + 1 if reached.any() else len(kept)]
     kept = np.sort(kept[weights[kept] >= float(np.float32(params.min_p))])
-    running = np.cumsum(weights[kept])
-    above = running > uniform(params.seed, at) * running[-1]
-    return int(kept[np.argmax(above)] if above.any() else kept[weights[kept] > 0.0][-1])
+    with np.errstate(divide="ignore"):
+        scores = exponentials(params.seed, at, len(weights))[kept] / weights[kept]
+    return int(kept[np.argmin(scores)])

@@ -15,6 +15,7 @@ from tpserve.proto.messages import CollectiveUse, StepPlan, StepResult, TokenLog
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch, DraftTokens, StepArrays
+from tpserve.worker.draft_link import TargetEnd
 from tpserve.worker.errors import PlanError
 from tpserve.worker.grammar import GrammarFollower
 from tpserve.worker.library import check_manifest
@@ -31,13 +32,21 @@ logger = logging.getLogger(__name__)
 class Runner:
     """The compiled model with its weights, pages and batch, as one rank of its group."""
 
-    def __init__(self, config: RankConfig, progress: Progress, door: socket.socket | None = None) -> None:
+    def __init__(
+        self,
+        config: RankConfig,
+        progress: Progress,
+        door: socket.socket | None = None,
+        drafts_door: socket.socket | None = None,
+    ) -> None:
         """Join the group and load everything; returns when all ranks have come.
 
         Parameters
         ----------
         door
             Of rank 0 in a group across nodes: what the ranks come to, at `config.rendezvous`.
+        drafts_door
+            Of rank 0 if a draft has several ranks of its own: what they come to, at `config.target_door`.
 
         Raises
         ------
@@ -49,6 +58,8 @@ class Runner:
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
         check_rows(manifest, config)
         self._rank = config.rank
+        # Before anything is loaded: that takes some ranks longer than others.
+        drafts = TargetEnd(config, drafts_door) if config.draft_door else None
         self._grammars = GrammarFollower(config.model_dir, manifest.vocab_size, num_threads=1)
         self._grammars.warm_up()  # while weights are read
         self._model = Model(
@@ -82,7 +93,7 @@ class Runner:
         self._speculator: Speculator | None = None
         if config.speculation is not None:
             wanted = config.speculation
-            proposer = make_proposer(config, wanted, manifest, self._batch, self._sampler, progress)
+            proposer = make_proposer(config, wanted, manifest, self._batch, self._sampler, progress, drafts)
             self._speculator = Speculator(wanted, proposer, self._batch, manifest)
         self._draft: DraftTokens | None = None
         """What the present step verifies."""
@@ -118,7 +129,7 @@ class Runner:
         if len(self._batch.ended):
             fields = _with_ended(fields, self._batch.ended.tolist())
         step_us = int((time.perf_counter() - started) * 1e6)
-        collectives = _since(before, self._collective_totals())
+        collectives = collectives_since(before, self._collective_totals())
         return StepResult(
             step_id=plan.step_id,
             rank=self._rank,
@@ -191,7 +202,9 @@ class Runner:
     def _sample_all(self, arrays: StepArrays, logits: Any) -> dict[str, Any]:
         """Sample a step; return the result's fields that only rank 0 carries."""
         if self._draft is not None:
-            fields = self.sample_drafted(arrays, logits, self._draft).fields()
+            sampled = self.sample_drafted(arrays, logits, self._draft)
+            fields = sampled.fields()
+            emitted = sampled.slots, sampled.token_ids, sampled.counts
         else:
             failures, mask_us = self._masks.wait()
             token_ids, logprobs = self.sample(arrays, logits)
@@ -202,8 +215,9 @@ class Runner:
                 "failures": failures,
                 "mask_us": mask_us,
             }
+            emitted = arrays.sample_slots, token_ids[:, None], np.ones(len(token_ids), np.int32)
         if self._speculator is not None:
-            self._speculator.settle()
+            self._speculator.settle(*emitted)
         return fields
 
     def _with_hidden(self, row: int, slot: int, logprobs: TokenLogprobs) -> TokenLogprobs:
@@ -219,6 +233,11 @@ class Runner:
             for kind, more in self._speculator.collective_totals().items():
                 totals[kind] = more + totals[kind] if kind in totals else more
         return totals
+
+    @property
+    def collectives(self) -> str:
+        """By which ranks exchange activations."""
+        return self._model.collectives
 
     def close(self) -> None:
         """Leave the group."""
@@ -249,7 +268,9 @@ def _with_ended(fields: dict[str, Any], ended: list[int]) -> dict[str, Any]:
     }
 
 
-def _since(before: dict[str, CollectiveStats], after: dict[str, CollectiveStats]) -> tuple[CollectiveUse, ...]:
+def collectives_since(
+    before: dict[str, CollectiveStats], after: dict[str, CollectiveStats]
+) -> tuple[CollectiveUse, ...]:
     """Return what was done between two readings of the totals."""
     return tuple(
         CollectiveUse(

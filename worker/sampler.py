@@ -80,6 +80,18 @@ class Sampler:
         if len(counted):
             self._output_counts[counted] = source._output_counts[counted]
 
+    def count(self, slots: Array, token_ids: Array) -> None:
+        """Count tokens that were sampled elsewhere, for the slots that have penalties.
+
+        Parameters
+        ----------
+        slots, token_ids : (N,) int32
+            A slot may come several times.
+        """
+        counted = (self._floats["frequency_penalty"][slots] != 0) | (self._floats["presence_penalty"][slots] != 0)
+        if counted.any():
+            np.add.at(self._output_counts, (slots[counted], token_ids[counted]), 1)
+
     def sample(self, logits: Any, slots: Array, positions: Array) -> tuple[Array, dict[int, TokenLogprobs]]:
         """Sample one token for each row.
 

@@ -11,12 +11,15 @@ from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import StepPlan
 from tpserve.proto.rank import RankConfig
 from tpserve.proto.speculation import Speculation
+from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch, DraftTokens
+from tpserve.worker.draft_link import TargetEnd
 from tpserve.worker.errors import LibraryError, PlanError
 from tpserve.worker.model import Progress
 from tpserve.worker.proposers.base import Proposer
 from tpserve.worker.proposers.draft import load_draft
 from tpserve.worker.proposers.ngram import NgramProposer
+from tpserve.worker.proposers.remote import RemoteProposer
 from tpserve.worker.proposers.suffix import SuffixProposer
 from tpserve.worker.sampler import Sampler
 
@@ -40,6 +43,7 @@ class Speculator:
 
     def apply(self, plan: StepPlan) -> None:
         """Take a plan's removals, additions and pages. Before the batch does, which refuses a plan that is wrong."""
+        self._proposer.begin(plan.step_id)
         num_slots = len(self._batch.num_tokens)
         for slot in plan.removed_slots:
             if slot < num_slots:
@@ -77,8 +81,9 @@ class Speculator:
         counts = np.cumprod(proposed, axis=1, dtype=np.int32).sum(axis=1, dtype=np.int32)
         return DraftTokens(token_ids, counts) if counts.any() else None
 
-    def settle(self) -> None:
-        """Tell the proposer that the step's tokens stand in the batch."""
+    def settle(self, slots: Array, token_ids: Array, counts: Array) -> None:
+        """Tell the proposer what the step emitted, which stands in the batch; see `Proposer.emitted`."""
+        self._proposer.emitted(slots, token_ids, counts)
         if len(self._drafting):
             self._proposer.settle(self._drafting)
 
@@ -111,15 +116,28 @@ def check_rows(manifest: Manifest, config: RankConfig) -> None:
 
 
 def make_proposer(
-    config: RankConfig, speculation: Speculation, manifest: Manifest, batch: Batch, sampler: Sampler, progress: Progress
+    config: RankConfig,
+    speculation: Speculation,
+    manifest: Manifest,
+    batch: Batch,
+    sampler: Sampler,
+    progress: Progress,
+    drafts: TargetEnd | None = None,
 ) -> Proposer:
     """Return the proposer of a rank; the target must have been loaded.
+
+    Parameters
+    ----------
+    drafts
+        Connections to a draft that has its own ranks.
 
     Raises
     ------
     WorkerError, TimeoutError
         As `load_draft`.
     """
+    if drafts is not None:
+        return RemoteProposer(drafts)
     match speculation.method:
         case "ngram":
             return NgramProposer(batch, speculation.min_ngram, speculation.max_ngram)

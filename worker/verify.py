@@ -131,10 +131,10 @@ def _accepted(draft: DraftTokens, alive: Array, wave: int, token_ids: Array) -> 
 
 
 def _take_rows(logits: Any, rows: Array) -> Any:
-    """Return some rows of the logits; without a copy where they are the first ones."""
-    width = logits.shape[1]
-    if int(rows[-1]) == len(rows) - 1:
-        return logits if len(rows) == logits.shape[0] else logits._create_view((len(rows), width))
-    out = aligned_empty((len(rows), width), np.float32)
+    """Return some rows of the logits, which ascend; without a copy where they stand side by side."""
+    first, count, width = int(rows[0]), len(rows), logits.shape[1]
+    if int(rows[-1]) - first == count - 1:
+        return logits._create_view((count, width), relative_byte_offset=4 * first * width)
+    out = aligned_empty((count, width), np.float32)
     np.take(np.from_dlpack(logits), rows, axis=0, out=out)
     return as_tensor(out)

@@ -114,6 +114,7 @@ class Server(TlsServer):
         logger.info("%s: draining %d requests, at most %g s", signal.Signals(signum).name, num_live, timeout_s)
         self._router.is_draining = True
         self.should_exit = True
+        asyncio.get_running_loop().call_later(timeout_s, self._router.give_up_all)
 
 
 def main(args: argparse.Namespace) -> int:

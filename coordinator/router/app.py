@@ -56,6 +56,12 @@ class Router:
         self.is_draining = False
         self._health = HealthWatch(config, self.replicas)
         self._restart_all = restart_all
+        self._exchanges: set[Exchange] = set()
+
+    def give_up_all(self) -> None:
+        """End every request that still runs with an error."""
+        for exchange in list(self._exchanges):
+            exchange.give_up(EngineUnavailable("The server is shutting down", retry_after_s=1))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the life of the application."""
@@ -93,6 +99,7 @@ class Router:
         name = request_id(scope["headers"])
         exchange = Exchange(self.config, self.replicas, scope, receive, send, name)
         error: ApiError | None = None
+        self._exchanges.add(exchange)
         try:
             await exchange.run()
         except ClientLeft:
@@ -102,6 +109,8 @@ class Router:
         except Exception:
             logger.exception("request %s: a fault of the router", name.decode(), extra={"request_id": name.decode()})
             error = InternalError(FAULT_MESSAGE)
+        finally:
+            self._exchanges.discard(exchange)
         status = exchange.status
         if error is not None and status is None:
             status = error.status

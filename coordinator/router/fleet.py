@@ -29,6 +29,7 @@ from tpserve.coordinator.log import configure
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, TOKEN_VARIABLE
 from tpserve.coordinator.serve import (
+    AlreadyTold,
     ServeError,
     check_doors,
     curl,
@@ -46,6 +47,8 @@ _POLL_S = 0.1
 _HEALTH_EVERY_S = 0.3
 _KILL_AFTER_S = 20.0
 """After its drain time, a replica gets this long to end its ranks."""
+_WITHOUT_RAY_S = 2.0
+"""Without Ray there are no ranks: replicas have nothing to wait for, and would wait for Ray."""
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 30.0
 _MAX_FAILED_STARTS = 5
 """Of one replica, in a row, without having been ready."""
@@ -176,10 +179,13 @@ class Fleet:
         self._environment |= {
             name: value for name, value in ray_environment(None).items() if name.startswith("RAY_AUTH_")
         }
+        args = self._args
+        num_draft_ranks = (args.draft_tp or 1) if args.draft_placement == "dedicated" else 0
         config = {
-            "num_cpus": max(self._args.replicas * self._args.tp, os.cpu_count() or 1),
+            "num_cpus": max(args.replicas * (args.tp + num_draft_ranks), os.cpu_count() or 1),
             "temp_dir": str(self._ray_folder),
             "log_format": self._args.log_format,
+            "drain_timeout_s": self._args.drain_timeout,
             "parent_pid": os.getpid(),
         }
         self._ray = subprocess.Popen(
@@ -271,7 +277,7 @@ class Fleet:
             child.num_failed_starts = 0
         child.num_failed_starts += 1
         if child in self._replicas and not self._was_all_ready and not child.was_ready:
-            raise ServeError(f"{child.name} could not be started: its own words are above")
+            raise AlreadyTold(f"{child.name} could not be started")
         if child.num_failed_starts > _MAX_FAILED_STARTS:
             raise ServeError(f"{child.name} ended {_MAX_FAILED_STARTS} times in a row before it was ready")
         pause_s = min(_FIRST_BACKOFF_S * 2 ** (child.num_failed_starts - 1), _MAX_BACKOFF_S)
@@ -335,8 +341,9 @@ class Fleet:
         """End the router, which drains, then the replicas, then Ray."""
         self._stopping = True
         within_s = self._args.drain_timeout + _KILL_AFTER_S
+        has_lost_ray = self._ray is not None and self._ray.poll() is not None
         _end([] if self._router is None else [self._router], within_s)
-        _end(self._replicas, within_s)
+        _end(self._replicas, within_s, _WITHOUT_RAY_S if has_lost_ray else None)
         if self._ray is not None and self._ray.poll() is None:
             self._ray.terminate()
             try:
@@ -349,10 +356,19 @@ class Fleet:
                 remove_folder(folder)
 
 
-def _end(children: Sequence[_Child], within_s: float) -> None:
+def _end(children: Sequence[_Child], within_s: float, patient_s: float | None = None) -> None:
+    """Ask processes to end; a second time, after which they wait for nothing, when `patient_s` have passed."""
     for child in children:
         child.stop(within_s)
     deadline = time.monotonic() + within_s
+    if patient_s is not None:
+        again = time.monotonic() + patient_s
+        while any(child.is_running for child in children) and time.monotonic() < again:
+            time.sleep(_POLL_S)
+        for child in children:
+            if child.is_running:
+                assert child.process is not None
+                child.process.terminate()
     for child in children:
         if child.process is None:
             continue
@@ -377,7 +393,10 @@ def main(args: argparse.Namespace) -> int:
         fleet.start()
         return fleet.watch()
     except ServeError as error:
-        logger.error("tpserve serve: error: %s", error)
+        if isinstance(error, AlreadyTold):
+            logger.error("%s: its own words are above", error)
+        else:
+            logger.error("tpserve serve: error: %s", error)
         return 1
     finally:
         fleet.stop()

@@ -12,6 +12,14 @@ _LINE_MARK = b"\n" + MARK
 _LOST = b"lost"
 
 
+def _find_mark(text: bytes, begin: int) -> int | None:
+    """Return where the next line begins that is a mark; `begin` is where a line begins."""
+    if text.startswith(MARK, begin):
+        return begin
+    found = text.find(_LINE_MARK, begin)
+    return None if found < 0 else found + 1
+
+
 class MarkedStream:
     """What has come of one stream, over all replicas that have had it."""
 
@@ -39,9 +47,7 @@ class MarkedStream:
         text = self._open + data
         parts: list[bytes] = []
         begin = 0
-        while (at := begin if text.startswith(MARK, begin) else text.find(_LINE_MARK, begin) + 1) or begin == 0:
-            if at == 0 and not text.startswith(MARK):
-                break
+        while (at := _find_mark(text, begin)) is not None:
             end = text.find(END, at)
             if end < 0:
                 break

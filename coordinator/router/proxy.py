@@ -79,6 +79,14 @@ class Exchange:
         self.status: int | None = None
         """What the client has got."""
         self._refusal: tuple[Response, bytes] | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._given_up: ApiError | None = None
+
+    def give_up(self, error: ApiError) -> None:
+        """End it with an error, wherever it is."""
+        if self._serving is not None and self._given_up is None:
+            self._given_up = error
+            self._serving.cancel()
 
     async def run(self) -> None:
         """Serve it; returns when the client has everything, or has left."""
@@ -88,23 +96,32 @@ class Exchange:
             self._prompt = read_prompt(path, self._body)
             if self._prompt.is_stream and self._config.router_token is not None and path in GENERATION_PATHS:
                 self._identity = Identity.fresh(int(time.time()), secrets.randbits(64))
-        serving = asyncio.current_task()
+        serving = self._serving = asyncio.current_task()
         assert serving is not None
         watch = asyncio.create_task(self._watch_client(serving))
         try:
-            while not await self._attempt():
-                pass
-        except asyncio.CancelledError:
-            if not watch.done():
-                raise
-            serving.uncancel()
-            raise ClientLeft from None
+            await self._attempt_all(serving, watch)
         except ApiError as error:
             if not self._has_begun:
                 raise
             await self._fail(error)
         finally:
+            self._serving = None
             watch.cancel()
+
+    async def _attempt_all(self, serving: asyncio.Task[None], watch: asyncio.Task[None]) -> None:
+        """Try replicas until the client has its answer."""
+        try:
+            while not await self._attempt():
+                pass
+        except asyncio.CancelledError:
+            if watch.done():
+                serving.uncancel()
+                raise ClientLeft from None
+            if self._given_up is not None:
+                serving.uncancel()
+                raise self._given_up from None
+            raise
 
     async def _read_body(self) -> bytes:
         receive = limited_body(
@@ -183,6 +200,7 @@ class Exchange:
             raise EngineUnavailable(f"No replica could be reached in {_MAX_ATTEMPTS} attempts", retry_after_s=1)
         if not self._has_begun:
             return await self._replicas.acquire(self._prompt, self._tried, goes_on=False)
+        lease: Lease | None = None
         acquiring = asyncio.ensure_future(self._replicas.acquire(self._prompt, self._tried, goes_on=True))
         try:
             while not (await asyncio.wait({acquiring}, timeout=KEEP_ALIVE_S))[0]:
@@ -194,6 +212,9 @@ class Exchange:
             if not acquiring.done():
                 acquiring.cancel()
                 await asyncio.gather(acquiring, return_exceptions=True)
+            elif lease is None and not acquiring.cancelled() and acquiring.exception() is None:
+                if (granted := acquiring.result()) is not None:
+                    granted.end("left")  # the client left just when its turn had come
 
     async def _request(self, lease: Lease) -> Response:
         headers = [

@@ -303,6 +303,7 @@ SPECULATION = Board(
             ((rate("spec_decode_steps_total", "length"), "{{length}} draft tokens"),),
             "0 is plain decoding: with `auto`, where drafts do not pay.",
         ),
+        Panel("Step time, with drafts", "s", quantiles("step_seconds", where='kind="verify"')),
         Panel(
             "Time spent on drafting",
             "percentunit",
@@ -361,6 +362,12 @@ COLLECTIVES = Board(
         ),
         Panel("Bytes into collectives", "Bps", ((rate("collective_bytes_total", "kind, rank"), "{{kind}} {{rank}}"),)),
         Panel("Calls", "ops", ((rate("collective_calls_total", "kind"), "{{kind}}"),)),
+        Panel(
+            "Backend",
+            "short",
+            ((f"count by (backend) (tpserve_collectives_info{{{MODEL}}})", "{{backend}}"),),
+            "nccl between GPUs of one host is slower than push: some GPUs cannot map each other's memory.",
+        ),
         Panel(
             "Bandwidth inside collectives",
             "Bps",

@@ -211,7 +211,7 @@ async def test_hanging_rank_is_named_and_replaced(server: Server) -> None:
             stream.check(text)
         await asyncio.to_thread(wait_rebuilt, server, old, 30)
         lost = server.log[server.log.rindex("lost rank") :].splitlines()[0]
-        assert re.match(r"lost rank 1: late in a collective; rank 0 says of step \d+: TimeoutError", lost), lost
+        assert re.match(r"lost rank 1: waited for in vain; rank 0 says of step \d+: TimeoutError", lost), lost
         assert server.metric("group_rebuilds_total") == num_rebuilds + 1
         assert await expected_texts(client, 40) == expected
     wait_idle(server)

@@ -108,6 +108,7 @@ def test_answers_are_those_of_one_host(server: Server, hosts: TwoHosts, demo_fol
     assert re.search(r"rank 1: pid \d+ on host-b", server.log)
     for kind in ("model", "library"):
         assert re.search(rf"sent the {kind} to host-b in [\d.]+ s", server.log)
+    assert server.metrics()["tpserve_collectives_info{backend=tcp}"] == 1
     with server.client() as client:
         for name in GOLDENS:
             golden, chunks = Golden(demo_folder, name), list[str]()
@@ -131,9 +132,24 @@ def test_a_host_that_is_cut_off_and_returns(server: Server, hosts: TwoHosts, dem
         print(f"the stream went on {time.monotonic() - cut_at:.1f} s after the cut")
     assert "".join(chunks) == golden.text
     lost = re.findall(r"lost rank .*", server.log)[-1]
-    assert re.match(r"lost rank 1 on host-b: late in a collective; rank 0 says of step \d+: TimeoutError: rank 0", lost)
+    assert re.match(r"lost rank 1 on host-b: waited for in vain; rank 0 says of step \d+: TimeoutError: rank 0", lost)
     assert len(re.findall("sent the model", server.log)) == 1, "what the host had been sent was there still"
     assert server.health()[0] == 200
+
+
+def test_a_host_whose_ray_dies_and_is_started_again(server: Server, hosts: TwoHosts, demo_folder: Path) -> None:
+    """As a host that is switched off and on: its place is given up, and found again on what has joined."""
+    golden, chunks = Golden(demo_folder, "explain"), list[str]()
+    with server.client() as client, ThreadPoolExecutor(1) as pool:
+        streaming = pool.submit(golden.stream, client, chunks)
+        until(lambda: len(chunks) > 5, within_s=20, what="a stream")
+        hosts.second.kill_all()
+        killed_at = time.monotonic()
+        hosts.second.start_ray(num_cpus=1)
+        streaming.result(40)
+        print(f"the stream went on {time.monotonic() - killed_at:.1f} s after the death")
+    assert "".join(chunks) == golden.text
+    assert re.findall(r"lost rank .*", server.log)[-1].startswith("lost rank 1 on host-b: ")
 
 
 def test_what_cannot_be_placed_says_where_there_is_room(refused: Future[Outcome]) -> None:

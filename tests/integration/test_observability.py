@@ -116,7 +116,7 @@ def test_every_panel_and_rule_has_data_under_load(server: Server, tmp_path: Path
         for name in (
             "tpserve-overview / Output tokens / A",
             "tpserve-latency / Time per output token / A",
-            "tpserve-scheduler / Step time, decode / C",
+            "tpserve-speculation / Step time, with drafts / C",
             "tpserve-collectives / Bandwidth inside collectives / A",
             "tpserve-collectives / Busy / A",
             "tpserve-speculation / Accept rate / A",

@@ -23,6 +23,11 @@ GATEWAY_ALLOWED = (
         for name in ("process", "health", "log", "metrics_catalogue", "relay", "step_log", "tracing")
     ),
 )
+ROUTER_ALLOWED = (
+    "tpserve.coordinator.router",
+    "tpserve.coordinator.gateway.errors",
+    *(f"tpserve.coordinator.{name}" for name in ("process", "log", "metrics_catalogue", "relay")),
+)
 BENCH_ALLOWED = (
     "tpserve.proto",
     "tpserve.coordinator.bench",
@@ -77,6 +82,16 @@ def test_the_python_engine_knows_what_the_http_door_knows() -> None:
         for name in imports_of(path):
             if name.startswith("tpserve."):
                 assert name.startswith(PYTHON_ENGINE_ALLOWED), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_router_knows_replicas_only_from_outside() -> None:
+    """Only what starts replicas knows how a server is started."""
+    assert sources("coordinator/router")
+    for path in sources("coordinator/router"):
+        allowed = (*ROUTER_ALLOWED, "tpserve.coordinator.serve") if path.name == "fleet.py" else ROUTER_ALLOWED
+        for name in imports_of(path):
+            if name.startswith("tpserve."):
+                assert name.startswith(allowed), f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_the_load_tool_knows_the_server_only_from_outside() -> None:

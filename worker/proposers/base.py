@@ -13,8 +13,9 @@ class Proposer(Protocol):
     """Guesses how the sequences of some slots go on. Never wrong, only useless: the target verifies each token.
 
     It reads the tokens of a slot in `Batch.tokens` and their number in `Batch.num_tokens`. Every rank proposes the
-    same, from the same plans. The order of calls in a step: `remove`, `add` and `grow` as the plan says, before the
-    batch takes it; `propose`, if the step verifies drafts; after it, `settle`.
+    same, from the same plans. The order of calls in a step: `begin`; `remove`, `add` and `grow` as the plan says,
+    before the batch takes it; `propose`, if the step verifies drafts; `emitted`, if it ran tokens; `settle`, if it
+    proposed.
 
     An EAGLE-3 head fits as a draft model does (`draft.DraftModel`), with one more input. It is a decoder layer over
     (the target's hidden row of a token, the embedding of the next token), so it needs the hidden rows of every token
@@ -25,6 +26,9 @@ class Proposer(Protocol):
     back by the table that its checkpoint holds (`d2t`); its KV pages, valid flags, catch-up and sampling are those of
     `draft.DraftModel`, and so is verification, which knows no proposer.
     """
+
+    def begin(self, step_id: int) -> None:
+        """Learn which step the calls that follow belong to."""
 
     def add(self, added: SlotAdd) -> None:
         """Take a sequence that enters the batch, whether it speculates or not."""
@@ -51,6 +55,17 @@ class Proposer(Protocol):
             Token ids; -1 from where nothing is proposed on.
         """
 
+    def emitted(self, slots: Array, token_ids: Array, counts: Array) -> None:
+        """Learn what a step emitted, whether it verified drafts or not; it stands in the batch.
+
+        Parameters
+        ----------
+        slots : (N,) int32
+            All that were sampled.
+        token_ids : (N, W) int32, counts : (N,) int32
+            Of each slot the first `counts` tokens were emitted.
+        """
+
     def settle(self, slots: Array) -> None:
         """Learn that tokens were emitted for the slots given to `propose`, and stand in the batch."""
 
@@ -64,6 +79,9 @@ class Proposer(Protocol):
 class TextProposer:
     """What proposers that only look at tokens need not do."""
 
+    def begin(self, step_id: int) -> None:
+        """Nothing is kept by step."""
+
     def add(self, added: SlotAdd) -> None:
         """Nothing is kept by slot."""
 
@@ -72,6 +90,9 @@ class TextProposer:
 
     def remove(self, slot: int) -> None:
         """Nothing is kept by slot."""
+
+    def emitted(self, slots: Array, token_ids: Array, counts: Array) -> None:
+        """Tokens are read in the batch when they are needed."""
 
     def settle(self, slots: Array) -> None:
         """Nothing is kept by token: they are read when they are needed."""

@@ -1,4 +1,4 @@
-"""A smaller model in the target's own process: its own library, parameters and pages under the target's page table.
+"""A smaller model beside the target's batch or a copy of it: its own library, weights and pages under its page table.
 
 The draft draws its tokens by the target's seeds and positions, so that where the two models' distributions agree, their
 draws do. Its KV of page p lives in its own arrays at p: whatever the coordinator decides of pages holds for both.
@@ -41,7 +41,7 @@ class DraftModel:
     Parameters
     ----------
     batch, sampler
-        The target's. Pages, tokens and counts of penalties are read there.
+        The target's, or copies that are kept like them. Pages, tokens and counts of penalties are read there.
     num_pages
         Of the target, and so of the draft.
     """
@@ -66,6 +66,9 @@ class DraftModel:
         self._sample_rows = aligned_empty((max_num_seqs,), np.int32)
         self._logits: Any = None
         """Of the last forward."""
+
+    def begin(self, step_id: int) -> None:
+        """Nothing is kept by step."""
 
     def add(self, added: SlotAdd) -> None:
         """Take a sequence that enters the batch: pages behind its prefix-cache hits are fresh."""
@@ -108,6 +111,9 @@ class DraftModel:
             self._num_computed[here] = positions + 1
             out[rows, column] = self._sampled(here, positions + 1)
         return out
+
+    def emitted(self, slots: Array, token_ids: Array, counts: Array) -> None:
+        """Tokens are read in the batch when they are needed."""
 
     def settle(self, slots: Array) -> None:
         """Forget what was computed of rejected tokens, and note the pages that are whole."""
@@ -187,23 +193,36 @@ def load_draft(config: RankConfig, target: Manifest, batch: Batch, sampler: Samp
     TimeoutError
         If a rank of the group does not come in time; names it.
     """
+    tp_size = 1 if config.speculation is None else config.speculation.draft_tp_size
+    if tp_size < 1 or config.tp_size % tp_size:
+        raise WorkerError(f"the draft's TP degree {tp_size} does not divide the target's {config.tp_size}")
+    group, rank = divmod(config.rank, tp_size)
+    model = load_draft_rank(config, target, rank, f"{config.group_name}-draft{group}", progress)
+    return DraftModel(model, batch, sampler, config.max_num_seqs, config.num_pages)
+
+
+def load_draft_rank(config: RankConfig, target: Manifest, rank: int, group_name: str, progress: Progress) -> Model:
+    """Load one rank's part of the draft and join the group of that name.
+
+    Raises
+    ------
+    WorkerError, TimeoutError
+        As `load_draft`.
+    """
     speculation = config.speculation
     if speculation is None or speculation.draft_artifact_dir is None or speculation.draft_model_dir is None:
         raise WorkerError("method draft needs a draft model and its library: give --draft-model")
     tp_size = speculation.draft_tp_size
-    if tp_size < 1 or config.tp_size % tp_size:
-        raise WorkerError(f"the draft's TP degree {tp_size} does not divide the target's {config.tp_size}")
     manifest = check_manifest(speculation.draft_artifact_dir, speculation.draft_model_dir, tp_size, config.max_num_seqs)
     _check_pair(manifest, target, config.max_num_seqs)
-    group, rank = divmod(config.rank, tp_size)
-    model = Model(
+    return Model(
         ModelRank(
             manifest=manifest,
             artifact_dir=speculation.draft_artifact_dir,
             model_dir=speculation.draft_model_dir,
             rank=rank,
             tp_size=tp_size,
-            group_name=f"{config.group_name}-draft{group}",
+            group_name=group_name,
             load_format=speculation.draft_load_format,
             num_pages=config.num_pages,
             num_threads=config.num_threads,
@@ -211,7 +230,6 @@ def load_draft(config: RankConfig, target: Manifest, batch: Batch, sampler: Samp
         ),
         progress,
     )
-    return DraftModel(model, batch, sampler, config.max_num_seqs, config.num_pages)
 
 
 def _check_pair(draft: Manifest, target: Manifest, max_num_seqs: int) -> None:

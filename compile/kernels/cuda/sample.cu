@@ -6,8 +6,8 @@
 //   4. Otherwise weight(i) = exp((logit(i) - max) / temperature). Tokens are ranked by logit, then by lower id. top_k keeps
 //      the k best; top_p then the shortest prefix of the ranking whose weight reaches top_p of what top_k left; min_p then
 //      drops weights below min_p.
-//   5. With one uniform u of Philox4x32-10 (key: seed, counter: position): the lowest kept id at which the running sum of
-//      kept weights, in ascending id, exceeds u times their total.
+//   5. A race: the kept token with the least e(i) / weight(i), the lowest id among equals, with e(i) = -ln(1 - v(i)) and
+//      v(i) = (word i % 32 / 8 of Philox4x32-10, key: seed, counter: (position, i / 32 * 8 + i % 8), plus a half) / 2^32.
 //
 // One block per row. Weights are float32 exponentials in units of 2^-44, so their sums are integers: the same whatever the
 // order of adding, on every rank. Cuts are found by sorting the candidates near the best logit where they are few, and else
@@ -99,9 +99,9 @@ struct Scratch {
   Sum top_keys[kMaxTop];
 };
 
-/// Philox4x32-10: 53 bits as a number in [0, 1).
-__device__ double uniform(uint64_t seed, uint64_t counter) {
-  uint32_t x[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0};
+/// Four words of Philox4x32-10.
+__device__ __forceinline__ void philox(uint64_t seed, uint64_t position, uint32_t block, uint32_t (&x)[4]) {
+  x[0] = static_cast<uint32_t>(position), x[1] = static_cast<uint32_t>(position >> 32), x[2] = block, x[3] = 0;
   uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
@@ -113,7 +113,6 @@ __device__ double uniform(uint64_t seed, uint64_t counter) {
     key[0] += 0x9E3779B9u;
     key[1] += 0xBB67AE85u;
   }
-  return static_cast<double>(static_cast<uint64_t>(x[0]) << 21 | x[1] >> 11) * 0x1p-53;
 }
 
 __device__ __forceinline__ Sum weight_of(float logit, float best, float inverse_temperature) {
@@ -250,6 +249,40 @@ __device__ int find_running(const RowView<T>& row, int size, Measure measure, Li
   const int found = s.found;
   __syncthreads();
   return found;
+}
+
+/// The token with the least e(i) / weight(i, logit), of equals the lowest id; -1 if no weight is above zero. Each thread has
+/// one Philox block at a time, whose four tokens stand eight apart.
+template <typename T, typename Weight>
+__device__ int race(const RowView<T>& row, int size, uint64_t seed, uint64_t position, Weight weight, Scratch& s) {
+  Sum first = 0;  // complement of (score, id): the largest wins
+  for (int block = threadIdx.x; block / 8 * 32 < size; block += kThreads) {
+    const int begin = block / 8 * 32 + block % 8;
+    float logits[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (begin + 8 * k < size) logits[k] = row[begin + 8 * k];
+    }
+    Sum weights[4], any = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      weights[k] = begin + 8 * k < size ? weight(begin + 8 * k, logits[k]) : 0;
+      any |= weights[k];
+    }
+    if (any == 0) continue;
+    uint32_t words[4];
+    philox(seed, position, static_cast<uint32_t>(block), words);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (weights[k] == 0) continue;
+      const float v = fmaf(static_cast<float>(words[k]), 0x1p-32f, 0x1p-33f);
+      const float score = -log1pf(-v) / static_cast<float>(weights[k]);  // infinite at v = 1: behind all others
+      const Sum place = static_cast<Sum>(__float_as_uint(score)) << 32 | static_cast<uint32_t>(begin + 8 * k);
+      first = ~place > first ? ~place : first;
+    }
+  }
+  first = block_reduce(first, Sum{0}, s.reduce64, Max{});
+  return first == 0 ? -1 : static_cast<int>(static_cast<uint32_t>(~first));
 }
 
 /// How a slot cuts and weighs.
@@ -424,9 +457,8 @@ __device__ void sample_row(const SampleParams& p, const RowView<T>& row, int r, 
       const Sum weight = weight_of(logit, best, rule.inverse_temperature);
       return weight >= min_weight ? weight : Sum{0};
     };
-    const double u = uniform(static_cast<uint64_t>(p.seed[slot]), static_cast<uint64_t>(p.positions[r]));
-    const int drawn = find_running(row, size, kept_weight, [u](Sum total) { return u * static_cast<double>(total); }, s);
-    if (drawn >= 0) id = drawn;  // else rounding put u times the total at the total itself: the best will do
+    const auto position = static_cast<uint64_t>(p.positions[r]);
+    id = race(row, size, static_cast<uint64_t>(p.seed[slot]), position, kept_weight, s);  // the best has a weight
   }
   if (threadIdx.x == 0) p.out_ids[r] = id;
 

@@ -89,6 +89,31 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- add .Values.engine.tensorParallelSize (ternary $draft.tensorParallelSize 0 (not (not $dedicated))) -}}
 {{- end -}}
 
+{{/* Whether the ranks are in several pods of a RayCluster. */}}
+{{- define "tpserve.acrossPods" -}}
+{{- if and (eq .Values.engine.ray.mode "kuberay") (gt (int .Values.engine.ray.workers) 0) -}}yes{{- end -}}
+{{- end -}}
+
+{{/* GPUs of one pod of an engine. */}}
+{{- define "tpserve.podGpus" -}}
+{{- if include "tpserve.acrossPods" . }}{{ .Values.engine.ray.ranksPerPod }}{{ else }}{{ include "tpserve.numGpus" . }}{{ end -}}
+{{- end -}}
+
+{{/* What a rank's pod asks for. */}}
+{{- define "tpserve.rankResources" -}}
+{{- $v := .Values -}}
+requests:
+  {{- toYaml $v.engine.resources.requests | nindent 2 }}
+  {{- if eq $v.engine.device "cuda" }}
+  {{ $v.engine.gpuResource }}: {{ include "tpserve.podGpus" . }}
+  {{- end }}
+limits:
+  {{- toYaml $v.engine.resources.limits | nindent 2 }}
+  {{- if eq $v.engine.device "cuda" }}
+  {{ $v.engine.gpuResource }}: {{ include "tpserve.podGpus" . }}
+  {{- end }}
+{{- end -}}
+
 {{/* Most draft tokens of a step, which the library is compiled for; coordinator/speculation.py has the table. */}}
 {{- define "tpserve.maxDraftTokens" -}}
 {{- $draft := .Values.engine.draft -}}
@@ -176,6 +201,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 {{- if eq $v.engine.ray.mode "kuberay" }}
 - --ray-address=auto
+{{- end }}
+{{- if include "tpserve.acrossPods" . }}
+- --tp-across-nodes=pack
 {{- end }}
 {{- with $v.engine.extraArgs }}
 {{ toYaml . }}
@@ -332,16 +360,7 @@ containers:
       # Endpoints forget the pod before it stops taking requests.
       preStop: {exec: {command: [sleep, {{ $v.shutdown.preStopSeconds | quote }}]}}
     resources:
-      requests:
-        {{- toYaml $v.engine.resources.requests | nindent 8 }}
-        {{- if eq $v.engine.device "cuda" }}
-        {{ $v.engine.gpuResource }}: {{ include "tpserve.numGpus" . }}
-        {{- end }}
-      limits:
-        {{- toYaml $v.engine.resources.limits | nindent 8 }}
-        {{- if eq $v.engine.device "cuda" }}
-        {{ $v.engine.gpuResource }}: {{ include "tpserve.numGpus" . }}
-        {{- end }}
+      {{- include "tpserve.rankResources" . | nindent 6 }}
     securityContext:
       {{- toYaml $v.securityContext | nindent 6 }}
     volumeMounts:
@@ -365,6 +384,65 @@ volumes:
   - name: keys
     secret: {secretName: {{ include "tpserve.keySecret" . }}, defaultMode: 0440}
   {{- end }}
+{{- end -}}
+
+{{/* A pod of further ranks, which KubeRay starts Ray in and watches. */}}
+{{- define "tpserve.rankPodSpec" -}}
+{{- $v := .Values -}}
+serviceAccountName: {{ include "tpserve.serviceAccount" . }}
+automountServiceAccountToken: false
+{{- with $v.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  {{- toYaml $v.podSecurityContext | nindent 2 }}
+terminationGracePeriodSeconds: 30
+{{- with $v.engine.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $v.engine.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- with $v.engine.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $v.engine.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $v.engine.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+containers:
+  - name: ranks
+    image: {{ include "tpserve.image" . | quote }}
+    imagePullPolicy: {{ $v.image.pullPolicy }}
+    env:
+      {{- include "tpserve.env" . | nindent 6 }}
+      {{- with $v.engine.extraEnv }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+    resources:
+      {{- include "tpserve.rankResources" . | nindent 6 }}
+    securityContext:
+      {{- toYaml $v.securityContext | nindent 6 }}
+    volumeMounts:
+      - {name: models, mountPath: /models, readOnly: true}
+      - {name: cache, mountPath: /cache}
+      - {name: tmp, mountPath: /tmp}
+      - {name: shm, mountPath: /dev/shm}
+volumes:
+  - name: models
+    persistentVolumeClaim: {claimName: {{ include "tpserve.modelClaim" . }}, readOnly: true}
+  - name: cache
+    persistentVolumeClaim: {claimName: {{ include "tpserve.cacheClaim" . }}}
+  - name: tmp
+    emptyDir: {sizeLimit: {{ $v.engine.tmpSize }}}
+  - name: shm
+    emptyDir: {medium: Memory, sizeLimit: {{ $v.engine.shmSize }}}
 {{- end -}}
 
 {{/* What cannot go together; the schema checks the single values. */}}
@@ -399,6 +477,13 @@ volumes:
 {{- end -}}
 {{- if and $v.ingress.enabled (not $v.ingress.hosts) -}}
 {{- fail "ingress.enabled needs ingress.hosts" -}}
+{{- end -}}
+{{- $ray := $v.engine.ray -}}
+{{- if and (gt (int $ray.workers) 0) (ne $ray.mode "kuberay") -}}
+{{- fail "engine.ray.workers needs engine.ray.mode kuberay: Ray inside one pod has no others" -}}
+{{- end -}}
+{{- if and (include "tpserve.acrossPods" .) (lt (int (mul (add $ray.workers 1) $ray.ranksPerPod)) (int $v.engine.tensorParallelSize)) -}}
+{{- fail (printf "engine.ray.ranksPerPod %v in %v pods is less than engine.tensorParallelSize %v: raise it, or engine.ray.workers" $ray.ranksPerPod (add $ray.workers 1) $v.engine.tensorParallelSize) -}}
 {{- end -}}
 {{- if and $v.router.enabled $v.gateway.separate -}}
 {{- fail "router.enabled with gateway.separate: the router is before whole replicas, which have their own gateways; leave gateway.separate false" -}}

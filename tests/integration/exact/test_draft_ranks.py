@@ -1,4 +1,4 @@
-"""A draft beside a target on several ranks, itself on one or more: the text is that of plain decoding there."""
+"""A draft beside a target on several ranks, itself on one or more of these or its own: the text is as without it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from draft_pairs import MOST, NUM_PAGES, NUM_SLOTS, Pairs
 from rank_group import Artifacts, RankProcesses
 from speculating import Driver, PlainDecoding, assert_same, varied_texts
+from tpserve.proto.speculation import DraftPlacement
 
 
 @pytest.fixture(scope="module")
@@ -14,11 +15,14 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, artifacts: Artifacts) -> Pai
     return Pairs(tmp_path_factory.mktemp("pairs"), artifacts)
 
 
-@pytest.mark.parametrize(("tp_size", "draft_tp_size"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("placement", "tp_size", "draft_tp_size"),
+    [("colocated", 2, 1), ("colocated", 2, 2), ("colocated", 4, 2), ("dedicated", 2, 1), ("dedicated", 1, 2)],
+)
 def test_text_is_that_of_plain_decoding(
-    pairs: Pairs, rank_processes: RankProcesses, tp_size: int, draft_tp_size: int
+    pairs: Pairs, rank_processes: RankProcesses, placement: DraftPlacement, tp_size: int, draft_tp_size: int
 ) -> None:
-    config = pairs.config(0.1, tp_size=tp_size, draft_tp_size=draft_tp_size)
+    config = pairs.config(0.1, tp_size=tp_size, draft_tp_size=draft_tp_size, placement=placement)
     texts = varied_texts(30, 10)
     where = (config.model_dir, config.artifact_dir, tp_size)
     with rank_processes.group(*where, num_pages=NUM_PAGES, max_num_seqs=NUM_SLOTS) as ranks:
@@ -32,6 +36,8 @@ def test_text_is_that_of_plain_decoding(
     assert_same(texts, expected)
     accepted = sum(count - 1 for text in texts for count in text.counts if count)
     assert accepted > 20
+    if placement == "dedicated":
+        return  # its calls are told by its own ranks
     # The calls of both models are counted; a draft on one rank makes none.
     calls = {
         sum(use.num_calls for use in result.collectives)

@@ -220,6 +220,26 @@ def test_frequencies_follow_the_distribution(kernels: Kernels, params: SamplingP
     assert chi_square < 18.5  # exceeded once in a thousand with 4 degrees of freedom; the draws are fixed
 
 
+@pytest.mark.parametrize("spread", [0.5, 3.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_models_that_nearly_agree_draw_the_same(kernels: Kernels, spread: float, top_p: float) -> None:
+    """With a total variation of d, at least (1 - d) / (1 + d) of the draws by the same numbers are the same.
+
+    That is what a draft lives on, since only what the target draws is accepted.
+    """
+    num_draws, vocab = 4000, 300
+    rng = np.random.default_rng(3)
+    one = (rng.standard_normal(vocab) * spread).astype(np.float32)
+    other = one + (0.2 * rng.standard_normal(vocab)).astype(np.float32)
+    params = [SamplingParams(top_p=top_p, seed=1)] * num_draws
+    draws = [run(kernels("sample"), np.tile(row, (num_draws, 1)), params, range(num_draws)).ids for row in (one, other)]
+    shares = [np.bincount(ids, minlength=vocab) / num_draws for ids in draws]
+    distance = np.abs(shares[0] - shares[1]).sum() / 2  # of what was drawn: some more than that of the distributions
+    assert 0.01 < distance < 0.25
+    agreed = (draws[0] == draws[1]).mean()
+    assert agreed > (1 - distance) / (1 + distance) - 0.02
+
+
 def test_seeds_and_positions_give_different_draws(kernels: Kernels) -> None:
     logits = np.zeros((64, 1000), np.float32)
     by_position = run(kernels("sample"), logits, [SamplingParams(seed=9)] * 64, list(range(64))).ids
@@ -230,7 +250,10 @@ def test_seeds_and_positions_give_different_draws(kernels: Kernels) -> None:
 
 def test_philox_known_answers() -> None:
     """Of Random123's kat_vectors."""
-    assert philox4x32(0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    blocks = np.array([0, 2**64 - 1], np.uint64)
+    words = philox4x32(0, 0, blocks[:1]), philox4x32(2**64 - 1, 2**64 - 1, blocks[1:])
+    assert np.concatenate(words[0]).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert np.concatenate(words[1]).tolist() == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -90,6 +90,18 @@ def test_peer_memory_ends_at_the_node() -> None:
         layout(HERE, THERE, device=0, collectives="push")
 
 
+def test_a_drafts_own_ranks_come_behind_and_are_told_where_to_meet() -> None:
+    own = Speculation("draft", 3, draft_tp_size=2, draft_placement="dedicated")
+    found = GroupLayout(replace(TEMPLATE, tp_size=1, speculation=own), (HERE, THERE, THERE), OWN)
+    assert (found.is_across_nodes, found.needs_door) == (False, False), "which is about the model's ranks"
+    assert found.hosts == ["10.0.0.1", "10.0.0.2", "10.0.0.2"]
+    configs = found.configs("", FOLDERS, "10.0.0.2:5", "10.0.0.1:6")
+    assert [(config.name, config.draft_rank) for config in configs] == [("0", None), ("draft 0", 0), ("draft 1", 1)]
+    assert {(config.draft_door, config.target_door) for config in configs} == {("10.0.0.2:5", "10.0.0.1:6")}
+    with pytest.raises(ClusterError, match=r"--draft-tp 2 would put a draft group, .* on a, b: lower it"):
+        GroupLayout(replace(TEMPLATE, tp_size=1, speculation=own), (HERE, HERE, THERE), OWN)
+
+
 def test_ranks_of_a_draft_group_are_on_one_node() -> None:
     places = (HERE, HERE, THERE, THERE)
     for size in (1, 2):

@@ -22,6 +22,7 @@ from tpserve.proto.messages import FinishReason, SamplingParams, StepPlan, StepR
 from tpserve.proto.pb import worker_pb2, worker_pb2_grpc
 from tpserve.proto.rank import RankAddress, RankConfig
 
+NAMES = ("0", "1", "draft 0")
 TIMED_OUT = "TimeoutError: rank waited 4 s in all_reduce, call 7"
 
 
@@ -55,17 +56,21 @@ async def ranks(*errors: str | None) -> AsyncIterator[list[str]]:
         await asyncio.gather(*(server.stop(None) for server in servers))
 
 
+CLOSED = "ConnectionError: rank 0 in step 1: rank draft 0 has closed its connection or died"
+
+
 @pytest.mark.parametrize(
     ("errors", "lost"),
     [
         ((TIMED_OUT, None, TIMED_OUT), 1),  # who is waited for says nothing
+        ((CLOSED, CLOSED, None), 2),
         ((TIMED_OUT, TIMED_OUT, None), 2),
         ((None, "ValueError: slot 3", None), 1),
     ],
 )
 async def test_the_rank_at_fault_is_named(errors: tuple[str | None, ...], lost: int) -> None:
     async with ranks(*errors) as addresses:
-        group = WorkerGroup(addresses, 60.0, on_lost=lambda: None)
+        group = WorkerGroup(addresses, 60.0, on_lost=lambda: None, names=NAMES)
         try:
             await group.send(StepPlan(1))
             with pytest.raises(RankLost) as raised:
@@ -73,6 +78,7 @@ async def test_the_rank_at_fault_is_named(errors: tuple[str | None, ...], lost: 
         finally:
             await group.close()
     assert raised.value.rank == lost
+    assert str(raised.value).startswith(f"rank {NAMES[lost]}: ")
     assert next(filter(None, errors)) in str(raised.value)
 
 

@@ -118,7 +118,7 @@ async def test_the_scrape_holds_what_the_catalogue_says_and_nothing_else() -> No
     http.key_tokens("alice", prompt=3, generation=2)
     async with running_engine(2, metrics) as engine:
         await generate(engine)
-        metrics.count_lost_rank(0)
+        metrics.count_lost_rank("0")
         text = http.render(metrics.text())
     names = {name.partition("{")[0] for name in samples(text)}
     own = {name for name in names if not name.startswith(VLLM_PREFIX)}
@@ -159,7 +159,7 @@ def test_a_histogram_counts_equal_values_at_once_and_borders_as_prometheus_does(
 
 def test_ranks_that_are_level_make_no_straggler() -> None:
     metrics = Metrics("m")
-    metrics.make_ranks(2)
+    metrics.make_ranks(["0", "1"])
     metrics.observe_group([StepResult(1, rank, step_us=1000, collective_us=100 + 50 * rank) for rank in range(2)])
     found = samples(metrics.text())
     assert found["tpserve_straggler_steps_total{rank=0}"] == 0

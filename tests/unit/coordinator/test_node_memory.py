@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
+from server import environment
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.node_memory import NodeMemory, bytes_of_rank, read_nodes
 
@@ -44,4 +43,4 @@ def test_memory_of_a_rank(
 
 def test_a_cluster_that_is_not_there_is_told() -> None:
     with pytest.raises(ClusterError, match=r"^Ray at 127\.0\.0\.1:1 cannot be joined: .*Connection refused"):
-        read_nodes("127.0.0.1:1", dict(os.environ))
+        read_nodes("127.0.0.1:1", environment("test"))

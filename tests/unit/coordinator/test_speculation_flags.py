@@ -37,6 +37,7 @@ def test_without_flags_nothing_is_drafted() -> None:
         ("--spec-method ngram --num-speculative-tokens mlc", "ngram", 4, "mlc"),
         ("--spec-method suffix --num-speculative-tokens auto", "suffix", 5, "auto"),
         ("--tp 4 --draft-model d --draft-tp 2 --spec-method draft", "draft", 5, "auto"),
+        ("--draft-model d --draft-tp 2 --draft-placement dedicated", "draft", 5, "auto"),
     ],
 )
 def test_flags_choose_a_proposer_and_a_length(flags: str, method: str, most: int, rule: str) -> None:
@@ -51,6 +52,8 @@ def test_flags_choose_a_proposer_and_a_length(flags: str, method: str, most: int
     if folders is not None:
         assert (speculation.draft_model_dir, speculation.draft_artifact_dir) == (Path("/m"), Path("/a"))
         assert (speculation.draft_tp_size, speculation.draft_load_format) == (choice.draft_tp, "dummy")
+        own = 2 if "dedicated" in flags else 0
+        assert (speculation.num_draft_ranks, choice.num_draft_ranks) == (own, own)
 
 
 @pytest.mark.parametrize(
@@ -62,12 +65,29 @@ def test_flags_choose_a_proposer_and_a_length(flags: str, method: str, most: int
         ("--spec-method ngram --draft-model d", "leave --draft-model and --draft-tp away"),
         ("--tp 4 --draft-model d --draft-tp 3", "--draft-tp 3 does not divide --tp 4"),
         ("--draft-model d --draft-tp 2", "--draft-tp 2 does not divide --tp 1"),
-        ("--draft-model d --draft-placement dedicated", "use colocated"),
+        ("--spec-method ngram --draft-placement dedicated", "has no model to place"),
+        ("--draft-placement dedicated", "--draft-placement dedicated without a proposer"),
+        ("--draft-model d --draft-tp 3 --draft-placement dedicated", "--draft-tp 3 is not one of 1, 2, 4, 8"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags: str, words: str) -> None:
     with pytest.raises(ClusterError, match=words):
         choose_speculation(parse(*flags.split()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--draft-model d --draft-placement dedicated", "dedicated is built for CPUs alone.* use colocated"),
+        ("--tp 2 --draft-model d --draft-tp 2", "give --draft-model and --draft-tp 1"),
+        ("--spec-method ngram", "give --draft-model and --draft-tp 1"),
+    ],
+)
+def test_what_is_not_built_on_gpus_is_refused_there(flags: str, words: str) -> None:
+    choice = choose_speculation(parse(*flags.split()))
+    assert choice is not None
+    with pytest.raises(ClusterError, match=words):
+        choice.require_gpus()
 
 
 @pytest.mark.parametrize("value", ["0", "9", "some", "-1"])
@@ -112,5 +132,9 @@ def test_a_draft_has_its_share_of_memory(manifest: Manifest) -> None:
     assert both.kv_bytes == both.num_pages * 2 * manifest.kv.page_bytes
     assert both.num_pages <= alone.num_pages
     assert both.total_bytes <= 20_000_000
+    apart = plan_memory(manifest, "server", 64, 0.5, 40_000_000, draft=manifest, draft_share=2.0)
+    assert apart.parameter_bytes == 3 * alone.parameter_bytes, "two ranks of the draft for each of the model"
+    assert apart.kv_bytes == apart.num_pages * 3 * manifest.kv.page_bytes
+    assert apart.total_bytes <= 20_000_000
     with pytest.raises(ClusterError, match="lower --max-model-len"):
         plan_memory(manifest, "server", 64, 0.5, int(2.5 * alone.parameter_bytes), draft=manifest)

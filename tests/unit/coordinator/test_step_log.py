@@ -65,10 +65,10 @@ async def test_steps_are_recorded_as_chrome_trace() -> None:
 
 async def test_only_one_trace_at_a_time() -> None:
     trace = StepTrace()
-    first = asyncio.create_task(trace.record(1, 1, 5.0))
+    first = asyncio.create_task(trace.record(1, ["0"], 5.0))
     await asyncio.sleep(0)
     with pytest.raises(RuntimeError, match="another trace"):
-        await trace.record(1, 1, 5.0)
+        await trace.record(1, ["0"], 5.0)
     trace.rank(StepResult(1, 0, started_us=2**60, num_tokens=1))
     await asyncio.wait_for(first, 5)
 
@@ -76,7 +76,7 @@ async def test_only_one_trace_at_a_time() -> None:
 @pytest.mark.parametrize("late_first", [True, False])
 async def test_a_step_that_one_rank_began_before_the_trace_is_left_out_on_all(late_first: bool) -> None:
     trace = StepTrace()
-    recording = asyncio.create_task(trace.record(2, 2, 5.0))
+    recording = asyncio.create_task(trace.record(2, ["0", "1"], 5.0))
     await asyncio.sleep(0)
     early = StepResult(1, 0, started_us=0, step_us=1, num_tokens=1)
     late = StepResult(1, 1, started_us=2**60, step_us=1, num_tokens=1)

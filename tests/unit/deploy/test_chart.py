@@ -38,6 +38,8 @@ from tpserve.coordinator.speculation import choose_speculation
 NAMES = [path.stem for path in helm.EXAMPLES]
 KUBERNETES_VERSIONS = ("1.31", "1.34", "1.37")
 CUSTOM_GROUPS = ("ray.io", "monitoring.coreos.com", "keda.sh", "gateway.networking.k8s.io", "inference.networking")
+KUBERAYS = {"ranks"}
+"""Containers that KubeRay starts, probes and ends."""
 STOP_MARGIN_S = 20
 """Ranks and Ray end after the drain."""
 
@@ -53,12 +55,14 @@ def pods(example: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     for document in helm.render(example):
         match document["kind"]:
             case "Deployment" | "StatefulSet" | "Job":
-                template = document["spec"]["template"]
+                templates = [document["spec"]["template"]]
             case "RayCluster":
-                template = document["spec"]["headGroupSpec"]["template"]
+                groups = [document["spec"]["headGroupSpec"], *document["spec"].get("workerGroupSpecs", [])]
+                templates = [group["template"] for group in groups]
             case _:
                 continue
-        yield template["metadata"]["labels"], template["spec"]
+        for template in templates:
+            yield template["metadata"]["labels"], template["spec"]
 
 
 def containers(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -207,6 +211,20 @@ def test_the_router_knows_every_replica_by_its_name(example: str) -> None:
         assert len(base64.b64decode(secret["data"][tokens[0][0]["key"]])) >= 32
 
 
+def test_pods_of_a_group_reach_each_other_and_nobody_else_reaches_their_ray() -> None:
+    policies = {one["metadata"]["name"]: one["spec"] for one in of_kind("kuberay-two-nodes", "NetworkPolicy")}
+    (rule,) = policies["r-tpserve-ray"]["ingress"]
+    assert "ports" not in rule
+    assert [source["podSelector"] for source in rule["from"]] == [policies["r-tpserve-ray"]["podSelector"]]
+    (selected,) = rule["from"][0]["podSelector"]["matchExpressions"]
+    assert set(selected["values"]) == {labels["app.kubernetes.io/component"] for labels, _ in pods("kuberay-two-nodes")}
+    (service,) = of_kind("kuberay-two-nodes", "Service")
+    assert service["spec"]["selector"]["app.kubernetes.io/component"] == "engine", "ranks beside answer no HTTP"
+    (cluster,) = of_kind("kuberay-two-nodes", "RayCluster")
+    head, (workers,) = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
+    assert head["rayStartParams"]["num-cpus"] == workers["rayStartParams"]["num-cpus"] == "4"
+
+
 def test_only_the_router_and_the_scraper_reach_replicas_behind_it() -> None:
     policies = {one["metadata"]["name"]: one["spec"] for one in of_kind("router", "NetworkPolicy")}
     (rule,) = policies["r-tpserve-engine"]["ingress"]
@@ -292,7 +310,7 @@ def test_probes_and_scrapes_go_to_routes_and_ports_that_exist(example: str) -> N
             ports = {port["name"] for port in container.get("ports", [])}
             for name in ("startup", "readiness", "liveness"):
                 if f"{name}Probe" not in container:
-                    assert spec["restartPolicy"] == "Never"
+                    assert spec.get("restartPolicy") == "Never" or container["name"] in KUBERAYS
                     continue
                 get = container[f"{name}Probe"]["httpGet"]
                 assert get["port"] in ports
@@ -359,8 +377,15 @@ def test_gpus_shared_memory_and_time_fit_the_degree(example: str) -> None:
     args = serve_arguments(container)
     (tp,) = (int(arg.removeprefix("--tp=")) for arg in args if arg.startswith("--tp="))
     gpus = container["resources"]["limits"].get("nvidia.com/gpu")
-    assert gpus == (None if "--device=cpu" in args else tp)
     assert gpus == container["resources"]["requests"].get("nvidia.com/gpu")
+    clusters = of_kind(example, "RayCluster")
+    workers = clusters[0]["spec"].get("workerGroupSpecs", []) if clusters else []
+    beside = sum(
+        group["replicas"] * group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+        for group in workers
+    )
+    assert (gpus or 0) + beside == (0 if "--device=cpu" in args else tp)
+    assert ("--tp-across-nodes=pack" in args) == bool(workers)
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
@@ -374,7 +399,7 @@ def test_the_grace_outlasts_the_drain(example: str) -> None:
     for _, spec in pods(example):
         for container in spec["containers"]:
             if "lifecycle" not in container:
-                assert spec["restartPolicy"] == "Never"
+                assert spec.get("restartPolicy") == "Never" or container["name"] in KUBERAYS
                 continue
             sleep_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
             if container["name"] == "router":
@@ -449,6 +474,8 @@ def test_nothing_is_downloaded_where_nothing_can_be() -> None:
         (("--set", "router.enabled=true,engine.replicas=0"), "engine.replicas"),
         (("--set", "router.policy=random"), "'prefix', 'least-loaded', 'round-robin'"),
         (("--set", "router.enabled=true,inferencePool.enabled=true,inferencePool.endpointPicker.name=p"), "take one"),
+        (("--set", "engine.ray.workers=1"), "engine.ray.mode kuberay"),
+        (("--set", "engine.ray.mode=kuberay,engine.ray.workers=1,engine.tensorParallelSize=4"), "is less than"),
         (("--set", "engine.draft.method=draft"), "needs engine.draft.model"),
         (("--set", "engine.draft.method=ngram,engine.draft.model=/models/m"), "looks tokens up"),
         (("--set", "engine.draft.tensorParallelSize=2"), "does not divide"),

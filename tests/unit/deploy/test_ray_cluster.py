@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +49,18 @@ def test_ray_is_started_by_its_own_flags(role: str) -> None:
     assert flags <= known, flags - known
     assert ("--head" in flags) == (role == "head")
     assert "RAY_AUTH_MODE=token" in words, "everybody else could run code on the nodes"
+
+
+def test_each_machine_is_examined_by_a_command_that_there_is() -> None:
+    (doctor,) = (command for command in config()["setup_commands"] if "doctor" in command)
+    words = shlex.split(doctor, comments=True)
+    assert Path(words[0]).name == "tpserve"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT / "deploy/python")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tpserve.cli", *words[1:], "--device", "cpu"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout

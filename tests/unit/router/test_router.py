@@ -337,6 +337,23 @@ async def test_a_client_that_leaves_frees_its_place(two: tuple[Stack, Stack]) ->
         assert sum(left) == 2
 
 
+async def test_who_is_still_there_when_the_router_ends_is_told(two: tuple[Stack, Stack]) -> None:
+    async with routed(two[0].url, max_in_flight_per_backend=1) as routing:
+        two[0].engine.gate.clear()
+        stream = await routing.client.chat.completions.create(model="tiny", messages=HI, stream=True)
+        await anext(stream)
+        asking = asyncio.create_task(routing.http.post(CHAT, json={"messages": HI}))
+        await routing.until_queued(1)
+        routing.router.give_up_all()
+        with pytest.raises(openai.APIError, match="shutting down"):
+            async for _ in stream:
+                pass
+        reply = await asking
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+        await asyncio.wait_for(two[0].engine.aborts.get(), 5)
+        assert routing.router.replicas.num_in_flight == 0
+
+
 async def test_a_conversation_finds_its_prefix_again(two: tuple[Stack, Stack]) -> None:
     async with routed(*(stack.url for stack in two)) as routing:
         for user in range(4):

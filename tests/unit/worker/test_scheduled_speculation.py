@@ -6,20 +6,20 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import pytest
 
-from draft_pairs import MOST, NUM_SLOTS, Pairs, started
+from draft_pairs import MOST, NUM_SLOTS, Pairs, start, started
 from rank_group import Artifacts
-from speculating import VOCAB, WORDS
+from speculating import VOCAB, WORDS, Executor
 from text_models import EOS
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.messages import FinishReason, SamplingParams, StepPlan, StepResult, TokenLogprobs
 from tpserve.proto.rank import RankConfig
-from tpserve.proto.speculation import Speculation
-from tpserve.worker.runner import Runner
+from tpserve.proto.speculation import DraftPlacement, Speculation
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,9 @@ def serve(
         scheduler.add_request(request)
     outcome = Outcome({(r.request_id, c): Choice() for r in requests for c in range(r.n)}, [], 0, 0)
     pending: deque[StepResult] = deque()
-    step = 0
+    step, second = 0, None
     with started(config) as first:
-        runner: Runner = first
+        runner: Executor = first
         while scheduler.has_unfinished or pending:
             while (plan := scheduler.schedule()) is not None:
                 scheduler.check_integrity()
@@ -88,7 +88,7 @@ def serve(
             if lose_after is not None and len(outcome.results) >= lose_after:
                 lose_after = None
                 pending.clear()
-                runner = Runner(config, lambda done, total: None)
+                second = runner = start(config)
                 scheduler.reset_after_group_loss()
                 continue
             outcome.results.append(pending.popleft())
@@ -100,8 +100,8 @@ def serve(
                 if len(choice.token_ids) >= aborts.get(event.request_id, 1 << 30):
                     scheduler.abort(event.request_id)
                     del aborts[event.request_id]
-        if runner is not first:
-            runner.close()
+        if second is not None:
+            second.close()
     stats = scheduler.stats()
     outcome.num_preemptions, outcome.num_hits = stats.num_preemptions, stats.num_prefix_hit_tokens
     return outcome
@@ -132,16 +132,17 @@ def assert_same(one: Outcome, other: Outcome, but: Sequence[int] = ()) -> None:
             assert choice == other.choices[key], key
 
 
-@pytest.fixture(scope="module")
-def sure(pairs: Pairs) -> RankConfig:
+@pytest.fixture(scope="module", params=get_args(DraftPlacement))
+def sure(request: pytest.FixtureRequest, pairs: Pairs) -> RankConfig:
     """A target of whose drafts each is right, if the draft has the right KV."""
-    return pairs.config(0.0)
+    return pairs.config(0.0, placement=request.param)
 
 
-@pytest.fixture(params=["draft", "ngram", "suffix"])
+@pytest.fixture(params=["colocated", "dedicated", "ngram", "suffix"])
 def speculating(request: pytest.FixtureRequest, pairs: Pairs) -> RankConfig:
-    config = pairs.config(0.1)
-    return config if request.param == "draft" else replace(config, speculation=Speculation(request.param, MOST))
+    if request.param in get_args(DraftPlacement):
+        return pairs.config(0.1, placement=request.param)
+    return replace(pairs.config(0.1), speculation=Speculation(request.param, MOST))
 
 
 @pytest.fixture(scope="module")

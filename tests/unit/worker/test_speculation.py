@@ -73,7 +73,7 @@ def test_text_and_logprobs_are_those_of_plain_decoding(
     Driver(runner, num_slots=NUM_SLOTS).run(texts, lambda step: lengths[step])
     runner.close()
     assert sum(map(sum, (text.drafted for text in texts))) > 20
-    assert max(max(text.counts) for text in texts) > 2
+    assert max(max(text.counts) for text in texts) > 1
     assert_same(texts, plain.of(texts))
 
 

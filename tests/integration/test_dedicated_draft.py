@@ -1,0 +1,97 @@
+"""A draft with ranks of its own, of another number than the model's: the same text, soon again when one is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server import Server, chat_request, until
+
+REQUESTS = [
+    chat_request("Repeat: red, green, blue, red, green, blue, red,", max_tokens=60),
+    chat_request("Write a long story about a dragon.", temperature=0.8, seed=3, max_tokens=60),
+    chat_request("What is the capital of France?", temperature=0.7, seed=5, frequency_penalty=0.8, max_tokens=30),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("dedicated")
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(demo_model: Path, folder: Path) -> list[str | None]:
+    """What a server without speculation answers."""
+    with Server.running(demo_model, "--max-num-seqs", "4", folder=folder) as plain:
+        return asyncio.run(answers(plain))
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path, folder: Path) -> Iterator[Server]:
+    flags = ["--max-num-seqs", "4", "--draft-model", str(demo_model), "--num-speculative-tokens", "3"]
+    flags += ["--draft-placement", "dedicated", "--draft-tp", "2"]
+    with Server.running(demo_model, *flags, folder=folder) as running:
+        yield running
+
+
+async def answers(server: Server, *, stream_kill: int | None = None) -> list[str | None]:
+    """Send every request at once; return the texts.
+
+    Parameters
+    ----------
+    stream_kill
+        A process that is killed once every stream has begun.
+    """
+    num_begun = 0
+
+    async def text_of(body: dict[str, object]) -> str:
+        nonlocal num_begun
+        text, finish = "", None
+        async for chunk in await client.chat.completions.create(**body, stream=True):  # type: ignore[call-overload]
+            for choice in chunk.choices:
+                num_begun += not text and bool(choice.delta.content)
+                text += choice.delta.content or ""
+                finish = choice.finish_reason or finish
+            if stream_kill is not None and num_begun == len(REQUESTS):
+                num_begun = 0
+                os.kill(stream_kill, signal.SIGKILL)
+        assert finish is not None
+        return text
+
+    async with server.async_client() as client:
+        return list(await asyncio.gather(*map(text_of, REQUESTS)))
+
+
+def draft_pids(server: Server) -> list[int]:
+    """The pids of the latest group's draft ranks."""
+    found = re.findall(r"rank draft (\d): pid (\d+) on", server.log)
+    return [int(pid) for _, pid in sorted(dict(found).items())]
+
+
+def test_answers_are_those_of_plain_decoding(server: Server, expected: list[str | None]) -> None:
+    assert asyncio.run(answers(server)) == expected
+    metrics = server.metrics()
+    drafted = metrics["tpserve_spec_decode_num_draft_tokens_total"]
+    assert drafted > 50
+    assert metrics["tpserve_spec_decode_num_accepted_tokens_total"] > 0.9 * drafted, "it draws as the model does"
+    for rank in ("0", "draft 0", "draft 1"):
+        assert metrics[f"tpserve_rank_step_seconds_count{{rank={rank}}}"] > 10
+    assert metrics["tpserve_collective_calls_total{kind=all_reduce,rank=draft 1}"] > 0
+    assert metrics["tpserve_rank_last_step{rank=draft 1}"] >= metrics["tpserve_rank_last_step{rank=0}"] - 1
+
+
+def test_a_killed_draft_rank_costs_no_answer(server: Server, expected: list[str | None]) -> None:
+    before = draft_pids(server)
+    assert len(before) == 2
+    assert asyncio.run(answers(server, stream_kill=before[0])) == expected
+    assert re.search(r"lost rank draft 0: .*; rebuilding the TP group", server.log)
+    until(lambda: server.health()[0] == 200, within_s=10, what="ready")
+    assert not set(before) & set(draft_pids(server)), "the group is rebuilt whole"
+    assert server.metrics()["tpserve_ranks_lost_total{rank=draft 0}"] == 1

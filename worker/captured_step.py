@@ -1,0 +1,103 @@
+"""A captured step with its inputs, and a step on its way through the device."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import cupy
+import tvm_ffi
+
+from tpserve.proto.messages import StepPlan, StepResult
+from tpserve.worker.arrays import Array
+from tpserve.worker.buckets import Bucket
+from tpserve.worker.device_weights import as_device_tensor
+from tpserve.worker.verify_layout import VerifyBucket
+
+
+class Finisher(Protocol):
+    """Who has queued a step."""
+
+    def finish(self, pending: PendingStep) -> StepResult:
+        """Wait for a step and return its result."""
+
+
+class CapturedStep:
+    """One bucket's graph with the device buffer of its inputs."""
+
+    def __init__(self, bucket: Bucket, verify: VerifyBucket | None = None) -> None:
+        self.bucket = bucket
+        self.num_slots = 0 if verify is None else verify.num_slots
+        """Decoding slots that the step verifies draft tokens of."""
+        self.num_draft_tokens = 0 if verify is None else verify.num_draft_tokens
+        self.prompt_graph: Any = None
+        """The draft's pass over the same tokens, for steps with prompts."""
+        self.inputs = cupy.zeros(bucket.num_inputs, cupy.int32)
+        self.graph: Any = None
+        self.forward_graph: Any = None
+        """The same without the sampling; captured when a step of this size first has a grammar."""
+        self.logits: Any = None
+        """What the forward graph writes: memory of the pool, good until the next launch of any graph."""
+        parts = [self.inputs[start : start + size] for start, size in zip(bucket.starts, bucket.sizes, strict=True)]
+        parts[2].fill(-1)
+        parts[4].fill(-1)
+        self.tensors = [tvm_ffi.from_dlpack(part) for part in parts]
+        """token_ids, positions, token_slots, sample_rows, sample_slots, sample_positions."""
+        self.plan: Any = None
+        self.hidden: Any = None
+        """What the graph writes: (R, hidden_size) bfloat16, good until the next launch of any graph."""
+        self.forward_hidden: Any = None
+        """The same of the forward graph."""
+
+
+class PendingStep:
+    """A step on its way; `wait` blocks until the device has done it."""
+
+    def __init__(
+        self,
+        runner: Finisher,
+        plan: StepPlan,
+        staging: int,
+        slots: Array | None = None,
+        num_tokens: int = 0,
+        bucket: Bucket | None = None,
+        failures: dict[int, str] | None = None,
+        mask_us: int = 0,
+        hidden: dict[int, Array] | None = None,
+    ) -> None:
+        """Note what was queued; without slots nothing was.
+
+        `slots` are those that decode or were sampled, each once; `hidden` is by slot, of those that asked for rows.
+        """
+        self.hidden = hidden or {}
+        self.plan = plan
+        self.slots = slots
+        self.staging = staging
+        self.num_tokens = num_tokens
+        self.bucket = bucket
+        self.submitted = time.perf_counter()
+        self.failures = failures or {}
+        self.mask_us = mask_us
+        self._runner = runner
+
+    def wait(self) -> StepResult:
+        """Return the result; the coordinator's deadline of a step bounds the wait.
+
+        Raises
+        ------
+        WorkerError
+            If the logits of a slot had a NaN or no finite maximum.
+        """
+        return self._runner.finish(self)
+
+
+def unowned(tensor: Any) -> Any:
+    """Return a tensor over the same memory that does not keep it from its allocator."""
+    view = (
+        cupy.from_dlpack(tensor)
+        if tensor.dtype != "bfloat16"
+        else cupy.from_dlpack(tensor._create_view(tensor.shape, dtype="uint16"))
+    )
+    memory = cupy.cuda.UnownedMemory(view.data.ptr, view.nbytes, owner=None)
+    bare = cupy.ndarray(view.shape, view.dtype, cupy.cuda.MemoryPointer(memory, 0))
+    return as_device_tensor(bare, str(tensor.dtype))
