@@ -1,6 +1,7 @@
 """`python -m tpserve.coordinator CONFIG`: the coordinator process of one replica.
 
-CONFIG is a JSON object with the fields of `CoordinatorConfig`. Prints one JSON line with its address when it listens.
+CONFIG is a JSON object with the fields of `CoordinatorConfig`; `-` reads it from standard input. Prints one JSON
+line with its address when it listens.
 SIGTERM drains and ends with 0; a group that cannot be started or rebuilt ends with 1 and a JSON line with the error.
 """
 
@@ -218,7 +219,7 @@ async def _listen(config: CoordinatorConfig, service: EngineService) -> tuple[gr
 
 def main() -> int:
     """Run the coordinator; return the exit code."""
-    config = CoordinatorConfig(**json.loads(sys.argv[1]))
+    config = CoordinatorConfig(**json.loads(sys.stdin.read() if sys.argv[1] == "-" else sys.argv[1]))
     parent = keep_stdout_for_parent()  # Ray prints what its daemons and ranks say
     configure(config.log_format, "coordinator")
     tracing = None

@@ -278,6 +278,15 @@ CATALOGUE: tuple[MetricSpec, ...] = (
         "Streams that ended before their last token, by the code of the error; 499 is a client that left.",
         ["code"],
     ),
+    _http("counter", "key_requests", "Requests by the name of their API key, refused ones among them.", ["key"]),
+    _http(
+        "counter",
+        "key_limited_requests",
+        "Of those, refused by a limit of the key: requests, tokens or parallel.",
+        ["key", "limit"],
+    ),
+    _http("counter", "key_prompt_tokens", "Prompt tokens by the name of the API key.", ["key"]),
+    _http("counter", "key_generation_tokens", "Output tokens by the name of the API key.", ["key"]),
     _http("gauge", "gateway_engine_up", "1 if the coordinator gave its metrics for this scrape."),
 )
 

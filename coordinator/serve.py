@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,9 @@ from types import FrameType
 from typing import IO, Any
 
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.gateway.config import ConfigError
+from tpserve.coordinator.gateway.keys import KeyRing
+from tpserve.coordinator.gateway.tls import TlsError, add_tls_arguments, tls_files_of
 from tpserve.coordinator.gateway_keeper import GatewayKeeper, GatewayLost
 from tpserve.coordinator.host_limits import usable_cpus
 from tpserve.coordinator.log import LOG_FORMATS, configure
@@ -113,7 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--served-model-name", nargs="+", help="names clients may use (default: the model's)")
     parser.add_argument("--api-key", action="append", default=[], help="may be given several times")
-    parser.add_argument("--api-key-file", type=Path, help="more keys, one a line; a mounted secret")
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        help="more keys, one a line, which name=, rpm=, tpm= and max_parallel= may follow; read again when it changes",
+    )
+    parser.add_argument("--limits-dir", type=Path, help=argparse.SUPPRESS)  # of --replicas: what keys have used
     parser.add_argument(
         "--replicas", type=_positive, default=1, metavar="N", help="servers of their own behind one router, on one Ray"
     )
@@ -123,6 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECRET",
         help=f"opens POST /admin/rolling-restart with --replicas (or ${ADMIN_VARIABLE})",
     )
+    add_tls_arguments(parser)
     add_policy_arguments(parser)
     parser.add_argument("--allow-origins", nargs="*", default=[], help="origins for CORS")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
@@ -236,6 +246,7 @@ class _Server:
         if args.tp_across_nodes is not None and args.ray_address is None:
             raise ServeError("--tp-across-nodes needs --ray-address: a Ray that is started here has one node")
         if not args.no_gateway:
+            check_doors(args)
             require_free_port("", args.host, args.port)
         require_free_port("engine-", args.engine_host, args.engine_port)
         if args.operations_port is not None:
@@ -298,7 +309,10 @@ class _Server:
             return
         logger.info("The engine listens at %s", engine_address)
         url = self._start_gateways(folders, names, engine_address)
-        self._await_healthy(url)
+        if args.ssl_client_auth == "required":
+            self._await_engine(engine_address)  # the gateway answers nobody without a certificate, also not this
+        else:
+            self._await_healthy(url)
         if not self._stopping and args.replica[1] > 1:
             logger.info("It is ready, at %s for the router", url)
         elif not self._stopping:
@@ -478,6 +492,13 @@ class _Server:
             "otlp_traces_endpoint": args.otlp_traces_endpoint,
         }
 
+    def _tls(self) -> dict[str, str]:
+        """Return the TLS files of the gateways; behind the router of --replicas they need none."""
+        names = ("ssl_certfile", "ssl_keyfile", "ssl_keyfile_password_file", "ssl_ca_certs", "ssl_client_auth")
+        if self._args.replica[1] > 1:
+            return {}
+        return {name: str(value) for name in names if (value := getattr(self._args, name)) is not None}
+
     def _start_gateways(self, folders: dict[str, str], names: list[str], engine_address: str) -> str:
         args = self._args
         config = {
@@ -488,6 +509,7 @@ class _Server:
             "port": args.port,
             "api_keys": args.api_key,
             "api_key_file": None if args.api_key_file is None else str(args.api_key_file),
+            **self._tls(),
             "allow_origins": args.allow_origins,
             "router_token": args.router_token,
             "drain_timeout_s": args.drain_timeout,
@@ -495,11 +517,14 @@ class _Server:
             "parent_pid": os.getpid(),
         }
         environment, metrics_dir = {}, None
+        if args.limits_dir is not None:
+            config["limits_dir"] = str(args.limits_dir)
         if args.gateway_processes > 1:
             # Each takes connections from one queue when it has time, and adds its counts to files that all show.
             metrics_dir = Path(tempfile.mkdtemp(prefix="tpserve-metrics-"))
             self._folders.append(metrics_dir)
             environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}
+            config["limits_dir"] = config.get("limits_dir", str(metrics_dir))
 
         def spawn(shared: socket.socket) -> subprocess.Popen[str]:
             listening = config | {"listen_fd": shared.fileno()}
@@ -527,7 +552,7 @@ class _Server:
                 time.sleep(_POLL_S)
 
     def _await_healthy(self, url: str) -> None:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the gateway is never behind a proxy
+        opener = local_opener()
         while not self._stopping:
             self._raise_if_ended()
             try:
@@ -549,6 +574,33 @@ class _Server:
                 raise ServeError(str(error)) from None
 
 
+def check_doors(args: argparse.Namespace) -> None:
+    """Fail before anything is built if the keys or the TLS files cannot be used.
+
+    Raises
+    ------
+    ServeError
+        Naming the flag or the file.
+    """
+    try:
+        KeyRing(args.api_key, args.api_key_file)
+        tls_files_of(args)
+    except (ConfigError, TlsError) as error:
+        raise ServeError(str(error)) from None
+
+
+def local_opener() -> urllib.request.OpenerDirector:
+    """Return what asks a child of this process for its health.
+
+    It is never behind a proxy, and need not prove who it is: its certificate may name another host than this address,
+    and nothing is sent that is worth a secret.
+    """
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+
+
 def _log_lines(stream: IO[str]) -> None:
     """Log what a process writes that knows no JSON."""
     for line in stream:
@@ -560,15 +612,19 @@ def _spawn(
     module: str, config: dict[str, Any], environment: dict[str, str], pass_fds: tuple[int, ...] = ()
 ) -> subprocess.Popen[str]:
     # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
-    command = [sys.executable, "-m", module, json.dumps(config)]
-    return subprocess.Popen(
-        command,
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, "-"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env=os.environ | _WITHOUT_FORK_HANDLERS | environment,
         pass_fds=pass_fds,
     )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # one that is gone at once is seen by its parent
+        json.dump(config, process.stdin)  # not as an argument, which every user of this host could read
+    return process
 
 
 def ray_environment(ray_address: str | None) -> dict[str, str]:

@@ -13,6 +13,7 @@ from tpserve.coordinator.engine import Engine, OutputEvent, Unavailable
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.request import QueueFull, RequestInvalid
 from tpserve.coordinator.step_log import MAX_TRACE_STEPS
+from tpserve.coordinator.submit_check import check_submit
 from tpserve.proto.messages import Grammar, SamplingParams
 from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 
@@ -54,7 +55,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         context: grpc.aio.ServicerContext[engine_pb2.GatewayMessage, engine_pb2.EngineMessage],
     ) -> AsyncIterator[engine_pb2.EngineMessage]:
         """Serve one gateway until its stream ends."""
-        session = Session(self._engine)
+        session = Session(self._engine, self._info.vocab_size)
         unwatch = self._engine.watch_status(session.send_state)
         session.send_state()
         reader = asyncio.create_task(session.read(request_iterator))
@@ -109,10 +110,17 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 
 
 class Session:
-    """Requests of one gateway, and what is to be sent to it."""
+    """Requests of one gateway, and what is to be sent to it.
 
-    def __init__(self, engine: Engine) -> None:
+    Parameters
+    ----------
+    vocab_size
+        0: unknown.
+    """
+
+    def __init__(self, engine: Engine, vocab_size: int = 0) -> None:
         self._engine = engine
+        self._vocab_size = vocab_size
         self._keys: dict[int, int] = {}  # the gateway's request id -> the engine's key
         self._open: dict[int, set[int]] = {}  # the gateway's request id -> choices without their last event
         self.outbox: asyncio.Queue[engine_pb2.EngineMessage | None] = asyncio.Queue()
@@ -141,6 +149,9 @@ class Session:
 
     def _submit(self, submit: engine_pb2.Submit) -> None:
         try:
+            if submit.request_id in self._keys:
+                raise RequestInvalid(f"request id {submit.request_id} is in use")
+            check_submit(submit, self._vocab_size)
             key = self._engine.submit(
                 submit.request_id,
                 self.deliver,

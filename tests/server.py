@@ -88,7 +88,7 @@ class Footprint:
         """Add what the living processes hold now."""
         for process in processes_of(self.mark):
             with suppress(psutil.Error, OSError):
-                text = " ".join(process.cmdline())
+                text = " ".join([*process.cmdline(), process.environ().get("PROMETHEUS_MULTIPROC_DIR", "")])
                 self.folders.update(map(Path, re.findall(r"/tmp/tpserve-[\w-]+", text)))
                 self.ports.update(
                     connection.laddr.port

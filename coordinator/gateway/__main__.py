@@ -21,7 +21,9 @@ import uvicorn
 from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.config import ConfigError, GatewayConfig
 from tpserve.coordinator.gateway.errors import EngineUnavailable
+from tpserve.coordinator.gateway.guard import guarded_protocol
 from tpserve.coordinator.gateway.service import Service
+from tpserve.coordinator.gateway.tls import TlsError, TlsFiles, TlsServer, url_of
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
 from tpserve.coordinator.log import configure
 from tpserve.coordinator.process import bind, end_with_parent, tell_parent
@@ -36,19 +38,18 @@ DRAIN_GRACE_S = 2
 """Between telling clients that time is up and cutting their connections."""
 
 
-class Server(uvicorn.Server):
+class Server(TlsServer):
     """Drains on SIGTERM and SIGINT and then returns, instead of dying by the signal."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
+    def __init__(self, config: uvicorn.Config, service: Service, tls: TlsFiles | None = None) -> None:
+        super().__init__(config, tls)
         self._service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, and say so: in the log, and as one JSON line on standard output for the parent."""
         await super().startup(sockets)
         for bound in sockets or ():
-            host, port = bound.getsockname()[:2]
-            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            url = url_of(bound, self.tls)
             logger.info("listening on %s", url)
             tell_parent(url=url)
 
@@ -106,13 +107,14 @@ def main(argv: list[str] | None = None) -> int:
         except (ModelFilesError, TracingUnavailable) as error:
             return _fail(str(error))
         try:
+            tls = config.tls_files()
             app = create_app(service)
-        except ConfigError as error:
+        except (ConfigError, TlsError) as error:
             return _fail(str(error))
         uvicorn_config = uvicorn.Config(
             app,
             loop="uvloop",
-            http="httptools",
+            http=guarded_protocol(config.header_timeout_s, config.write_timeout_s),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -121,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + DRAIN_GRACE_S,
         )
-        Server(uvicorn_config, service).run(sockets=[bound])
+        Server(uvicorn_config, service, tls).run(sockets=[bound])
         if service.tracing is not None:
             service.tracing.shutdown()
     return 0

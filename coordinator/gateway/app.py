@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,6 +20,9 @@ from tpserve.coordinator.gateway import chat, completions, debug, embeddings, re
 from tpserve.coordinator.gateway.edge import Edge
 from tpserve.coordinator.gateway.engine_types import EngineStatus
 from tpserve.coordinator.gateway.errors import FAULT_MESSAGE, ApiError, EngineUnavailable, InternalError, error_object
+from tpserve.coordinator.gateway.keys import KeyRing
+from tpserve.coordinator.gateway.limits import RATE_HEADERS, Ledger
+from tpserve.coordinator.gateway.metering import Metering
 from tpserve.coordinator.gateway.metrics import CONTENT_TYPE
 from tpserve.coordinator.gateway.openapi import openapi_document
 from tpserve.coordinator.gateway.origin import RouterDoor
@@ -29,41 +34,54 @@ from tpserve.coordinator.health import PROBES, passes
 
 
 def create_app(service: Service) -> ASGIApp:
-    """Return the application; its lifespan starts and closes the engine session."""
+    """Return the application; its lifespan starts and closes the engine session.
+
+    Raises
+    ------
+    ConfigError
+        If the key file cannot be used.
+    """
+    config = service.config
+    keys = KeyRing(config.api_keys, None if config.api_key_file is None else Path(config.api_key_file))
+    ledger = Ledger(None if config.limits_dir is None else Path(config.limits_dir))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
-        if service.config.listen_fd is not None:
+        watching = asyncio.create_task(keys.watch())
+        if config.listen_fd is not None:
             # Beside others that answer already, this one takes no connections before it can serve them.
-            await service.engine.wait_connected(service.config.session_timeout_s)
+            await service.engine.wait_connected(config.session_timeout_s)
         yield
+        watching.cancel()
         await service.close()
+        ledger.close()
 
     app = FastAPI(title="tpserve", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     _add_openai_routes(app, service)
     _add_operations_routes(app, service)
     add_page_routes(app)
-    if service.config.enable_debug:
+    if config.enable_debug:
         debug.add_routes(app, service)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_fault)
     traced = app if service.tracing is None else TraceRequests(app, service.tracing)
     edge: ASGIApp = Edge(
-        RouterDoor(traced, service.config.router_token),
+        RouterDoor(Metering(traced, ledger, service.metrics), config.router_token),
         metrics=service.metrics,
         routes=[path for route in app.routes if isinstance(path := getattr(route, "path", None), str)],
-        api_keys=service.config.all_api_keys(),
-        max_body_bytes=service.config.max_body_bytes,
+        keys=keys,
+        max_body_bytes=config.max_body_bytes,
+        body_timeout_s=config.body_timeout_s,
     )
-    if service.config.allow_origins:
+    if config.allow_origins:
         edge = CORSMiddleware(
             edge,
-            allow_origins=service.config.allow_origins,
+            allow_origins=config.allow_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
         )
     return edge
 
@@ -99,7 +117,9 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 def _add_operations_routes(app: FastAPI, service: Service) -> None:
     config = service.config
     # With the standard library: bounds of seeds are integers of more than 64 bits.
-    document = json.dumps(openapi_document(enable_debug=config.enable_debug, with_keys=bool(config.api_keys)))
+    document = json.dumps(
+        openapi_document(enable_debug=config.enable_debug, with_keys=bool(config.api_keys or config.api_key_file))
+    )
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:

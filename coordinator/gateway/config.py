@@ -6,9 +6,9 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
+from tpserve.coordinator.gateway.tls import TlsFiles, tls_files
 from tpserve.coordinator.log import LOG_FORMATS
 
 
@@ -34,10 +34,26 @@ class GatewayConfig:
     api_keys: tuple[str, ...] = ()
     """Any of them opens /v1; empty leaves it open."""
     api_key_file: str | None = None
-    """More keys, one a line; read at the start."""
+    """More keys, one a line with its limits (see `keys`); read again when it changes."""
+    limits_dir: str | None = None
+    """A folder in which all gateways of this host keep what keys have used; None: this one stands alone."""
+    ssl_certfile: str | None = None
+    """Serve HTTPS with this certificate chain; this and the next are read again when they change (see `tls`)."""
+    ssl_keyfile: str | None = None
+    ssl_keyfile_password_file: str | None = None
+    ssl_ca_certs: str | None = None
+    """Authorities of client certificates."""
+    ssl_client_auth: str = "none"
+    """none, optional or required."""
     allow_origins: tuple[str, ...] = ()
     """Origins for CORS; `*` is any; empty turns CORS off."""
     max_body_bytes: int = 16 * 2**20
+    header_timeout_s: float = 30.0
+    """A connection must send a request's headers within this time; one that waits between requests may stay longer."""
+    body_timeout_s: float = 30.0
+    """A body must come within this time, and a second more for each 16 KiB of it."""
+    write_timeout_s: float = 60.0
+    """A client that reads nothing for so long, while its answer waits, is cut off."""
     request_timeout_s: float = 3600.0
     """From the last byte of the body to the last token."""
     accept_timeout_s: float = 30.0
@@ -82,23 +98,21 @@ class GatewayConfig:
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log_format is {self.log_format!r}: it must be text or json")
 
-    def all_api_keys(self) -> tuple[str, ...]:
-        """Return the keys given here and in the file.
+    def tls_files(self) -> TlsFiles | None:
+        """Return the files of HTTPS; None is HTTP.
 
         Raises
         ------
-        ConfigError
-            If the file cannot be read or has none: it would leave the door open.
+        TlsError
+            If they cannot be used.
         """
-        if self.api_key_file is None:
-            return self.api_keys
-        try:
-            keys = [line.strip() for line in Path(self.api_key_file).read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"api_key_file {self.api_key_file} cannot be read: {error}") from None
-        if not keys:
-            raise ConfigError(f"api_key_file {self.api_key_file} has no key: write one a line, or leave it out")
-        return (*self.api_keys, *keys)
+        return tls_files(
+            self.ssl_certfile,
+            self.ssl_keyfile,
+            self.ssl_keyfile_password_file,
+            self.ssl_ca_certs,
+            self.ssl_client_auth,
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Self:

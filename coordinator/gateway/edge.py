@@ -1,8 +1,7 @@
-"""The outermost layer of each HTTP request: id, API key, body size, metrics, and the last resort for faults."""
+"""The outermost layer of each HTTP request: id, key, limits of the body, metrics, and the last resort for faults."""
 
 from __future__ import annotations
 
-import hmac
 import logging
 import re
 import time
@@ -15,11 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tpserve.coordinator.gateway.errors import (
     FAULT_MESSAGE,
     ApiError,
-    BodyTooLarge,
     ClientDisconnected,
     InternalError,
     InvalidApiKey,
 )
+from tpserve.coordinator.gateway.keys import Account, KeyRing
+from tpserve.coordinator.gateway.limited_body import limited_body
 from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.stream import error_response
 
@@ -41,8 +41,10 @@ class Edge:
     ----------
     routes
         Paths that metrics name; all others count as `other`, so that clients cannot grow the label set.
-    api_keys
-        Keys that open /v1; empty leaves it open.
+    keys
+        Keys that open /v1; none leaves it open.
+    body_timeout_s
+        See `limited_body`.
     """
 
     def __init__(
@@ -51,14 +53,16 @@ class Edge:
         *,
         metrics: HttpMetrics,
         routes: Iterable[str],
-        api_keys: tuple[str, ...],
+        keys: KeyRing,
         max_body_bytes: int,
+        body_timeout_s: float,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._routes = frozenset(routes)
-        self._api_keys = [key.encode() for key in api_keys]
+        self._keys = keys
         self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; anything else (lifespan) passes through."""
@@ -76,9 +80,10 @@ class Edge:
         self._metrics.begin(route)
         try:
             try:
-                if path.startswith(GUARDED_PATHS) and self._api_keys:
-                    self._check_key(headers)
-                await self._app(scope, self._limited(headers, receive), exchange.send)
+                if path.startswith(GUARDED_PATHS) and not self._keys.is_open:
+                    scope["state"]["account"] = self._account(headers)
+                limited = limited_body(headers, receive, max_bytes=self._max_body_bytes, timeout_s=self._body_timeout_s)
+                await self._app(scope, limited, exchange.send)
             except ClientDisconnect:
                 raise ClientDisconnected("The client closed the connection while sending the body") from None
             except ApiError:
@@ -108,32 +113,14 @@ class Edge:
                 extra={"request_id": exchange.request_id, "route": route, "status": status},
             )
 
-    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+    def _account(self, headers: dict[bytes, bytes]) -> Account:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not given:
             raise InvalidApiKey("An API key is needed: send it as 'Authorization: Bearer KEY'")
-        # Every key is compared in full, so that the time taken tells nothing.
-        if sum([hmac.compare_digest(given.strip(), key) for key in self._api_keys]) == 0:
+        account = self._keys.find(given.strip())
+        if account is None:
             raise InvalidApiKey("The API key is not known to this server")
-
-    def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """Return a channel that refuses a body over the limit, by its declared length or as it comes in."""
-        limit = self._max_body_bytes
-        too_large = BodyTooLarge(f"The body is larger than {limit} bytes")
-        declared = headers.get(b"content-length", b"")
-        if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
-            raise too_large
-        num_bytes = 0
-
-        async def limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > limit:
-                raise too_large
-            return message
-
-        return limited
+        return account
 
 
 class _Exchange:

@@ -14,6 +14,7 @@ from tpserve.coordinator.gateway.answers import Answer
 from tpserve.coordinator.gateway.engine_types import EngineRequest
 from tpserve.coordinator.gateway.errors import InternalError, InvalidRequest, UnsupportedFeature
 from tpserve.coordinator.gateway.generation import Generation
+from tpserve.coordinator.gateway.metering import meter_of
 from tpserve.coordinator.gateway.prepare import output_limit, tokenise
 from tpserve.coordinator.gateway.protocol import MAX_PROMPTS, Text, TokenId, Wire, parse_body
 from tpserve.coordinator.gateway.service import Service
@@ -90,6 +91,8 @@ async def create_embeddings(service: Service, http: Request) -> Response:
     generation = Generation(
         service.engine, service.model.tokenizer, requests, stops=(), timeout_s=service.config.request_timeout_s
     )
+    if (meter := meter_of(http.scope["state"])) is not None:
+        meter.take_prompt(generation.usage.num_prompt_tokens)  # the token that is asked for is nothing to the client
     rows: dict[int, bytes] = {}
     try:
         await generation.start(http.receive, service.config.accept_timeout_s)

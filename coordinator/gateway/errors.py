@@ -8,7 +8,9 @@ ApiError                        status  type                   code
 ├── RouterOnly                  403     invalid_request_error  router_only
 ├── ModelNotFound               404     invalid_request_error  model_not_found
 ├── BodyTooLarge                413     invalid_request_error  request_too_large
+├── BodyTooSlow                 408     invalid_request_error  request_too_slow
 ├── QueueFull                   429     rate_limit_error       rate_limit_exceeded     + Retry-After
+├── RateLimited                 429     rate_limit_error       rate_limit_exceeded     + Retry-After, x-ratelimit-*
 ├── ClientDisconnected          499     (nobody reads it; it shows in logs and metrics)
 ├── InternalError               500     server_error           internal_error
 ├── EngineUnavailable           503     server_error           engine_unavailable      + Retry-After
@@ -23,6 +25,10 @@ import orjson
 
 FAULT_MESSAGE = "The server failed on this request"
 """All that a client learns of a fault of ours; the log has the rest."""
+
+
+LIMIT_HEADER = "x-tpserve-limit"
+"""Of a 429 that comes of the client's own limits, by which a router tells it from a full queue."""
 
 
 class ApiError(Exception):
@@ -124,12 +130,53 @@ class BodyTooLarge(ApiError):
     default_code = "request_too_large"
 
 
+class BodyTooSlow(ApiError):
+    """The request body did not come in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_too_slow"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers that go with the status; what still comes of the body is not read."""
+        return {"connection": "close"}
+
+
 class QueueFull(ApiError):
     """The coordinator's queue is full; the client should come back later."""
 
     status = 429
     type = "rate_limit_error"
     default_code = "rate_limit_exceeded"
+
+
+class RateLimited(ApiError):
+    """A limit of the client's own key is reached.
+
+    Parameters
+    ----------
+    limit
+        Which: requests, tokens or parallel.
+    rate_headers
+        OpenAI's `x-ratelimit-*`.
+    """
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+    def __init__(
+        self, message: str, *, limit: str, rate_headers: dict[str, str], retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.limit = limit
+        self._rate_headers = rate_headers
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers that go with the status."""
+        return {**super().headers, **self._rate_headers, LIMIT_HEADER: self.limit}
 
 
 class ClientDisconnected(ApiError):

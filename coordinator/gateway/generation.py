@@ -20,6 +20,7 @@ from tpserve.coordinator.gateway.errors import (
     InvalidRequest,
     RequestTimeout,
 )
+from tpserve.coordinator.gateway.metering import Meter
 from tpserve.coordinator.gateway.stop import StopMatcher
 from tpserve.coordinator.gateway.tokenizer import Tokenizer
 from tpserve.coordinator.relay import Progress
@@ -111,6 +112,8 @@ class Generation:
         Time for the whole of it.
     progress
         Of a stream that may move: what a router has of it, from which it goes on.
+    meter
+        Of the client's key, if it has one.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class Generation:
         visible_tokens: Iterable[str] = (),
         timeout_s: float,
         progress: Progress | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self._engine = engine
         self._requests = requests
@@ -146,8 +150,10 @@ class Generation:
         self.usage = Usage(sum(len(request.prompt_token_ids) for request in requests))
         self._replayed: list[Update] = []
         self._emitted: list[list[int]] = [[] for _ in self._choices]
+        self._meter: Meter | None = None
         if progress is not None and progress.resumed:
             self._replay(progress)
+        self._meter = meter  # what is replayed was charged where it was made
 
     @property
     def num_choices(self) -> int:
@@ -172,6 +178,8 @@ class Generation:
         ApiError
             If one is rejected or not answered in time. `close` must be called in any case.
         """
+        if self._meter is not None:
+            self._meter.take_prompt(self.usage.num_prompt_tokens)
         self._watch = asyncio.create_task(self._watch_client(receive))
         timeout = RequestTimeout(f"The request took longer than {self._timeout_s:g} s")
         self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._mailbox.fail, timeout)
@@ -302,6 +310,8 @@ class Generation:
         else:
             num_used = num_shown
         self.usage.num_completion_tokens += num_used
+        if self._meter is not None:
+            self._meter.take_output(num_used)
         if ended or stopped:
             choice.finished = True
             self._num_open -= 1

@@ -43,6 +43,10 @@ class HttpMetrics:
             duration.full_name, duration.text, duration.labels, buckets=duration.buckets, registry=self._registry
         )
         self._stream_failures = self._counter("http_stream_failures")
+        self._key_requests = self._counter("key_requests")
+        self._key_limited = self._counter("key_limited_requests")
+        self._key_prompt_tokens = self._counter("key_prompt_tokens")
+        self._key_generation_tokens = self._counter("key_generation_tokens")
         self._engine_up = self._gauge("gateway_engine_up", "livemostrecent")
 
     def _counter(self, name: str) -> Counter:
@@ -66,6 +70,21 @@ class HttpMetrics:
     def stream_failed(self, code: int) -> None:
         """Note that a stream whose status was 200 ended with an error."""
         self._stream_failures.labels(str(code)).inc()
+
+    def key_request(self, key_name: str) -> None:
+        """Note that a key's request has begun."""
+        self._key_requests.labels(key_name).inc()
+
+    def key_limited(self, key_name: str, limit: str) -> None:
+        """Note that it was refused by one of the key's limits."""
+        self._key_limited.labels(key_name, limit).inc()
+
+    def key_tokens(self, key_name: str, *, prompt: int = 0, generation: int = 0) -> None:
+        """Note tokens that a key's requests use."""
+        if prompt:
+            self._key_prompt_tokens.labels(key_name).inc(prompt)
+        if generation:
+            self._key_generation_tokens.labels(key_name).inc(generation)
 
     def render(self, engine_text: str | None) -> str:
         """Return the coordinator's metrics (None: it gave none) and these, in Prometheus text format 0.0.4.

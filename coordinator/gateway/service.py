@@ -17,6 +17,7 @@ from tpserve.coordinator.gateway.engine_types import EngineRequest
 from tpserve.coordinator.gateway.errors import ModelNotFound
 from tpserve.coordinator.gateway.generation import Generation, Update, Usage
 from tpserve.coordinator.gateway.grammar import GrammarChecker
+from tpserve.coordinator.gateway.metering import meter_of
 from tpserve.coordinator.gateway.metrics import HttpMetrics
 from tpserve.coordinator.gateway.model import ServedModel
 from tpserve.coordinator.gateway.stream import ChunkWriter, EventStream, json_response
@@ -143,6 +144,7 @@ class Service:
             stops=stops,
             visible_tokens=visible_tokens,
             timeout_s=self.config.request_timeout_s,
+            meter=meter_of(http.scope["state"]),
         )
         if self.tracing is not None:
             call: TracedCall = http.state.traced_call

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from tpserve.coordinator.gateway.guard import guarded_protocol
+from tpserve.coordinator.gateway.tls import TlsError, TlsFiles, TlsServer, add_tls_arguments, tls_files_of, url_of
 from tpserve.coordinator.log import LOG_FORMATS, configure
 from tpserve.coordinator.process import bind, end_with_parent, tell_parent
 from tpserve.coordinator.router.app import Router, signal_parent
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
     add_policy_arguments(parser)
+    add_tls_arguments(parser)
     parser.add_argument("--health-interval", type=float, default=default.health_interval_s, metavar="SECONDS")
     parser.add_argument("--drain-timeout", type=float, default=default.drain_timeout_s, metavar="SECONDS")
     parser.add_argument("--merge-metrics", action="store_true", help="/metrics holds those of all replicas besides")
@@ -75,19 +78,18 @@ def config_of(args: argparse.Namespace) -> RouterConfig:
     )
 
 
-class Server(uvicorn.Server):
+class Server(TlsServer):
     """Drains on SIGTERM and SIGINT and then returns, instead of dying by the signal."""
 
-    def __init__(self, config: uvicorn.Config, router: Router) -> None:
-        super().__init__(config)
+    def __init__(self, config: uvicorn.Config, router: Router, tls: TlsFiles | None = None) -> None:
+        super().__init__(config, tls)
         self._router = router
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, and say so: in the log, and as one JSON line on standard output for the parent."""
         await super().startup(sockets)
         for bound in sockets or ():
-            host, port = bound.getsockname()[:2]
-            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            url = url_of(bound, self.tls)
             logger.info("routing at %s to %s", url, ", ".join(self._router.config.backends))
             if self._router.config.parent_pid is not None:
                 tell_parent(url=url)
@@ -120,8 +122,8 @@ def main(args: argparse.Namespace) -> int:
     configure(args.log_format, "router")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and end are told here
     try:
-        config = config_of(args)
-    except RouterConfigError as error:
+        config, tls = config_of(args), tls_files_of(args)
+    except (RouterConfigError, TlsError) as error:
         return _fail(args, str(error))
     if config.parent_pid is not None:
         end_with_parent(config.parent_pid)
@@ -136,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
         uvicorn_config = uvicorn.Config(
             router,
             loop="uvloop",
-            http="httptools",
+            http=guarded_protocol(),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -145,7 +147,7 @@ def main(args: argparse.Namespace) -> int:
             timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + _DRAIN_GRACE_S,
         )
-        Server(uvicorn_config, router).run(sockets=[bound])
+        Server(uvicorn_config, router, tls).run(sockets=[bound])
     return 0
 
 

@@ -49,6 +49,8 @@ class RouterConfig:
     drain_timeout_s: float = 30.0
     """After SIGTERM, running requests get this long."""
     max_body_bytes: int = 16 * 2**20
+    body_timeout_s: float = 30.0
+    """A body must come within this time, and a second more for each 16 KiB of it."""
     merge_metrics: bool = False
     """/metrics holds those of all replicas besides, told apart by the label `replica`."""
     log_format: str = "text"

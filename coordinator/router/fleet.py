@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -30,10 +31,12 @@ from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, TOKEN_VARIABLE
 from tpserve.coordinator.serve import (
     AlreadyTold,
     ServeError,
+    check_doors,
     curl,
     default_names,
     first_words,
     last_words,
+    local_opener,
     ray_environment,
     require_free_port,
 )
@@ -110,6 +113,8 @@ class Fleet:
         self._replacing: _Child | None = None
         self._ray: subprocess.Popen[str] | None = None
         self._ray_folder: Path | None = None
+        self._limits_folder: Path | None = None
+        """In which the replicas' gateways keep what each API key has used."""
         self._environment: dict[str, str] = {}
         self._replicas: list[_Child] = []
         self._ports: list[int] = []
@@ -119,7 +124,7 @@ class Fleet:
         """By port, as the router says."""
         self._next_look = 0.0
         self._was_all_ready = False
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._opener = local_opener()
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Begin to stop; a second signal waits for nothing."""
@@ -151,7 +156,11 @@ class Fleet:
         args = self._args
         if args.no_gateway:
             raise ServeError("--replicas needs a gateway for each replica: leave --no-gateway out")
+        check_doors(args)
+        if args.ssl_client_auth == "required":
+            raise ServeError("--ssl-client-auth required: with --replicas it can only be optional or none")
         require_free_port("", args.host, args.port)
+        self._limits_folder = Path(tempfile.mkdtemp(prefix="tpserve-limits-"))
         token = args.router_token or os.urandom(24).hex()
         self._environment = {TOKEN_VARIABLE: token}
         address = args.ray_address or self._start_ray()
@@ -176,6 +185,7 @@ class Fleet:
             "num_cpus": max(args.replicas * (args.tp + num_draft_ranks), os.cpu_count() or 1),
             "temp_dir": str(self._ray_folder),
             "log_format": self._args.log_format,
+            "drain_timeout_s": self._args.drain_timeout,
             "parent_pid": os.getpid(),
         }
         self._ray = subprocess.Popen(
@@ -193,6 +203,7 @@ class Fleet:
         # Of a flag that is given twice the last one counts.
         command += ["--replicas", "1", "--replica", f"{number}/{args.replicas}", "--parent-pid", str(os.getpid())]
         command += ["--host", "127.0.0.1", "--port", str(self._ports[number]), "--ray-address", ray_address]
+        command += ["--limits-dir", str(self._limits_folder)]
         if args.operations_port is not None:
             command += ["--operations-port", str(args.operations_port + number)]
         if args.engine_port:
@@ -208,6 +219,9 @@ class Fleet:
         command += ["--max-inflight-per-backend", str(args.max_inflight_per_backend)]
         command += ["--queue-timeout", str(args.queue_timeout), "--drain-timeout", str(args.drain_timeout)]
         command += ["--log-format", args.log_format, "--merge-metrics", "--parent-pid", str(os.getpid())]
+        for name in ("certfile", "keyfile", "keyfile_password_file", "ca_certs", "client_auth"):
+            if (value := getattr(args, f"ssl_{name}")) is not None:
+                command += [f"--ssl-{name.replace('_', '-')}", str(value)]
         admin = {} if args.admin_token is None else {ADMIN_VARIABLE: args.admin_token}
         return _Child("router", command, self._environment | admin)
 
@@ -337,8 +351,9 @@ class Fleet:
             except subprocess.TimeoutExpired:
                 self._ray.kill()
                 self._ray.wait()
-        if self._ray_folder is not None:
-            remove_folder(self._ray_folder)
+        for folder in (self._ray_folder, self._limits_folder):
+            if folder is not None:
+                remove_folder(folder)
 
 
 def _end(children: Sequence[_Child], within_s: float, patient_s: float | None = None) -> None:

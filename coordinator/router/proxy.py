@@ -20,7 +20,8 @@ from collections.abc import Iterable
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from tpserve.coordinator.gateway.errors import ApiError, BodyTooLarge, EngineUnavailable, error_json
+from tpserve.coordinator.gateway.errors import ApiError, EngineUnavailable, error_json
+from tpserve.coordinator.gateway.limited_body import limited_body
 from tpserve.coordinator.relay import SECRET_HEADER, STREAM_HEADER, Identity
 from tpserve.coordinator.router.config import RouterConfig
 from tpserve.coordinator.router.marks import KEEP_ALIVE, MarkedStream
@@ -123,17 +124,19 @@ class Exchange:
             raise
 
     async def _read_body(self) -> bytes:
+        receive = limited_body(
+            dict(self._scope["headers"]),
+            self._receive,
+            max_bytes=self._config.max_body_bytes,
+            timeout_s=self._config.body_timeout_s,
+        )
         parts: list[bytes] = []
-        size = 0
         while True:
-            message = await self._receive()
+            message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientLeft
             if part := message.get("body"):
                 parts.append(part)
-                size += len(part)
-                if size > self._config.max_body_bytes:
-                    raise BodyTooLarge(f"The body is larger than {self._config.max_body_bytes} bytes")
             if not message.get("more_body"):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -160,7 +163,8 @@ class Exchange:
         response: Response | None = None
         try:
             response = await self._request(lease)
-            if response.status in (429, 503):
+            # At a limit of the client's own key it is at every replica.
+            if response.status == 503 or (response.status == 429 and not response.is_limit_of_key):
                 await self._refuse(lease, response, await response.body())
                 return False
             if response.status == 200 and response.is_stream:

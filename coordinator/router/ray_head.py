@@ -6,12 +6,14 @@ SIGTERM ends it, with every rank that is still there; the loss of one of its dae
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import select
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +27,10 @@ _OBJECT_STORE_BYTES = 80 << 20
 """Ray's smallest."""
 _DAEMONS = ("gcs_server", "raylet")
 _POLL_S = 0.5
+_GRACE_S = 10.0
+_LEAVE_S = 2.0
+_RANK = b"ray::RankActor"
+"""How Ray names the process of a rank."""
 
 
 def main() -> int:
@@ -72,9 +78,32 @@ def main() -> int:
         remove_folder(temp_dir)
         parent.flush()
         os._exit(1)  # what Ray does to end takes minutes without its daemons
+    if os.getppid() != config["parent_pid"]:
+        # The launcher is gone, and the replicas, told at the same moment, end their ranks first: without Ray they would
+        # wait for it.
+        _await_ranks(temp_dir, config["drain_timeout_s"] + _GRACE_S)
     ray.shutdown()
     remove_folder(temp_dir)
     return 0
+
+
+def _await_ranks(temp_dir: Path, within_s: float) -> None:
+    """Wait until no rank is left, and then for their coordinators to take leave of Ray."""
+    raylets = [pid for pid, name in _processes_of(temp_dir) if name == "raylet"]
+    deadline = time.monotonic() + within_s
+    while any(map(_has_rank, raylets)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    time.sleep(_LEAVE_S)
+
+
+def _has_rank(raylet: int) -> bool:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):  # gone meanwhile
+            if (process / "cmdline").read_bytes().startswith(_RANK) and f"PPid:\t{raylet}\n" in (
+                process / "status"
+            ).read_text():
+                return True
+    return False
 
 
 def _pidfds_of(temp_dir: Path) -> dict[str, int]:

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import httptools
 
+from tpserve.coordinator.gateway.errors import LIMIT_HEADER
+
 Headers = list[tuple[bytes, bytes]]
 
 CONNECT_TIMEOUT_S = 5.0
@@ -56,6 +58,11 @@ class Response:
     def is_stream(self) -> bool:
         """Whether it is an event stream."""
         return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in self.headers)
+
+    @property
+    def is_limit_of_key(self) -> bool:
+        """Whether a 429 comes of the client's own limits, not of a full queue."""
+        return any(name == LIMIT_HEADER.encode() for name, _ in self.headers)
 
     async def head(self) -> None:
         """Wait for status and headers.

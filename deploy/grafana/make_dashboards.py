@@ -114,6 +114,26 @@ OVERVIEW = Board(
             ((_http(f"sum by (code) (rate(tpserve_http_stream_failures_total{RATE}))"), "{{code}}"),),
             "By the code of the error; 499 is a client that left.",
         ),
+        Panel(
+            "Requests by API key",
+            "reqps",
+            (
+                (_http(f"sum by (key) (rate(tpserve_key_requests_total{RATE}))"), "{{key}}"),
+                (
+                    _http(f"sum by (key, limit) (rate(tpserve_key_limited_requests_total{RATE}))"),
+                    "{{key}}: limit of {{limit}}",
+                ),
+            ),
+            "By the names in the key file; those over a limit of their key besides.",
+        ),
+        Panel(
+            "Tokens by API key",
+            "suffix:tok/s",
+            (
+                (_http(f"sum by (key) (rate(tpserve_key_prompt_tokens_total{RATE}))"), "{{key}}: prompt"),
+                (_http(f"sum by (key) (rate(tpserve_key_generation_tokens_total{RATE}))"), "{{key}}: output"),
+            ),
+        ),
         Panel("KV cache in use", "percentunit", ((f"max(tpserve_kv_cache_usage_perc{{{MODEL}}})", "fullest replica"),)),
         Panel("Engine state", "short", ((gauge("engine_state", "state"), "{{state}}"),), "Replicas in each state."),
         Panel(

@@ -19,7 +19,6 @@ import pytest
 import tvm_ffi
 
 from tpserve.collectives.cpu import SharedMemoryCommunicator, all_gather_reference, all_reduce_reference
-from tpserve.compile import native
 
 SIZES = (1, 3, 16, 576, 1023, 1024, 1025, 4608, 40_001)
 SHAPES = ((1, 1), (3, 5), (8, 576), (2, 5000), (70, 300))
@@ -32,13 +31,6 @@ def part_of(rank: int, *shape: int) -> npt.NDArray[np.float32]:
     # Exponents far apart, so that another order of the sum gives other bits.
     rng = np.random.default_rng([rank, *shape])
     return (rng.standard_normal(shape) * 10.0 ** rng.integers(-4, 4, shape)).astype(np.float32)
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path: Path = tmp_path_factory.mktemp("shm") / "shm.so"
-    native.build_library([path for path in native.CPU_KERNEL_SOURCES if path.name == "shm.cc"], path)
-    return str(path)
 
 
 def process(body: Body, library: str, name: str, rank: int, world: int, timeout_s: float, pipe: Connection) -> None:

@@ -7,7 +7,6 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from tpserve.collectives.base import Communicator
 from tpserve.collectives.cpu import SharedMemoryCommunicator, all_reduce_reference
 from tpserve.collectives.rendezvous import Rendezvous, listen
 from tpserve.collectives.tcp import TcpCommunicator
-from tpserve.compile import native
 
 HOST = "127.0.0.1"
 SIZES = (1, 3, 16, 576, 1025, 40_001)
@@ -70,15 +68,9 @@ def reduce_and_gather(communicator: Communicator) -> list[npt.NDArray[np.float32
     return results
 
 
-@pytest.fixture(scope="module")
-def shared_memory(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path: Path = tmp_path_factory.mktemp("shm") / "shm.so"
-    native.build_library([path for path in native.CPU_KERNEL_SOURCES if path.name == "shm.cc"], path)
-    return tvm_ffi.load_module(str(path))
-
-
 @pytest.mark.parametrize("world", [2, 4])
-def test_bits_are_those_of_shared_memory(shared_memory: Any, world: int) -> None:
+def test_bits_are_those_of_shared_memory(library: str, world: int) -> None:
+    shared_memory = tvm_ffi.load_module(library)
     name = f"tpserve-test-{uuid.uuid4().hex}"
 
     def by_memory(rank: int) -> list[npt.NDArray[np.float32]]:

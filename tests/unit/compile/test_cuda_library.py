@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +39,34 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(native_cuda.CudaBuildError, match=r"nvcc was not found on .*CUDA_HOME"):
         native_cuda.build_cuda_library(native_cuda.CUDA_KERNEL_SOURCES, tmp_path / "kernels.so")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_a_library_is_machine_code_alone(tmp_path: Path) -> None:
+    """Nothing is compiled when it is loaded, on the GPU's host: there is no PTX in it, and no compiler is asked for."""
+    source, library = tmp_path / "small.cu", tmp_path / "kernels.so"
+    source.write_text("__global__ void add(float* x) { x[threadIdx.x] += 1.0f; }\n")
+    native_cuda.build_cuda_library([source], library)
+    kinds = list(_fat_binary_kinds(library.read_bytes()))
+    assert kinds
+    assert set(kinds) == {_MACHINE_CODE}
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "nvrtc" not in needed
+
+
+_MAGIC = struct.pack("<I", 0xBA55ED50)
+_MACHINE_CODE = 2
+"""1 is PTX."""
+
+
+def _fat_binary_kinds(data: bytes) -> Iterator[int]:
+    """Yield the kind of every entry of every fat binary: header of 16 bytes, then entries with headers of their own."""
+    begin = 0
+    while (begin := data.find(_MAGIC, begin)) >= 0:
+        _, _, header, size = struct.unpack_from("<IHHQ", data, begin)
+        at, end = begin + header, begin + header + size
+        while at < end:
+            kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", data, at)
+            yield kind
+            at += entry_header + entry_size
+        begin += len(_MAGIC)

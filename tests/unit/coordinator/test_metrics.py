@@ -113,6 +113,9 @@ async def test_the_scrape_holds_what_the_catalogue_says_and_nothing_else() -> No
     http.begin("/x")
     http.end("/x", 200, 0.1)
     http.stream_failed(499)
+    http.key_request("alice")
+    http.key_limited("alice", "tokens")
+    http.key_tokens("alice", prompt=3, generation=2)
     async with running_engine(2, metrics) as engine:
         await generate(engine)
         metrics.count_lost_rank("0")

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tpserve.coordinator.gateway.__main__ import Server
 from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.config import GatewayConfig
+from tpserve.coordinator.gateway.guard import guarded_protocol
 from tpserve.coordinator.gateway.service import Service
+from tpserve.coordinator.gateway.tls import TlsFiles, url_of
 from tpserve.coordinator.gateway.tokenizer import Tokenizer
 from tpserve.coordinator.process import bind
 from unit.gateway.scripted_engine import ScriptedEngine, seeded_script
@@ -76,8 +79,8 @@ def tokenizer(model_dir: Path) -> Tokenizer:
 class ReadyServer(Server):
     """Says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config, service)
+    def __init__(self, config: uvicorn.Config, service: Service, tls: TlsFiles | None = None) -> None:
+        super().__init__(config, service, tls)
         self.ready = asyncio.Event()
         self.draining = asyncio.Event()
 
@@ -117,7 +120,9 @@ StackFactory = Callable[..., contextlib.AbstractAsyncContextManager[Stack]]
 @pytest.fixture
 def make_stack(model_dir: Path, tokenizer: Tokenizer) -> StackFactory:
     @contextlib.asynccontextmanager
-    async def make(engine: ScriptedEngine | None = None, **changes: object) -> AsyncIterator[Stack]:
+    async def make(
+        engine: ScriptedEngine | None = None, verify: ssl.SSLContext | bool = True, **changes: object
+    ) -> AsyncIterator[Stack]:
         engine = engine or ScriptedEngine(seeded_script(tokenizer.vocab_size), tokenizer.vocab_size)
         engine_server, address = await engine.start()
         config = GatewayConfig(
@@ -130,16 +135,20 @@ def make_stack(model_dir: Path, tokenizer: Tokenizer) -> StackFactory:
         service = Service.load(config)
         bound = bind(config.host, 0)
         uvicorn_config = uvicorn.Config(
-            create_app(service), loop="none", http="httptools", log_config=None, timeout_graceful_shutdown=1
+            create_app(service),
+            loop="none",
+            http=guarded_protocol(config.header_timeout_s, config.write_timeout_s),
+            log_config=None,
+            timeout_graceful_shutdown=1,
         )
-        server = ReadyServer(uvicorn_config, service)
+        server = ReadyServer(uvicorn_config, service, config.tls_files())
         serving = asyncio.create_task(server.serve(sockets=[bound]))
         await server.ready.wait()
-        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        url = url_of(bound, server.tls)
         try:
             async with (
                 openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=20) as client,
-                httpx.AsyncClient(base_url=url, timeout=20) as http,
+                httpx.AsyncClient(base_url=url, timeout=20, verify=verify) as http,
             ):
                 stack = Stack(engine, engine_server, service, server, serving, url, client, http)
                 async with asyncio.timeout(20):

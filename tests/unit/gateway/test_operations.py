@@ -9,28 +9,6 @@ import pytest
 from tpserve.coordinator.gateway.config import ConfigError, GatewayConfig
 from unit.gateway.conftest import StackFactory
 
-BASE = {"engine_address": "127.0.0.1:1", "model_dir": "/m", "served_model_names": ("m",)}
-
-
-def config(**changes: object) -> GatewayConfig:
-    return GatewayConfig(**{**BASE, **changes})  # type: ignore[arg-type]  # any of its fields
-
-
-def test_keys_of_the_file_are_added_to_those_given(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("one\n\n  two  \n")
-    assert config(api_keys=("zero",), api_key_file=str(path)).all_api_keys() == ("zero", "one", "two")
-    assert config().all_api_keys() == ()
-
-
-def test_a_file_without_keys_does_not_open_the_door(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    with pytest.raises(ConfigError, match="cannot be read"):
-        config(api_key_file=str(path)).all_api_keys()
-    path.write_text("\n \n")
-    with pytest.raises(ConfigError, match="has no key"):
-        config(api_key_file=str(path)).all_api_keys()
-
 
 @pytest.mark.parametrize(
     ("field", "value", "words"),
