@@ -2,8 +2,9 @@
 
 Each step that runs tokens ends with one message from the model's rank 0 to every rank of the draft: the tokens that it
 emitted. Each step that verifies drafts begins with one from the draft's rank 0 to every rank of the model: the tokens
-that it proposes. A round of both costs some 35 us on one host (benchmarks/draft_link.py). Messages are small, and of each kind at most one is on its way, so a send does not wait for a receiver
-that works. Sent without encryption, as activations are between nodes: for a network of one's own.
+that it proposes. A round of both costs some 35 us on one host (benchmarks/draft_link.py). Messages are small, and plans
+few steps ahead, so the system's buffers hold what a rank that works has not read yet. Sent without encryption, as
+activations are between nodes: for a network of one's own.
 """
 
 from __future__ import annotations
