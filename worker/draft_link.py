@@ -26,6 +26,9 @@ _HEADER = struct.Struct("!QIII")  # step, kind, slots, int32 that follow
 _KINDS = ("proposals", "emitted tokens")
 _MAX_INTEGERS = 1 << 20
 """Of one message, which is not read beyond if a header makes no sense."""
+_DRAFT_DEADLINES = 1.25
+"""The model waits longer for proposals than the draft's ranks for each other, by this many times the deadline of one
+collective: drafting has many, and if one of the draft's ranks is late in one, the others shall say so first."""
 _STEP_DEADLINES = 2.0
 """The draft waits longer for a step's tokens than the coordinator does, by this many times the deadline of one
 collective: the model's ranks may compute for longer than they may wait for each other, and who is late in a step is for
@@ -180,7 +183,7 @@ class TargetEnd(_End):
         PlanError
             If it proposes for other slots.
         """
-        _, found = self._draft.receive(step_id, "proposals", self._timeout_s)
+        _, found = self._draft.receive(step_id, "proposals", _DRAFT_DEADLINES * self._timeout_s)
         count = len(slots)
         if len(found) != count * (1 + num_draft_tokens) or (found[:count] != slots).any():
             raise PlanError(f"step {step_id}: the draft does not propose for slots {slots.tolist()}")
