@@ -51,6 +51,7 @@ def make_engine(num_running: int, tp_size: int) -> tuple[Engine, list[int]]:
     rank = RankConfig(0, tp_size, Path(), Path(), "dummy", 1, num_running, 1, "", 1.0)
     engine = Engine(EngineConfig(), scheduler, Cluster(ClusterConfig(rank, 1.0)), Metrics("m"))
     engine._metrics.make_ranks([str(rank) for rank in range(tp_size)])
+    engine._num_model_ranks = tp_size
     engine._step_log = StepLog(tp_size)
     keys = [
         engine.submit(i, lambda _: None, (1, 2, 3), 1, SamplingParams(), 1 << 18, frozenset())

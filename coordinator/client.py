@@ -65,6 +65,7 @@ class WorkerGroup:
         token: str | None = None,
         nodes: Sequence[str] = (),
         names: Sequence[str] = (),
+        num_draft_ranks: int = 0,
     ) -> None:
         """Open the streams.
 
@@ -85,7 +86,9 @@ class WorkerGroup:
         nodes
             By rank: where it is, empty on the coordinator's own node.
         names
-            By rank: what it is called; empty: by its number. Ranks of a draft come behind the model's.
+            By rank: what it is called; empty: by its number.
+        num_draft_ranks
+            Of the ranks the last ones, which are a draft's own.
         """
         self._lost: RankLost | None = None
         self._on_lost = on_lost
@@ -94,6 +97,7 @@ class WorkerGroup:
             RankState(rank, node=nodes[rank] if nodes else "", name=names[rank] if names else str(rank))
             for rank in range(len(addresses))
         ]
+        self._num_model_ranks = len(addresses) - num_draft_ranks
         self._step_timeout_s = step_timeout_s
         self._stall_after_s = stall_after_s
         self._on_stall = on_stall
@@ -203,6 +207,9 @@ class WorkerGroup:
     def _lose_silent(self) -> None:
         witness, words = next(iter(self._gave_up.items()))
         silent = [state.rank for state in self.ranks if state.rank not in self._gave_up]
+        if max(self._gave_up) >= self._num_model_ranks:
+            # A draft's ranks wait so long for each other alone; the model's wait for them, and may not have given up.
+            silent.sort(key=lambda rank: rank < self._num_model_ranks)
         self._lose(
             self._loss(
                 silent[0] if silent else witness,

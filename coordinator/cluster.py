@@ -138,10 +138,11 @@ class Cluster:
         count = self._num_ranks
         needed = " and ".join(f"{count} free {name}s" for name in self._bundle)
         nodes = describe(self._bundle)
+        lower = "lower --tp or --draft-tp" if self._num_draft_ranks else "lower --tp"
         if self._config.placement == "one-node":
-            remedy = "free some, lower --tp, or let ranks be on several nodes with --tp-across-nodes"
+            remedy = f"free some, {lower}, or let ranks be on several nodes with --tp-across-nodes"
             return f"no Ray node has {needed} for {count} ranks: {nodes}; {remedy}"
-        return f"the Ray nodes have not {needed} for {count} ranks: {nodes}; free some, add nodes, or lower --tp"
+        return f"the Ray nodes have not {needed} for {count} ranks: {nodes}; free some, add nodes, or {lower}"
 
     async def wait_lost(self) -> str:
         """Wait until Ray has lost what it needs to start and end ranks; return what.

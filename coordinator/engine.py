@@ -333,6 +333,7 @@ class Engine:
             token=addresses[0].token,
             nodes=[address.node if address.is_away else "" for address in addresses],
             names=[address.name for address in addresses],
+            num_draft_ranks=len(addresses) - self._num_model_ranks,
         )
         self._set_status(EngineStatus.DRAINING if self._draining else EngineStatus.READY, "")
 

@@ -2,8 +2,9 @@
 
 Each step that runs tokens ends with one message from the model's rank 0 to every rank of the draft: the tokens that it
 emitted. Each step that verifies drafts begins with one from the draft's rank 0 to every rank of the model: the tokens
-that it proposes. Messages are small, and of each kind at most one is on its way, so a send does not wait for a receiver
-that works. Sent without encryption, as activations are between nodes: for a network of one's own.
+that it proposes. A round of both costs some 35 us on one host (benchmarks/draft_link.py). Messages are small, and plans
+few steps ahead, so the system's buffers hold what a rank that works has not read yet. Sent without encryption, as
+activations are between nodes: for a network of one's own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ _HEADER = struct.Struct("!QIII")  # step, kind, slots, int32 that follow
 _KINDS = ("proposals", "emitted tokens")
 _MAX_INTEGERS = 1 << 20
 """Of one message, which is not read beyond if a header makes no sense."""
+_DRAFT_DEADLINES = 1.25
+"""The model waits longer for proposals than the draft's ranks for each other, by this many times the deadline of one
+collective: drafting has many, and if one of the draft's ranks is late in one, the others shall say so first."""
 _STEP_DEADLINES = 2.0
 """The draft waits longer for a step's tokens than the coordinator does, by this many times the deadline of one
 collective: the model's ranks may compute for longer than they may wait for each other, and who is late in a step is for
@@ -179,7 +183,7 @@ class TargetEnd(_End):
         PlanError
             If it proposes for other slots.
         """
-        _, found = self._draft.receive(step_id, "proposals", self._timeout_s)
+        _, found = self._draft.receive(step_id, "proposals", _DRAFT_DEADLINES * self._timeout_s)
         count = len(slots)
         if len(found) != count * (1 + num_draft_tokens) or (found[:count] != slots).any():
             raise PlanError(f"step {step_id}: the draft does not propose for slots {slots.tolist()}")

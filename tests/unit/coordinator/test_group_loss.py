@@ -64,13 +64,14 @@ CLOSED = "ConnectionError: rank 0 in step 1: rank draft 0 has closed its connect
     [
         ((TIMED_OUT, None, TIMED_OUT), 1),  # who is waited for says nothing
         ((CLOSED, CLOSED, None), 2),
+        ((None, TIMED_OUT, None), 0),  # the model's other rank, though the draft waits as well
         ((TIMED_OUT, TIMED_OUT, None), 2),
         ((None, "ValueError: slot 3", None), 1),
     ],
 )
 async def test_the_rank_at_fault_is_named(errors: tuple[str | None, ...], lost: int) -> None:
     async with ranks(*errors) as addresses:
-        group = WorkerGroup(addresses, 60.0, on_lost=lambda: None, names=NAMES)
+        group = WorkerGroup(addresses, 60.0, on_lost=lambda: None, names=NAMES, num_draft_ranks=1)
         try:
             await group.send(StepPlan(1))
             with pytest.raises(RankLost) as raised:
@@ -80,6 +81,24 @@ async def test_the_rank_at_fault_is_named(errors: tuple[str | None, ...], lost: 
     assert raised.value.rank == lost
     assert str(raised.value).startswith(f"rank {NAMES[lost]}: ")
     assert next(filter(None, errors)) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("errors", "lost"),
+    [((None, TIMED_OUT, None), "draft 1"), ((TIMED_OUT, None, None), "draft 0"), ((None, TIMED_OUT, TIMED_OUT), "0")],
+)
+async def test_a_draft_that_waits_waits_for_its_own(errors: tuple[str | None, ...], lost: str) -> None:
+    """And not for the model, which waits for it and gives up later."""
+    async with ranks(*errors) as addresses:
+        names = ("0", "draft 0", "draft 1")
+        group = WorkerGroup(addresses, 60.0, on_lost=lambda: None, names=names, num_draft_ranks=2)
+        try:
+            await group.send(StepPlan(1))
+            with pytest.raises(RankLost) as raised:
+                await asyncio.wait_for(group.next_result(), 10)
+        finally:
+            await group.close()
+    assert raised.value.name == lost
 
 
 async def test_a_stall_is_told_when_it_begins() -> None:

@@ -102,7 +102,7 @@ def test_every_rank_of_the_other_side_gets_the_same(ends: Ends) -> None:
 
 def test_who_is_late_is_named_in_time(ends: Ends) -> None:
     begun = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"rank 1 waited 0\.4 s for rank draft 0 to send the proposals of step 5"):
+    with pytest.raises(TimeoutError, match=r"rank 1 waited 0\.5 s for rank draft 0 to send the proposals of step 5"):
         ends.targets[1].proposals(5, SLOTS, 2)
     assert LATE_S <= time.monotonic() - begun < LATE_S + 2
     # The model may compute for as long as the coordinator allows, which says who is late.
@@ -214,7 +214,7 @@ def test_a_draft_that_stops_is_named_by_the_model(pairs: Pairs) -> None:
     released = threading.Event()
     pair.draft.execute = lambda plan: released.wait(20)  # type: ignore[method-assign, assignment, return-value]
     begun = time.monotonic()
-    with pytest.raises(TimeoutError, match="rank 0 waited 1 s for rank draft 0 to send the proposals of step 2"):
+    with pytest.raises(TimeoutError, match=r"rank 0 waited 1\.25 s for rank draft 0 to send the proposals of step 2"):
         driver.step([], MOST)
     assert time.monotonic() - begun < 3
     released.set()
