@@ -106,7 +106,7 @@ class Client:
             base_url=api_root(base_url),
             headers=headers,
             timeout=httpx.Timeout(None, connect=30.0),  # the whole request has one limit, see `send`
-            verify=httpx.create_ssl_context(trust_env=False),
+            verify=httpx.create_ssl_context(),  # knows SSL_CERT_FILE
             trust_env=False,  # a proxy would be measured with it
             transport=transport,
         )

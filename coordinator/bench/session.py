@@ -264,7 +264,8 @@ async def first_model(url: str, api_key: str | None) -> str:
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        async with httpx.AsyncClient(trust_env=False, timeout=30, headers=headers) as http:
+        verify = httpx.create_ssl_context()
+        async with httpx.AsyncClient(trust_env=False, verify=verify, timeout=30, headers=headers) as http:
             reply = await http.get(f"{api_root(url)}/models")
             reply.raise_for_status()
             name: str = reply.json()["data"][0]["id"]

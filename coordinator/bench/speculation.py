@@ -16,7 +16,13 @@ async def read_drafts(
     url = base_url.rstrip("/").removesuffix("/v1") + "/metrics"
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        async with httpx.AsyncClient(trust_env=False, timeout=_TIMEOUT_S, headers=headers, transport=transport) as http:
+        async with httpx.AsyncClient(
+            trust_env=False,
+            verify=httpx.create_ssl_context(),
+            timeout=_TIMEOUT_S,
+            headers=headers,
+            transport=transport,
+        ) as http:
             reply = await http.get(url)
             reply.raise_for_status()
             return parse_drafts(reply.text)

@@ -119,7 +119,7 @@ def test_a_session_outlives_any_message(messages: list[engine_pb2.GatewayMessage
 async def test_what_is_refused_is_named(change: dict[str, Any], words: str) -> None:
     engine, scheduler = make_engine()
     session = Session(engine, vocab_size=100)
-    good = {"request_id": 7, "prompt_token_ids": [1, 2, 3], "n": 1, "max_tokens": 4}
+    good: dict[str, Any] = {"request_id": 7, "prompt_token_ids": [1, 2, 3], "n": 1, "max_tokens": 4}
     first = engine_pb2.Submit(**good)
     bad = engine_pb2.Submit(**{**good, "request_id": 8, **change})
     await session.read(stream([engine_pb2.GatewayMessage(submit=submit) for submit in (first, bad)]))
