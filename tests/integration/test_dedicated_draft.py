@@ -6,9 +6,12 @@ import asyncio
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from server import Server, chat_request, until
@@ -36,7 +39,7 @@ def expected(demo_model: Path, folder: Path) -> list[str | None]:
 @pytest.fixture(scope="module")
 def server(demo_model: Path, folder: Path) -> Iterator[Server]:
     flags = ["--max-num-seqs", "4", "--draft-model", str(demo_model), "--num-speculative-tokens", "3"]
-    flags += ["--draft-placement", "dedicated", "--draft-tp", "2"]
+    flags += ["--draft-placement", "dedicated", "--draft-tp", "2", "--enable-debug"]
     with Server.running(demo_model, *flags, folder=folder) as running:
         yield running
 
@@ -85,6 +88,20 @@ def test_answers_are_those_of_plain_decoding(server: Server, expected: list[str 
         assert metrics[f"tpserve_rank_step_seconds_count{{rank={rank}}}"] > 10
     assert metrics["tpserve_collective_calls_total{kind=all_reduce,rank=draft 1}"] > 0
     assert metrics["tpserve_rank_last_step{rank=draft 1}"] >= metrics["tpserve_rank_last_step{rank=0}"] - 1
+
+
+def test_a_step_trace_has_a_track_for_each_of_its_ranks(server: Server) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(
+            httpx.get, f"{server.url}/debug/trace", params={"steps": 5, "timeout": 20}, timeout=40, trust_env=False
+        )
+        asyncio.run(answers(server))
+        reply = asked.result()
+    assert reply.status_code == 200
+    events = reply.json()["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    steps = Counter(names[event["pid"]] for event in events if event.get("cat") == "step")
+    assert steps == {"rank 0": 5, "rank draft 0": 5, "rank draft 1": 5}
 
 
 def test_a_killed_draft_rank_costs_no_answer(server: Server, expected: list[str | None]) -> None:
