@@ -54,6 +54,9 @@ MAX_STALL_AFTER_S = 5.0
 _WITHOUT_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
 """Every fork here is followed by an exec. gRPC's handlers at fork are not needed for that, and where its threads are
 busy they can crash the child before the exec."""
+RAY_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Makes a Ray of one host take 127.0.0.1 as its address, as it does on those two systems: at any other one its daemons
+and every rank listen on all interfaces."""
 _POLL_S = 0.1
 _GPU_STEP_TOKENS, _CPU_STEP_TOKENS = 512, 256
 """Of one step: on a GPU a whole prompt or two beside the decodes (benchmarks/README.md)."""
@@ -632,6 +635,8 @@ def ray_environment(ray_address: str | None) -> dict[str, str]:
     environment = {"RAY_USAGE_STATS_ENABLED": "0"}
     # A rank chooses its GPU by number: peer memory needs every GPU visible in every rank.
     environment |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    if ray_address is None:
+        environment |= RAY_ON_LOOPBACK
     if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
         # A secret for this run alone: left to itself, Ray keeps a lasting token in the home folder.
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

@@ -6,13 +6,14 @@ uvicorn has a deadline for idle connections alone, and no limit on headers. Bodi
 from __future__ import annotations
 
 import asyncio
+import http
 from collections.abc import Callable
 from typing import Any
 
+import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tpserve.coordinator.gateway.errors import error_object
-from tpserve.coordinator.gateway.stream import json_response
 
 HEADER_TIMEOUT_S = 30.0
 """From the first byte of a connection or a request to the end of its headers."""
@@ -106,10 +107,12 @@ class GuardedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Say why in OpenAI's form and close; not in the middle of another answer."""
         if not self._is_answering and not self.transport.is_closing():
-            response = json_response(error_object(message, "invalid_request_error", code=code), status)
-            head = f"HTTP/1.1 {status} \r\nconnection: close\r\n".encode()
-            lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
-            self.transport.write(b"".join([head, *lines, b"\r\n", bytes(response.body)]))
+            body = orjson.dumps(error_object(message, "invalid_request_error", code=code))
+            head = (
+                f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nconnection: close\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
         self._close()
 
     # ---- writing

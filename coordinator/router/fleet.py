@@ -29,6 +29,7 @@ from tpserve.coordinator.log import configure
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, TOKEN_VARIABLE
 from tpserve.coordinator.serve import (
+    RAY_ON_LOOPBACK,
     AlreadyTold,
     ServeError,
     check_doors,
@@ -175,8 +176,8 @@ class Fleet:
 
     def _start_ray(self) -> str:
         self._ray_folder = make_ray_temp_dir()
-        # The replicas, too, must know the secret of this Ray.
-        self._environment |= {
+        # The replicas, too, must know the secret of this Ray, and that it is on loopback.
+        self._environment |= RAY_ON_LOOPBACK | {
             name: value for name, value in ray_environment(None).items() if name.startswith("RAY_AUTH_")
         }
         args = self._args
