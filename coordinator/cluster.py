@@ -108,6 +108,7 @@ class Cluster:
                 )
             options |= {
                 "address": "local",
+                "_node_ip_address": "127.0.0.1",  # with any other one its daemons listen on all interfaces
                 "num_cpus": max(self._num_ranks, os.cpu_count() or 1),
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "include_dashboard": False,

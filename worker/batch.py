@@ -13,6 +13,9 @@ from tpserve.proto.messages import StepPlan
 from tpserve.worker.arrays import Array, aligned_empty, aligned_zeros
 from tpserve.worker.errors import PlanError
 
+_INT32 = 2**31
+"""What the arrays hold is below it; messages may say more."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
@@ -129,6 +132,15 @@ class Batch:
             slot = added.slot
             self._require_slot(plan, slot)
             self._require(not self._occupied[slot], f"step {plan.step_id} adds slot {slot}, which is taken")
+            self._require(
+                added.max_len < _INT32 and max(added.prefix_token_ids, default=0) < _INT32,
+                f"step {plan.step_id} adds slot {slot} with a length or a token that does not fit 31 bits",
+            )
+            self._require(
+                len(added.prefix_token_ids) <= self.tokens.shape[1],
+                f"step {plan.step_id} adds slot {slot} with {len(added.prefix_token_ids)} tokens of a prefix; it "
+                f"holds {self.tokens.shape[1]}",
+            )
             self._occupied[slot] = True
             self.num_tokens[slot] = 0
             self._max_len[slot] = added.max_len
@@ -187,6 +199,10 @@ class Batch:
                 self._occupied[chunk.slot] and end <= self._num_pages[chunk.slot] * self._page_size,
                 f"step {plan.step_id} runs slot {chunk.slot} to position {end}, it has "
                 f"{self._num_pages[chunk.slot]} pages",
+            )
+            self._require(
+                max(chunk.token_ids, default=0) < _INT32,
+                f"step {plan.step_id} gives slot {chunk.slot} a token that does not fit 31 bits",
             )
             self._token_ids[start:stop] = chunk.token_ids
             self._positions[start:stop] = np.arange(chunk.start, end, dtype=np.int32)
@@ -299,6 +315,7 @@ class Batch:
         """Put a page at the end of a slot's table; return its index."""
         count = int(self._num_pages[slot])
         self._require(count < self.page_table.shape[1], f"slot {slot} has more pages than its table's {count}")
+        self._require(page < _INT32, f"slot {slot} is given page {page}")
         self.page_table[slot, count] = page
         self._num_pages[slot] = count + 1
         return count

@@ -52,6 +52,7 @@ def main() -> int:
     try:
         ray.init(
             address="local",
+            _node_ip_address="127.0.0.1",  # with any other one its daemons listen on all interfaces
             num_cpus=config["num_cpus"],
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,

@@ -35,6 +35,8 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # damaged numbers, which nobody can tell
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # a failing file is long to show
 def test_gguf(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.gguf", tensors()).read_bytes()
     head = 12_000  # fields and the list of tensors; what follows is numbers

@@ -225,6 +225,24 @@ def test_a_batch_refuses_what_it_cannot_hold(messages: list[worker_pb2.StepPlan]
             return
 
 
+@pytest.mark.parametrize(
+    ("added", "token", "words"),
+    [
+        ({"max_len": 2**31}, 1, "does not fit 31 bits"),
+        ({"prefix_token_ids": [2**32 - 1]}, 1, "does not fit 31 bits"),
+        ({"prefix_token_ids": [1] * 14}, 1, "14 tokens of a prefix; it holds 13"),
+        ({"page_ids": [2**31]}, 1, "page 2147483648"),
+        ({"page_ids": [1]}, 2**31, "a token that does not fit"),
+    ],
+)
+def test_numbers_that_no_array_holds(added: dict[str, Any], token: int, words: str) -> None:
+    plan = worker_pb2.StepPlan(step_id=1)
+    plan.added_slots.add(slot=0, **added)
+    plan.chunks.add(slot=0, start=0, token_ids=[token], sample=True)
+    with pytest.raises(PlanError, match=words):
+        BatchRunner().submit(StepPlan.from_pb(plan))
+
+
 def test_a_rank_s_door_takes_any_bytes() -> None:
     server, port = serve(BatchRunner(), 0, "127.0.0.1", "secret")
     whole = bytes(worker_pb2.StepPlan(step_id=1, removed_slots=[1]).SerializeToString())
