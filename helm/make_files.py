@@ -38,7 +38,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "engine.draft.method": {"enum": ["", "draft", "ngram", "suffix"]},
     "engine.draft.tensorParallelSize": {
         "enum": [1, 2, 4, 8],
-        "description": "Ranks of one draft group; divides the engine's degree.",
+        "description": "Ranks of one draft group; divides the engine's degree where colocated.",
     },
     "engine.draft.placement": {
         "enum": ["colocated", "dedicated"],
