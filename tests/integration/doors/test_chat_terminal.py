@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,11 @@ from server import Server, command, environment, processes_of
 ROWS, COLUMNS = 2000, 120
 
 
+def _hear_ctrl_c() -> None:
+    """As in a shell's foreground, also where the tests run in its background, which ignores the signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A terminal with a running `tpserve chat`; enough rows that nothing scrolls away."""
 
@@ -25,7 +31,13 @@ class Terminal:
         environ = environment(mark, {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"})
         program, *rest = command("chat", *arguments)
         self.child = pexpect.spawn(
-            program, rest, env=environ, cwd=str(folder), encoding="utf-8", dimensions=(ROWS, COLUMNS)
+            program,
+            rest,
+            env=environ,
+            cwd=str(folder),
+            encoding="utf-8",
+            dimensions=(ROWS, COLUMNS),
+            preexec_fn=_hear_ctrl_c,
         )
         self._screen = pyte.Screen(COLUMNS, ROWS)
         self._stream = pyte.Stream(self._screen)
