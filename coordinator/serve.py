@@ -51,9 +51,6 @@ DEFAULT_REPLAY_TIMEOUT_S = 45.0
 """Several times a rebuild on a busy machine, and less than the 60 s after which proxies cut a silent stream."""
 MAX_STALL_AFTER_S = 5.0
 """A step without a result for longer, or for a third of its deadline, makes the engine STALLED."""
-_WITHOUT_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
-"""Every fork here is followed by an exec. gRPC's handlers at fork are not needed for that, and where its threads are
-busy they can crash the child before the exec."""
 RAY_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Makes a Ray of one host take 127.0.0.1 as its address, as it does on those two systems: at any other one its daemons
 and every rank listen on all interfaces."""
@@ -342,7 +339,7 @@ class _Server:
     def _find_memory_of_nodes(self) -> tuple[bool, int]:
         """Return the same of a cluster's nodes, of which this host may be one without a GPU."""
         args = self._args
-        nodes = read_nodes(args.ray_address, os.environ | _WITHOUT_FORK_HANDLERS | ray_environment(args.ray_address))
+        nodes = read_nodes(args.ray_address, os.environ | ray_environment(args.ray_address))
         one_node = args.tp_across_nodes is None
         if args.device != "cpu":
             free = bytes_of_rank(nodes, args.tp, one_node=one_node, on_gpus=True)
@@ -621,7 +618,7 @@ def _spawn(
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | _WITHOUT_FORK_HANDLERS | environment,
+        env=os.environ | environment,
         pass_fds=pass_fds,
     )
     assert process.stdin is not None
