@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from tpserve.coordinator.python_engine.errors import EngineError
 from tpserve.coordinator.python_engine.loop import BackgroundLoop
-from tpserve.coordinator.serve import add_arguments
+from tpserve.coordinator.serve_arguments import add_arguments
 
 HTTP_OPTIONS = (
     *("host", "port", "api_key", "api_key_file", "allow_origins", "gateway_processes", "no_gateway", "parent_pid"),

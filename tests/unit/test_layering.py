@@ -35,7 +35,12 @@ BENCH_ALLOWED = (
     "tpserve.coordinator.process",
     "tpserve.coordinator.draft_counts",
 )
-PYTHON_ENGINE_ALLOWED = (*GATEWAY_ALLOWED, "tpserve.coordinator.serve", "tpserve.coordinator.python_engine")
+PYTHON_ENGINE_ALLOWED = (
+    *GATEWAY_ALLOWED,
+    "tpserve.coordinator.serve",
+    "tpserve.coordinator.serve_arguments",
+    "tpserve.coordinator.python_engine",
+)
 PURE = (
     *("scheduler", "page_pool", "prefix_cache", "kv_pages", "slot_table", "sequence_list", "step_calendar", "request"),
     *("decode_progress", "draft_length", "adaptive_length"),

@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         return doctor_main(args[1:])
     for name in ("chat", "compile", "convert", "doctor", "bench"):
         commands.add_parser(name, help=_COMMANDS[name])
-    from tpserve.coordinator.serve import add_arguments
     from tpserve.coordinator.serve import main as serve_main
+    from tpserve.coordinator.serve_arguments import add_arguments
 
     add_arguments(serve)
     return serve_main(parser.parse_args(args, argparse.Namespace(argv=args)))

@@ -32,7 +32,7 @@ from tpserve.coordinator.operations import make_app
 from tpserve.coordinator.router.__main__ import add_arguments as add_router_arguments
 from tpserve.coordinator.router.__main__ import config_of as router_config_of
 from tpserve.coordinator.router.arguments import TOKEN_VARIABLE
-from tpserve.coordinator.serve import add_arguments
+from tpserve.coordinator.serve_arguments import add_arguments
 from tpserve.coordinator.speculation import choose_speculation
 
 NAMES = [path.stem for path in helm.EXAMPLES]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from scripts import ROOT
-from tpserve.coordinator.serve import add_arguments
+from tpserve.coordinator.serve_arguments import add_arguments
 
 DOCKERFILES = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
 FOLDERS = {"collectives", "compile", "coordinator", "proto", "worker"}
