@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import ssl
@@ -19,8 +18,18 @@ import time
 import urllib.request
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
+from tpserve.coordinator.children import (
+    AlreadyTold,
+    ServeError,
+    first_words,
+    last_words,
+    log_lines,
+    ray_environment,
+    require_free_port,
+    spawn_child,
+)
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.gateway.config import ConfigError
 from tpserve.coordinator.gateway.keys import KeyRing
@@ -47,22 +56,11 @@ logger = logging.getLogger(__name__)
 
 MAX_STALL_AFTER_S = 5.0
 """A step without a result for longer, or for a third of its deadline, makes the engine STALLED."""
-RAY_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Makes a Ray of one host take 127.0.0.1 as its address, as it does on those two systems: at any other one its daemons
-and every rank listen on all interfaces."""
 _POLL_S = 0.1
 _GPU_STEP_TOKENS, _CPU_STEP_TOKENS = 512, 256
 """Of one step: on a GPU a whole prompt or two beside the decodes (benchmarks/README.md)."""
 _KILL_AFTER_S = 10.0
 """After its drain time a process that is still there is killed."""
-
-
-class ServeError(RuntimeError):
-    """The server cannot start or go on; one clear line for the user."""
-
-
-class AlreadyTold(ServeError):
-    """As above, where a process that ran in the foreground has written the line itself."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -304,11 +302,11 @@ class _Server:
             stderr=subprocess.PIPE if args.log_format == "json" else None,
             text=True,
             env=environ,
-            start_new_session=True,  # as in `_spawn`; and its own compilers end with it
+            start_new_session=True,  # as in `spawn_child`; and its own compilers end with it
             preexec_fn=lambda: end_with_parent(pid),
         ) as process:
             if process.stderr is not None:
-                threading.Thread(target=_log_lines, args=(process.stderr,), daemon=True).start()
+                threading.Thread(target=log_lines, args=(process.stderr,), daemon=True).start()
             while process.poll() is None:
                 if self._stopping:
                     os.killpg(process.pid, signal.SIGTERM)
@@ -355,7 +353,7 @@ class _Server:
             "port": args.engine_port,
             "parent_pid": os.getpid(),
         }
-        self._coordinator = _spawn("tpserve.coordinator", config, ray_environment(args.ray_address))
+        self._coordinator = spawn_child("tpserve.coordinator", config, ray_environment(args.ray_address))
         return first_words("coordinator", self._coordinator, "address")
 
     def _observability(self) -> dict[str, Any]:
@@ -403,7 +401,7 @@ class _Server:
 
         def spawn(shared: socket.socket) -> subprocess.Popen[str]:
             listening = config | {"listen_fd": shared.fileno()}
-            return _spawn("tpserve.coordinator.gateway", listening, environment, pass_fds=(shared.fileno(),))
+            return spawn_child("tpserve.coordinator.gateway", listening, environment, pass_fds=(shared.fileno(),))
 
         shared = bind(args.host, args.port)
         self._keeper = GatewayKeeper(shared, spawn, args.gateway_processes, metrics_dir)
@@ -474,74 +472,6 @@ def local_opener() -> urllib.request.OpenerDirector:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
-
-
-def _log_lines(stream: IO[str]) -> None:
-    """Log what a process writes that knows no JSON."""
-    for line in stream:
-        if text := line.strip():
-            logging.getLogger("tpserve.compile").info("%s", text)
-
-
-def _spawn(
-    module: str, config: dict[str, Any], environment: dict[str, str], pass_fds: tuple[int, ...] = ()
-) -> subprocess.Popen[str]:
-    # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, "-"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | environment,
-        pass_fds=pass_fds,
-    )
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin:  # one that is gone at once is seen by its parent
-        json.dump(config, process.stdin)  # not as an argument, which every user of this host could read
-    return process
-
-
-def ray_environment(ray_address: str | None) -> dict[str, str]:
-    """Return what must stand in the environment before Ray is imported."""
-    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
-    # A rank chooses its GPU by number: peer memory needs every GPU visible in every rank.
-    environment |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    if ray_address is None:
-        environment |= RAY_ON_LOOPBACK
-    if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
-        # A secret for this run alone: left to itself, Ray keeps a lasting token in the home folder.
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    return environment
-
-
-def first_words(name: str, process: subprocess.Popen[str], key: str) -> str:
-    """Wait until a process tells where it listens."""
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    facts: dict[str, str] = json.loads(line) if line else {}
-    if key not in facts:
-        process.wait()
-        raise ServeError(last_words(name, process, line))
-    return facts[key]
-
-
-def last_words(name: str, process: subprocess.Popen[str], line: str) -> str:
-    """Return why a process ended, from its last line on standard output if it said so."""
-    error: str | None = json.loads(line).get("error") if line else None
-    return error or f"the {name} ended with status {process.returncode}"
-
-
-def require_free_port(kind: str, host: str, port: int) -> None:
-    """Fail before anything is built if the port of --`kind`port is taken; its process binds it later."""
-    if not 0 <= port <= 65535:
-        raise ServeError(f"--{kind}port {port} is not in 0..65535")
-    try:
-        bind(host, port).close()
-    except OSError as error:
-        raise ServeError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another --{kind}host or --{kind}port"
-        ) from None
 
 
 def default_names(model: str) -> list[str]:

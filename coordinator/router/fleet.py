@@ -25,22 +25,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from tpserve.coordinator.log import configure
-from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder
-from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, TOKEN_VARIABLE
-from tpserve.coordinator.serve import (
+from tpserve.coordinator.children import (
     RAY_ON_LOOPBACK,
     AlreadyTold,
     ServeError,
-    check_doors,
-    curl,
-    default_names,
     first_words,
     last_words,
-    local_opener,
     ray_environment,
     require_free_port,
 )
+from tpserve.coordinator.log import configure
+from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder
+from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, TOKEN_VARIABLE
+from tpserve.coordinator.serve import check_doors, curl, default_names, local_opener
 
 logger = logging.getLogger(__name__)
 
