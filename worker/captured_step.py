@@ -49,6 +49,10 @@ class CapturedStep:
         self.forward_hidden: Any = None
         """The same of the forward graph."""
 
+    def release(self) -> None:
+        """Let the graphs go."""
+        self.graph = self.prompt_graph = self.forward_graph = None
+
 
 class PendingStep:
     """A step on its way; `wait` blocks until the device has done it."""

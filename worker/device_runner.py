@@ -381,6 +381,8 @@ class DeviceRunner:
         """Wait for what is queued, so that its memory may go, and leave the group."""
         self._grammars.close()
         self._stream.synchronize()
+        for step in (*self._captured, *self._verifying):
+            step.release()  # NCCL's communicator waits for the last graph that holds its kernels
         if self._group is not None:
             self._group.close()
 

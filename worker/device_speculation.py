@@ -72,7 +72,8 @@ class DeviceDraft:
         self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
         self.max_num_tokens = manifest.max_num_batched_tokens
         words = kernels["attention_plan_size"](self.max_num_tokens, config.max_num_seqs)
-        self._plan = cupy.zeros(words, cupy.int32)
+        # Exchanged once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
+        self._plan = tvm_ffi.from_dlpack(cupy.zeros(words, cupy.int32))
         floats = kernels["attention_workspace_size"](self.max_num_tokens, *self._heads, kv.head_dim)
         self._workspace = tvm_ffi.from_dlpack(cupy.zeros(max(1, floats), cupy.float32))
         self._max_num_seqs = config.max_num_seqs
@@ -85,7 +86,7 @@ class DeviceDraft:
     def forward(self, ids: Any, positions: Any, slots: Any, page_table: Any, rows: Any) -> Any:
         """Queue a step over (T,) tokens; return the (R, width) logits."""
         words = self._kernels["attention_plan_size"](ids.shape[0], self._max_num_seqs)
-        plan = tvm_ffi.from_dlpack(self._plan[:words])
+        plan = self._plan._create_view((words,))
         self._kernels["attention_plan"](positions, slots, *self._heads, self.manifest.attention_window, plan)
         arguments = (ids, positions, slots, page_table, rows, plan, self._workspace, self._kv, self._params)
         logits, _ = self._step(*arguments)
