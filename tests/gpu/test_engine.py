@@ -49,14 +49,22 @@ def goldens() -> list[dict[str, Any]]:
     return prompts
 
 
-def folders(tmp_path_factory: pytest.TempPathFactory, tp_size: int, quantization: str) -> tuple[Path, Path]:
-    """Return the model's and the artifact's folder."""
+def folders(
+    tmp_path_factory: pytest.TempPathFactory, tp_size: int, quantization: str, max_num_draft_tokens: int = 0
+) -> tuple[Path, Path]:
+    """Return the model's and the artifact's folder; with draft tokens, of a library that verifies at least so many."""
     for given in json.loads(os.environ.get(FOLDERS_VARIABLE, "[]")):
         manifest = Manifest.load(Path(given["artifact_dir"]))
-        if (manifest.tp_size, manifest.quantization) == (tp_size, quantization):
+        fits = (
+            manifest.max_num_rows >= manifest.max_num_seqs * (1 + max_num_draft_tokens)
+            if max_num_draft_tokens
+            else manifest.max_num_rows == manifest.max_num_seqs
+        )
+        if fits and (manifest.tp_size, manifest.quantization) == (tp_size, quantization):
             return Path(given["model_dir"]), Path(given["artifact_dir"])
     if FOLDERS_VARIABLE in os.environ:
-        pytest.skip(f"{FOLDERS_VARIABLE} has no library of TP={tp_size} in {quantization}")
+        wanted = f"TP={tp_size} in {quantization} for {max_num_draft_tokens} draft tokens"
+        pytest.skip(f"{FOLDERS_VARIABLE} has no library of {wanted}")
     source = os.environ.get("TPSERVE_DEMO_MODEL")
     assert source, "set TPSERVE_DEMO_MODEL to the demo model's GGUF file, as `make test-gpu` does"
     model = tmp_path_factory.getbasetemp() / "demo"
@@ -69,6 +77,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tp_size: int, quantization
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=MAX_NUM_TOKENS,
         max_num_seqs=MAX_NUM_SEQS,
+        max_num_draft_tokens=max_num_draft_tokens,
         target="cuda",
         quantization=quantization,  # type: ignore[arg-type]  # from the parameters below
     )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import cupy
@@ -15,10 +13,10 @@ import numpy as np
 import pytest
 import tvm_ffi
 
-from gpu.test_engine import GOLDENS, MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_NUM_TOKENS, NUM_PAGES, check
-from rank_group import Artifacts, RankGroup, RankProcesses, run_scheduler
+from gpu.test_engine import GOLDENS, MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_NUM_TOKENS, NUM_PAGES, check, folders
+from gpu_devices import NUM_DEVICES
+from rank_group import RankGroup, RankProcesses, run_scheduler
 from scripts import ROOT
-from tpserve.compile.gguf import convert_gguf
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
@@ -137,29 +135,37 @@ def goldens() -> list[dict[str, Any]]:
     return prompts
 
 
-@pytest.fixture(scope="module")
-def demo_model() -> Path:
-    source = os.environ.get("TPSERVE_DEMO_MODEL")
-    assert source, "set TPSERVE_DEMO_MODEL to the demo model's GGUF file, as `make test-gpu` does"
-    return Path(source)
+CASES = [
+    # TP of the model, of its draft, and by which the ranks exchange activations.
+    pytest.param((1, 1, "auto"), marks=pytest.mark.gpu(count=1), id="tp1"),
+    pytest.param((2, 1, "push"), marks=pytest.mark.gpu(count=2), id="tp2-draft-tp1"),
+    pytest.param((2, 2, "push"), marks=pytest.mark.gpu(count=2), id="tp2"),
+    pytest.param((2, 2, "nccl"), marks=pytest.mark.gpu(count=2), id="tp2-nccl"),
+    # On two GPUs the ranks take turns; slow, but the same kernels and protocol.
+    pytest.param((4, 4, "push"), marks=pytest.mark.gpu(count=2), id="tp4"),
+]
 
 
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Iterator[RankGroup]:
+@pytest.fixture(scope="module", params=CASES)
+def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroup]:
     """SmolLM2 in bfloat16 with itself as its draft."""
-    model = tmp_path_factory.mktemp("demo")
-    convert_gguf(demo_model, model, lambda done, total: None)
-    artifacts = Artifacts(tmp_path_factory.mktemp("artifacts"))
-    sizes = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": MAX_NUM_TOKENS, "max_num_seqs": MAX_NUM_SEQS}
-    target, draft = (
-        artifacts.build(model, 1, **sizes, max_num_draft_tokens=most, target="cuda", quantization="q0bf16")  # type: ignore[arg-type]
-        for most in (MOST, 0)
+    tp_size, draft_tp_size, collectives = request.param
+    model, target = folders(tmp_path_factory, tp_size, "q0bf16", MOST)
+    draft_model, draft = folders(tmp_path_factory, draft_tp_size, "q0bf16")
+    speculation = Speculation(
+        "draft", MOST, draft_model_dir=draft_model, draft_artifact_dir=draft, draft_tp_size=draft_tp_size
     )
-    speculation = Speculation("draft", MOST, draft_model_dir=model, draft_artifact_dir=draft)
     processes = RankProcesses()
     try:
         with processes.group(
-            model, target, 1, num_pages=NUM_PAGES, max_num_seqs=MAX_NUM_SEQS, devices=[0], speculation=speculation
+            model,
+            target,
+            tp_size,
+            num_pages=NUM_PAGES,
+            max_num_seqs=MAX_NUM_SEQS,
+            devices=[rank % NUM_DEVICES for rank in range(tp_size)],
+            collectives=collectives,
+            speculation=speculation,
         ) as ranks:
             yield ranks
     finally:
