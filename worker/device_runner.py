@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import cupy
 import numpy as np
@@ -49,6 +49,9 @@ _MAX_PAGE_UPDATES = 4096
 
 class DeviceRunner:
     """The compiled model with its weights, pages and batch on one GPU, as one rank of its group."""
+
+    speculation_type: ClassVar[type[DeviceSpeculation]] = DeviceSpeculation
+    """What queues a round's draft and comparison; another one in a benchmark's subclass."""
 
     def __init__(self, config: RankConfig, progress: Progress, door: socket.socket | None = None) -> None:
         """Join the group, load everything and capture every bucket; returns when all ranks have.
@@ -157,7 +160,7 @@ class DeviceRunner:
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             model = DeviceDraft(*draft, self._kernels, self._device, self._stream, progress)
             sizes = (self._config.max_num_seqs, manifest.max_model_len + 1, _NUM_STAGING)
-            return DeviceSpeculation(speculation, model, self._kernels, *sizes)
+            return self.speculation_type(speculation, model, self._kernels, *sizes)
 
     # ---- capture
 
