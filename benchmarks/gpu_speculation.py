@@ -45,6 +45,8 @@ MIN_SEQUENCES = 8
 """Of one point: fewer at once take several runs, for enough draft tokens that are right or wrong."""
 SKIPPED_STEPS = 2
 """Of each run: the draft may have to catch up with plain steps of the point before."""
+START_TIMEOUT_S = 600.0
+"""To load both models and capture a graph for each draft length and batch."""
 TOLERANCE = 0.1
 """Of the mean accept length against what the rate gives; else the knob does not do what it says."""
 
@@ -207,6 +209,7 @@ def main() -> None:
             devices=range(manifest.tp_size),
             collectives=args.collectives,
             speculation=speculation,
+            start_timeout_s=START_TIMEOUT_S,
         ) as ranks:
             points = measure(Bench(ranks, manifest, num_pages, Floors(draft_ms, target_ms)), manifest, args)
     finally:

@@ -85,10 +85,11 @@ class RankProcesses:
         devices: Sequence[int] | None = None,
         collectives: Literal["auto", "push", "nccl"] = "auto",
         speculation: Speculation | None = None,
+        start_timeout_s: float = DEADLINE_S,
     ) -> Iterator[RankGroup]:
         """Load a model on the first `tp_size` processes; rank r on GPU `devices[r]`, or all on CPUs.
 
-        A draft's own ranks are on the processes behind them.
+        A draft's own ranks are on the processes behind them. `start_timeout_s` is for loading and capturing.
         """
         context = multiprocessing.get_context("spawn")
         num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
@@ -131,7 +132,7 @@ class RankProcesses:
                     target_door=target_door,
                 )
                 pipe.send(("load", config))
-            _collect(pipes)
+            _collect(pipes, start_timeout_s)
             yield RankGroup(pipes)
             for pipe in pipes:
                 pipe.send(("close", None))
@@ -253,15 +254,15 @@ class Artifacts:
             return build_artifact(ModelConfig.from_hf(model_dir), config, CachePolicy.ON)
 
 
-def _collect(pipes: list[Connection]) -> list[Any]:
+def _collect(pipes: list[Connection], timeout_s: float = DEADLINE_S) -> list[Any]:
     """Return each rank's answer; the first failure ends the wait, since the others may wait for that rank."""
     answers: dict[Connection, Any] = {}
-    deadline = monotonic() + DEADLINE_S
+    deadline = monotonic() + timeout_s
     while len(answers) < len(pipes):
         ready = wait([pipe for pipe in pipes if pipe not in answers], max(0.0, deadline - monotonic()))
         if not ready:
             late = [rank for rank, pipe in enumerate(pipes) if pipe not in answers]
-            raise RankFailed(f"ranks {late} did not answer within {DEADLINE_S:.0f} s")
+            raise RankFailed(f"ranks {late} did not answer within {timeout_s:.0f} s")
         for pipe in ready:
             assert isinstance(pipe, Connection)
             try:

@@ -142,7 +142,7 @@ CASES = [
     pytest.param((2, 2, "push"), marks=pytest.mark.gpu(count=2), id="tp2"),
     pytest.param((2, 2, "nccl"), marks=pytest.mark.gpu(count=2), id="tp2-nccl"),
     # On two GPUs the ranks take turns; slow, but the same kernels and protocol.
-    pytest.param((4, 4, "push"), marks=pytest.mark.gpu(count=2), id="tp4"),
+    pytest.param((4, 4, "push"), marks=[pytest.mark.gpu(count=2), pytest.mark.timeout(1200)], id="tp4"),
 ]
 
 
@@ -166,6 +166,7 @@ def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             devices=[rank % NUM_DEVICES for rank in range(tp_size)],
             collectives=collectives,
             speculation=speculation,
+            start_timeout_s=600.0,
         ) as ranks:
             yield ranks
     finally:
