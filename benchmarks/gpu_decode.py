@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -33,8 +34,21 @@ BYTES_PER_S = 4.70e12
 PROMPT_TOKENS, OUTPUT_TOKENS = 256, 129
 
 
-def make_scheduler(manifest: Manifest, num_pages: int) -> Scheduler:
-    """Return one scheduler for all points: the runner wants steps numbered on."""
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """A step in which all requests decoded, and nothing else ran."""
+
+    seconds: float
+    """Since the result before it."""
+    num_tokens: int
+    """That it gave."""
+    num_drafted: int
+    """Draft tokens that it verified."""
+    num_accepted: int
+
+
+def make_scheduler(manifest: Manifest, num_pages: int, num_draft_tokens: int = 0) -> Scheduler:
+    """Return a scheduler whose steps verify so many draft tokens for each sequence."""
     return Scheduler(
         SchedulerConfig(
             max_num_seqs=manifest.max_num_seqs,
@@ -43,29 +57,34 @@ def make_scheduler(manifest: Manifest, num_pages: int) -> Scheduler:
             page_size=manifest.kv.page_size,
             num_pages=num_pages,
             enable_prefix_cache=False,
+            max_num_draft_tokens=num_draft_tokens,
+            drafts_on_device=True,
         )
     )
 
 
 def decode(
     ranks: RankGroup, scheduler: Scheduler, vocab_size: int, concurrency: int, first_id: int
-) -> tuple[list[float], float]:
-    """Return the times between results of pure decode steps, and the whole time."""
+) -> tuple[list[DecodeStep], float]:
+    """Return the steps in which all requests decoded, and the whole time in seconds."""
     for i in range(concurrency):
         prompt = tuple((first_id + i * 7919 + j * 31) % vocab_size for j in range(PROMPT_TOKENS))
         scheduler.add_request(Request(first_id + i, prompt, SamplingParams(temperature=0.0), OUTPUT_TOKENS))
     mixed: deque[bool] = deque()
-    gaps, started, last = [], time.perf_counter(), 0.0
+    steps, started, last = [], time.perf_counter(), 0.0
     while scheduler.has_unfinished or mixed:
         while (plan := scheduler.schedule()) is not None:
             ranks.submit(plan)
             mixed.append(bool(plan.chunks))
-        events = scheduler.update(ranks.wait())
+        result = ranks.wait()
+        events = scheduler.update(result)
         now = time.perf_counter()
         if not mixed.popleft() and last and len(events) == concurrency:
-            gaps.append(now - last)
+            num_tokens = sum(len(event.token_ids) for event in events)
+            accepted = sum(count - 1 for count, drafted in zip(result.counts, result.drafted, strict=True) if drafted)
+            steps.append(DecodeStep(now - last, num_tokens, sum(result.drafted), accepted))
         last = now
-    return gaps, time.perf_counter() - started
+    return steps, time.perf_counter() - started
 
 
 def weight_bytes(manifest: Manifest) -> int:
@@ -75,8 +94,13 @@ def weight_bytes(manifest: Manifest) -> int:
     return sum(sizes[param.dtype] * math.prod(param.shape) for param in packed)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def pages_for(manifest: Manifest, concurrency: int, num_ahead: int = 16) -> int:
+    """Return the KV pages of so many requests, each with room for tokens that plans in flight may write."""
+    return concurrency * math.ceil((PROMPT_TOKENS + OUTPUT_TOKENS + num_ahead) / manifest.kv.page_size)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a benchmark of decode steps is told."""
     parser.add_argument("--artifact", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16, 32, 64])
@@ -85,10 +109,30 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=4.70, help="TB/s that one kernel reaches on this device")
     parser.add_argument("--commit", default="", help="of the tree that is measured")
     parser.add_argument("--output", type=Path)
+
+
+def circumstances(benchmark: str, args: argparse.Namespace, manifest: Manifest) -> dict[str, object]:
+    """Return what a result says beside its figures."""
+    return {
+        "benchmark": benchmark,
+        "commit": args.commit,
+        "device": device_name(),
+        "compiler": manifest.compiler,
+        "arguments": {name: str(value) for name, value in vars(args).items() if name != "output"},
+        "model": args.model.name,
+        "tp": manifest.tp_size,
+        "quantization": manifest.quantization,
+        "weights": "random" if args.load_format == "dummy" else "real",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     manifest = Manifest.load(args.artifact)
-    num_pages = max(args.concurrency) * math.ceil((PROMPT_TOKENS + OUTPUT_TOKENS + 16) / manifest.kv.page_size)
+    num_pages = pages_for(manifest, max(args.concurrency))
     floor_ms = weight_bytes(manifest) / (args.bandwidth * 1e12) * 1e3
     points, next_id = {}, 0
     scheduler = make_scheduler(manifest, num_pages)
@@ -106,8 +150,9 @@ def main() -> None:
     ) as ranks:
         ready_s = time.perf_counter() - loading
         for concurrency in [args.concurrency[0], *args.concurrency]:  # the first once more: a warm-up
-            gaps, total_s = decode(ranks, scheduler, manifest.vocab_size, concurrency, next_id)
+            steps, total_s = decode(ranks, scheduler, manifest.vocab_size, concurrency, next_id)
             next_id += concurrency
+            gaps = [step.seconds for step in steps]
             step_ms = statistics.median(gaps) * 1e3
             points[concurrency] = {
                 "step_ms": step_ms,
@@ -118,20 +163,8 @@ def main() -> None:
             ratio = step_ms / floor_ms
             print(f"C={concurrency}: step {step_ms:.3f} ms, {ratio:.2f} x the floor of {floor_ms:.2f} ms", flush=True)
     processes.close()
-    result = {
-        "benchmark": "gpu_decode",
-        "commit": args.commit,
-        "device": device_name(),
-        "compiler": manifest.compiler,
-        "arguments": {name: str(value) for name, value in vars(args).items() if name != "output"},
-        "model": args.model.name,
-        "tp": manifest.tp_size,
-        "quantization": manifest.quantization,
-        "weights": "random",
-        "ready_s": ready_s,
-        "floor_ms": floor_ms,
-        "points": points,
-    }
+    result = circumstances("gpu_decode", args, manifest)
+    result |= {"ready_s": ready_s, "floor_ms": floor_ms, "points": points}
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -19,9 +19,9 @@ from tpserve.collectives.names import (
 from tpserve.collectives.rendezvous import Rendezvous
 
 ONE_SHOT_MAX_BYTES = {2: 1 << 20, 4: 196_608, 8: 98_304}
-"""Size of a call up to which every rank sends its rows to every other (one-shot); larger ones reduce where the row
-belongs (two-shot). TP=2 and 4: where both took the same time on H200s with rows of 8192; 8: an estimate."""
-_MAX_ONE_SHOT_ROWS = 128
+"""Size of a call up to which every rank sends its rows to every other (one-shot), if they are 128 at most; larger calls
+reduce where the row belongs (two-shot). TP=2 and 4: where both took the same time on H200s with rows of 8192; 8: an
+estimate."""
 _GATHER_BYTES = 16 << 20
 """Of one rank's part of an all-gather that is sent at once; larger ones go in pieces."""
 
@@ -37,8 +37,8 @@ class PushCommunicator:
         Where the ranks exchange handles of their memory; used here and in `close`.
     rank, world_size
         2, 4 or 8 ranks.
-    hidden_size
-        Of the rows that are reduced.
+    max_hidden_size
+        Of the rows that are reduced; models with smaller ones may share the group.
     timeout_s
         Deadline of each wait on the device; `late_rank` then names who was waited for.
 
@@ -59,13 +59,13 @@ class PushCommunicator:
         rendezvous: Rendezvous,
         rank: int,
         world_size: int,
-        hidden_size: int,
+        max_hidden_size: int,
         *,
         timeout_s: float,
     ) -> None:
         self._rendezvous = rendezvous
         runtime = cupy.cuda.runtime
-        sizes = (world_size, hidden_size, _GATHER_BYTES)
+        sizes = (world_size, max_hidden_size, _GATHER_BYTES)
         num_bytes = kernels["push_workspace_bytes"](*sizes)
         self._workspace = runtime.malloc(num_bytes)  # not from the pool: only whole allocations can be shared
         self._opened: list[int] = []
@@ -83,8 +83,8 @@ class PushCommunicator:
                 raise RuntimeError(f"rank {rank} cannot map the memory of rank {peer}: {error}") from None
             self._opened.append(address)
             addresses.append(address)
-        one_shot_rows = min(_MAX_ONE_SHOT_ROWS, ONE_SHOT_MAX_BYTES[world_size] // (2 * hidden_size))
-        functions = kernels["push_create"](rank, addresses, hidden_size, _GATHER_BYTES, one_shot_rows, timeout_s)
+        one_shot_bytes = ONE_SHOT_MAX_BYTES[world_size]
+        functions = kernels["push_create"](rank, addresses, max_hidden_size, _GATHER_BYTES, one_shot_bytes, timeout_s)
         self._functions = {name: functions[name] for name in functions}
         self.late_address: int = kernels["push_late_address"](self._workspace)
         """Device address of an int32: 0, or one more than the rank that a wait gave up on."""

@@ -59,6 +59,8 @@ class GroupLayout:
                 f"{_names(ours)}: take auto or nccl"
             )
         size = 1 if template.speculation is None else template.speculation.draft_tp_size
+        if template.device is not None:
+            return  # GPUs have the draft whole, or share it by the group's own collectives, which may cross nodes
         for first in range(0, len(places), size) if not drafts else (template.tp_size,):
             group = places[first : first + size]
             if len({place.node_id for place in group}) > 1:

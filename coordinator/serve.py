@@ -49,6 +49,7 @@ from tpserve.coordinator.speculation import (
     SpeculationChoice,
     check_draft,
     choose_speculation,
+    draft_step_tokens,
 )
 from tpserve.proto.manifest import Manifest, ManifestError
 
@@ -132,7 +133,7 @@ class _Server:
         device = "cuda" if on_gpu else "cpu"
         speculation = choose_speculation(args)
         if speculation is not None and on_gpu:
-            speculation.require_gpus()
+            speculation.require_gpus(args.tp)
         num_draft_tokens = 0 if speculation is None else speculation.max_num_draft_tokens
         num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
         folders = self._compile(max_num_seqs, device, num_draft_tokens)
@@ -269,7 +270,7 @@ class _Server:
         flags += ["--max-num-draft-tokens", str(num_draft_tokens)]
         if args.max_model_len is not None:
             flags += ["--max-model-len", str(args.max_model_len)]
-        return self._run_compiler(args.model, device, flags)
+        return self._run_compiler(args.model, device, args.max_num_batched_tokens, flags)
 
     def _prepare_draft(
         self, speculation: SpeculationChoice, folders: dict[str, str], target: Manifest, device: str
@@ -278,17 +279,18 @@ class _Server:
         assert speculation.draft_model is not None
         flags = ["--tp", str(speculation.draft_tp), "--max-num-seqs", str(target.max_num_seqs)]
         flags += ["--max-model-len", str(target.max_model_len), "--cut-model-len"]
-        draft_folders = self._run_compiler(speculation.draft_model, device, flags)
+        num_tokens = draft_step_tokens(self._args.max_num_batched_tokens, target.max_num_seqs, on_gpu=device == "cuda")
+        draft_folders = self._run_compiler(speculation.draft_model, device, num_tokens, flags)
         draft = Manifest.load(Path(draft_folders["artifact_dir"]))
         check_draft(target, draft, Path(folders["model_dir"]), Path(draft_folders["model_dir"]))
         return draft_folders, draft
 
-    def _run_compiler(self, model: str, device: str, flags: list[str]) -> dict[str, str]:
+    def _run_compiler(self, model: str, device: str, num_tokens: int, flags: list[str]) -> dict[str, str]:
         """Run the compiler as a process of its own, so that this one never loads it."""
         args = self._args
         command = [sys.executable, "-m", "tpserve.compile", "compile", model, "--device", device, *flags]
         command += ["--kernels", args.kernels, "--load-format", args.load_format]
-        command += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
+        command += ["--max-num-batched-tokens", str(num_tokens)]
         command += ["--jit-policy", args.jit_policy, "--download-cache-policy", args.download_cache_policy]
         environ = dict(os.environ)
         if "OFF" in (args.jit_policy, args.download_cache_policy):

@@ -10,7 +10,14 @@ from typing import Any, get_args
 
 from tpserve.coordinator.errors import ClusterError
 from tpserve.proto.manifest import Manifest
-from tpserve.proto.speculation import MAX_DRAFT_TOKENS, METHODS, DraftLengthRule, DraftPlacement, Method
+from tpserve.proto.speculation import (
+    DEVICE_DRAFT_WINDOW,
+    MAX_DRAFT_TOKENS,
+    METHODS,
+    DraftLengthRule,
+    DraftPlacement,
+    Method,
+)
 
 MOST_BY_RULE: dict[DraftLengthRule, int] = {"auto": 5, "mlc": 4}
 """Draft tokens up to which a rule goes; the library is compiled for them."""
@@ -33,8 +40,13 @@ class SpeculationChoice:
         """Ranks that the draft has to itself."""
         return self.draft_tp if self.draft_placement == "dedicated" else 0
 
-    def require_gpus(self) -> None:
+    def require_gpus(self, tp_size: int) -> None:
         """Check that it is built for GPUs.
+
+        Parameters
+        ----------
+        tp_size
+            Of the model.
 
         Raises
         ------
@@ -46,8 +58,13 @@ class SpeculationChoice:
                 "--draft-placement dedicated is built for CPUs alone: on GPUs a round of drafting and verifying is one "
                 "captured graph; use colocated"
             )
-        if self.method != "draft" or self.draft_tp != 1:
-            raise ClusterError("on GPUs a draft model proposes, whole on each: give --draft-model and --draft-tp 1")
+        if self.method != "draft":
+            raise ClusterError(f"--spec-method {self.method} is built for CPUs alone: on GPUs, give --draft-model")
+        if self.draft_tp not in (1, tp_size):
+            raise ClusterError(
+                f"--draft-tp {self.draft_tp} beside --tp {tp_size}: on GPUs each has the whole draft or its shard; "
+                f"give --draft-tp {' or '.join(map(str, dict.fromkeys((1, tp_size))))}"
+            )
 
     def config(self, draft: dict[str, str] | None, load_format: str) -> dict[str, Any]:
         """Return the coordinator's fields.
@@ -77,7 +94,7 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-tp",
         type=int,
         metavar="1|2|4|8",
-        help="ranks of one draft group (default 1); they divide --tp where colocated",
+        help="ranks of one draft group (default 1); they divide --tp where colocated; on GPUs 1 or as --tp",
     )
     group.add_argument(
         "--draft-placement",
@@ -137,6 +154,11 @@ def choose_speculation(args: argparse.Namespace) -> SpeculationChoice | None:
     rule: DraftLengthRule = "fixed" if isinstance(length, int) else length
     most = length if isinstance(length, int) else MOST_BY_RULE[length]
     return SpeculationChoice(method, most, rule, args.draft_model, draft_tp, placement)
+
+
+def draft_step_tokens(max_num_batched_tokens: int, max_num_seqs: int, *, on_gpu: bool) -> int:
+    """Return for how many tokens in a step a draft is compiled: as the model, or more for a GPU's windows."""
+    return max(max_num_batched_tokens, DEVICE_DRAFT_WINDOW * max_num_seqs) if on_gpu else max_num_batched_tokens
 
 
 def check_draft(target: Manifest, draft: Manifest, target_dir: Path, draft_dir: Path) -> None:

@@ -14,6 +14,9 @@ DraftPlacement = Literal["colocated", "dedicated"]
 """colocated: in the processes of the model's own ranks; dedicated: in processes of the draft's own."""
 DraftLengthRule = Literal["fixed", "auto", "mlc"]
 """fixed: always the most; auto: by measured times and accept rates; mlc: MLC's table by batch size."""
+DEVICE_DRAFT_WINDOW = 4
+"""On a GPU, tokens that the draft's first step of a round runs for each sequence: two that the round before may have
+left out, and two of plain steps that were planned before the draft was asked again."""
 MAX_DRAFT_TOKENS = 8
 """More are never worth their verification at the accept rates of real drafts."""
 
@@ -32,7 +35,8 @@ class Speculation:
     draft_artifact_dir: Path | None = None
     """The draft's compiled library and manifest."""
     draft_tp_size: int = 1
-    """Ranks of one draft group. On the target's ranks it divides their number, and each group drafts the same."""
+    """Ranks of one draft group. On the target's ranks it divides their number, and each group drafts the same; on GPUs
+    it is 1 or their number."""
     draft_placement: DraftPlacement = "colocated"
     draft_load_format: Literal["auto", "dummy"] = "auto"
     min_ngram: int = 2

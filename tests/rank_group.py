@@ -12,7 +12,7 @@ import socket
 import tempfile
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -47,9 +47,16 @@ class RankFailed(RuntimeError):
 
 
 class RankProcesses:
-    """Processes that become ranks of one group after another; close it to end them."""
+    """Processes that become ranks of one group after another; close it to end them.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    device_runner
+        What runs a rank on a GPU: called as `DeviceRunner`, found by its name in each process. None: `DeviceRunner`.
+    """
+
+    def __init__(self, device_runner: Callable[..., Any] | None = None) -> None:
+        self._device_runner = device_runner
         self._ranks: list[tuple[BaseProcess, Connection]] = []
 
     def close(self) -> None:
@@ -78,16 +85,17 @@ class RankProcesses:
         devices: Sequence[int] | None = None,
         collectives: Literal["auto", "push", "nccl"] = "auto",
         speculation: Speculation | None = None,
+        start_timeout_s: float = DEADLINE_S,
     ) -> Iterator[RankGroup]:
         """Load a model on the first `tp_size` processes; rank r on GPU `devices[r]`, or all on CPUs.
 
-        A draft's own ranks are on the processes behind them.
+        A draft's own ranks are on the processes behind them. `start_timeout_s` is for loading and capturing.
         """
         context = multiprocessing.get_context("spawn")
         num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
         while len(self._ranks) < tp_size + num_draft_ranks:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, self._device_runner), daemon=True)
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
@@ -124,7 +132,7 @@ class RankProcesses:
                     target_door=target_door,
                 )
                 pipe.send(("load", config))
-            _collect(pipes)
+            _collect(pipes, start_timeout_s)
             yield RankGroup(pipes)
             for pipe in pipes:
                 pipe.send(("close", None))
@@ -163,6 +171,13 @@ class RankGroup:
     def logits(self, plan: StepPlan) -> list[Logits]:
         """Run one step on CPUs; return each rank's (R, padded vocabulary)."""
         self._send("logits", plan)
+        return _collect(self._pipes)
+
+    def call(self, method: str, *arguments: object) -> list[Any]:
+        """Call a method of each rank's runner between steps, when all results are there; return their answers."""
+        assert not self._submitted, "steps are on their way"
+        for pipe in self._pipes:
+            pipe.send(("call", (method, arguments)))
         return _collect(self._pipes)
 
     def profile(self) -> None:
@@ -239,15 +254,15 @@ class Artifacts:
             return build_artifact(ModelConfig.from_hf(model_dir), config, CachePolicy.ON)
 
 
-def _collect(pipes: list[Connection]) -> list[Any]:
+def _collect(pipes: list[Connection], timeout_s: float = DEADLINE_S) -> list[Any]:
     """Return each rank's answer; the first failure ends the wait, since the others may wait for that rank."""
     answers: dict[Connection, Any] = {}
-    deadline = monotonic() + DEADLINE_S
+    deadline = monotonic() + timeout_s
     while len(answers) < len(pipes):
         ready = wait([pipe for pipe in pipes if pipe not in answers], max(0.0, deadline - monotonic()))
         if not ready:
             late = [rank for rank, pipe in enumerate(pipes) if pipe not in answers]
-            raise RankFailed(f"ranks {late} did not answer within {DEADLINE_S:.0f} s")
+            raise RankFailed(f"ranks {late} did not answer within {timeout_s:.0f} s")
         for pipe in ready:
             assert isinstance(pipe, Connection)
             try:
@@ -260,7 +275,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
     return [answers[pipe] for pipe in pipes]
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, device_runner: Callable[..., Any] | None) -> None:
     """Run in each process: do what comes over the pipe until it is closed."""
     from tpserve.worker.runner import Runner
 
@@ -282,7 +297,7 @@ def _serve(pipe: Connection) -> None:
             elif kind == "load" and what.device is not None:
                 from tpserve.worker.device_runner import DeviceRunner
 
-                runner = DeviceRunner(what, lambda done, total: None, door=door)
+                runner = (device_runner or DeviceRunner)(what, lambda done, total: None, door=door)
             elif kind == "load" and what.draft_rank is not None:
                 from tpserve.worker.draft_runner import DraftRunner
 
@@ -296,6 +311,9 @@ def _serve(pipe: Connection) -> None:
                 runner = None
             elif kind == "wait":
                 answer = pending.popleft().wait()
+            elif kind == "call":
+                method, arguments = what
+                answer = getattr(runner, method)(*arguments)
             elif kind == "profile":
                 import torch
 

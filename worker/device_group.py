@@ -33,8 +33,8 @@ class DeviceGroup:
     ----------
     kernels
         The artifact's kernel library.
-    hidden_size
-        Of the rows that are reduced.
+    max_hidden_size
+        Of the rows that are reduced: the larger of a model's and that of a draft with the same ranks.
     door
         Rank 0's, or None.
     num_staging
@@ -49,7 +49,7 @@ class DeviceGroup:
     """
 
     def __init__(
-        self, kernels: Any, config: RankConfig, hidden_size: int, door: socket.socket | None, num_staging: int
+        self, kernels: Any, config: RankConfig, max_hidden_size: int, door: socket.socket | None, num_staging: int
     ) -> None:
         self._rank = config.rank
         self._timeout_s = config.collective_timeout_s
@@ -61,7 +61,7 @@ class DeviceGroup:
         may_map = config.collectives == "auto" and not config.across_nodes
         if config.collectives == "push" or (may_map and self._can_map(config.device)):
             self._communicator = PushCommunicator(
-                kernels, self._rendezvous, config.rank, size, hidden_size, timeout_s=config.collective_timeout_s
+                kernels, self._rendezvous, config.rank, size, max_hidden_size, timeout_s=config.collective_timeout_s
             )
             self._late_address = self._communicator.late_address
         else:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import cupy
 import numpy as np
@@ -29,6 +29,7 @@ from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.buckets import fill, make_buckets
 from tpserve.worker.captured_step import CapturedStep, PendingStep, unowned
+from tpserve.worker.device_draft import check_draft_manifest, draft_rank_config
 from tpserve.worker.device_group import DeviceGroup
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_speculation import DeviceDraft, DeviceSpeculation
@@ -49,6 +50,9 @@ _MAX_PAGE_UPDATES = 4096
 class DeviceRunner:
     """The compiled model with its weights, pages and batch on one GPU, as one rank of its group."""
 
+    speculation_type: ClassVar[type[DeviceSpeculation]] = DeviceSpeculation
+    """What queues a round's draft and comparison; another one in a benchmark's subclass."""
+
     def __init__(self, config: RankConfig, progress: Progress, door: socket.socket | None = None) -> None:
         """Join the group, load everything and capture every bucket; returns when all ranks have.
 
@@ -67,6 +71,7 @@ class DeviceRunner:
         manifest = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
         self._config = config
         self._rank = config.rank
+        draft = self._find_draft(manifest)
         self._grammars = GrammarFollower(config.model_dir, manifest.vocab_size, _num_mask_threads(config.tp_size))
         self._grammars.warm_up()  # while weights are read
         cupy.cuda.Device(config.device).use()
@@ -77,7 +82,8 @@ class DeviceRunner:
         self._kernels["init_device"](config.device)
         self._group: DeviceGroup | None = None
         if config.tp_size > 1:  # before the library, which looks its collectives up
-            self._group = DeviceGroup(self._kernels, config, manifest.hidden_size, door, _NUM_STAGING)
+            sizes = [manifest.hidden_size] if draft is None else [manifest.hidden_size, draft[1].hidden_size]
+            self._group = DeviceGroup(self._kernels, config, max(sizes), door, _NUM_STAGING)
         library = Library(config.artifact_dir, manifest, self._kernels, self._device)
         self._step = library.step
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
@@ -103,7 +109,7 @@ class DeviceRunner:
             _NUM_STAGING,
             manifest.max_num_rows,
         )
-        self._speculation = self._make_speculation(manifest, progress)
+        self._speculation = self._make_speculation(manifest, draft, progress)
         self._constrained: tuple[list[ConstrainedRow], int, int, int] = ([], 0, 0, 1)
         """Groups of rows of the last step that had grammars, its number of rows, its staging, and rows of a group."""
         self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
@@ -134,17 +140,27 @@ class DeviceRunner:
         if self._group is not None:
             self._group.meet("graphs")
 
-    def _make_speculation(self, manifest: Manifest, progress: Progress) -> DeviceSpeculation | None:
-        """Load the draft, if there is one."""
-        config, speculation = self._config, self._config.speculation
+    def _find_draft(self, manifest: Manifest) -> tuple[RankConfig, Manifest] | None:
+        """Return what this rank is told of the draft, and its manifest, if there is one."""
+        speculation = self._config.speculation
         if speculation is None:
             return None
         if speculation.method != "draft":
             raise WorkerError(f"{speculation.method} looks tokens up on the host: on GPUs, use a draft model")
+        config = draft_rank_config(self._config, speculation)
+        return config, check_draft_manifest(config, manifest)
+
+    def _make_speculation(
+        self, manifest: Manifest, draft: tuple[RankConfig, Manifest] | None, progress: Progress
+    ) -> DeviceSpeculation | None:
+        """Load the draft, if there is one."""
+        speculation = self._config.speculation
+        if speculation is None or draft is None:
+            return None
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
-            draft = DeviceDraft(config, manifest, self._kernels, self._device, self._stream, progress)
-            width = manifest.max_model_len + 1
-            return DeviceSpeculation(speculation, draft, self._kernels, config.max_num_seqs, width, _NUM_STAGING)
+            model = DeviceDraft(*draft, self._kernels, self._device, self._stream, progress)
+            sizes = (self._config.max_num_seqs, manifest.max_model_len + 1, _NUM_STAGING)
+            return self.speculation_type(speculation, model, self._kernels, *sizes)
 
     # ---- capture
 

@@ -164,7 +164,7 @@ class DeviceSampler:
         """
         rows = slots.shape[0]
         out = [tensor._create_view((rows, *tensor.shape[1:])) for tensor in self._draft_out]
-        # A draft on one rank pads its vocabulary no further than the model does.
+        # The draft pads its vocabulary no further than the model does: see `check_draft_manifest`.
         adjusted = self._adjusted._create_view((rows, logits.shape[1]))
         state = (*self._state[:_LOGPROBS_STATE], self._no_logprobs, *self._state[_LOGPROBS_STATE + 1 :])
         self._sample(logits, self._vocab_size, slots, positions, *state, adjusted, *out)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import cupy
@@ -19,48 +18,34 @@ import tvm_ffi
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import SlotAdd
 from tpserve.proto.rank import RankConfig
-from tpserve.proto.speculation import Speculation
+from tpserve.proto.speculation import DEVICE_DRAFT_WINDOW, Speculation
 from tpserve.worker.arrays import Array
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_weights import Progress, as_device_tensor, load_device_parameters, pinned
-from tpserve.worker.errors import WorkerError
-from tpserve.worker.library import Library, check_manifest
+from tpserve.worker.library import Library
 
 logger = logging.getLogger(__name__)
 
-_WINDOW = 4
-"""Tokens that the draft's first step of a round runs for each slot: two that the round before may have left out, and
-two of plain steps that were planned before the draft was asked again."""
-
 
 class DeviceDraft:
-    """The draft model of one rank, whole on each: ranks draft the same, and nothing travels between them."""
+    """The draft model of one rank: whole, or its shard.
+
+    Whole ones draft the same, and nothing travels between them. Shards exchange activations over the model's own group,
+    whose collectives the draft's library finds by their names. Steps of the two take turns on one stream, in an order
+    that is the same on all ranks: it hangs on plans and buckets alone. So does how often the draft catches up.
+
+    Parameters
+    ----------
+    config
+        Of the draft's rank; see `draft_rank_config`.
+    manifest
+        Of the draft; see `check_draft_manifest`.
+    """
 
     def __init__(
-        self, config: RankConfig, target: Manifest, kernels: Any, device: Any, stream: Any, progress: Progress
+        self, config: RankConfig, manifest: Manifest, kernels: Any, device: Any, stream: Any, progress: Progress
     ) -> None:
-        speculation = config.speculation
-        assert speculation is not None
-        if speculation.draft_tp_size != 1:
-            raise WorkerError(
-                f"draft_tp_size is {speculation.draft_tp_size}: on GPUs each rank has the whole draft; set --draft-tp 1"
-            )
-        assert speculation.draft_artifact_dir is not None
-        assert speculation.draft_model_dir is not None
-        config = replace(
-            config,
-            rank=0,
-            tp_size=1,
-            model_dir=speculation.draft_model_dir,
-            artifact_dir=speculation.draft_artifact_dir,
-            load_format=speculation.draft_load_format,
-        )
-        self.manifest = manifest = check_manifest(config.artifact_dir, config.model_dir, 1, config.max_num_seqs)
-        if manifest.vocab_size != target.vocab_size or manifest.kv.page_size != target.kv.page_size:
-            raise WorkerError(
-                f"the draft has {manifest.vocab_size} tokens and pages of {manifest.kv.page_size}, the model "
-                f"{target.vocab_size} and {target.kv.page_size}: give a draft of the same family"
-            )
+        self.manifest = manifest
         self._kernels = kernels
         self._step = Library(config.artifact_dir, manifest, kernels, device).step
         self._params = load_device_parameters(manifest, config, kernels, stream, progress)
@@ -77,11 +62,6 @@ class DeviceDraft:
         floats = kernels["attention_workspace_size"](self.max_num_tokens, *self._heads, kv.head_dim)
         self._workspace = tvm_ffi.from_dlpack(cupy.zeros(max(1, floats), cupy.float32))
         self._max_num_seqs = config.max_num_seqs
-        if self.max_num_tokens < target.max_num_batched_tokens:
-            raise WorkerError(
-                f"the draft's library takes {self.max_num_tokens} tokens in a step, the model's "
-                f"{target.max_num_batched_tokens}: compile it with --max-num-batched-tokens of the latter"
-            )
 
     def forward(self, ids: Any, positions: Any, slots: Any, page_table: Any, rows: Any) -> Any:
         """Queue a step over (T,) tokens; return the (R, width) logits."""
@@ -128,12 +108,13 @@ class DeviceSpeculation:
         self._drafted = cupy.zeros(max_num_seqs, cupy.int32)
         self._group_tensors = tuple(tvm_ffi.from_dlpack(array) for array in (self._counts, self._drafted))
         self._results = [(pinned(max_num_seqs, np.int32), pinned(max_num_seqs, np.int32)) for _ in range(num_staging)]
-        size = max(draft.max_num_tokens, max_num_seqs * _WINDOW)
-        work = [cupy.zeros(size, cupy.int32) for _ in range(3)] + [cupy.zeros(max_num_seqs, cupy.int32) for _ in "ab"]
+        work = [cupy.zeros(draft.max_num_tokens, cupy.int32) for _ in range(3)] + [
+            cupy.zeros(max_num_seqs, cupy.int32) for _ in "ab"
+        ]
         self._work = tuple(tvm_ffi.from_dlpack(array) for array in work)
         """ids, positions, slots of the draft's steps; slots and positions that it samples."""
         # Rows that are sampled: the last of each window, or each.
-        windows = cupy.arange(max_num_seqs, dtype=cupy.int32) * _WINDOW + (_WINDOW - 1)
+        windows = cupy.arange(max_num_seqs, dtype=cupy.int32) * DEVICE_DRAFT_WINDOW + (DEVICE_DRAFT_WINDOW - 1)
         self._window_rows = tvm_ffi.from_dlpack(windows)
         self._all_rows = tvm_ffi.from_dlpack(cupy.arange(max_num_seqs, dtype=cupy.int32))
         self._num_behind = 0
@@ -158,10 +139,10 @@ class DeviceSpeculation:
             As the step is laid out.
         """
         behind, self._num_behind = self._num_behind, 0
-        if behind <= _WINDOW - 2:
+        if behind <= DEVICE_DRAFT_WINDOW - 2:
             return
         size = max(1, self._draft.max_num_tokens // num_slots)
-        passes = range(_WINDOW, behind + 2, size)
+        passes = range(DEVICE_DRAFT_WINDOW, behind + 2, size)
         logger.info("the draft catches up with %d plain steps in %d passes", behind, len(passes))
         stride, one = 1 + num_draft_tokens, self._all_rows._create_view((1,))
         for begin in reversed(passes):  # the earliest tokens first
@@ -185,7 +166,7 @@ class DeviceSpeculation:
         """
         stride = 1 + num_draft_tokens
         rows = self._window_rows._create_view((num_slots,))
-        logits = self._run_window(token_slots, stride, num_slots, _WINDOW, 0, page_table, rows)
+        logits = self._run_window(token_slots, stride, num_slots, DEVICE_DRAFT_WINDOW, 0, page_table, rows)
         sample_slots, sample_positions = (tensor._create_view((num_slots,)) for tensor in self._work[3:])
         for index in range(num_draft_tokens):
             if index:

@@ -5,24 +5,28 @@
 // replaces that word by another NaN. Three buffers take turns. A call frees the buffer of the call before, after which two
 // more calls pass before anybody writes there again: a peer that starts call e + 3 has ended e + 2, which needed this rank's
 // part of e + 2, which came after this rank's e + 1 had ended.
+//
+// Models may share a workspace, say a target and its draft, within one captured graph and between graphs. The argument
+// above is about calls, not about whose they are: it needs that each rank queues the same calls in the same order on one
+// stream. All ranks get the same plans and launch the same graphs, in which the order of kernels is fixed, so they do. A
+// call's rows, their size and with them its kind are the same on all ranks too, so each counts the same one-shot, two-shot
+// and gathering calls, on the device, where replayed graphs find the count as the last launch left it.
 #pragma once
 
 #include "common.cuh"
+#include "push_places.cuh"
 
 namespace tpserve::cuda {
 
 constexpr int kMaxRanks = 8;
-constexpr int kBuffers = 3;
-constexpr int kPieceRows = 512;    // most rows of one launch; more go in pieces
-constexpr int kOneShotRows = 128;  // most rows that are sent to everybody
 constexpr uint32_t kEmpty = ~0u;
 constexpr int kGatherBlocks = 128;
 
 /// Counters of one kind of call, in its own rank's memory, zero at the start.
 struct Turn {
-  unsigned epoch;           // calls so far
-  unsigned arrived;         // blocks of the present call that have read it
-  unsigned rows[kBuffers];  // rows that the last call in each buffer used
+  unsigned epoch;       // calls so far
+  unsigned arrived;     // blocks of the present call that have read it
+  Used used[kBuffers];  // by the last call in each buffer
 };
 
 struct Control {
@@ -31,26 +35,26 @@ struct Control {
   unsigned flags[kMaxRanks][kGatherBlocks];  // all-gather: calls whose part has come, by source and block
 };
 
-/// Where things are in a workspace, in bytes; the same on all ranks.
+/// Where the buffers of `Places` begin in a workspace, in bytes; the same on all ranks.
 struct Workspace {
-  size_t one_shot;  // [buffer][source][row]
-  size_t two_shot;  // [buffer][source][row / ranks]: rows that this rank reduces
-  size_t rows;      // [buffer][row]: reduced rows that other ranks send
-  size_t scales;    // [buffer][row] float32
+  size_t one_shot;
+  size_t two_shot;
+  size_t rows;
+  size_t scales;
   size_t gather;    // [2][source][bytes]
   size_t total;
 };
 
-inline Workspace workspace_of(int64_t world_size, int64_t hidden, int64_t gather_bytes) {
+inline Workspace workspace_of(int64_t world_size, int64_t max_hidden, int64_t gather_bytes) {
   const auto aligned = [](size_t bytes) { return (bytes + 1023) / 1024 * 1024; };
-  const size_t row = static_cast<size_t>(hidden) * 2, ranks = static_cast<size_t>(world_size);
-  const size_t owned = (kPieceRows + ranks - 1) / ranks;
+  const Places places{static_cast<int>(world_size), static_cast<int>(max_hidden / 8)};
+  const size_t ranks = static_cast<size_t>(world_size), vector = sizeof(uint4);
   Workspace w{};
   w.one_shot = aligned(sizeof(Control));
-  w.two_shot = w.one_shot + aligned(kBuffers * ranks * kOneShotRows * row);
-  w.rows = w.two_shot + aligned(kBuffers * ranks * owned * row);
-  w.scales = w.rows + aligned(kBuffers * kPieceRows * row);
-  w.gather = w.scales + aligned(kBuffers * kPieceRows * sizeof(float));
+  w.two_shot = w.one_shot + aligned(places.one_shot(kBuffers, 0, 0) * vector);  // the first place behind the last buffer
+  w.rows = w.two_shot + aligned(places.two_shot(kBuffers, 0, 0) * vector);
+  w.scales = w.rows + aligned(places.reduced(kBuffers, 0) * vector);
+  w.gather = w.scales + aligned(places.scale(kBuffers, 0) * sizeof(float));
   w.total = w.gather + aligned(2 * ranks * static_cast<size_t>(gather_bytes));
   return w;
 }
@@ -119,12 +123,12 @@ struct Patience {
 
 /// Called by all threads after they have read the epoch: the last block to come advances it. Without the barrier a slow
 /// warp would read the next call's.
-__device__ __forceinline__ void advance(Turn* turn, unsigned epoch, unsigned rows) {
+__device__ __forceinline__ void advance(Turn* turn, unsigned epoch, Used used) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   if (atomicAdd(&turn->arrived, 1u) != gridDim.x - 1) return;
   turn->arrived = 0;
-  turn->rows[epoch % kBuffers] = rows;
+  turn->used[epoch % kBuffers] = used;
   __threadfence();
   // 2^32 - 1 is a multiple of three, so the order of buffers survives the wrap.
   *static_cast<volatile unsigned*>(&turn->epoch) = epoch == 0xFFFFFFFEu ? 0 : epoch + 1;

@@ -5,6 +5,8 @@
 // normalises, quantises, and sends the result; a rank's residual stream is then whole only in its own rows, which the
 // next call, of equally many rows, takes as it is.
 //
+// Rows may be of any size up to the group's largest, call by call: see push_places.cuh.
+//
 // A row is handled by a cluster of eight blocks, a thread has one vector of eight elements. Row statistics go through the
 // cluster's shared memory. Measured against NCCL in benchmarks/README.md.
 #include <tvm/ffi/container/array.h>
@@ -40,11 +42,24 @@ struct ReduceParams {
   uint8_t* base[kMaxRanks];
   Workspace at;
   uint64_t timeout_ns;
-  int rank, num_vectors, owned_rows;
+  int rank;
+  int num_vectors;  // of a row of this call
+  int row_vectors;  // from row to row in the buffers
   float eps;
 };
 
 __device__ __forceinline__ Control* control_of(const ReduceParams& p) { return reinterpret_cast<Control*>(p.base[p.rank]); }
+
+/// What the call before has left to free in `buffer`.
+__device__ __forceinline__ Used used_of(const Turn* turn, unsigned buffer) {
+  const volatile Used* used = &turn->used[buffer];
+  return {used->rows, used->vectors};
+}
+
+/// This thread among those of its call, each with a vector of a row.
+__device__ __forceinline__ Worker worker(int row, int vector) {
+  return {static_cast<unsigned>(row), gridDim.x / kRowCluster, static_cast<unsigned>(vector), kRowCluster * blockDim.x};
+}
 
 struct Finished {
   uint4 values;     // kPlain, kNorm
@@ -139,33 +154,28 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_cons
   pdl_wait();
   Turn* turn = &control_of(p)->one_shot;
   const unsigned epoch = *static_cast<volatile unsigned*>(&turn->epoch), buffer = epoch % kBuffers;
+  const Places places{kRanks, p.row_vectors};
   const size_t at = static_cast<size_t>(row) * p.num_vectors + vector;
-  const size_t stride = static_cast<size_t>(kOneShotRows) * p.num_vectors;  // of a source
   uint4 parts[kRanks] = {}, residual{};
   if (present) {
     parts[0] = sendable(load_l2(reinterpret_cast<const uint4*>(p.x) + at));
     if constexpr (kMode != Mode::kPlain) residual = load_l2(reinterpret_cast<const uint4*>(p.residual) + at);
-    const size_t place = (buffer * kRanks + p.rank) * stride + at;
+    const size_t place = places.one_shot(buffer, p.rank, row) + vector;
 #pragma unroll
     for (int i = 1; i < kRanks; ++i) {  // each rank begins with another peer
       store_peer(reinterpret_cast<uint4*>(p.base[(p.rank + i) % kRanks] + p.at.one_shot) + place, parts[0]);
     }
   }
-  const unsigned rows = gridDim.x / kRowCluster;
-  advance(turn, epoch, rows);
+  const Worker w = worker(row, vector);
+  advance(turn, epoch, {w.rows, static_cast<unsigned>(p.num_vectors)});
   uint4* mine = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.one_shot);
-  if (present) {  // while the data fly: free the buffer of the call before
-    const unsigned before = (epoch + 2) % kBuffers, used = *static_cast<volatile unsigned*>(&turn->rows[before]);
-    for (unsigned t = row; t < used; t += rows) {
-#pragma unroll
-      for (int r = 0; r < kRanks; ++r) {
-        if (r == p.rank) continue;
-        __stcg(mine + (before * kRanks + r) * stride + static_cast<size_t>(t) * p.num_vectors + vector,
-               make_uint4(kEmpty, kEmpty, kEmpty, kEmpty));
-      }
-    }
-  }
-  gather_parts<kRanks>(p, mine + buffer * kRanks * stride + at, stride, present, parts);
+  // While the data fly: free the buffer of the call before. Threads without a vector help, since its rows may be longer.
+  const unsigned before = (epoch + 2) % kBuffers;
+  free_one_shot<kRanks>(places, p.rank, before, used_of(turn, before), w, [&](size_t place) {
+    __stcg(mine + place, make_uint4(kEmpty, kEmpty, kEmpty, kEmpty));
+  });
+  const size_t stride = places.one_shot(0, 1, 0);  // from source to source
+  gather_parts<kRanks>(p, mine + places.one_shot(buffer, 0, row) + vector, stride, present, parts);
   __syncwarp();
   const Finished done = finish<kRanks, kMode>(p, statistics, at, present, parts, residual, weight);
   if (present) write<kMode>(p, at, row, vector, done);
@@ -189,41 +199,30 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
   Control* control = control_of(p);
   Turn* turn = &control->two_shot;
   const unsigned epoch = *static_cast<volatile unsigned*>(&turn->epoch), buffer = epoch % kBuffers;
+  const Places places{kRanks, p.row_vectors};
   const size_t at = static_cast<size_t>(row) * p.num_vectors + vector;
-  const size_t stride = static_cast<size_t>(p.owned_rows) * p.num_vectors;  // of a source
-  const size_t place = static_cast<size_t>(row / kRanks) * p.num_vectors + vector;
-  const size_t rows_place = (static_cast<size_t>(buffer) * kPieceRows + row) * p.num_vectors;
+  const size_t rows_place = places.reduced(buffer, row);
   uint4 parts[kRanks] = {}, residual{};
   if (present) {
     parts[0] = sendable(load_l2(reinterpret_cast<const uint4*>(p.x) + at));
     if (!own_it) {
-      store_peer(reinterpret_cast<uint4*>(p.base[owner] + p.at.two_shot) + (buffer * kRanks + p.rank) * stride + place,
-                 parts[0]);
+      const size_t place = places.two_shot(buffer, p.rank, row) + vector;
+      store_peer(reinterpret_cast<uint4*>(p.base[owner] + p.at.two_shot) + place, parts[0]);
     } else if constexpr (kMode != Mode::kPlain) {
       residual = load_l2(reinterpret_cast<const uint4*>(p.residual) + at);
     }
   }
-  const unsigned rows = gridDim.x / kRowCluster;
-  advance(turn, epoch, rows);
+  const Worker w = worker(row, vector);
+  advance(turn, epoch, {w.rows, static_cast<unsigned>(p.num_vectors)});
   uint4* slots = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.two_shot);
   uint4* received = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.rows);
   uint32_t* scales = reinterpret_cast<uint32_t*>(p.base[p.rank] + p.at.scales);
-  if (present) {  // while the data fly: free the buffer of the call before
-    const unsigned before = (epoch + 2) % kBuffers, used = *static_cast<volatile unsigned*>(&turn->rows[before]);
-    const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
-    for (unsigned t = row; t < used; t += rows) {
-      if (static_cast<int>(t % kRanks) == p.rank) {
-#pragma unroll
-        for (int r = 0; r < kRanks; ++r) {
-          if (r == p.rank) continue;
-          __stcg(slots + (before * kRanks + r) * stride + static_cast<size_t>(t / kRanks) * p.num_vectors + vector, empty);
-        }
-      } else {
-        __stcg(received + (static_cast<size_t>(before) * kPieceRows + t) * p.num_vectors + vector, empty);
-        if (vector == 0) __stcg(scales + before * kPieceRows + t, kEmpty);
-      }
-    }
-  }
+  // While the data fly: free the buffer of the call before. Threads without a vector help, since its rows may be longer.
+  const unsigned before = (epoch + 2) % kBuffers;
+  const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
+  free_two_shot<kRanks>(
+      places, p.rank, before, used_of(turn, before), w, [&](size_t place) { __stcg(slots + place, empty); },
+      [&](size_t place) { __stcg(received + place, empty); }, [&](size_t place) { __stcg(scales + place, kEmpty); });
   if (!own_it) {
     if (!present) return;
     Finished done{};
@@ -234,7 +233,7 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
       }
       if (vector == 0) {
         uint32_t word;
-        while (!has_come(word = load_peer(scales + buffer * kPieceRows + row)) &&
+        while (!has_come(word = load_peer(scales + places.scale(buffer, row))) &&
                !patience.is_over(control, p.timeout_ns, owner)) {
         }
         done.scale = __uint_as_float(word);
@@ -247,7 +246,8 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
     write<kMode>(p, at, row, vector, done);
     return;
   }
-  gather_parts<kRanks>(p, slots + buffer * kRanks * stride + place, stride, present, parts);
+  const size_t stride = places.two_shot(0, 1, 0);  // from source to source
+  gather_parts<kRanks>(p, slots + places.two_shot(buffer, 0, row) + vector, stride, present, parts);
   __syncwarp();
   Finished done = finish<kRanks, kMode>(p, statistics, at, present, parts, residual, weight);
   if (!present) return;
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
       uint8_t* peer = p.base[(p.rank + i) % kRanks];
       store_peer(reinterpret_cast<uint2*>(reinterpret_cast<uint4*>(peer + p.at.rows) + rows_place) + vector,
                  done.quantized);
-      if (vector == 0) store_peer(reinterpret_cast<uint32_t*>(peer + p.at.scales) + buffer * kPieceRows + row, scale);
+      if (vector == 0) store_peer(reinterpret_cast<uint32_t*>(peer + p.at.scales) + places.scale(buffer, row), scale);
     }
   } else {
     done.values = sendable(done.values);
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(512) all_gather_kernel(const __grid_constant__
     p.out[place(p.rank, i)] = v;
     for (int k = 1; k < p.world_size; ++k) store_peer(slot_of((p.rank + k) % p.world_size, p.rank) + i, v);
   }
-  advance(&control->gather, epoch, 0);
+  advance(&control->gather, epoch, {});  // its buffers need no freeing: flags tell what has come
   const unsigned target = epoch + 1;
   if (threadIdx.x < static_cast<unsigned>(p.world_size) && static_cast<int>(threadIdx.x) != p.rank) {
     const int peer = threadIdx.x;
@@ -325,35 +325,35 @@ __global__ void __launch_bounds__(512) all_gather_kernel(const __grid_constant__
 /// One rank's side of a group. Its functions queue kernels on the current stream and wait for nothing.
 class PushGroup {
  public:
-  PushGroup(int64_t rank, const Array<int64_t>& bases, int64_t hidden, int64_t gather_bytes, int64_t one_shot_rows,
-            double timeout_s)
+  PushGroup(int64_t rank, const Array<int64_t>& bases, int64_t max_hidden, int64_t gather_bytes,
+            int64_t one_shot_bytes, double timeout_s)
       : rank_(static_cast<int>(rank)),
         world_size_(static_cast<int>(bases.size())),
-        hidden_(hidden),
+        max_hidden_(max_hidden),
         gather_bytes_(gather_bytes),
-        one_shot_rows_(std::min<int64_t>(one_shot_rows, kOneShotRows)),
+        one_shot_bytes_(one_shot_bytes),
         timeout_ns_(static_cast<uint64_t>(timeout_s * 1e9)),
-        at_(workspace_of(world_size_, hidden, gather_bytes)) {
+        at_(workspace_of(world_size_, max_hidden, gather_bytes)) {
     for (int r = 0; r < world_size_; ++r) base_[r] = reinterpret_cast<uint8_t*>(bases[r]);
   }
 
   void all_reduce(const TensorView& x, const TensorView& out) const {
     ReduceParams p = params(x);
-    p.out = checked<bf16>("out", out, {x.size(0), hidden_});
+    p.out = checked<bf16>("out", out, {x.size(0), x.size(1)});
     reduce<Mode::kPlain>(p, x.size(0), stream_of(out));
   }
 
   void add_rms_norm(const TensorView& x, const TensorView& residual, const TensorView& weight, double eps,
                     const TensorView& residual_out, const TensorView& out) const {
     ReduceParams p = params(x, residual, weight, eps, residual_out);
-    p.out = checked<bf16>("out", out, {x.size(0), hidden_});
+    p.out = checked<bf16>("out", out, {x.size(0), x.size(1)});
     reduce<Mode::kNorm>(p, x.size(0), stream_of(out));
   }
 
   void add_rms_norm_fp8(const TensorView& x, const TensorView& residual, const TensorView& weight, double eps,
                         const TensorView& residual_out, const TensorView& out, const TensorView& scale) const {
     ReduceParams p = params(x, residual, weight, eps, residual_out);
-    p.quantized = checked<fp8>("out", out, {x.size(0), hidden_});
+    p.quantized = checked<fp8>("out", out, {x.size(0), x.size(1)});
     p.scale = checked<float>("scale", scale, {x.size(0)});
     reduce<Mode::kQuantize>(p, x.size(0), stream_of(out));
   }
@@ -386,31 +386,37 @@ class PushGroup {
  private:
   ReduceParams params(const TensorView& x) const {
     check_rank("x", x, 2);
+    const int64_t hidden = x.size(1);
+    check_multiple("hidden", hidden, 8);
+    if (hidden < 8 || hidden > max_hidden_) {
+      TVM_FFI_THROW(ValueError) << "rows of " << hidden << ", this group was made for 8 to " << max_hidden_;
+    }
     ReduceParams p{};
-    p.x = checked<bf16>("x", x, {x.size(0), hidden_});
+    p.x = checked<bf16>("x", x, {x.size(0), hidden});
     std::copy(base_, base_ + world_size_, p.base);
     p.at = at_;
     p.timeout_ns = timeout_ns_;
     p.rank = rank_;
-    p.num_vectors = static_cast<int>(hidden_ / 8);
-    p.owned_rows = (kPieceRows + world_size_ - 1) / world_size_;
+    p.num_vectors = static_cast<int>(hidden / 8);
+    p.row_vectors = static_cast<int>(max_hidden_ / 8);
     return p;
   }
 
   ReduceParams params(const TensorView& x, const TensorView& residual, const TensorView& weight, double eps,
                       const TensorView& residual_out) const {
     ReduceParams p = params(x);
-    p.residual = checked<bf16>("residual", residual, {x.size(0), hidden_});
-    p.weight = checked<float>("weight", weight, {hidden_});
-    p.residual_out = checked<bf16>("residual_out", residual_out, {x.size(0), hidden_});
+    p.residual = checked<bf16>("residual", residual, {x.size(0), x.size(1)});
+    p.weight = checked<float>("weight", weight, {x.size(1)});
+    p.residual_out = checked<bf16>("residual_out", residual_out, {x.size(0), x.size(1)});
     p.eps = static_cast<float>(eps);
     return p;
   }
 
   template <Mode kMode>
   void reduce(ReduceParams p, int64_t rows, cudaStream_t stream) const {
-    // By the rows of the whole call, so that all calls of a step agree on who holds the residual stream.
-    const bool one_shot = rows <= one_shot_rows_;
+    // By the rows of the whole call, so that all calls of a model's step agree on who holds its residual stream.
+    const int64_t hidden = static_cast<int64_t>(p.num_vectors) * 8;
+    const bool one_shot = rows <= kOneShotRows && rows * hidden * 2 <= one_shot_bytes_;
     while (rows > 0) {
       const int64_t piece = std::min<int64_t>(rows, kPieceRows);
       switch (world_size_) {
@@ -424,10 +430,10 @@ class PushGroup {
           launch_piece<8, kMode>(p, piece, one_shot, stream);
       }
       rows -= piece;
-      p.x += piece * hidden_;
-      if (p.residual != nullptr) p.residual += piece * hidden_, p.residual_out += piece * hidden_;
-      if (p.out != nullptr) p.out += piece * hidden_;
-      if (p.quantized != nullptr) p.quantized += piece * hidden_, p.scale += piece;
+      p.x += piece * hidden;
+      if (p.residual != nullptr) p.residual += piece * hidden, p.residual_out += piece * hidden;
+      if (p.out != nullptr) p.out += piece * hidden;
+      if (p.quantized != nullptr) p.quantized += piece * hidden, p.scale += piece;
     }
   }
 
@@ -438,44 +444,45 @@ class PushGroup {
   }
 
   const int rank_, world_size_;
-  const int64_t hidden_, gather_bytes_, one_shot_rows_;
+  const int64_t max_hidden_, gather_bytes_, one_shot_bytes_;
   const uint64_t timeout_ns_;
   const Workspace at_;
   uint8_t* base_[kMaxRanks] = {};
 };
 
-void check_group(int64_t world_size, int64_t hidden, int64_t gather_bytes) {
+void check_group(int64_t world_size, int64_t max_hidden, int64_t gather_bytes) {
   if (world_size != 2 && world_size != 4 && world_size != 8) {
     TVM_FFI_THROW(ValueError) << "world_size is " << world_size << ", expected 2, 4 or 8";
   }
-  check_multiple("hidden", hidden, 8);
-  if (hidden < 8 || hidden > kMaxThreads * kRowCluster * 8) {
-    TVM_FFI_THROW(ValueError) << "hidden is " << hidden << ", expected 8 to " << kMaxThreads * kRowCluster * 8;
+  check_multiple("max_hidden", max_hidden, 8);
+  if (max_hidden < 8 || max_hidden > kMaxThreads * kRowCluster * 8) {
+    TVM_FFI_THROW(ValueError) << "max_hidden is " << max_hidden << ", expected 8 to " << kMaxThreads * kRowCluster * 8;
   }
   check_multiple("gather_bytes", gather_bytes, 16);
 }
 
 /// Bytes of each rank's workspace.
-int64_t push_workspace_bytes(int64_t world_size, int64_t hidden, int64_t gather_bytes) {
-  check_group(world_size, hidden, gather_bytes);
-  return static_cast<int64_t>(workspace_of(world_size, hidden, gather_bytes).total);
+int64_t push_workspace_bytes(int64_t world_size, int64_t max_hidden, int64_t gather_bytes) {
+  check_group(world_size, max_hidden, gather_bytes);
+  return static_cast<int64_t>(workspace_of(world_size, max_hidden, gather_bytes).total);
 }
 
 /// Brings a new workspace of the current device into its first state; waits for it.
-void push_clear(int64_t workspace, int64_t world_size, int64_t hidden, int64_t gather_bytes) {
-  check_group(world_size, hidden, gather_bytes);
-  const Workspace at = workspace_of(world_size, hidden, gather_bytes);
+void push_clear(int64_t workspace, int64_t world_size, int64_t max_hidden, int64_t gather_bytes) {
+  check_group(world_size, max_hidden, gather_bytes);
+  const Workspace at = workspace_of(world_size, max_hidden, gather_bytes);
   auto* memory = reinterpret_cast<uint8_t*>(workspace);
   check_cuda(cudaMemset(memory, 0, at.one_shot), "cudaMemset");
   check_cuda(cudaMemset(memory + at.one_shot, 0xff, at.total - at.one_shot), "cudaMemset");
   check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 
-/// The functions of one rank. `workspaces`: addresses by rank, as this process sees them, each cleared before any call.
-Map<String, Function> push_create(int64_t rank, Array<int64_t> workspaces, int64_t hidden, int64_t gather_bytes,
-                                  int64_t one_shot_rows, double timeout_s) {
-  check_group(static_cast<int64_t>(workspaces.size()), hidden, gather_bytes);
-  const auto group = std::make_shared<PushGroup>(rank, workspaces, hidden, gather_bytes, one_shot_rows, timeout_s);
+/// The functions of one rank, for rows of up to `max_hidden`. `workspaces`: addresses by rank, as this process sees them,
+/// each cleared before any call. Calls of up to `one_shot_bytes` send their rows to everybody.
+Map<String, Function> push_create(int64_t rank, Array<int64_t> workspaces, int64_t max_hidden, int64_t gather_bytes,
+                                  int64_t one_shot_bytes, double timeout_s) {
+  check_group(static_cast<int64_t>(workspaces.size()), max_hidden, gather_bytes);
+  const auto group = std::make_shared<PushGroup>(rank, workspaces, max_hidden, gather_bytes, one_shot_bytes, timeout_s);
   Map<String, Function> out;
   out.Set("all_reduce", Function::FromTyped([group](TensorView x, TensorView y) { group->all_reduce(x, y); }));
   out.Set("all_gather", Function::FromTyped([group](TensorView x, TensorView y) { group->all_gather(x, y); }));

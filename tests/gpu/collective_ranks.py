@@ -48,9 +48,11 @@ def narrow(values: Any) -> Any:
 class Case:
     """Inputs of one call on all ranks, and what must come out."""
 
-    def __init__(self, ranks: Ranks, rows: int, offset: int) -> None:
-        self.inputs = [ranks.bank[r][offset : offset + rows] for r in range(ranks.world_size)]
-        self.residual = ranks.bank[-1][offset : offset + rows]
+    def __init__(self, ranks: Ranks, rows: int, offset: int, hidden: int | None = None) -> None:
+        place = (slice(offset, offset + rows), slice(hidden))
+        self.inputs = [ranks.bank[r][place] for r in range(ranks.world_size)]
+        self.residual = ranks.bank[-1][place]
+        self.weight = ranks.weight[:hidden]
         total = widen(self.inputs[0])
         for part in self.inputs[1:]:
             total = total + widen(part)
@@ -58,7 +60,7 @@ class Case:
         self.total = narrow(total + widen(self.residual))
         wide = widen(self.total).astype(cupy.float64)
         factor = 1 / cupy.sqrt((wide**2).mean(axis=1, keepdims=True) + EPS)
-        self.normed = wide * factor * ranks.weight.astype(cupy.float64)
+        self.normed = wide * factor * self.weight.astype(cupy.float64)
 
 
 class Ranks:
@@ -71,7 +73,7 @@ class Ranks:
             self.rank, self.world_size, f"127.0.0.1:{args.port}", "secret", timeout_s=120, door=door
         )
         make: Any = PushCommunicator if args.backend == "push" else NcclCommunicator
-        extra = {"hidden_size": self.hidden, "timeout_s": args.timeout} if args.backend == "push" else {}
+        extra = {"max_hidden_size": self.hidden, "timeout_s": args.timeout} if args.backend == "push" else {}
         self.group = make(kernels, self.rendezvous, rank=self.rank, world_size=self.world_size, **extra)
         rng = cupy.random.RandomState(11)
         values = rng.standard_normal((self.world_size + 1, BANK, self.hidden), dtype=cupy.float32)
@@ -84,13 +86,13 @@ class Ranks:
 
     def reduce(self, case: Case) -> tuple[Any, ...]:
         """Run all three fused and plain sums on poisoned outputs; return bits: sum, total, normed, total8, q, scale."""
-        rows = case.inputs[0].shape[0]
-        shape = (rows, self.hidden)
+        rows, hidden = case.residual.shape
+        shape = (rows, hidden)
         plain, total, normed, total8 = (cupy.full(shape, 0xFFFF, cupy.uint16) for _ in range(4))
         codes, scale = cupy.full(shape, 0xFF, cupy.uint8), cupy.full(rows, cupy.nan, cupy.float32)
         x = tensor(cupy.ascontiguousarray(case.inputs[self.rank]), "bfloat16")
         residual = tensor(cupy.ascontiguousarray(case.residual), "bfloat16")
-        weight = tvm_ffi.from_dlpack(self.weight)
+        weight = tvm_ffi.from_dlpack(case.weight)
         self.call(ALL_REDUCE, x, tensor(plain, "bfloat16"))
         norm = (x, residual, weight, EPS)
         self.call(ALL_REDUCE_ADD_RMS_NORM, *norm, tensor(total, "bfloat16"), tensor(normed, "bfloat16"))
@@ -162,16 +164,20 @@ def check_gather(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_soak(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
-    """Thousands of calls of changing size with ranks out of step, checked on the device, hashes compared at the end."""
+    """Thousands of calls of changing size with ranks out of step, checked on the device, hashes compared at the end.
+
+    Rows of several hidden sizes, if there are, take turns.
+    """
     rng = np.random.default_rng(5)  # the same on all ranks
     delays = np.random.default_rng(ranks.rank)
     wrong = cupy.zeros(1, cupy.int64)
     sizes = [1, 2, 3, 4, 8, 16, 33, 64, 100, 130]
-    cases = {rows: [Case(ranks, rows, 40 * k) for k in range(4)] for rows in sizes}
+    hidden = [None, *args.also_hidden]
+    cases = {rows: [Case(ranks, rows, 40 * k, hidden[k % len(hidden)]) for k in range(12)] for rows in sizes}
     digest = cupy.zeros(1, cupy.uint64)
     for _ in range(args.iterations):
         rows = sizes[rng.integers(len(sizes))]
-        case = cases[rows][rng.integers(4)]
+        case = cases[rows][rng.integers(12)]
         if delays.random() < 0.02:
             time.sleep(delays.random() * 2e-3)
         plain, total, normed, _, codes, _ = ranks.reduce(case)
@@ -217,6 +223,71 @@ def check_graph(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
+class ModelStep:
+    """Five sums and an all-gather, as a step of a model of that hidden size queues them; outputs stay in place."""
+
+    def __init__(self, ranks: Ranks, offset: int, rows: int, hidden: int, columns: int) -> None:
+        self._ranks = ranks
+        self.case = case = Case(ranks, rows, offset, hidden)
+        self._inputs = [cupy.ascontiguousarray(bits) for bits in (case.inputs[ranks.rank], case.residual)]
+        self._outs = [cupy.zeros((2, rows, hidden), cupy.uint16) for _ in range(5)]
+        rng = cupy.random.RandomState(offset)
+        self._parts = rng.standard_normal((ranks.world_size, rows, columns), dtype=cupy.float32)
+        self._part = cupy.ascontiguousarray(self._parts[ranks.rank])
+        self._logits = cupy.zeros((rows, ranks.world_size * columns), cupy.float32)
+        # Made once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
+        self._norm = (*(tensor(bits, "bfloat16") for bits in self._inputs), tvm_ffi.from_dlpack(case.weight), EPS)
+        self._pairs = [tuple(tensor(bits, "bfloat16") for bits in pair) for pair in self._outs]
+        self._gather = (tvm_ffi.from_dlpack(self._part), tvm_ffi.from_dlpack(self._logits))
+
+    def poison(self) -> None:
+        self._logits.fill(cupy.nan)
+        for pair in self._outs:
+            pair.fill(0xFFFF)
+
+    def run(self) -> None:
+        for pair in self._pairs:
+            self._ranks.call(ALL_REDUCE_ADD_RMS_NORM, *self._norm, *pair)
+        self._ranks.call(ALL_GATHER, *self._gather)
+
+    def check(self, when: str, *, exact: bool) -> None:
+        rows = len(self._logits)
+        own = self._ranks.owns(rows)
+        for total, normed in self._outs:
+            if exact:
+                assert bool((total[own] == self.case.total[own]).all()), f"{when}, {rows} rows: residual differs"
+            error = relative(widen(normed), self.case.normed)
+            assert error < 6e-3, f"{when}, {rows} rows: norm off by {error}"
+        assert bool((self._logits == self._parts.transpose(1, 0, 2).reshape(rows, -1)).all()), f"{when}: logits differ"
+
+
+def check_models(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+    """A draft and its target in one graph, replayed: steps of other rows and hidden sizes, each with its logits."""
+    draft = ModelStep(ranks, 0, 3, args.also_hidden[0], 320)
+    target = ModelStep(ranks, 100, 20, ranks.hidden, 512)
+
+    def run() -> None:
+        for step in (draft, draft, draft, target):
+            step.run()
+
+    stream = cupy.cuda.get_current_stream()
+    run()
+    stream.synchronize()
+    stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+    run()
+    graph = stream.end_capture()
+    delays = np.random.default_rng(ranks.rank)
+    for i in range(args.iterations):
+        draft.poison()
+        target.poison()
+        if delays.random() < 0.2:
+            time.sleep(delays.random() * 2e-3)
+        graph.launch(stream)
+        for step in (draft, target):
+            step.check(f"replay {i}", exact=args.backend == "push")
+    return {}
+
+
 def check_late(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
     """The last rank stays away from one call: the others give up by themselves and know whom they waited for."""
     case = Case(ranks, 4, 0)
@@ -237,6 +308,7 @@ CHECKS = {
     "gather": check_gather,
     "soak": check_soak,
     "graph": check_graph,
+    "models": check_models,
     "late": check_late,
 }
 
@@ -250,6 +322,9 @@ def main() -> None:
     parser.add_argument("--kernels", required=True)
     parser.add_argument("--backend", choices=["push", "nccl"], required=True)
     parser.add_argument("--hidden", type=int, required=True)
+    parser.add_argument(
+        "--also-hidden", type=int, nargs="+", default=[], help="smaller sizes of rows on the same group"
+    )
     parser.add_argument("--checks", nargs="+", choices=sorted(CHECKS), required=True)
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--iterations", type=int, default=100)

@@ -80,6 +80,22 @@ def test_ten_thousand_steps_of_ranks_out_of_step(kernel_library: Path) -> None:
 
 
 @two_gpus
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rows_of_several_sizes_take_turns(kernel_library: Path, world_size: int) -> None:
+    """What a target and its draft do: buffers that hold rows of one are freed by calls of the other."""
+    arguments = ["--checks", "soak", "--iterations", str(4000 // world_size), "--also-hidden", "576", "2048"]
+    results = run_ranks(kernel_library, world_size, "push", 8192, arguments)
+    assert results[0]["calls"] == 3 * (4000 // world_size)
+
+
+@two_gpus
+@pytest.mark.parametrize(("world_size", "backend"), [(2, "push"), (2, "nccl"), (4, "push")])
+def test_a_draft_and_its_target_share_a_group_in_one_graph(kernel_library: Path, world_size: int, backend: str) -> None:
+    arguments = ["--checks", "models", "--iterations", "100", "--also-hidden", "576"]
+    run_ranks(kernel_library, world_size, backend, 8192, arguments)
+
+
+@two_gpus
 def test_graphs_replay(kernel_library: Path) -> None:
     run_ranks(kernel_library, 2, "push", 8192, ["--checks", "graph", "--iterations", "300"])
 

@@ -509,6 +509,9 @@ volumes:
 {{- if ne (mod $v.engine.tensorParallelSize $v.engine.draft.tensorParallelSize) 0 -}}
 {{- fail (printf "engine.draft.tensorParallelSize %v does not divide engine.tensorParallelSize %v" $v.engine.draft.tensorParallelSize $v.engine.tensorParallelSize) -}}
 {{- end -}}
+{{- if and (eq $v.engine.device "cuda") $v.engine.draft.model (not (has (int $v.engine.draft.tensorParallelSize) (list 1 (int $v.engine.tensorParallelSize)))) -}}
+{{- fail (printf "engine.draft.tensorParallelSize %v: on GPUs each has the whole draft or its shard; set engine.draft.tensorParallelSize to 1 or %v" $v.engine.draft.tensorParallelSize $v.engine.tensorParallelSize) -}}
+{{- end -}}
 {{- if and $v.compile.enabled $v.engine.draft.model (not $v.engine.maxModelLen) -}}
 {{- fail "compile.enabled with engine.draft.model needs engine.maxModelLen: the draft is compiled for the same length" -}}
 {{- end -}}
@@ -526,6 +529,12 @@ volumes:
 - --max-num-draft-tokens={{ include "tpserve.maxDraftTokens" .root }}
 {{- end -}}
 
+{{/* draft_step_tokens() of coordinator/speculation.py: on a GPU a round begins with four tokens of each sequence. */}}
+{{- define "tpserve.draftStepTokens" -}}
+{{- $engine := .Values.engine -}}
+{{- max $engine.maxNumBatchedTokens (ternary (mul 4 $engine.maxNumSeqs) 0 (eq $engine.device "cuda")) -}}
+{{- end -}}
+
 {{/* As `tpserve serve` compiles a draft. */}}
 {{- define "tpserve.draftCompileArgs" -}}
 - compile
@@ -533,7 +542,7 @@ volumes:
 - --tp={{ .Values.engine.draft.tensorParallelSize }}
 - --device={{ ternary "cuda:sm_90a" "cpu" (eq .Values.engine.device "cuda") }}
 - --max-num-seqs={{ .Values.engine.maxNumSeqs }}
-- --max-num-batched-tokens={{ .Values.engine.maxNumBatchedTokens }}
+- --max-num-batched-tokens={{ include "tpserve.draftStepTokens" . }}
 - --max-model-len={{ .Values.engine.maxModelLen }}
 - --cut-model-len
 {{- end -}}

@@ -108,3 +108,5 @@ def test_ranks_of_a_draft_group_are_on_one_node() -> None:
         layout(*places, speculation=Speculation("draft", 3, draft_tp_size=size))
     with pytest.raises(ClusterError, match=r"--draft-tp 4 would put a draft group, .* on a, b: lower it"):
         layout(*places, speculation=Speculation("draft", 3, draft_tp_size=4))
+    # On GPUs a draft's ranks exchange by the group's collectives.
+    layout(*places, device=0, speculation=Speculation("draft", 3, draft_tp_size=4))

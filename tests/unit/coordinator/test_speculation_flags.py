@@ -12,7 +12,12 @@ import pytest
 from tiny_models import MODELS
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.memory import plan_memory
-from tpserve.coordinator.speculation import add_speculation_arguments, check_draft, choose_speculation
+from tpserve.coordinator.speculation import (
+    add_speculation_arguments,
+    check_draft,
+    choose_speculation,
+    draft_step_tokens,
+)
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.speculation import Speculation
 from worker_builders import make_manifest
@@ -79,15 +84,30 @@ def test_flags_that_contradict_each_other_are_refused(flags: str, words: str) ->
     ("flags", "words"),
     [
         ("--draft-model d --draft-placement dedicated", "dedicated is built for CPUs alone.* use colocated"),
-        ("--tp 2 --draft-model d --draft-tp 2", "give --draft-model and --draft-tp 1"),
-        ("--spec-method ngram", "give --draft-model and --draft-tp 1"),
+        ("--tp 4 --draft-model d --draft-tp 2", "--draft-tp 2 beside --tp 4: .* give --draft-tp 1 or 4"),
+        ("--spec-method ngram", "--spec-method ngram is built for CPUs alone: on GPUs, give --draft-model"),
     ],
 )
 def test_what_is_not_built_on_gpus_is_refused_there(flags: str, words: str) -> None:
-    choice = choose_speculation(parse(*flags.split()))
+    args = parse(*flags.split())
+    choice = choose_speculation(args)
     assert choice is not None
     with pytest.raises(ClusterError, match=words):
-        choice.require_gpus()
+        choice.require_gpus(args.tp)
+
+
+@pytest.mark.parametrize("flags", ["--draft-model d", "--tp 4 --draft-model d", "--tp 4 --draft-model d --draft-tp 4"])
+def test_on_gpus_a_draft_is_whole_or_split_as_the_model(flags: str) -> None:
+    args = parse(*flags.split())
+    choice = choose_speculation(args)
+    assert choice is not None
+    choice.require_gpus(args.tp)
+
+
+def test_a_draft_is_compiled_for_the_windows_of_a_gpus_rounds() -> None:
+    assert draft_step_tokens(512, 64, on_gpu=True) == 512
+    assert draft_step_tokens(512, 256, on_gpu=True) == 1024
+    assert draft_step_tokens(512, 256, on_gpu=False) == 512
 
 
 @pytest.mark.parametrize("value", ["0", "9", "some", "-1"])

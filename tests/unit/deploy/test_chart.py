@@ -33,7 +33,7 @@ from tpserve.coordinator.router.__main__ import add_arguments as add_router_argu
 from tpserve.coordinator.router.__main__ import config_of as router_config_of
 from tpserve.coordinator.router.arguments import TOKEN_VARIABLE
 from tpserve.coordinator.serve_arguments import add_arguments
-from tpserve.coordinator.speculation import choose_speculation
+from tpserve.coordinator.speculation import choose_speculation, draft_step_tokens
 
 NAMES = [path.stem for path in helm.EXAMPLES]
 KUBERNETES_VERSIONS = ("1.31", "1.34", "1.37")
@@ -250,10 +250,15 @@ def test_the_job_compiles_what_the_engine_loads(example: str) -> None:
         compiler.parse_args([*waits["args"][3:], "--jit-policy=READONLY"]) for waits in engine_spec["initContainers"]
     ]
     speculation = choose_speculation(served)
+    draft_tokens = draft_step_tokens(
+        served.max_num_batched_tokens, served.max_num_seqs, on_gpu=compiled[0].device != "cpu"
+    )
     for one in [*compiled, *awaited]:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        for name in ("max_num_seqs", "max_model_len"):
             assert getattr(one, name) == getattr(served, name), name
-        if one.model == served.model:
+        is_draft = one.model != served.model
+        assert one.max_num_batched_tokens == (draft_tokens if is_draft else served.max_num_batched_tokens)
+        if not is_draft:
             assert one.quantization == served.quantization
             assert one.max_num_draft_tokens == (0 if speculation is None else speculation.max_num_draft_tokens)
         else:  # as `tpserve serve` compiles it
@@ -479,6 +484,10 @@ def test_nothing_is_downloaded_where_nothing_can_be() -> None:
         (("--set", "engine.draft.method=draft"), "needs engine.draft.model"),
         (("--set", "engine.draft.method=ngram,engine.draft.model=/models/m"), "looks tokens up"),
         (("--set", "engine.draft.tensorParallelSize=2"), "does not divide"),
+        (
+            ("--set", "engine.tensorParallelSize=4,engine.draft.tensorParallelSize=2,engine.draft.model=/models/m"),
+            "set engine.draft.tensorParallelSize to 1 or 4",
+        ),
         (("--set", "engine.draft.numSpeculativeTokens=9"), "numSpeculativeTokens"),
         (("--set", "compile.enabled=true,engine.draft.model=/models/m"), "engine.maxModelLen"),
     ],

@@ -1,0 +1,152 @@
+"""The buffers of collectives over peer memory, by the kernels' own index functions: calls of two models in turns.
+
+Ranks run ahead of each other as far as the protocol lets them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scripts import ROOT
+
+BUFFERS = 3
+
+
+class Memory(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("one_shot", "two_shot", "reduced", "scales")]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    library = tmp_path_factory.mktemp("places") / "places.so"
+    source = Path(__file__).with_name("push_places.cpp")
+    command = ["c++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'collectives/kernels'}"]
+    subprocess.run([*command, str(source), "-o", str(library)], check=True, timeout=60)
+    return ctypes.CDLL(str(library))
+
+
+@dataclass
+class Call:
+    is_one_shot: bool
+    rows: int
+    vectors: int
+    epoch: int
+    """Among the calls of its kind."""
+    before: Call | None
+    """Of its kind."""
+
+
+@dataclass
+class Group:
+    library: Any
+    num_ranks: int
+    row_vectors: int
+    arrays: list[list[np.ndarray[Any, np.dtype[np.int32]]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sizes = (ctypes.c_int64 * 4)()
+        self.library.sizes(self.num_ranks, self.row_vectors, sizes)
+        self.arrays = [[np.zeros(size, np.int32) for size in sizes] for _ in range(self.num_ranks)]
+        self.memory = (Memory * self.num_ranks)(*(Memory(*(one.ctypes.data for one in each)) for each in self.arrays))
+
+    def tags(self, call: Call, number: int) -> Any:
+        return (ctypes.c_int * self.num_ranks)(*(1 + number * self.num_ranks + rank for rank in range(self.num_ranks)))
+
+    def call(self, name: str, *arguments: Any) -> int:
+        return int(getattr(self.library, name)(self.num_ranks, self.row_vectors, *arguments) or 0)
+
+    def begin(self, rank: int, call: Call, number: int) -> None:
+        """What a rank does of a call before it waits."""
+        buffer, tag = call.epoch % BUFFERS, self.tags(call, number)[rank]
+        sizes = (call.rows, call.vectors)
+        taken = self.call("send", self.memory, int(call.is_one_shot), rank, buffer, *sizes, tag)
+        assert taken == 0, f"rank {rank} wrote {taken} places of call {number} that were not free"
+        if call.before is not None:
+            used = (call.before.rows, call.before.vectors)
+            where = (ctypes.byref(self.memory[rank]), int(call.is_one_shot), rank, (call.epoch - 1) % BUFFERS)
+            self.call("free_before", *where, *used, *sizes)
+
+    def reduce(self, rank: int, call: Call, number: int) -> None:
+        """The second half of a two-shot call."""
+        self.check(rank, call, number, reduced=False)
+        buffer, tag = call.epoch % BUFFERS, self.tags(call, number)[rank]
+        taken = self.call("send_reduced", self.memory, rank, buffer, call.rows, call.vectors, tag)
+        assert taken == 0, f"rank {rank} wrote {taken} reduced places of call {number} that were not free"
+
+    def check(self, rank: int, call: Call, number: int, *, reduced: bool) -> None:
+        where = (ctypes.byref(self.memory[rank]), int(call.is_one_shot), rank, call.epoch % BUFFERS)
+        wrong = self.call("missing", *where, call.rows, call.vectors, int(reduced), self.tags(call, number))
+        assert wrong == 0, f"{wrong} places of call {number} on rank {rank} are not those that were sent"
+
+    def end(self, rank: int, call: Call, number: int) -> None:
+        self.check(rank, call, number, reduced=not call.is_one_shot)
+        if call.epoch:
+            where = (ctypes.byref(self.memory[rank]), int(call.is_one_shot), (call.epoch - 1) % BUFFERS)
+            left = self.call("taken", *where)
+            assert left == 0, f"rank {rank} has left {left} places of the call before {number}"
+
+
+def make_calls(rng: Random, count: int, sizes: list[int]) -> list[Call]:
+    calls: list[Call] = []
+    last: dict[bool, Call] = {}
+    while len(calls) < count:
+        vectors, rows = rng.choice(sizes), rng.randint(1, 20)
+        for _ in range(rng.randint(1, 5)):  # of one model's step
+            is_one_shot = rows * vectors < 2000
+            before = last.get(is_one_shot)
+            call = Call(is_one_shot, rows, vectors, 0 if before is None else before.epoch + 1, before)
+            last[is_one_shot] = call
+            calls.append(call)
+    return calls
+
+
+class Ranks:
+    """How far each rank is: calls that it has begun, reduced its rows of, and ended."""
+
+    def __init__(self, group: Group, calls: list[Call]) -> None:
+        self._group, self._calls = group, calls
+        self._begun, self._reduced, self.ended = ([0] * group.num_ranks for _ in range(3))
+
+    def advance(self, rank: int) -> bool:
+        """Do what a rank does next, unless it waits for another."""
+        number = self.ended[rank]
+        if number == len(self._calls):
+            return False
+        call = self._calls[number]
+        if self._begun[rank] == number:
+            self._group.begin(rank, call, number)
+            self._begun[rank] += 1
+        elif min(self._begun) <= number:
+            return False
+        elif self._reduced[rank] == number:
+            if not call.is_one_shot:
+                self._group.reduce(rank, call, number)
+            self._reduced[rank] += 1
+        elif not call.is_one_shot and min(self._reduced) <= number:
+            return False
+        else:
+            self._group.end(rank, call, number)
+            self.ended[rank] += 1
+        return True
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_models_of_several_sizes_share_the_buffers(places: ctypes.CDLL, num_ranks: int, seed: int) -> None:
+    rng = Random(seed)
+    calls = make_calls(rng, 60, [600, 264, 9, 1])  # a call of 9 has 256 threads in a row
+    assert {call.is_one_shot for call in calls} == {True, False}
+    ranks = Ranks(Group(places, num_ranks, 600), calls)
+    while min(ranks.ended) < len(calls):
+        rank = rng.randrange(num_ranks)
+        for _ in range(rng.choice([1, 100])):  # a step, or as far as it gets
+            if not ranks.advance(rank):
+                break

@@ -1,0 +1,74 @@
+"""Which draft a rank on a GPU loads beside its model, and whether the two fit. Knows no device.
+
+Either each rank has the whole draft, and nothing travels between them, or each has its shard, as it has one of the
+model: then the draft's library calls the collectives of the model's own group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tpserve.proto.manifest import Manifest
+from tpserve.proto.rank import RankConfig
+from tpserve.proto.speculation import DEVICE_DRAFT_WINDOW, Speculation
+from tpserve.worker.errors import WorkerError
+from tpserve.worker.library import check_manifest
+
+
+def draft_rank_config(config: RankConfig, speculation: Speculation) -> RankConfig:
+    """Return what a rank of the model is told, as a rank of the draft.
+
+    Raises
+    ------
+    WorkerError
+        If there is no draft model, or its TP degree is neither 1 nor the model's; names the remedy.
+    """
+    if speculation.draft_artifact_dir is None or speculation.draft_model_dir is None:
+        raise WorkerError("method draft needs a draft model and its library: give --draft-model")
+    size = speculation.draft_tp_size
+    if size not in (1, config.tp_size):
+        raise WorkerError(
+            f"draft_tp_size is {size} beside a model of TP={config.tp_size}: on GPUs each rank has the whole draft or "
+            f"its shard; set --draft-tp {' or '.join(map(str, dict.fromkeys((1, config.tp_size))))}"
+        )
+    return replace(
+        config,
+        rank=config.rank if size > 1 else 0,
+        tp_size=size,
+        model_dir=speculation.draft_model_dir,
+        artifact_dir=speculation.draft_artifact_dir,
+        load_format=speculation.draft_load_format,
+    )
+
+
+def check_draft_manifest(config: RankConfig, target: Manifest) -> Manifest:
+    """Read the manifest of a draft's library and compare it with its model's.
+
+    Parameters
+    ----------
+    config
+        Of the draft's rank, as `draft_rank_config` gives it.
+
+    Raises
+    ------
+    WorkerError
+        Naming what does not fit, with both values.
+    """
+    draft = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
+    if draft.vocab_size != target.vocab_size or draft.kv.page_size != target.kv.page_size:
+        raise WorkerError(
+            f"the draft has {draft.vocab_size} tokens and pages of {draft.kv.page_size}, the model "
+            f"{target.vocab_size} and {target.kv.page_size}: give a draft of the same family"
+        )
+    # Of the same vocabulary and on as many ranks it is padded the same, and on one rank no further: the draft's logits
+    # fit where the sampler adjusts the model's.
+    assert draft.padded_vocab_size <= target.padded_vocab_size
+    # Prompts run through the draft as they ran through the model; and a round begins with a window of each sequence.
+    needed = max(target.max_num_batched_tokens, DEVICE_DRAFT_WINDOW * config.max_num_seqs)
+    if draft.max_num_batched_tokens < needed:
+        raise WorkerError(
+            f"the draft's library takes {draft.max_num_batched_tokens} tokens in a step, this replica needs {needed} "
+            f"(the model's {target.max_num_batched_tokens}, and {DEVICE_DRAFT_WINDOW} for each of "
+            f"{config.max_num_seqs} sequences): compile it with --max-num-batched-tokens {needed}"
+        )
+    return draft
