@@ -26,12 +26,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "memory");
 }
 
-/// Two e4m3 codes, the first in the low byte, as float16. Exact; NaN stays NaN.
-__device__ __forceinline__ uint32_t widen2(uint32_t codes) {
-  const __half2_raw h = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
-  return h.x | static_cast<uint32_t>(h.y) << 16;
-}
-
 /// What products over pages of type KV are made of. A column is sixteen dimensions; kColumns of them are loaded at once.
 template <typename KV, int kHeadDim>
 struct Fragments;
@@ -93,30 +87,22 @@ struct Fragments<fp8, kHeadDim> {
   }
 
   static __device__ __forceinline__ void keys(uint32_t slices, int s, int lane, int k, uint32_t (&b)[kColumns][4]) {
-    const int row = lane / 16 * 8 + lane % 8;
-    uint32_t words[4];  // positions 0 to 7 of two columns, then 8 to 15
-    load_matrices(words, slices + s * kSliceBytes + P::chunk_at(kSliceRows, row, (k + lane / 8 % 2) * 16));
+    uint32_t words[4];
+    load_matrices(words, slices + s * kSliceBytes + P::keys_of_lane(lane, k * 16));
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t word = words[half * 2 + column];
-        b[column][half * 2] = widen2(word & 0xFFFF), b[column][half * 2 + 1] = widen2(word >> 16);
-      }
+      for (int i = 0; i < 4; ++i) b[column][i] = widen2(key_codes(words, column, i));
     }
   }
 
   static __device__ __forceinline__ void values(uint32_t slices, int s, int lane, int n, uint32_t (&b)[kColumns][4]) {
-    const int row = lane / 8 % 2 * 8 + lane % 8;
-    uint32_t words[4];  // of a column positions 0 to 7, then 8 to 15; then the next column
-    load_matrices_transposed(words, slices + s * kSliceBytes + kSliceBytes / 2 + P::chunk_at(kSliceRows, row, (n + lane / 16) * 16));
+    uint32_t words[4];
+    load_matrices_transposed(words, slices + s * kSliceBytes + kSliceBytes / 2 + P::values_of_lane(lane, n * 16));
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t word = values_by_column(words[column * 2 + half]);
-        b[column][half] = widen2(word & 0xFFFF), b[column][half + 2] = widen2(word >> 16);
-      }
+      for (int i = 0; i < 4; ++i) b[column][i] = widen2(value_codes(words, column, i));
     }
   }
 };

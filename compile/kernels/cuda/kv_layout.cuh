@@ -35,6 +35,17 @@ struct Panels {
     constexpr int kWidth = kRowBytes / kItemBytes, kItems = 16 / kItemBytes;  // of a row and of a chunk
     return (d / kWidth * num_rows + row) * kWidth + (d / kItems % (kRowBytes / 16) ^ swizzle(row)) * kItems;
   }
+
+  /// Of e4m3: where a lane of a warp points ldmatrix in a slice's keys, for the two chunks from dimension d. The four
+  /// words that it gets are positions 0 to 7 of each chunk, then positions 8 to 15.
+  static TPSERVE_LAYOUT int keys_of_lane(int lane, int d) {
+    return chunk_at(kSliceRows, lane / 16 * 8 + lane % 8, d + lane / 8 % 2 * 16);
+  }
+
+  /// The same in its values, transposed: positions 0 to 7 and 8 to 15 of the first chunk, then of the second.
+  static TPSERVE_LAYOUT int values_of_lane(int lane, int d) {
+    return chunk_at(kSliceRows, lane / 8 % 2 * 8 + lane % 8, d + lane / 16 * 16);
+  }
 };
 
 /// Four bytes of two words: nibble i of the selector is the place of byte i, 0 to 3 in `a` and 4 to 7 in `b`.
@@ -63,7 +74,16 @@ TPSERVE_LAYOUT void arrange_half(const uint32_t (&words)[2], uint32_t partners, 
   stored[1] = permute_bytes(low, high, is_value ? 0x7362 : 0x7632);
 }
 
-/// Two positions' e4m3 values of dimension d, then those of d + 8, from a word that was transposed while it was loaded.
-TPSERVE_LAYOUT uint32_t values_by_column(uint32_t word) { return permute_bytes(word, 0, 0x3120); }
+/// The two codes of a register of mma.sync's second operand, from the words of `keys_of_lane`: registers 0 and 1 are of
+/// positions 0 to 7, 2 and 3 of positions 8 to 15; `column` is the chunk.
+TPSERVE_LAYOUT uint32_t key_codes(const uint32_t (&words)[4], int column, int i) {
+  return words[i / 2 * 2 + column] >> i % 2 * 16 & 0xFFFF;
+}
+
+/// The same of values: registers 0 and 1 are of a chunk's dimensions 0 to 7, 2 and 3 of dimensions 8 to 15.
+TPSERVE_LAYOUT uint32_t value_codes(const uint32_t (&words)[4], int column, int i) {
+  const uint32_t by_dimension = permute_bytes(words[column * 2 + i % 2], 0, 0x3120);
+  return by_dimension >> i / 2 * 16 & 0xFFFF;
+}
 
 }  // namespace tpserve::cuda
