@@ -18,6 +18,7 @@ from tpserve.compile.source import convert_to, require_weights, resolve_model, s
 
 _POLICIES = [policy.value for policy in CachePolicy]
 _TARGETS: dict[str, Literal["llvm", "cuda"]] = {"cpu": "llvm", "cuda": "cuda", "cuda:sm_90a": "cuda"}
+KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "fp8_e4m3")
 DEFAULT_MAX_MODEL_LEN = 8192
 
 
@@ -43,6 +44,12 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel degree: 1, 2, 4 or 8")
     parser.add_argument("--device", choices=sorted(_TARGETS), default="cpu", help="cuda:sm_90a builds without a GPU")
     parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16", "fp8"], default="auto")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="auto: bfloat16 on a GPU, float32 on a CPU; fp8 (also fp8_e4m3): half the memory, on GPUs",
+    )
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-model-len", type=int, help="longest sequence, prompt and output, in tokens")
     parser.add_argument(
@@ -82,6 +89,8 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
             quantization = "fp8"
         else:
             quantization = "q0bf16" if _TARGETS[args.device] == "cuda" else stored_quantization(model_dir)
+    if args.kv_cache_dtype == "bfloat16" and _TARGETS[args.device] == "llvm":
+        raise CompileError("--kv-cache-dtype bfloat16: KV pages on a CPU are float32; use auto, or --device cuda")
     compile_config = CompileConfig(
         tp_size=args.tp,
         quantization=quantization,
@@ -91,6 +100,7 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
         max_num_draft_tokens=args.max_num_draft_tokens,
+        kv_cache_dtype="fp8" if args.kv_cache_dtype.startswith("fp8") else "auto",
     )
     compile_config.check_model(config)
     artifact = build_artifact(config, compile_config, policy)

@@ -95,7 +95,7 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
             num_layers=config.num_layers,
             num_kv_heads=sharding.num_kv_heads,
             head_dim=config.head_dim,
-            dtype="bfloat16" if compile_config.target == "cuda" else "float32",
+            dtype=compile_config.page_dtype,
         ),
         rope_inv_freq=config.rope_inv_freq(),
         splits=sharding.splits,

@@ -288,7 +288,7 @@ class CompileConfig:
     kernels: Literal["tuned", "portable"]
     """tuned: the target's own kernels; portable: TVM's for every operator."""
     target: Literal["llvm", "cuda"]
-    """llvm: this machine's CPU, float32 activations; cuda: sm_90a, bfloat16 activations and KV pages."""
+    """llvm: this machine's CPU, float32 activations; cuda: sm_90a, bfloat16 activations."""
     max_model_len: int
     """Longest sequence, prompt and output, in tokens."""
     max_num_batched_tokens: int
@@ -298,6 +298,8 @@ class CompileConfig:
     """Tokens of one KV page."""
     max_num_draft_tokens: int = 0
     """Most draft tokens that one step verifies for a sequence."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Of the KV pages; auto: that of activations; fp8: e4m3 with two scales a layer, half the memory of bfloat16."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -317,6 +319,21 @@ class CompileConfig:
             )
         if self.target == "llvm" and self.quantization == "fp8":
             raise ModelConfigError("fp8 needs a GPU: use --device cuda, or --quantization q0bf16")
+        if self.target == "llvm" and self.kv_cache_dtype == "fp8":
+            raise ModelConfigError(
+                "KV pages on a CPU are float32, --kv-cache-dtype fp8 needs a GPU: use --device cuda, or "
+                "--kv-cache-dtype auto"
+            )
+
+    @property
+    def activation_dtype(self) -> str:
+        """Of activations."""
+        return "bfloat16" if self.target == "cuda" else "float32"
+
+    @property
+    def page_dtype(self) -> str:
+        """Of the KV pages."""
+        return "float8_e4m3fn" if self.kv_cache_dtype == "fp8" else self.activation_dtype
 
     @property
     def max_num_rows(self) -> int:

@@ -9,7 +9,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor
 
 from tpserve.compile.config import ModelConfig
-from tpserve.compile.operators import AttentionShape, BatchInputs, GemmInput, GemmWeight, Operators
+from tpserve.compile.operators import AttentionShape, BatchInputs, GemmInput, GemmWeight, Operators, PagedKV
 from tpserve.compile.sharding import PANEL_ROWS, Sharding
 from tpserve.proto.manifest import ParamSource, ParamSpec
 from tpserve.proto.packing import packed_shape
@@ -27,6 +27,8 @@ class GraphContext:
     weight_layout: Literal["panel16", "wgmma64x256g132"]
     quantized: bool
     """Whether the layers' weights are e4m3 with a scale for each output channel."""
+    quantized_kv: bool = False
+    """Whether KV pages are e4m3 with a scale of keys and one of values for each layer."""
     specs: dict[int, ParamSpec] = field(default_factory=dict)
     """By identity of the graph's parameter."""
 
@@ -123,6 +125,10 @@ class Attention(nn.Module):
             columns=sharding.num_q_heads * config.head_dim,
             bias=(ParamSource(f"{prefix}.o_proj.bias", 0, "once"),) if config.o_bias else (),
         )
+        self.kv_scale: nn.Parameter | None = None
+        if context.quantized_kv:
+            sources = tuple(ParamSource(f"{prefix}.{part}_proj") for part in "kv")
+            self.kv_scale = context.parameter(ParamSpec(f"{prefix}.kv_scale", (2,), "float32", "kv_scale", sources))
         if config.qk_norm:
             self.q_norm = context.vector(f"{prefix}.q_norm.weight", config.head_dim)
             self.k_norm = context.vector(f"{prefix}.k_norm.weight", config.head_dim)
@@ -131,8 +137,9 @@ class Attention(nn.Module):
         """(T, H) -> (T, H), a part of the sum over ranks; writes the tokens' K and V to `pages`."""
         config, operators = self._context.config, self._context.operators
         qk_norm = (self.q_norm, self.k_norm, config.rms_norm_eps) if config.qk_norm else None
-        q = operators.rope_append(self.qkv(x), qk_norm, batch, pages, self._shape)
-        return self.o(operators.gemm_input(operators.attention(q, batch, pages, self._shape)))
+        kv = PagedKV(pages, self.kv_scale)
+        q = operators.rope_append(self.qkv(x), qk_norm, batch, kv, self._shape)
+        return self.o(operators.gemm_input(operators.attention(q, batch, kv, self._shape)))
 
 
 class MLP(nn.Module):

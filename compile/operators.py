@@ -71,6 +71,16 @@ class GemmWeight:
     """(rows,) float32 for e4m3, by output channel."""
 
 
+@dataclass(frozen=True, slots=True)
+class PagedKV:
+    """KV pages of one layer."""
+
+    pages: Tensor
+    """(num_pages, num_kv_heads, 2, head_dim * page_size), of the activations' type, or e4m3; written in place."""
+    scale: Tensor | None = None
+    """(2,) float32 for e4m3: a key is its stored value times the first, a value times the second."""
+
+
 class Operators(Protocol):
     """What a graph may call.
 
@@ -108,12 +118,12 @@ class Operators(Protocol):
         qkv: Tensor,
         qk_norm: tuple[Tensor, Tensor, float] | None,
         batch: BatchInputs,
-        pages: Tensor,
+        kv: PagedKV,
         shape: AttentionShape,
     ) -> Tensor:
-        """Rotate q and k, write k and v to `pages`; (T, (Hq + 2 Hkv) D) -> q (T, Hq, D)."""
+        """Rotate q and k, write k and v to the pages; (T, (Hq + 2 Hkv) D) -> q (T, Hq, D)."""
 
-    def attention(self, q: Tensor, batch: BatchInputs, pages: Tensor, shape: AttentionShape) -> Tensor:
+    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> Tensor:
         """(T, Hq, D) -> (T, Hq * D)."""
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -200,23 +210,25 @@ class TunedOperators:
         qkv: Tensor,
         qk_norm: tuple[Tensor, Tensor, float] | None,
         batch: BatchInputs,
-        pages: Tensor,
+        kv: PagedKV,
         shape: AttentionShape,
     ) -> Tensor:
         """See Operators."""
-        where = [batch.positions, batch.token_slots, batch.page_table, batch.rope, pages]
+        where = [batch.positions, batch.token_slots, batch.page_table, batch.rope, *_pages(kv)]
         out = (qkv.shape[0], shape.num_q_heads, shape.head_dim)
+        suffix = "" if kv.scale is None else "_fp8"
         if qk_norm is None:
-            return self._extern("rope_append", [qkv, *where], out)
-        return self._extern("qk_norm_rope_append", [qkv, *qk_norm, *where], out)
+            return self._extern(f"rope_append{suffix}", [qkv, *where], out)
+        return self._extern(f"qk_norm_rope_append{suffix}", [qkv, *qk_norm, *where], out)
 
-    def attention(self, q: Tensor, batch: BatchInputs, pages: Tensor, shape: AttentionShape) -> Tensor:
+    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> Tensor:
         """See Operators."""
         if self._target == "cuda":
-            args = [q, pages, batch.page_table, batch.plan, shape.scale, shape.window, batch.workspace]
+            args = [q, *_pages(kv), batch.page_table, batch.plan, shape.scale, shape.window, batch.workspace]
         else:
-            args = [q, pages, batch.positions, batch.token_slots, batch.page_table, shape.scale, shape.window]
-        return self._extern("attention", args, (q.shape[0], shape.num_q_heads * shape.head_dim))
+            args = [q, *_pages(kv), batch.positions, batch.token_slots, batch.page_table, shape.scale, shape.window]
+        name = "attention" if kv.scale is None else "attention_fp8"
+        return self._extern(name, args, (q.shape[0], shape.num_q_heads * shape.head_dim))
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """See Operators."""
@@ -239,6 +251,11 @@ class TunedOperators:
         exprs = [arg._expr if isinstance(arg, Tensor) else relax.prim_value(arg) for arg in args]
         types = [Tensor.placeholder(shape, dtype)._expr.ty for shape, dtype in outputs]
         return tuple(wrap_nested(relax.call_dps_packed(name, exprs, out_ty=types), name.rpartition(".")[2]))
+
+
+def _pages(kv: PagedKV) -> list[Tensor]:
+    """Return what a kernel takes of a layer's pages."""
+    return [kv.pages] if kv.scale is None else [kv.scale, kv.pages]
 
 
 def _quantized(shape: tuple[object, ...]) -> list[tuple[tuple[object, ...], str]]:
@@ -294,7 +311,7 @@ class PortableOperators:
         qkv: Tensor,
         qk_norm: tuple[Tensor, Tensor, float] | None,
         batch: BatchInputs,
-        pages: Tensor,
+        kv: PagedKV,
         shape: AttentionShape,
     ) -> Tensor:
         """See Operators."""
@@ -304,7 +321,7 @@ class PortableOperators:
         return op.tensor_ir_op(
             func,
             "rope_append",
-            [qkv, batch.positions, batch.token_slots, batch.page_table, batch.rope, pages],
+            [qkv, batch.positions, batch.token_slots, batch.page_table, batch.rope, kv.pages],
             Tensor.placeholder((qkv.shape[0], shape.num_q_heads, shape.head_dim), "float32"),
         )
 
@@ -317,7 +334,7 @@ class PortableOperators:
         k = op.rms_norm(op.reshape(k, (tokens, shape.num_kv_heads, shape.head_dim)), k_weight, axes=-1, epsilon=eps)
         return op.concat([op.reshape(q, (tokens, q_dim)), op.reshape(k, (tokens, kv_dim)), v], dim=-1)
 
-    def attention(self, q: Tensor, batch: BatchInputs, pages: Tensor, shape: AttentionShape) -> Tensor:
+    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> Tensor:
         """See Operators."""
         func = portable.attention(
             shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size, shape.scale, shape.window
@@ -325,7 +342,7 @@ class PortableOperators:
         return op.tensor_ir_op(
             func,
             "attention",
-            [q, pages, batch.positions, batch.token_slots, batch.page_table],
+            [q, kv.pages, batch.positions, batch.token_slots, batch.page_table],
             Tensor.placeholder((q.shape[0], shape.num_q_heads * shape.head_dim), "float32"),
         )
 

@@ -35,7 +35,7 @@ def build_graph(config: ModelConfig, compile_config: CompileConfig) -> Graph:
     """Write the model in relax: one function `step` (see `LlamaForCausalLM.step`)."""
     sharding = shard(config, compile_config.tp_size)
     on_gpu = compile_config.target == "cuda"
-    dtype = "bfloat16" if on_gpu else "float32"
+    dtype = compile_config.activation_dtype
     quantized = compile_config.quantization == "fp8"
     operators: Operators = PortableOperators()
     if compile_config.kernels == "tuned":
@@ -48,10 +48,11 @@ def build_graph(config: ModelConfig, compile_config: CompileConfig) -> Graph:
         compile_config.page_size,
         "wgmma64x256g132" if on_gpu else "panel16",
         quantized,
+        compile_config.kv_cache_dtype == "fp8",
     )
     model = LlamaForCausalLM(context, compile_config.max_model_len)
     page_values = config.head_dim * compile_config.page_size
-    page = spec.Tensor(["num_pages", sharding.num_kv_heads, 2, page_values], dtype)
+    page = spec.Tensor(["num_pages", sharding.num_kv_heads, 2, page_values], compile_config.page_dtype)
     step_spec = {
         "token_ids": spec.Tensor(["num_tokens"], "int32"),
         "positions": spec.Tensor(["num_tokens"], "int32"),

@@ -127,7 +127,7 @@ async def run(
     config: CoordinatorConfig, manifest: Manifest, cluster: Cluster, tracing: Tracing | None, parent: TextIO
 ) -> int:
     """Serve until SIGTERM, and tell `parent` where; return the exit code."""
-    metrics = Metrics(config.model_name, compat=config.metrics_compat)
+    metrics = Metrics(config.model_name, cache_dtype=manifest.kv.dtype, compat=config.metrics_compat)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=config.max_num_seqs,

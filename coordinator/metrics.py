@@ -51,12 +51,17 @@ class Metrics:
     ----------
     model_name, engine
         Labels of every metric: the served model's name and the replica's number.
+    cache_dtype
+        Of the KV pages.
     compat
         `vllm` adds vLLM's metrics under vLLM's names, which have a colon.
     """
 
-    def __init__(self, model_name: str, engine: str = "0", compat: Compat = "none") -> None:
+    def __init__(
+        self, model_name: str, engine: str = "0", cache_dtype: str = "float32", compat: Compat = "none"
+    ) -> None:
         self._base = (model_name, engine)
+        self._cache_dtype = cache_dtype
         self._compat = compat
         self._source: EngineGauges | None = None
         self._counters: dict[str, CounterFamily] = {}
@@ -204,7 +209,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """Return every metric, in the catalogue's order; the client library calls this."""
-        scraped = {} if self._source is None else _read(self._source)
+        scraped = {} if self._source is None else _read(self._source, self._cache_dtype)
         for spec in CATALOGUE:
             if spec.name in scraped:
                 make = counter_metric if spec.kind == "counter" else gauge_metric
@@ -256,10 +261,10 @@ _SCRAPED = frozenset(
 """Read from the engine."""
 
 
-def _read(source: EngineGauges) -> dict[str, dict[tuple[str, ...], float]]:
+def _read(source: EngineGauges, cache_dtype: str) -> dict[str, dict[tuple[str, ...], float]]:
     """Return what is read when scraped: by name, by the labels' values."""
     stats = source.scheduler_stats()
-    cache = (str(stats.page_size), str(stats.num_pages), str(stats.has_prefix_cache))
+    cache = (str(stats.page_size), str(stats.num_pages), str(stats.has_prefix_cache), cache_dtype)
     found: dict[str, dict[tuple[str, ...], float]] = {
         "num_requests_running": {(): stats.num_running},
         "num_requests_waiting": {(): stats.num_waiting},

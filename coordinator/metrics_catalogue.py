@@ -172,8 +172,8 @@ CATALOGUE: tuple[MetricSpec, ...] = (
     _same(
         "gauge",
         "cache_config_info",
-        "1; the labels say the KV cache's page size in tokens, its pages, and whether prefixes are kept.",
-        ["block_size", "num_gpu_blocks", "enable_prefix_caching"],
+        "1; the labels say the KV cache's page size in tokens, its pages, whether prefixes are kept, and its type.",
+        ["block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype"],
     ),
     _own("gauge", "kv_pages", "KV pages of each rank."),
     _own("gauge", "kv_pages_evictable", "Pages kept for their prefix only."),

@@ -139,6 +139,8 @@ class _Server:
         folders = self._compile(max_num_seqs, device, num_draft_tokens)
         manifest = Manifest.load(Path(folders["artifact_dir"]))
         manifest.require(tp_size=args.tp, max_num_seqs=max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens)
+        if args.kv_cache_dtype != "auto":
+            manifest.require_kv_dtype("bfloat16" if args.kv_cache_dtype == "bfloat16" else "float8_e4m3fn")
         draft_folders, draft = None, None
         if speculation is not None and speculation.draft_model is not None:
             draft_folders, draft = self._prepare_draft(speculation, folders, manifest, device)
@@ -267,7 +269,7 @@ class _Server:
                 raise ServeError(f"--model-lib: {model_dir} has no config.json; give a Hugging Face folder as MODEL")
             return {"model_dir": str(model_dir.resolve()), "artifact_dir": str(args.model_lib.expanduser().resolve())}
         flags = ["--tp", str(args.tp), "--quantization", args.quantization, "--max-num-seqs", str(max_num_seqs)]
-        flags += ["--max-num-draft-tokens", str(num_draft_tokens)]
+        flags += ["--max-num-draft-tokens", str(num_draft_tokens), "--kv-cache-dtype", args.kv_cache_dtype]
         if args.max_model_len is not None:
             flags += ["--max-model-len", str(args.max_model_len)]
         return self._run_compiler(args.model, device, args.max_num_batched_tokens, flags)

@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="local: a few users; interactive: one; server: as many as memory allows",
     )
     parser.add_argument("--quantization", choices=["auto", "q0f32", "q0bf16", "fp8"], default="auto")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=["auto", "bfloat16", "fp8", "fp8_e4m3"],
+        default="auto",
+        help="auto: bfloat16 on a GPU, float32 on a CPU; fp8 (also fp8_e4m3): half the memory, on GPUs",
+    )
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-num-seqs", type=_positive, help="sequences that run at once (default: by mode)")
     parser.add_argument(

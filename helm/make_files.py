@@ -27,6 +27,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "engine.device": {"enum": ["cuda", "cpu"]},
     "engine.mode": {"enum": ["local", "interactive", "server"]},
     "engine.quantization": {"minLength": 1},
+    "engine.kvCacheDtype": {"enum": ["auto", "bfloat16", "fp8"], "description": "fp8: half the memory, on GPUs."},
     "engine.maxNumSeqs": {"minimum": 1},
     "engine.maxNumBatchedTokens": {"minimum": 1},
     "engine.maxModelLen": {"type": ["integer", "null"], "minimum": 2},

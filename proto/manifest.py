@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
 
@@ -56,11 +56,13 @@ class ParamSpec:
     shape: tuple[int, ...]
     """Per rank, after packing."""
     dtype: str
-    layout: Literal["plain", "panel16", "wgmma64x256g132", "channel_scale", "rope_table"]
+    layout: Literal["plain", "panel16", "wgmma64x256g132", "channel_scale", "rope_table", "kv_scale"]
     """plain: as in the checkpoint. panel16: (rows / 16, columns, 16), sixteen output rows side by side for each
     input column, so a GEMM reads weights once and in order. wgmma64x256g132: stages of 64 rows by 256 bytes, see
     `proto.packing`. channel_scale: of the e4m3 weight before it, for each of its rows; `sources` are the weight's.
-    rope_table: (max_model_len, head_dim) float32, cosines then sines, computed from `Manifest.rope_inv_freq`."""
+    rope_table: (max_model_len, head_dim) float32, cosines then sines, computed from `Manifest.rope_inv_freq`.
+    kv_scale: (2,) float32, of a layer's keys and values in e4m3 pages; 1 where the checkpoint stores none. `sources`
+    are the layer's k and v projection, beside whose names the worker looks for them."""
     sources: tuple[ParamSource, ...] = ()
     """Concatenated along dimension 0 after the split."""
     unpacked_shape: tuple[int, int] | None = None
@@ -72,7 +74,7 @@ class KVLayout:
     """Shape of the KV pages of one rank.
 
     Of each layer: (num_pages, num_kv_heads, 2, head_dim * page_size), keys then values. The order within a page is the
-    target's: on cuda `compile/kernels/cuda/kv.cuh` describes it; on llvm K is stored
+    target's: on cuda `compile/kernels/cuda/kv_layout.cuh` describes it; on llvm K is stored
     transposed, (head_dim, page_size), so that one vector holds one dimension of sixteen
     keys; V is (page_size, head_dim).
     """
@@ -82,6 +84,7 @@ class KVLayout:
     num_kv_heads: int
     head_dim: int
     dtype: str
+    """float32, bfloat16, or float8_e4m3fn, whose values are multiplied by their layer's `kv_scale`."""
 
     def layer_shape(self, num_pages: int) -> tuple[int, ...]:
         """Return the shape of one layer's pages."""
@@ -90,7 +93,7 @@ class KVLayout:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, K and V."""
-        itemsize = {"float32": 4, "bfloat16": 2, "float8_e4m3": 1}[self.dtype]
+        itemsize = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}[self.dtype]
         return self.num_layers * self.num_kv_heads * 2 * self.head_dim * self.page_size * itemsize
 
 
@@ -196,6 +199,20 @@ class Manifest:
         ]
         if wrong:
             raise ManifestError("; ".join(wrong) + ": compile again for this configuration")
+
+    def require_kv_dtype(self, dtype: str) -> None:
+        """Check the type of the KV pages against what was asked for.
+
+        Raises
+        ------
+        ManifestError
+            With both.
+        """
+        if self.kv.dtype != dtype:
+            raise ManifestError(
+                f"--kv-cache-dtype asks for KV pages of {dtype}, the library has {self.kv.dtype}: compile it again "
+                "with that flag, or serve it without"
+            )
 
 
 def sha256_file(path: Path) -> str:

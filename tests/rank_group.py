@@ -238,6 +238,7 @@ class Artifacts:
         max_num_draft_tokens: int = 0,
         target: Literal["llvm", "cuda"] = "llvm",
         quantization: Literal["q0f32", "q0bf16", "fp8"] | None = None,
+        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
     ) -> Path:
         """Return the artifact of a model; weights are as stored, if not said otherwise."""
         config = CompileConfig(
@@ -249,6 +250,7 @@ class Artifacts:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             max_num_draft_tokens=max_num_draft_tokens,
+            kv_cache_dtype=kv_cache_dtype,
         )
         with as_cache(self.home):
             return build_artifact(ModelConfig.from_hf(model_dir), config, CachePolicy.ON)

@@ -31,9 +31,10 @@ from tpserve.worker.buckets import fill, make_buckets
 from tpserve.worker.captured_step import CapturedStep, PendingStep, unowned
 from tpserve.worker.device_draft import check_draft_manifest, draft_rank_config
 from tpserve.worker.device_group import DeviceGroup
+from tpserve.worker.device_kv_cache import device_pages
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_speculation import DeviceDraft, DeviceSpeculation
-from tpserve.worker.device_weights import Progress, as_device_tensor, load_device_parameters, pinned
+from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
 from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.grammar import ConstrainedRow, GrammarFollower
 from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, load_kernels, tvm
@@ -89,10 +90,7 @@ class DeviceRunner:
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             self._params = load_device_parameters(manifest, config, self._kernels, self._stream, progress)
         kv = manifest.kv
-        self._kv = [
-            as_device_tensor(cupy.zeros(kv.layer_shape(config.num_pages), cupy.uint16), kv.dtype)
-            for _ in range(kv.num_layers)
-        ]
+        self._kv = device_pages(kv, config.num_pages)
         max_pages = -(-manifest.max_model_len // kv.page_size)
         self._batch = Batch(
             config.max_num_seqs, manifest.max_num_batched_tokens, max_pages, kv.page_size, tokens_on_device=True

@@ -22,6 +22,7 @@ from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array
 from tpserve.worker.checkpoint import Checkpoint
 from tpserve.worker.errors import WeightsError
+from tpserve.worker.kv_scales import kv_scales_of
 from tpserve.worker.weights import copy_values, parts_of, rope_table, scales_of
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ _DUMMY_SCALE = 0.02
 _DUMMY_FP8_SCALE = 2.5e-4
 """Of random e4m3 codes, whose magnitudes go up to 240: the weights are then about as large as `_DUMMY_SCALE`."""
 _DUMMY_PIECE = 1 << 26
-_BITS: dict[str, Any] = {"float32": np.float32, "bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "int32": np.int32}
+BITS: dict[str, Any] = {"float32": np.float32, "bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "int32": np.int32}
 """What CuPy, which has neither bfloat16 nor e4m3, stores a type in."""
 _HOST: dict[str, Any] = {
     "float32": np.float32,
@@ -102,13 +103,15 @@ class _Loader:
         if spec.layout == "channel_scale":
             scale, self._scale = self._scale, None
             return scale
+        if spec.layout == "kv_scale":
+            return as_device_tensor(cupy.asarray(kv_scales_of(self._checkpoint, spec)), spec.dtype)
         if spec.dtype == "float8_e4m3fn":
             rows, self._scale = self._load_fp8(spec)
         else:
             rows = self._rows(spec, spec.dtype)
         if spec.layout != PACKED_LAYOUT:
             return rows
-        packed = as_device_tensor(cupy.empty(spec.shape, _BITS[spec.dtype]), spec.dtype)
+        packed = as_device_tensor(cupy.empty(spec.shape, BITS[spec.dtype]), spec.dtype)
         self._kernels["pack_weight"](rows, packed)
         return packed
 
@@ -132,7 +135,7 @@ class _Loader:
         shape = spec.unpacked_shape or spec.shape
         parts = parts_of(self._checkpoint, self._manifest, spec, self._rank)
         covered = sum(part.values.size for part in parts) == math.prod(shape)
-        target = (cupy.empty if covered else cupy.zeros)(shape, _BITS[dtype])
+        target = (cupy.empty if covered else cupy.zeros)(shape, BITS[dtype])
         for part in parts:
             self._uploader.upload(part.values, target, part.row, part.column, dtype)
         return as_device_tensor(target, dtype)
@@ -191,7 +194,7 @@ def random_parameter(manifest: Manifest, spec: ParamSpec, rank: int) -> Any:
     # Replicated parameters must be the same on every rank.
     split = any(part.split for part in spec.sources)
     rng = cupy.random.default_rng([zlib.crc32(spec.name.encode()), rank if split else 0])
-    out = cupy.empty(spec.shape, _BITS[spec.dtype])
+    out = cupy.empty(spec.shape, BITS[spec.dtype])
     flat = out.reshape(-1)
     for start in range(0, flat.size, _DUMMY_PIECE):  # at once would need three times the memory
         piece = flat[start : start + _DUMMY_PIECE]
@@ -205,7 +208,8 @@ def random_parameter(manifest: Manifest, spec: ParamSpec, rank: int) -> Any:
 
 
 def as_device_tensor(array: Any, dtype: str) -> Any:
-    """Return a TVM tensor over a CuPy array; types that CuPy lacks are stored there as integers."""
+    """Return a TVM tensor over a CuPy array; types that CuPy lacks are stored there as integers of their size."""
+    assert array.dtype == BITS[dtype], f"{array.dtype} does not store {dtype}"
     tensor = tvm_ffi.from_dlpack(array)
     return tensor if dtype == str(array.dtype) else tensor._create_view(array.shape, dtype=dtype)
 

@@ -153,8 +153,8 @@ CASES = [
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroup]:
     """SmolLM2 in bfloat16 with itself as its draft."""
     tp_size, draft_tp_size, collectives = request.param
-    model, target = folders(tmp_path_factory, tp_size, "q0bf16", MOST)
-    draft_model, draft = folders(tmp_path_factory, draft_tp_size, "q0bf16")
+    model, target = folders(tmp_path_factory, tp_size, ("q0bf16", "auto"), MOST)
+    draft_model, draft = folders(tmp_path_factory, draft_tp_size, ("q0bf16", "auto"))
     speculation = Speculation(
         "draft", MOST, draft_model_dir=draft_model, draft_artifact_dir=draft, draft_tp_size=draft_tp_size
     )
@@ -190,7 +190,7 @@ def test_greedy_texts_are_the_references(
     for event in run_scheduler(group, scheduler):
         out[event.request_id] += event.token_ids
         several += len(event.token_ids) > 1
-    check(goldens, list(out.values()), "q0bf16")
+    check(goldens, list(out.values()), ("q0bf16", "auto"))
     assert several > 0.5 * sum(map(len, out.values())) / (1 + num_draft_tokens), "its own draft is hardly accepted"
 
 

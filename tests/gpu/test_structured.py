@@ -79,7 +79,7 @@ class Engine:
 @pytest.fixture(scope="module", params=CASES)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     tp_size: int = request.param
-    model, artifact = folders(tmp_path_factory, tp_size, "q0bf16")
+    model, artifact = folders(tmp_path_factory, tp_size, ("q0bf16", "auto"))
     processes = RankProcesses()
     devices = [rank % NUM_DEVICES for rank in range(tp_size)]
     try:

@@ -141,6 +141,17 @@ def test_tampered_artifact(tmp_path: Path, tiny_folder: Path) -> None:
     assert "kernels.so is missing" in outcome()
 
 
+def test_kv_pages_of_fp8_on_a_cpu(tmp_path: Path, tiny_folder: Path) -> None:
+    flags = ("--load-format", "dummy", "--device", "cpu", "--kv-cache-dtype", "fp8")
+    error = serve(tmp_path, tiny_folder, *flags).only_error()
+    assert "KV pages on a CPU are float32, --kv-cache-dtype fp8 needs a GPU: use --device cuda, or" in error
+    sizes = ("--max-num-seqs", "4", "--max-num-batched-tokens", "256")
+    compiled = run_cli("compile", tiny_folder, "--load-format", "dummy", *sizes, folder=tmp_path)
+    library = json_line(compiled.stdout)["artifact_dir"]
+    error = serve(tmp_path, tiny_folder, *flags, *sizes, "--model-lib", library).only_error()
+    assert "--kv-cache-dtype asks for KV pages of float8_e4m3fn, the library has float32: compile it again" in error
+
+
 @pytest.fixture(scope="module")
 def unshare() -> tuple[str, ...]:
     """Return the command that runs another where it may mount file systems that nobody else sees."""

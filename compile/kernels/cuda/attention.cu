@@ -2,7 +2,7 @@
 //
 // `attention_plan` finds the runs of tokens that follow each other in one slot, once per step, and cuts them into items;
 // `attention` (every layer) deals items x KV heads to a persistent grid. Rows of an item are (token, query head of the
-// group) pairs, and products are mma.sync m16n8k16 with float32 sums.
+// group) pairs; attention_fragments.cuh has the products, over pages of bfloat16 or e4m3.
 //   decode item:  a run of at most 16 rows and one chunk of its positions. All four warps have the same rows; each takes
 //                 sixteen of the 64 positions of a stage, and the four sums are added. Where a run has several chunks, a
 //                 second kernel adds their partial sums in the order of positions.
@@ -10,6 +10,9 @@
 // Chunks start at multiples of a length that depends on the run's own length alone, so results do not depend on what
 // else is in the batch. A fifth warp announces items and fetches their queries and stages of 64 positions ahead, across
 // items, so that the others never wait for an address.
+#include <type_traits>
+
+#include "attention_fragments.cuh"
 #include "hopper.cuh"
 #include "kv.cuh"
 
@@ -116,9 +119,10 @@ __global__ void __launch_bounds__(kPlanThreads)
   if (threadIdx.x == 0) plan[0] = num_wide, plan[1] = num_decode;
 }
 
+template <typename KV>
 struct AttentionParams {
   const bf16* q;
-  PagedKV kv;
+  PagedKV<KV> kv;
   int32_t* plan;
   float* partial;
   bf16* out;
@@ -127,26 +131,24 @@ struct AttentionParams {
   PlanLayout layout;
 };
 
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
+/// What scores are multiplied by; of e4m3 pages it is read once an item.
+template <typename KV>
+struct ScoreScale {
+  __device__ explicit ScoreScale(const AttentionParams<KV>&) {}
+  __device__ float of(const AttentionParams<KV>& p) const { return p.scale_log2; }
+};
+template <>
+struct ScoreScale<fp8> {
+  float value;
+  __device__ explicit ScoreScale(const AttentionParams<fp8>& p) : value(p.scale_log2 * __ldg(p.kv.scales)) {}
+  __device__ float of(const AttentionParams<fp8>&) const { return value; }
+};
 
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+/// What sums of weighted values are multiplied by.
+template <typename KV>
+__device__ __forceinline__ float value_scale(const AttentionParams<KV>& p) {
+  if constexpr (std::is_same_v<KV, fp8>) return __ldg(p.kv.scales + 1);
+  return 1.0f;
 }
 
 __device__ __forceinline__ void consumer_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
@@ -167,14 +169,15 @@ struct Range {
 };
 
 /// Online softmax state of a warp's sixteen rows; a thread has rows lane / 4 and lane / 4 + 8.
-template <int kHeadDim>
+template <typename KV, int kHeadDim>
 struct Rows {
+  using F = Fragments<KV, kHeadDim>;
   uint32_t q[kHeadDim / 16][4];
   float out[kHeadDim / 8][4];
   float top[2], sum[2];  // `sum` is this thread's part
   int limit[2];          // last position that a row sees
 
-  __device__ void start(const AttentionParams& p, const Item& item, int first_row) {
+  __device__ void start(const AttentionParams<KV>& p, const Item& item, int first_row) {
     const int lane = threadIdx.x % 32, num_rows = item.count * p.group;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -193,10 +196,12 @@ struct Rows {
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       load_matrices(q[k], queries + (lane % 16) * kHeadDim * 2 + (k * 2 + lane / 16) * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) q[k][i] = F::query2(q[k][i]);
     }
   }
 
-  __device__ void load_queries(const AttentionParams& p, const Item& item, int head, int first_row) {
+  __device__ void load_queries(const AttentionParams<KV>& p, const Item& item, int head, int first_row) {
     const int lane = threadIdx.x % 32, num_rows = item.count * p.group;
     const int num_heads = p.kv.num_kv_heads * p.group;
 #pragma unroll
@@ -207,8 +212,8 @@ struct Rows {
                                   head * p.group + (present ? row % p.group : 0)) * kHeadDim + lane % 4 * 2;
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; ++k) {
-        q[k][h] = present ? __ldcg(reinterpret_cast<const uint32_t*>(source + k * 16)) : 0;
-        q[k][h + 2] = present ? __ldcg(reinterpret_cast<const uint32_t*>(source + k * 16 + 8)) : 0;
+        q[k][h] = present ? F::query2(__ldcg(reinterpret_cast<const uint32_t*>(source + k * 16))) : 0;
+        q[k][h + 2] = present ? F::query2(__ldcg(reinterpret_cast<const uint32_t*>(source + k * 16 + 8))) : 0;
       }
     }
   }
@@ -216,21 +221,21 @@ struct Rows {
   /// Takes `kSlices` slices of sixteen positions, the first at `position`, from `slices` in shared memory.
   template <int kSlices>
   __device__ __forceinline__ void attend(uint32_t slices, int position, const Range& range, int window, float scale) {
-    constexpr int kPanelBytes = kSliceRows * 128, kPanels = kHeadDim / 64, kSliceBytes = 2 * kPanels * kPanelBytes;
     const int lane = threadIdx.x % 32;
     float score[kSlices * 2][4];
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) score[s * 2][i] = score[s * 2 + 1][i] = 0.0f;
-      const int row = lane / 16 * 8 + lane % 8;
 #pragma unroll
-      for (int k = 0; k < kHeadDim / 16; ++k) {
-        uint32_t b[4];
-        const int chunk = k % 4 * 2 + lane / 8 % 2;
-        load_matrices(b, slices + s * kSliceBytes + k / 4 * kPanelBytes + row * 128 + (chunk ^ row % 8) * 16);
-        multiply_add(score[s * 2], q[k], b[0], b[1]);
-        multiply_add(score[s * 2 + 1], q[k], b[2], b[3]);
+      for (int k = 0; k < kHeadDim / 16; k += F::kColumns) {
+        uint32_t b[F::kColumns][4];
+        F::keys(slices, s, lane, k, b);
+#pragma unroll
+        for (int c = 0; c < F::kColumns; ++c) {
+          F::multiply_add(score[s * 2], q[k + c], b[c][0], b[c][1]);
+          F::multiply_add(score[s * 2 + 1], q[k + c], b[c][2], b[c][3]);
+        }
       }
     }
     // Uniform over the warp: does any row see less than all of these positions?
@@ -273,7 +278,7 @@ struct Rows {
           const float x = exp2f(fmaf(score[s * 2 + n][h * 2], scale, -shift[h]));
           const float y = exp2f(fmaf(score[s * 2 + n][h * 2 + 1], scale, -shift[h]));
           sum[h] += x + y;
-          a[n * 2 + h] = pack2(x, y);
+          a[n * 2 + h] = F::weight2(x, y);
         }
       }
       uint32_t keep[2] = {~0u, ~0u};
@@ -286,15 +291,15 @@ struct Rows {
                     (at + 1 >= low && at + 1 < range.end ? 0xFFFF0000u : 0u);
         }
       }
-      const int row = lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 16; ++n) {
-        uint32_t b[4];
-        const int chunk = n % 4 * 2 + lane / 16;
-        load_matrices_transposed(
-            b, slices + s * kSliceBytes + (kPanels + n / 4) * kPanelBytes + row * 128 + (chunk ^ row % 8) * 16);
-        multiply_add(out[n * 2], a, b[0] & keep[0], b[1] & keep[1]);
-        multiply_add(out[n * 2 + 1], a, b[2] & keep[0], b[3] & keep[1]);
+      for (int n = 0; n < kHeadDim / 16; n += F::kColumns) {
+        uint32_t b[F::kColumns][4];
+        F::values(slices, s, lane, n, b);
+#pragma unroll
+        for (int c = 0; c < F::kColumns; ++c) {
+          F::multiply_add(out[(n + c) * 2], a, b[c][0] & keep[0], b[c][1] & keep[1]);
+          F::multiply_add(out[(n + c) * 2 + 1], a, b[c][2] & keep[0], b[c][3] & keep[1]);
+        }
       }
     }
   }
@@ -307,13 +312,13 @@ struct Rows {
     }
   }
 
-  __device__ void write(const AttentionParams& p, const Item& item, int head, int first_row) const {
+  __device__ void write(const AttentionParams<KV>& p, const Item& item, int head, int first_row) const {
     const int lane = threadIdx.x % 32, num_heads = p.kv.num_kv_heads * p.group;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = first_row + lane / 4 + h * 8;
       if (row >= item.count * p.group) continue;
-      const float inverse = 1.0f / sum[h];
+      const float inverse = value_scale(p) / sum[h];
       bf16* target = p.out + (static_cast<int64_t>(item.token + row / p.group) * num_heads + head * p.group +
                               row % p.group) * kHeadDim + lane % 4 * 2;
 #pragma unroll
@@ -324,10 +329,10 @@ struct Rows {
   }
 };
 
-template <int kHeadDim>
+template <typename KV, int kHeadDim>
 struct Shared {
-  static constexpr int kStages = kHeadDim == 128 ? 3 : 6;
-  static constexpr int kSliceBytes = kSliceRows * kHeadDim * 2 * 2;
+  static constexpr int kSliceBytes = Fragments<KV, kHeadDim>::kSliceBytes;
+  static constexpr int kStages = (96 << 10) / (kStageRows / kSliceRows * kSliceBytes);
   static constexpr int kHeaders = 2;  // items announced ahead
   alignas(128) uint8_t stage[kStages][kStageRows / kSliceRows * kSliceBytes];
   alignas(16) uint8_t queries[kHeaders][kDecodeRows * kHeadDim * 2];  // of decode items
@@ -340,8 +345,8 @@ struct Shared {
 };
 
 /// Announces an item to the consumers, with its queries if it is for decoding.
-template <int kHeadDim>
-__device__ void announce(const AttentionParams& p, Shared<kHeadDim>& shared, const Item& item, int head,
+template <typename KV, int kHeadDim>
+__device__ void announce(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
                          RingPlace& header) {
   const int lane = threadIdx.x % 32;
   const uint32_t token_bytes = p.group * kHeadDim * 2;
@@ -358,14 +363,14 @@ __device__ void announce(const AttentionParams& p, Shared<kHeadDim>& shared, con
     bulk_copy(shared_address(shared.queries[header.slot]) + lane * token_bytes, p.q + row * kHeadDim, token_bytes,
               &shared.header_full[header.slot]);
   }
-  header.advance(Shared<kHeadDim>::kHeaders);
+  header.advance(Shared<KV, kHeadDim>::kHeaders);
 }
 
-template <int kHeadDim>
-__device__ void fetch_item(const AttentionParams& p, Shared<kHeadDim>& shared, const Item& item, int head,
+template <typename KV, int kHeadDim>
+__device__ void fetch_item(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
                            RingPlace& place) {
-  using S = Shared<kHeadDim>;
-  constexpr int kPanelBytes = kSliceRows * 128;
+  using S = Shared<KV, kHeadDim>;
+  using P = typename Fragments<KV, kHeadDim>::P;
   const int lane = threadIdx.x % 32;
   const Range range(item, p.window);
   const int first_slice = range.begin / kSliceRows, last_slice = (range.end - 1) / kSliceRows;
@@ -388,16 +393,16 @@ __device__ void fetch_item(const AttentionParams& p, Shared<kHeadDim>& shared, c
     }
     __syncwarp();
     if (wanted) {
-      const char* source = reinterpret_cast<const char*>(p.kv.keys<kHeadDim>(page, head));
+      const char* source = reinterpret_cast<const char*>(p.kv.template keys<kHeadDim>(page, head));
       const uint32_t target = shared_address(shared.stage[place.slot]) + lane * S::kSliceBytes;
       if (slices_per_page == 1) {
         bulk_copy(target, source, S::kSliceBytes, &shared.full[place.slot]);
       } else {
-        source += mine % slices_per_page * kPanelBytes;
+        source += mine % slices_per_page * P::kSliceBytes;
 #pragma unroll
-        for (int panel = 0; panel < kHeadDim / 32; ++panel) {  // of keys, then of values
-          bulk_copy(target + panel * kPanelBytes, source + static_cast<int64_t>(panel) * p.kv.page_size * 128,
-                    kPanelBytes, &shared.full[place.slot]);
+        for (int panel = 0; panel < 2 * P::kCount; ++panel) {  // of keys, then of values
+          bulk_copy(target + panel * P::kSliceBytes, source + static_cast<int64_t>(panel) * p.kv.page_size * P::kRowBytes,
+                    P::kSliceBytes, &shared.full[place.slot]);
         }
       }
     }
@@ -406,8 +411,8 @@ __device__ void fetch_item(const AttentionParams& p, Shared<kHeadDim>& shared, c
 }
 
 /// Adds the four warps' sums, (w + w2) + (w1 + w3) whichever warp w `role` 0 is; the result is in that warp.
-template <int kHeadDim>
-__device__ void add_warps(Shared<kHeadDim>& shared, Rows<kHeadDim>& rows, float scale, int role, bool many_rows) {
+template <typename KV, int kHeadDim>
+__device__ void add_warps(Shared<KV, kHeadDim>& shared, Rows<KV, kHeadDim>& rows, float scale, int role, bool many_rows) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   rows.finish_sums();
   if (lane % 4 == 0) {
@@ -454,20 +459,20 @@ __device__ void add_warps(Shared<kHeadDim>& shared, Rows<kHeadDim>& rows, float 
 }
 
 /// Partial sums of one (row, split, KV head): head_dim values, then the top score and the sum of weights.
-template <int kHeadDim>
-__device__ __forceinline__ int64_t partial_at(const AttentionParams& p, int row, int split, int head) {
+template <typename KV, int kHeadDim>
+__device__ __forceinline__ int64_t partial_at(const AttentionParams<KV>& p, int row, int split, int head) {
   return ((static_cast<int64_t>(row) * kMaxSplits + split) * p.kv.num_kv_heads + head) * (kHeadDim + 4);
 }
 
-template <int kHeadDim>
-__device__ void store_partial(const AttentionParams& p, const Item& item, int head, int split,
-                              const Rows<kHeadDim>& rows) {
+template <typename KV, int kHeadDim>
+__device__ void store_partial(const AttentionParams<KV>& p, const Item& item, int head, int split,
+                              const Rows<KV, kHeadDim>& rows) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = lane / 4 + h * 8;
     if (row >= item.count * p.group) continue;
-    float* target = p.partial + partial_at<kHeadDim>(p, item.first_row + row, split, head);
+    float* target = p.partial + partial_at<KV, kHeadDim>(p, item.first_row + row, split, head);
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
       __stcg(reinterpret_cast<float2*>(target + n * 8 + lane % 4 * 2),
@@ -482,8 +487,8 @@ __device__ void store_partial(const AttentionParams& p, const Item& item, int he
 constexpr int kBatch = 4;
 
 /// Adds the chunks of up to four rows of a run in order; all loads of four chunks are in flight together.
-template <int kHeadDim>
-__device__ void add_splits(const AttentionParams& p, const Item& item, int head, int first) {
+template <typename KV, int kHeadDim>
+__device__ void add_splits(const AttentionParams<KV>& p, const Item& item, int head, int first) {
   constexpr int kValues = kHeadDim / 32;
   const int lane = threadIdx.x % 32, num_heads = p.kv.num_kv_heads * p.group, num_rows = item.count * p.group;
   const int64_t stride = static_cast<int64_t>(p.kv.num_kv_heads) * (kHeadDim + 4);
@@ -492,7 +497,7 @@ __device__ void add_splits(const AttentionParams& p, const Item& item, int head,
   float values[kBatch][kValues] = {};
 #pragma unroll
   for (int r = 0; r < kBatch; ++r) {
-    source[r] = p.partial + partial_at<kHeadDim>(p, item.first_row + min(first + r, num_rows - 1), 0, head);
+    source[r] = p.partial + partial_at<KV, kHeadDim>(p, item.first_row + min(first + r, num_rows - 1), 0, head);
     state[r] = make_float2(-INFINITY, 0.0f);
     if (lane < item.num_splits) {
       state[r] = __ldcg(reinterpret_cast<const float2*>(source[r] + lane * stride + kHeadDim));
@@ -516,12 +521,13 @@ __device__ void add_splits(const AttentionParams& p, const Item& item, int head,
       }
     }
     if (s == 0) {
+      const ScoreScale<KV> scale(p);
 #pragma unroll
       for (int r = 0; r < kBatch; ++r) {
         float best = state[r].x;
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, offset));
-        factor[r] = state[r].x == -INFINITY ? 0.0f : exp2f((state[r].x - best) * p.scale_log2);
+        factor[r] = state[r].x == -INFINITY ? 0.0f : exp2f((state[r].x - best) * scale.of(p));
         total[r] = state[r].y * factor[r];
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) total[r] += __shfl_xor_sync(~0u, total[r], offset);
@@ -541,7 +547,7 @@ __device__ void add_splits(const AttentionParams& p, const Item& item, int head,
   for (int r = 0; r < kBatch; ++r) {
     const int row = first + r;
     if (row >= num_rows) break;
-    const float inverse = 1.0f / total[r];
+    const float inverse = value_scale(p) / total[r];
     bf16* target = p.out + (static_cast<int64_t>(item.token + row / p.group) * num_heads + head * p.group +
                             row % p.group) * kHeadDim + lane * kValues;
 #pragma unroll
@@ -552,26 +558,27 @@ __device__ void add_splits(const AttentionParams& p, const Item& item, int head,
 }
 
 /// `finisher`: the warp that ends the item while the others go on to the next.
-template <int kHeadDim>
-__device__ void consume_decode(const AttentionParams& p, Shared<kHeadDim>& shared, const Item& item, int head,
-                               int finisher, RingPlace& place, Rows<kHeadDim>& rows) {
-  using S = Shared<kHeadDim>;
+template <typename KV, int kHeadDim>
+__device__ void consume_decode(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
+                               int finisher, RingPlace& place, Rows<KV, kHeadDim>& rows) {
+  using S = Shared<KV, kHeadDim>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Range range(item, p.window);
+  const ScoreScale<KV> scale(p);
   rows.start(p, item, 0);
   for (int stage = range.first_stage(); stage <= range.last_stage(); ++stage) {
     barrier_wait(&shared.full[place.slot], place.parity);
     const int position = stage * kStageRows + warp * kSliceRows;
     if (position < range.end && position + kSliceRows > range.begin) {
       rows.template attend<1>(shared_address(shared.stage[place.slot]) + warp * S::kSliceBytes, position, range,
-                              p.window, p.scale_log2);
+                              p.window, scale.of(p));
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.empty[place.slot]);
     place.advance(S::kStages);
   }
   const int role = (warp - finisher) & (kConsumerWarps - 1);
-  add_warps(shared, rows, p.scale_log2, role, item.count * p.group > 8);
+  add_warps(shared, rows, scale.of(p), role, item.count * p.group > 8);
   if (role != 0) return;
   if (item.num_splits == 1) {
     rows.write(p, item, head, 0);
@@ -582,12 +589,13 @@ __device__ void consume_decode(const AttentionParams& p, Shared<kHeadDim>& share
   store_partial(p, item, head, item.split - begin / item.chunk, rows);
 }
 
-template <int kHeadDim>
-__device__ void consume_prefill(const AttentionParams& p, Shared<kHeadDim>& shared, const Item& item, int head,
-                                RingPlace& place, Rows<kHeadDim>& rows) {
-  using S = Shared<kHeadDim>;
+template <typename KV, int kHeadDim>
+__device__ void consume_prefill(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
+                                RingPlace& place, Rows<KV, kHeadDim>& rows) {
+  using S = Shared<KV, kHeadDim>;
   const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
   const Range range(item, p.window);
+  const ScoreScale<KV> scale(p);
   rows.start(p, item, first_row);
   rows.load_queries(p, item, head, first_row);
   const bool any = first_row < item.count * p.group;
@@ -595,7 +603,7 @@ __device__ void consume_prefill(const AttentionParams& p, Shared<kHeadDim>& shar
     barrier_wait(&shared.full[place.slot], place.parity);
     if (any) {
       rows.template attend<4>(shared_address(shared.stage[place.slot]), stage * kStageRows, range, p.window,
-                              p.scale_log2);
+                              scale.of(p));
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.empty[place.slot]);
@@ -605,8 +613,8 @@ __device__ void consume_prefill(const AttentionParams& p, Shared<kHeadDim>& shar
   if (any) rows.write(p, item, head, first_row);
 }
 
-template <int kHeadDim>
-__device__ void write_zeros(const AttentionParams& p, const Item& item, int head) {
+template <typename KV, int kHeadDim>
+__device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int head) {
   const int width = p.group * kHeadDim / 8, num_heads = p.kv.num_kv_heads * p.group;
   for (int i = threadIdx.x; i < item.count * width; i += kConsumerWarps * 32) {
     const int64_t row = static_cast<int64_t>(item.token + i / width) * num_heads + head * p.group;
@@ -623,9 +631,9 @@ __device__ __forceinline__ Item load_item(const Item* source) {
   return item;
 }
 
-template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_constant__ AttentionParams p) {
-  using S = Shared<kHeadDim>;
+template <typename KV, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_constant__ AttentionParams<KV> p) {
+  using S = Shared<KV, kHeadDim>;
   extern __shared__ __align__(1024) uint8_t memory[];
   S& shared = *reinterpret_cast<S*>(memory);
   const int warp = threadIdx.x / 32;
@@ -657,12 +665,12 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_con
       if (i + static_cast<int>(gridDim.x) < num_items) next = load_item(at(i + gridDim.x));
       const int head = (i < num_wide ? i : i - num_wide) % num_heads;
       announce(p, shared, item, head, header);
-      if (item.kind != kPadding) fetch_item<kHeadDim>(p, shared, item, head, place);
+      if (item.kind != kPadding) fetch_item<KV, kHeadDim>(p, shared, item, head, place);
     }
     return;
   }
   const int num_items = (__ldcg(p.plan) + __ldcg(p.plan + 1)) * num_heads;
-  Rows<kHeadDim> rows;
+  Rows<KV, kHeadDim> rows;
   int finisher = 0;
   for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
     barrier_wait(&shared.header_full[header.slot], header.parity);
@@ -673,12 +681,12 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_con
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.header_empty[header.slot]);
     header.advance(S::kHeaders);
     if (item.kind == kPadding) {
-      write_zeros<kHeadDim>(p, item, head);
+      write_zeros<KV, kHeadDim>(p, item, head);
     } else if (item.kind == kDecode) {
-      consume_decode<kHeadDim>(p, shared, item, head, finisher, place, rows);
+      consume_decode<KV, kHeadDim>(p, shared, item, head, finisher, place, rows);
       finisher = (finisher + 1) % kConsumerWarps;
     } else {
-      consume_prefill<kHeadDim>(p, shared, item, head, place, rows);
+      consume_prefill<KV, kHeadDim>(p, shared, item, head, place, rows);
     }
   }
 }
@@ -686,8 +694,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_con
 constexpr int kCombineWarps = 4;
 
 /// A warp per four rows of a run that was cut into chunks.
-template <int kHeadDim>
-__global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const __grid_constant__ AttentionParams p) {
+template <typename KV, int kHeadDim>
+__global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const __grid_constant__ AttentionParams<KV> p) {
   constexpr int kParts = kDecodeRows / kBatch;
   const int num_heads = p.kv.num_kv_heads;
   const int unit = blockIdx.x * kCombineWarps + threadIdx.x / 32, stride = gridDim.x * kCombineWarps;
@@ -698,7 +706,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const __gri
     const Item item = load_item(p.layout.decode(p.plan) + i / kParts / num_heads);
     const int begin = p.window > 0 ? max(0, item.position - p.window + 1) : 0, first = i % kParts * kBatch;
     if (item.num_splits == 1 || item.split != begin / item.chunk || first >= item.count * p.group) continue;
-    add_splits<kHeadDim>(p, item, i / kParts % num_heads, first);
+    add_splits<KV, kHeadDim>(p, item, i / kParts % num_heads, first);
   }
 }
 
@@ -733,18 +741,18 @@ void attention_plan(TensorView positions, TensorView token_slots, int64_t num_sl
          static_cast<int>(num_slots), static_cast<int>(num_heads / num_kv_heads), static_cast<int>(window), words);
 }
 
-/// (T, Hq, D) bf16 -> (T, Hq * D) bf16. Tokens with slot -1 give zeros.
-void attention(TensorView q, TensorView kv_layer, TensorView page_table, TensorView plan, double scale, int64_t window,
-               TensorView workspace, TensorView out) {
+template <typename KV>
+void attend(const TensorView& q, KVScales<KV> scales, const TensorView& kv_layer, const TensorView& page_table,
+            const TensorView& plan, double scale, int64_t window, const TensorView& workspace, const TensorView& out) {
   check_rank("q", q, 3);
   check_rank("workspace", workspace, 1);
   const int64_t num_tokens = q.size(0), num_heads = q.size(1), dim = q.size(2);
-  const PagedKV kv = PagedKV::from(kv_layer, page_table, dim);
+  const PagedKV<KV> kv = PagedKV<KV>::from(scales, kv_layer, page_table, dim);
   if (num_heads % kv.num_kv_heads != 0) {
     TVM_FFI_THROW(ValueError) << num_heads << " query heads cannot be shared by " << kv.num_kv_heads << " KV heads";
   }
   const PlanLayout layout(static_cast<int>(num_tokens), kv.num_slots);
-  AttentionParams p{checked<bf16>("q", q, {num_tokens, num_heads, dim}),
+  AttentionParams<KV> p{checked<bf16>("q", q, {num_tokens, num_heads, dim}),
                     kv,
                     checked<int32_t>("plan", plan, {layout.size()}),
                     checked<float>("workspace", workspace, {-1}),
@@ -767,20 +775,36 @@ void attention(TensorView q, TensorView kv_layer, TensorView page_table, TensorV
   const dim3 combine_grid(static_cast<unsigned>(blocks));
   const cudaStream_t stream = stream_of(out);
   if (dim == 128) {
-    launch(attention_kernel<128>, grid, kThreads, sizeof(Shared<128>), stream, p);
-    launch(combine_kernel<128>, combine_grid, kCombineWarps * 32, 0, stream, p);
+    launch(attention_kernel<KV, 128>, grid, kThreads, sizeof(Shared<KV, 128>), stream, p);
+    launch(combine_kernel<KV, 128>, combine_grid, kCombineWarps * 32, 0, stream, p);
   } else {
-    launch(attention_kernel<64>, grid, kThreads, sizeof(Shared<64>), stream, p);
-    launch(combine_kernel<64>, combine_grid, kCombineWarps * 32, 0, stream, p);
+    launch(attention_kernel<KV, 64>, grid, kThreads, sizeof(Shared<KV, 64>), stream, p);
+    launch(combine_kernel<KV, 64>, combine_grid, kCombineWarps * 32, 0, stream, p);
   }
 }
 
-static_assert(2 * (sizeof(Shared<128>) + 1024) <= 228 * 1024, "two blocks must fit on a multiprocessor");
+/// (T, Hq, D) bf16 -> (T, Hq * D) bf16. Tokens with slot -1 give zeros.
+void attention(TensorView q, TensorView kv_layer, TensorView page_table, TensorView plan, double scale, int64_t window,
+               TensorView workspace, TensorView out) {
+  attend<bf16>(q, {}, kv_layer, page_table, plan, scale, window, workspace, out);
+}
+
+/// The same over e4m3 pages; `kv_scale` is (2,) float32, of keys and of values.
+void attention_fp8(TensorView q, TensorView kv_scale, TensorView kv_layer, TensorView page_table, TensorView plan,
+                   double scale, int64_t window, TensorView workspace, TensorView out) {
+  attend<fp8>(q, scales_from(kv_scale), kv_layer, page_table, plan, scale, window, workspace, out);
+}
+
+template <typename S>
+constexpr bool kTwoFit = 2 * (sizeof(S) + 1024) <= 228 * 1024;
+static_assert(kTwoFit<Shared<bf16, 128>> && kTwoFit<Shared<fp8, 128>>, "two blocks must fit on a multiprocessor");
+static_assert(kTwoFit<Shared<bf16, 64>> && kTwoFit<Shared<fp8, 64>>, "two blocks must fit on a multiprocessor");
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_plan_size, attention_plan_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_workspace_size, attention_workspace_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_plan, attention_plan);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, attention);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_fp8, attention_fp8);
 
 }  // namespace
 }  // namespace tpserve::cuda

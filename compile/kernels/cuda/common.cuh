@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cuda_bf16.h>
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
@@ -18,6 +17,8 @@
 #include <initializer_list>
 #include <string>
 #include <utility>
+
+#include "fp8.cuh"
 
 namespace tpserve::cuda {
 
@@ -163,12 +164,6 @@ __device__ __forceinline__ uint32_t pack2(float a, float b) {
 
 __device__ __forceinline__ uint4 pack8(const float (&f)[8]) {
   return {pack2(f[0], f[1]), pack2(f[2], f[3]), pack2(f[4], f[5]), pack2(f[6], f[7])};
-}
-
-__device__ __forceinline__ uint32_t pack4_fp8(float a, float b, float c, float d) {
-  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
-  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
-  return low | high << 16;
 }
 
 /// What another kernel wrote: through L2, since a block of this kernel may have shared its L1 with that one.

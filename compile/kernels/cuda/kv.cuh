@@ -1,25 +1,32 @@
 // Where a token's keys and values live. One layer of the KV pages is (num_pages, num_kv_heads, 2, page_size * head_dim)
-// bfloat16, keys then values, both by position. Within a page and head:
+// of bfloat16 or e4m3, keys then values, both by position; kv_layout.cuh says how within a page and head.
 //
-//   head_dim / 64 panels of (page_size, 64); a row of a panel is 128 bytes, eight 16-byte chunks, and chunk c of row r
-//   stands at place c ^ (r % 8).
-//
-// So a plain bulk copy of sixteen rows lands in shared memory free of bank conflicts, and eight rows are a core matrix of
-// wgmma's 128-byte swizzle. With page_size 16 the keys and values of a page and head are one copy.
+// A plain bulk copy of sixteen rows of a panel lands in shared memory free of bank conflicts, and with page_size 16 the
+// keys and values of a page and head are one copy.
 #pragma once
 
 #include "common.cuh"
+#include "kv_layout.cuh"
 
 namespace tpserve::cuda {
 
-constexpr int kSliceRows = 16;  // positions fetched together; page_size is a multiple of it
+/// What e4m3 pages have besides: a value is what is stored times the scale of its layer.
+template <typename KV>
+struct KVScales {};
+template <>
+struct KVScales<fp8> {
+  const float* scales;  // (2,): of keys, of values
+};
 
-struct PagedKV {
-  bf16* data;
+inline KVScales<fp8> scales_from(const TensorView& kv_scale) { return {checked<float>("kv_scale", kv_scale, {2})}; }
+
+template <typename KV>
+struct PagedKV : KVScales<KV> {
+  KV* data;
   const int32_t* table;  // (num_slots, pages_per_slot)
   int num_pages, num_kv_heads, page_size, num_slots, pages_per_slot;
 
-  static PagedKV from(const TensorView& kv_layer, const TensorView& page_table, int64_t head_dim) {
+  static PagedKV from(KVScales<KV> scales, const TensorView& kv_layer, const TensorView& page_table, int64_t head_dim) {
     check_rank("kv_layer", kv_layer, 4);
     check_rank("page_table", page_table, 2);
     const int64_t elements = kv_layer.size(3);
@@ -30,7 +37,8 @@ struct PagedKV {
       TVM_FFI_THROW(ValueError) << "kv_layer has " << elements << " elements a page, expected a multiple of "
                                 << kSliceRows << " positions of " << head_dim;
     }
-    return {checked<bf16>("kv_layer", kv_layer, {-1, -1, 2, -1}),
+    return {scales,
+            checked<KV>("kv_layer", kv_layer, {-1, -1, 2, -1}),
             checked<int32_t>("page_table", page_table, {-1, -1}),
             static_cast<int>(kv_layer.size(0)),
             static_cast<int>(kv_layer.size(1)),
@@ -41,13 +49,8 @@ struct PagedKV {
 
   /// Keys of (page, head); values follow page_size * head_dim elements later.
   template <int kHeadDim>
-  __device__ __forceinline__ bf16* keys(int page, int head) const {
+  __device__ __forceinline__ KV* keys(int page, int head) const {
     return data + (static_cast<int64_t>(page) * num_kv_heads + head) * 2 * page_size * kHeadDim;
-  }
-
-  /// Offset of eight dimensions, from d (a multiple of 8), of a row within keys or values of (page, head).
-  __device__ __forceinline__ int chunk(int row, int d) const {
-    return (d / 64 * page_size + row) * 64 + (d / 8 % 8 ^ row % 8) * 8;
   }
 };
 

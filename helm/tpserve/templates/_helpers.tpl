@@ -133,6 +133,7 @@ limits:
 {{/* Flags that decide the compiled library: the compile Job and the engine must agree on them. */}}
 {{- define "tpserve.libraryArgs" -}}
 - --quantization={{ .Values.engine.quantization }}
+- --kv-cache-dtype={{ .Values.engine.kvCacheDtype }}
 - --max-num-seqs={{ .Values.engine.maxNumSeqs }}
 - --max-num-batched-tokens={{ .Values.engine.maxNumBatchedTokens }}
 {{- with .Values.engine.maxModelLen }}

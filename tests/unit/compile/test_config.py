@@ -181,6 +181,7 @@ def test_rope_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
         ({"page_size": 32}, "page_size 32 is not supported by the kernels, only 16"),
         ({"target": "cuda", "quantization": "q0f32"}, "target cuda has tuned kernels for q0bf16 and fp8 only"),
         ({"target": "llvm", "quantization": "fp8"}, "fp8 needs a GPU: use --device cuda, or --quantization q0bf16"),
+        ({"kv_cache_dtype": "fp8"}, "pages on a CPU are float32, --kv-cache-dtype fp8 needs a GPU: use --device cuda"),
     ],
 )
 def test_compile_settings_are_checked(changes: dict[str, Any], message: str) -> None:

@@ -90,6 +90,12 @@ def test_malformed_fields_are_refused(tmp_path: Path, manifest: Manifest, change
         Manifest.load(tmp_path / "lib")
 
 
+def test_kv_pages_of_another_type_than_asked_for_are_named(manifest: Manifest) -> None:
+    manifest.require_kv_dtype("float32")
+    with pytest.raises(ManifestError, match=r"asks for KV pages of float8_e4m3fn, the library has float32: compile it"):
+        manifest.require_kv_dtype("float8_e4m3fn")
+
+
 def test_every_difference_is_named_with_both_values(manifest: Manifest) -> None:
     manifest.require(tp_size=8, model_type="llama")
     with pytest.raises(ManifestError) as caught:

@@ -45,6 +45,14 @@ def test_row_25_engine_modes(manifest: Manifest) -> None:
     assert pages("local", scarce) <= pages("server", scarce)
 
 
+def test_e4m3_pages_are_half_as_large_and_twice_as_many(manifest: Manifest) -> None:
+    wide, narrow = (replace(manifest, kv=replace(manifest.kv, dtype=dtype)) for dtype in ("bfloat16", "float8_e4m3fn"))
+    assert wide.kv.page_bytes == 2 * narrow.kv.page_bytes
+    scarce = math.ceil((1_000_000 + 200 * manifest.kv.page_bytes) / 0.85)
+    num_wide, num_narrow = (plan_memory(each, "server", 64, 0.85, scarce).num_pages for each in (wide, narrow))
+    assert 2 * num_wide <= num_narrow <= 2 * num_wide + 1 < 64 * 64
+
+
 @pytest.mark.parametrize("mode", MODE_MAX_NUM_SEQS)
 def test_row_25_one_sequence_must_fit(manifest: Manifest, mode: str) -> None:
     with pytest.raises(ClusterError, match=r"one sequence of \d+ tokens needs .* lower --max-model-len"):

@@ -149,6 +149,16 @@ def test_vllm_values_are_ours() -> None:
         assert found["vllm:" + name] == found["tpserve_" + name] > 0
 
 
+async def test_the_cache_is_described() -> None:
+    metrics = Metrics("m", cache_dtype="float8_e4m3fn")
+    async with running_engine(1, metrics):
+        found = samples(metrics.text())
+    (name,) = (name for name in found if name.startswith("tpserve_cache_config_info{"))
+    labels = dict(part.split("=") for part in name.partition("{")[2].removesuffix("}").split(","))
+    assert labels["cache_dtype"] == "float8_e4m3fn"
+    assert labels.keys() == {"block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype"}
+
+
 def test_a_histogram_counts_equal_values_at_once_and_borders_as_prometheus_does() -> None:
     histogram = Histogram((1.0, 2.0))
     for value, count in ((1.0, 1), (1.5, 3), (9.0, 2)):
