@@ -287,7 +287,7 @@ class Scheduler:
         if self._draft_length is None or not self._num_decoding:
             return 0
         budget = self._config.max_num_batched_tokens
-        if self._prefilling or (self._waiting and self._admission_open):
+        if self._prefilling or (self._waiting and self._admission_open and self._slots.num_free):
             if self._config.drafts_on_device:
                 return 0
             budget //= 2

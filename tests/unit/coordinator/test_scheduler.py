@@ -133,6 +133,14 @@ class TestSteps:
         assert [(c.slot, c.start, len(c.token_ids)) for c in plan_of(loop).chunks] == [(1, 0, 31)]
         assert [(c.slot, c.start, len(c.token_ids)) for c in plan_of(loop).chunks] == [(1, 31, 9), (2, 0, 22)]
 
+    def test_drafts_go_on_while_requests_wait_for_a_slot(self) -> None:
+        """A device drafts in steps without prompts; who cannot come in anyway must not keep it from that."""
+        loop = Loop(make_config(max_num_seqs=2, max_num_draft_tokens=3, drafts_on_device=True))
+        loop.add(*(make_request(i, prompt=5, max_tokens=20) for i in range(3)))
+        loop.step()
+        plan = plan_of(loop)
+        assert (plan.chunks, plan.num_draft_tokens) == ((), 3)
+
     def test_a_pure_decode_step_is_a_few_bytes(self) -> None:
         loop = Loop(make_config(max_num_seqs=32, max_num_batched_tokens=512, num_pages=512))
         loop.add(*(make_request(i, prompt=5, max_tokens=30) for i in range(32)))
