@@ -10,6 +10,8 @@
 // 0xffffffff, a NaN that no arithmetic makes: the data is its own flag, and the reader restores it.
 //
 // One warp fetches; it fills the ring with weights before `pdl_wait`, while the kernel before still runs.
+#include <type_traits>
+
 #include "gemm_parts.cuh"
 
 namespace tpserve::cuda {
@@ -19,18 +21,28 @@ constexpr int kMaxDevices = 16;
 
 uint8_t* workspace_of_device[kMaxDevices] = {};
 
-template <int kTokens, int kBlocks>
+/// What fits in a multiprocessor's shared memory, and in half of it. As measured in decode steps (benchmarks/README.md):
+///   whole: the next kernels but small ones wait until this one's block ends, but then the next GEMM fetches twice as much
+///     while they run. 70B TP=4 with 16 tokens: 8.46 -> 7.41 ms.
+///   half: two GEMMs overlap. Better for the shortest, whose weights a ring holds anyway: beside attention's blocks there
+///     is room for no more.
+enum class Ring { kWhole, kHalf };
+constexpr int kWholeMinStages = 8;  // of a block
+
+template <int kTokens, int kBlocks, Ring kRing>
 struct Shape {
   static constexpr int kTilesOfK = 2 / kBlocks;  // 128-byte tiles of K in a stage
   static constexpr int kTokenBytes = kTilesOfK * kTokens * 128;
   static constexpr int kBytes = kStageBytes + kTokenBytes;
-  static constexpr int kConsumers = kBlocks == 2 || kTokens <= 16 ? 2 : 1;
+  static constexpr int kConsumers = kBlocks == 2 || kTokens <= 32 ? 2 : 1;
   static constexpr int kThreads = kConsumers * 128 + 32;
   static constexpr bool kAlternate = kBlocks == 1 && kConsumers == 2;  // warp groups take turns with the stages
-  // Up to 64 tokens two kernels fit on a multiprocessor, so that the next one can fill its ring.
-  static constexpr int kBudget = kTokens <= 64 ? 110 * 1024 : 200 * 1024;
+  // Small kernels between two GEMMs need some kilobytes beside a whole ring.
+  static constexpr int kBudget = (kRing == Ring::kHalf ? 110 : kTokens <= 32 ? 222 : 200) * 1024;
   static constexpr int kExtra = kAlternate ? kTokens * 256 : 0;
-  static constexpr int kStages = (kBudget - kExtra) / kBytes < 6 ? (kBudget - kExtra) / kBytes : 6;
+  static constexpr int kFitting = (kBudget - kExtra) / kBytes;
+  static constexpr int kMostStages = kRing == Ring::kWhole && kTokens <= 32 ? 12 : 6;
+  static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
   static constexpr int kSharedBytes = kStages * kBytes + kExtra + 1024;
   // With few tokens the ring of weights is filled at a measured pace and the first activations have their own barrier.
   static constexpr bool kPaced = kTokens == 8;
@@ -77,10 +89,10 @@ struct UnitCursor {
 };
 
 /// The warp that fetches; one lane works.
-template <typename T, int kTokens, int kBlocks>
+template <typename T, int kTokens, int kBlocks, Ring kRing>
 __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ring, uint64_t* full, uint64_t* empty,
                         int first, int count) {
-  using S = Shape<kTokens, kBlocks>;
+  using S = Shape<kTokens, kBlocks, kRing>;
   constexpr int kTileK = 128 / sizeof(T);
   const uint64_t once = evict_first_policy();
   const int ahead = count < S::kStages ? count : S::kStages;
@@ -128,10 +140,10 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
   }
 }
 
-template <typename T, int kTokens, int kBlocks>
-__global__ void __launch_bounds__(Shape<kTokens, kBlocks>::kThreads, 1)
+template <typename T, int kTokens, int kBlocks, Ring kRing>
+__global__ void __launch_bounds__(Shape<kTokens, kBlocks, kRing>::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ GemmParams p) {
-  using S = Shape<kTokens, kBlocks>;
+  using S = Shape<kTokens, kBlocks, kRing>;
   // fp8 products are summed by the tensor cores with few bits; while registers allow it, sums of 256 of K are promoted.
   // So are those of groups that take turns: products under a condition would be serialised by the compiler otherwise.
   constexpr bool kPromote = S::kAlternate || (sizeof(T) == 1 && kBlocks == 1);
@@ -151,7 +163,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks>::kThreads, 1)
   }
   __syncthreads();
   if (warp == S::kConsumers * 4) {
-    if (lane == 0) produce<T, kTokens, kBlocks>(p, &map, ring, full, empty, first, count);
+    if (lane == 0) produce<T, kTokens, kBlocks, kRing>(p, &map, ring, full, empty, first, count);
     return;
   }
   pdl_wait();
@@ -306,35 +318,41 @@ __global__ void __launch_bounds__(256)
 
 // --- Host -----------------------------------------------------------------------------------------------------------
 
-template <typename T, int kTokens, int kBlocks>
+template <typename T, int kTokens, int kBlocks, Ring kRing>
 void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
+  using S = Shape<kTokens, kBlocks, kRing>;
   const int64_t bytes = K * sizeof(T);
   p.units_of_k = static_cast<int>(kBlocks == 1 ? (bytes + 255) / 256 : (bytes + 127) / 128);
   p.token_tiles = (p.M + kTokens - 1) / kTokens;
   const int units = (p.channel_blocks + kBlocks - 1) / kBlocks * p.token_tiles * p.units_of_k;
   p.base = units / kGrid, p.rem = units % kGrid;
-  launch(gemm_kernel<T, kTokens, kBlocks>, kGrid, Shape<kTokens, kBlocks>::kThreads,
-         Shape<kTokens, kBlocks>::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
+  launch(gemm_kernel<T, kTokens, kBlocks, kRing>, kGrid, S::kThreads, S::kSharedBytes, stream,
+         token_map(x, p.M, K, kTokens), p);
 }
 
 /// Chooses the tile for p.M tokens, as measured: `gpu_kernels.py` on an H200, every tile at every shape of 8B and 70B.
 template <typename T>
 void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
   // None of 16 tokens: alone it takes less time than that of 32, in a chain of dependent kernels more.
-  if (p.M <= 8) return run<T, 8, 1>(p, x, K, stream);
-  if (p.M <= 32) return run<T, 32, 1>(p, x, K, stream);
-  if (p.M <= 64) return run<T, 64, 1>(p, x, K, stream);
-  if (p.M <= 128) return run<T, 128, 1>(p, x, K, stream);
+  const auto with_ring = [&](auto tokens) {
+    constexpr int kTokens = decltype(tokens)::value;
+    if (p.packed_base < kWholeMinStages) return run<T, kTokens, 1, Ring::kHalf>(p, x, K, stream);
+    run<T, kTokens, 1, Ring::kWhole>(p, x, K, stream);
+  };
+  if (p.M <= 8) return with_ring(std::integral_constant<int, 8>());
+  if (p.M <= 32) return with_ring(std::integral_constant<int, 32>());
+  if (p.M <= 64) return with_ring(std::integral_constant<int, 64>());
+  if (p.M <= 128) return run<T, 128, 1, Ring::kWhole>(p, x, K, stream);
   if (p.M <= 256 && p.channel_blocks <= 128) {
     // Few channels: one tile of all tokens would be shared by so many blocks that adding their sums takes longer than
     // the products.
-    if (p.M <= 192) return run<T, 96, 2>(p, x, K, stream);
-    return run<T, 128, 2>(p, x, K, stream);
+    if (p.M <= 192) return run<T, 96, 2, Ring::kWhole>(p, x, K, stream);
+    return run<T, 128, 2, Ring::kWhole>(p, x, K, stream);
   }
-  if (p.M > 256 && p.M <= 320) return run<T, 160, 2>(p, x, K, stream);
+  if (p.M > 256 && p.M <= 320) return run<T, 160, 2, Ring::kWhole>(p, x, K, stream);
   const auto padded = [&](int tile) { return (p.M + tile - 1) / tile * tile; };
-  if (padded(192) < padded(256)) return run<T, 192, 2>(p, x, K, stream);
-  run<T, 256, 2>(p, x, K, stream);
+  if (padded(192) < padded(256)) return run<T, 192, 2, Ring::kWhole>(p, x, K, stream);
+  run<T, 256, 2, Ring::kWhole>(p, x, K, stream);
 }
 
 template <typename T>
