@@ -2,7 +2,7 @@
 //
 // `attention_plan` finds the runs of tokens that follow each other in one slot, once per step, and cuts them into items;
 // `attention` (every layer) deals items x KV heads to a persistent grid. Rows of an item are (token, query head of the
-// group) pairs; attention_fragments.cuh has the products, over pages of bfloat16 or e4m3.
+// group) pairs; attention_rows.cuh has what a warp does with them, over pages of bfloat16 or e4m3.
 //   decode item:  a run of at most 16 rows and one chunk of its positions. All four warps have the same rows; each takes
 //                 sixteen of the 64 positions of a stage, and the four sums are added. Where a run has several chunks, a
 //                 second kernel adds their partial sums in the order of positions.
@@ -10,324 +10,15 @@
 // Chunks start at multiples of a length that depends on the run's own length alone, so results do not depend on what
 // else is in the batch. A fifth warp announces items and fetches their queries and stages of 64 positions ahead, across
 // items, so that the others never wait for an address.
-#include <type_traits>
-
-#include "attention_fragments.cuh"
+#include "attention_splits.cuh"
 #include "hopper.cuh"
-#include "kv.cuh"
 
 namespace tpserve::cuda {
 namespace {
 
-constexpr int kConsumerWarps = 4;
 constexpr int kThreads = (kConsumerWarps + 1) * 32;
-constexpr int kStageRows = 64;
-constexpr int kTileRows = 16 * kConsumerWarps;
-constexpr int kDecodeRows = 16;
-constexpr int kChunk = 512;     // positions of a decode item, doubled until kMaxSplits chunks are enough
-constexpr int kMaxSplits = 32;
-constexpr int kPlanThreads = 1024;
-constexpr int kMaxPlanTokens = 32768;
-
-enum Kind : int { kPrefill = 0, kDecode = 1, kPadding = 2 };
-
-struct alignas(16) Item {
-  int token, count, kind, slot;                 // tokens [token, token + count)
-  int position, split, num_splits, first_row;   // of the first token; decode: chunk, chunks, first row of partial sums
-  int chunk, unused[3];                         // decode: positions of a chunk
-};
-static_assert(sizeof(Item) == 48);
-
-/// How the plan's int32 words are used. Mirrored by `attention_plan_size` in sizes.py.
-struct PlanLayout {
-  int max_wide, max_decode;
-  __host__ __device__ PlanLayout(int tokens, int slots)
-      : max_wide(tokens), max_decode((tokens < slots ? tokens : slots) * kMaxSplits) {}
-  __host__ __device__ int64_t size() const {
-    return 16 + 12ll * (static_cast<int64_t>(max_wide) + max_decode);
-  }
-  // words 0 and 1: number of wide (prefill, padding) and of decode items
-  __device__ Item* wide(int32_t* plan) const { return reinterpret_cast<Item*>(plan + 16); }
-  __device__ Item* decode(int32_t* plan) const { return wide(plan) + max_wide; }
-};
-
-/// Rows of partial sums: tokens of decode runs times heads of a group.
-__host__ __device__ int64_t max_partial_rows(int64_t tokens, int64_t slots, int64_t group) {
-  const int64_t per_slot = kDecodeRows / group;
-  return (tokens < slots * per_slot ? tokens : slots * per_slot) * group;
-}
-
-__global__ void __launch_bounds__(kPlanThreads)
-    plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group, int window,
-                int32_t* plan) {
-  __shared__ uint32_t starts[kMaxPlanTokens / 32 + 1];  // bit t: a run starts at token t
-  __shared__ int num_wide, num_decode, num_runs, num_rows;
-  pdl_launch();
-  pdl_wait();
-  const PlanLayout layout(num_tokens, num_slots);
-  const int max_rows = static_cast<int>(max_partial_rows(num_tokens, num_slots, group));
-  const int max_runs = min(num_tokens, num_slots);
-  if (threadIdx.x == 0) num_wide = num_decode = num_runs = num_rows = 0;
-  for (int t = threadIdx.x; t < (num_tokens / 32 + 1) * 32; t += kPlanThreads) {
-    bool start = t >= num_tokens || t == 0;
-    if (!start) {
-      const int slot = __ldcg(slots + t), before = __ldcg(slots + t - 1);
-      start = slot < 0 ? before >= 0 : slot != before || __ldcg(positions + t) != __ldcg(positions + t - 1) + 1;
-    }
-    const uint32_t mask = __ballot_sync(~0u, start);
-    if (threadIdx.x % 32 == 0) starts[t / 32] = mask;
-  }
-  __syncthreads();
-  const int tile_tokens = kTileRows / group;
-  for (int t = threadIdx.x; t < num_tokens; t += kPlanThreads) {
-    if (!(starts[t / 32] >> t % 32 & 1)) continue;
-    int word = (t + 1) / 32;
-    uint32_t later = starts[word] & ~0u << (t + 1) % 32;
-    while (later == 0) later = starts[++word];
-    const int count = word * 32 + __ffs(later) - 1 - t;
-    Item item{t, count, kPrefill, __ldcg(slots + t), __ldcg(positions + t), 0, 1, 0, 0, {}};
-    if (item.slot < 0 || count * group > kDecodeRows) {
-      if (item.slot < 0) item.kind = kPadding;
-      const int tiles = (count + tile_tokens - 1) / tile_tokens;
-      const int at = atomicAdd(&num_wide, tiles);
-      for (int i = 0; i < tiles; ++i) {  // the last first: they take longest
-        const int offset = (tiles - 1 - i) * tile_tokens;
-        Item tile = item;
-        tile.token = t + offset, tile.position = item.position + offset;
-        tile.count = min(tile_tokens, count - offset);
-        layout.wide(plan)[at + i] = tile;
-      }
-      continue;
-    }
-    item.kind = kDecode;
-    const int length = item.position + count;
-    item.chunk = kChunk;
-    while ((length + item.chunk - 1) / item.chunk > kMaxSplits) item.chunk *= 2;
-    const int begin = window > 0 ? max(0, item.position - window + 1) : 0;
-    const int first = begin / item.chunk, last = (length - 1) / item.chunk;
-    item.num_splits = last - first + 1;
-    item.first_row = atomicAdd(&num_rows, count * group);
-    // A slot with two runs would need more room than there is: such a batch is wrong, and loses its last runs.
-    if (item.first_row + count * group > max_rows || atomicAdd(&num_runs, 1) >= max_runs) continue;
-    const int at = atomicAdd(&num_decode, item.num_splits);
-    for (int i = 0; i < item.num_splits; ++i) {
-      item.split = first + i;
-      layout.decode(plan)[at + i] = item;
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) plan[0] = num_wide, plan[1] = num_decode;
-}
-
-template <typename KV>
-struct AttentionParams {
-  const bf16* q;
-  PagedKV<KV> kv;
-  int32_t* plan;
-  float* partial;
-  bf16* out;
-  int num_tokens, group, window;
-  float scale_log2;  // scale * log2(e): weights are exp2((score - max) * scale_log2)
-  PlanLayout layout;
-};
-
-/// What scores are multiplied by; of e4m3 pages it is read once an item.
-template <typename KV>
-struct ScoreScale {
-  __device__ explicit ScoreScale(const AttentionParams<KV>&) {}
-  __device__ float of(const AttentionParams<KV>& p) const { return p.scale_log2; }
-};
-template <>
-struct ScoreScale<fp8> {
-  float value;
-  __device__ explicit ScoreScale(const AttentionParams<fp8>& p) : value(p.scale_log2 * __ldg(p.kv.scales)) {}
-  __device__ float of(const AttentionParams<fp8>&) const { return value; }
-};
-
-/// What sums of weighted values are multiplied by.
-template <typename KV>
-__device__ __forceinline__ float value_scale(const AttentionParams<KV>& p) {
-  if constexpr (std::is_same_v<KV, fp8>) return __ldg(p.kv.scales + 1);
-  return 1.0f;
-}
 
 __device__ __forceinline__ void consumer_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
-
-/// Positions an item reads, and those of its stages: multiples of 64, so sums have one order.
-struct Range {
-  int begin, end;  // [begin, end)
-  __device__ Range(const Item& item, int window) {
-    begin = window > 0 ? max(0, item.position - window + 1) : 0;
-    end = item.position + item.count;
-    if (item.kind == kDecode) {
-      begin = max(begin, item.split * item.chunk);
-      end = min(end, (item.split + 1) * item.chunk);
-    }
-  }
-  __device__ int first_stage() const { return begin / kStageRows; }
-  __device__ int last_stage() const { return (end - 1) / kStageRows; }
-};
-
-/// Online softmax state of a warp's sixteen rows; a thread has rows lane / 4 and lane / 4 + 8.
-template <typename KV, int kHeadDim>
-struct Rows {
-  using F = Fragments<KV, kHeadDim>;
-  uint32_t q[kHeadDim / 16][4];
-  float out[kHeadDim / 8][4];
-  float top[2], sum[2];  // `sum` is this thread's part
-  int limit[2];          // last position that a row sees
-
-  __device__ void start(const AttentionParams<KV>& p, const Item& item, int first_row) {
-    const int lane = threadIdx.x % 32, num_rows = item.count * p.group;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = first_row + lane / 4 + h * 8;
-      // Rows that are not there repeat the last token; whatever they hold is never written.
-      limit[h] = item.position + (row < num_rows ? row / p.group : item.count - 1);
-      top[h] = -INFINITY, sum[h] = 0.0f;
-    }
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.0f;
-  }
-
-  /// Queries of sixteen rows from shared memory, as the fetching warp put them.
-  __device__ void load_queries(uint32_t queries) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < kHeadDim / 16; ++k) {
-      load_matrices(q[k], queries + (lane % 16) * kHeadDim * 2 + (k * 2 + lane / 16) * 16);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) q[k][i] = F::query2(q[k][i]);
-    }
-  }
-
-  __device__ void load_queries(const AttentionParams<KV>& p, const Item& item, int head, int first_row) {
-    const int lane = threadIdx.x % 32, num_rows = item.count * p.group;
-    const int num_heads = p.kv.num_kv_heads * p.group;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = first_row + lane / 4 + h * 8;
-      const bool present = row < num_rows;
-      const bf16* source = p.q + (static_cast<int64_t>(item.token + (present ? row / p.group : 0)) * num_heads +
-                                  head * p.group + (present ? row % p.group : 0)) * kHeadDim + lane % 4 * 2;
-#pragma unroll
-      for (int k = 0; k < kHeadDim / 16; ++k) {
-        q[k][h] = present ? F::query2(__ldcg(reinterpret_cast<const uint32_t*>(source + k * 16))) : 0;
-        q[k][h + 2] = present ? F::query2(__ldcg(reinterpret_cast<const uint32_t*>(source + k * 16 + 8))) : 0;
-      }
-    }
-  }
-
-  /// Takes `kSlices` slices of sixteen positions, the first at `position`, from `slices` in shared memory.
-  template <int kSlices>
-  __device__ __forceinline__ void attend(uint32_t slices, int position, const Range& range, int window, float scale) {
-    const int lane = threadIdx.x % 32;
-    float score[kSlices * 2][4];
-#pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) score[s * 2][i] = score[s * 2 + 1][i] = 0.0f;
-#pragma unroll
-      for (int k = 0; k < kHeadDim / 16; k += F::kColumns) {
-        uint32_t b[F::kColumns][4];
-        F::keys(slices, s, lane, k, b);
-#pragma unroll
-        for (int c = 0; c < F::kColumns; ++c) {
-          F::multiply_add(score[s * 2], q[k + c], b[c][0], b[c][1]);
-          F::multiply_add(score[s * 2 + 1], q[k + c], b[c][2], b[c][3]);
-        }
-      }
-    }
-    // Uniform over the warp: does any row see less than all of these positions?
-    const bool inside = __all_sync(~0u, position + kSlices * 16 - 1 <= min(limit[0], limit[1]) &&
-                                            (window == 0 || position > max(limit[0], limit[1]) - window));
-    if (!inside) {
-#pragma unroll
-      for (int n = 0; n < kSlices * 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = position + n * 8 + lane % 4 * 2 + i % 2, last = limit[i / 2];
-          if (at > last || (window > 0 && at <= last - window)) score[n][i] = -INFINITY;
-        }
-      }
-    }
-    float shift[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float best = top[h];
-#pragma unroll
-      for (int n = 0; n < kSlices * 2; ++n) best = fmaxf(best, fmaxf(score[n][h * 2], score[n][h * 2 + 1]));
-      best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-      best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-      shift[h] = best == -INFINITY ? 0.0f : best * scale;
-      const float factor = exp2f(top[h] * scale - shift[h]);
-      top[h] = best;
-      sum[h] *= factor;
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) out[n][h * 2] *= factor, out[n][h * 2 + 1] *= factor;
-    }
-    // Rows that nobody wrote may hold NaN, which a weight of zero would not remove.
-    const bool whole = position >= (range.begin & ~15) && position + kSlices * 16 <= range.end;
-#pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-      uint32_t a[4];
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float x = exp2f(fmaf(score[s * 2 + n][h * 2], scale, -shift[h]));
-          const float y = exp2f(fmaf(score[s * 2 + n][h * 2 + 1], scale, -shift[h]));
-          sum[h] += x + y;
-          a[n * 2 + h] = F::weight2(x, y);
-        }
-      }
-      uint32_t keep[2] = {~0u, ~0u};
-      if (!whole) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const int at = position + s * 16 + n * 8 + lane % 4 * 2;
-          const int low = range.begin & ~15;
-          keep[n] = (at >= low && at < range.end ? 0xFFFFu : 0u) |
-                    (at + 1 >= low && at + 1 < range.end ? 0xFFFF0000u : 0u);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 16; n += F::kColumns) {
-        uint32_t b[F::kColumns][4];
-        F::values(slices, s, lane, n, b);
-#pragma unroll
-        for (int c = 0; c < F::kColumns; ++c) {
-          F::multiply_add(out[(n + c) * 2], a, b[c][0] & keep[0], b[c][1] & keep[1]);
-          F::multiply_add(out[(n + c) * 2 + 1], a, b[c][2] & keep[0], b[c][3] & keep[1]);
-        }
-      }
-    }
-  }
-
-  __device__ void finish_sums() {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-      sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-    }
-  }
-
-  __device__ void write(const AttentionParams<KV>& p, const Item& item, int head, int first_row) const {
-    const int lane = threadIdx.x % 32, num_heads = p.kv.num_kv_heads * p.group;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = first_row + lane / 4 + h * 8;
-      if (row >= item.count * p.group) continue;
-      const float inverse = value_scale(p) / sum[h];
-      bf16* target = p.out + (static_cast<int64_t>(item.token + row / p.group) * num_heads + head * p.group +
-                              row % p.group) * kHeadDim + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        *reinterpret_cast<uint32_t*>(target + n * 8) = pack2(out[n][h * 2] * inverse, out[n][h * 2 + 1] * inverse);
-      }
-    }
-  }
-};
 
 template <typename KV, int kHeadDim>
 struct Shared {
@@ -401,8 +92,8 @@ __device__ void fetch_item(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& s
         source += mine % slices_per_page * P::kSliceBytes;
 #pragma unroll
         for (int panel = 0; panel < 2 * P::kCount; ++panel) {  // of keys, then of values
-          bulk_copy(target + panel * P::kSliceBytes, source + static_cast<int64_t>(panel) * p.kv.page_size * P::kRowBytes,
-                    P::kSliceBytes, &shared.full[place.slot]);
+          const int64_t at = static_cast<int64_t>(panel) * p.kv.page_size * P::kRowBytes;
+          bulk_copy(target + panel * P::kSliceBytes, source + at, P::kSliceBytes, &shared.full[place.slot]);
         }
       }
     }
@@ -412,7 +103,8 @@ __device__ void fetch_item(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& s
 
 /// Adds the four warps' sums, (w + w2) + (w1 + w3) whichever warp w `role` 0 is; the result is in that warp.
 template <typename KV, int kHeadDim>
-__device__ void add_warps(Shared<KV, kHeadDim>& shared, Rows<KV, kHeadDim>& rows, float scale, int role, bool many_rows) {
+__device__ void add_warps(Shared<KV, kHeadDim>& shared, Rows<KV, kHeadDim>& rows, float scale, int role,
+                          bool many_rows) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   rows.finish_sums();
   if (lane % 4 == 0) {
@@ -455,105 +147,6 @@ __device__ void add_warps(Shared<KV, kHeadDim>& shared, Rows<KV, kHeadDim>& rows
     if (role == 1) put(1);
     consumer_sync();
     if (role == 0) take(1);
-  }
-}
-
-/// Partial sums of one (row, split, KV head): head_dim values, then the top score and the sum of weights.
-template <typename KV, int kHeadDim>
-__device__ __forceinline__ int64_t partial_at(const AttentionParams<KV>& p, int row, int split, int head) {
-  return ((static_cast<int64_t>(row) * kMaxSplits + split) * p.kv.num_kv_heads + head) * (kHeadDim + 4);
-}
-
-template <typename KV, int kHeadDim>
-__device__ void store_partial(const AttentionParams<KV>& p, const Item& item, int head, int split,
-                              const Rows<KV, kHeadDim>& rows) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = lane / 4 + h * 8;
-    if (row >= item.count * p.group) continue;
-    float* target = p.partial + partial_at<KV, kHeadDim>(p, item.first_row + row, split, head);
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      __stcg(reinterpret_cast<float2*>(target + n * 8 + lane % 4 * 2),
-             make_float2(rows.out[n][h * 2], rows.out[n][h * 2 + 1]));
-    }
-    if (lane % 4 == 0) {
-      __stcg(reinterpret_cast<float2*>(target + kHeadDim), make_float2(rows.top[h], rows.sum[h]));
-    }
-  }
-}
-
-constexpr int kBatch = 4;
-
-/// Adds the chunks of up to four rows of a run in order; all loads of four chunks are in flight together.
-template <typename KV, int kHeadDim>
-__device__ void add_splits(const AttentionParams<KV>& p, const Item& item, int head, int first) {
-  constexpr int kValues = kHeadDim / 32;
-  const int lane = threadIdx.x % 32, num_heads = p.kv.num_kv_heads * p.group, num_rows = item.count * p.group;
-  const int64_t stride = static_cast<int64_t>(p.kv.num_kv_heads) * (kHeadDim + 4);
-  const float* source[kBatch];
-  float2 state[kBatch];
-  float values[kBatch][kValues] = {};
-#pragma unroll
-  for (int r = 0; r < kBatch; ++r) {
-    source[r] = p.partial + partial_at<KV, kHeadDim>(p, item.first_row + min(first + r, num_rows - 1), 0, head);
-    state[r] = make_float2(-INFINITY, 0.0f);
-    if (lane < item.num_splits) {
-      state[r] = __ldcg(reinterpret_cast<const float2*>(source[r] + lane * stride + kHeadDim));
-    }
-  }
-  float factor[kBatch], total[kBatch];
-  for (int s = 0; s < item.num_splits; s += kBatch) {
-    float loaded[kBatch][kBatch][kValues];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t at = min(s + i, item.num_splits - 1) * stride + lane * kValues;
-#pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
-        if constexpr (kValues == 4) {
-          const float4 v = __ldcg(reinterpret_cast<const float4*>(source[r] + at));
-          loaded[i][r][0] = v.x, loaded[i][r][1] = v.y, loaded[i][r][2] = v.z, loaded[i][r][3] = v.w;
-        } else {
-          const float2 v = __ldcg(reinterpret_cast<const float2*>(source[r] + at));
-          loaded[i][r][0] = v.x, loaded[i][r][1] = v.y;
-        }
-      }
-    }
-    if (s == 0) {
-      const ScoreScale<KV> scale(p);
-#pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
-        float best = state[r].x;
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, offset));
-        factor[r] = state[r].x == -INFINITY ? 0.0f : exp2f((state[r].x - best) * scale.of(p));
-        total[r] = state[r].y * factor[r];
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) total[r] += __shfl_xor_sync(~0u, total[r], offset);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
-        const float f = s + i < item.num_splits ? __shfl_sync(~0u, factor[r], s + i) : 0.0f;
-#pragma unroll
-        for (int v = 0; v < kValues; ++v) values[r][v] = fmaf(loaded[i][r][v], f, values[r][v]);
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kBatch; ++r) {
-    const int row = first + r;
-    if (row >= num_rows) break;
-    const float inverse = value_scale(p) / total[r];
-    bf16* target = p.out + (static_cast<int64_t>(item.token + row / p.group) * num_heads + head * p.group +
-                            row % p.group) * kHeadDim + lane * kValues;
-#pragma unroll
-    for (int v = 0; v < kValues; v += 2) {
-      *reinterpret_cast<uint32_t*>(target + v) = pack2(values[r][v] * inverse, values[r][v + 1] * inverse);
-    }
   }
 }
 
@@ -622,15 +215,6 @@ __device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int 
   }
 }
 
-__device__ __forceinline__ Item load_item(const Item* source) {
-  Item item;
-#pragma unroll
-  for (int j = 0; j < 3; ++j) {
-    reinterpret_cast<uint4*>(&item)[j] = load_l2(reinterpret_cast<const uint4*>(source) + j);
-  }
-  return item;
-}
-
 template <typename KV, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_constant__ AttentionParams<KV> p) {
   using S = Shared<KV, kHeadDim>;
@@ -688,25 +272,6 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_con
     } else {
       consume_prefill<KV, kHeadDim>(p, shared, item, head, place, rows);
     }
-  }
-}
-
-constexpr int kCombineWarps = 4;
-
-/// A warp per four rows of a run that was cut into chunks.
-template <typename KV, int kHeadDim>
-__global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const __grid_constant__ AttentionParams<KV> p) {
-  constexpr int kParts = kDecodeRows / kBatch;
-  const int num_heads = p.kv.num_kv_heads;
-  const int unit = blockIdx.x * kCombineWarps + threadIdx.x / 32, stride = gridDim.x * kCombineWarps;
-  pdl_launch();
-  pdl_wait();
-  const int num_units = __ldcg(p.plan + 1) * num_heads * kParts;
-  for (int i = unit; i < num_units; i += stride) {
-    const Item item = load_item(p.layout.decode(p.plan) + i / kParts / num_heads);
-    const int begin = p.window > 0 ? max(0, item.position - p.window + 1) : 0, first = i % kParts * kBatch;
-    if (item.num_splits == 1 || item.split != begin / item.chunk || first >= item.count * p.group) continue;
-    add_splits<KV, kHeadDim>(p, item, i / kParts % num_heads, first);
   }
 }
 

@@ -57,8 +57,8 @@ struct Fragments<bf16, kHeadDim> {
   /// Values from column n: for each column, b0 and b1 of its dimensions 0 to 7, then of 8 to 15.
   static __device__ __forceinline__ void values(uint32_t slices, int s, int lane, int n, uint32_t (&b)[kColumns][4]) {
     const int row = lane / 8 % 2 * 8 + lane % 8, chunk = n % 4 * 2 + lane / 16;
-    load_matrices_transposed(b[0],
-                             slices + s * kSliceBytes + (P::kCount + n / 4) * P::kSliceBytes + row * 128 + (chunk ^ row % 8) * 16);
+    load_matrices_transposed(b[0], slices + s * kSliceBytes + (P::kCount + n / 4) * P::kSliceBytes + row * 128 +
+                                       (chunk ^ row % 8) * 16);
   }
 };
 

@@ -1,0 +1,221 @@
+// Sixteen query rows in a warp: their products with slices of sixteen positions, and the online softmax between them.
+#pragma once
+
+#include <type_traits>
+
+#include "attention_fragments.cuh"
+#include "attention_plan.cuh"
+
+namespace tpserve::cuda {
+
+constexpr int kStageRows = 64;  // positions of a stage of the ring
+
+template <typename KV>
+struct AttentionParams {
+  const bf16* q;
+  PagedKV<KV> kv;
+  int32_t* plan;
+  float* partial;
+  bf16* out;
+  int num_tokens, group, window;
+  float scale_log2;  // scale * log2(e): weights are exp2((score - max) * scale_log2)
+  PlanLayout layout;
+};
+
+/// What scores are multiplied by; of e4m3 pages it is read once an item.
+template <typename KV>
+struct ScoreScale {
+  __device__ explicit ScoreScale(const AttentionParams<KV>&) {}
+  __device__ float of(const AttentionParams<KV>& p) const { return p.scale_log2; }
+};
+template <>
+struct ScoreScale<fp8> {
+  float value;
+  __device__ explicit ScoreScale(const AttentionParams<fp8>& p) : value(p.scale_log2 * __ldg(p.kv.scales)) {}
+  __device__ float of(const AttentionParams<fp8>&) const { return value; }
+};
+
+/// What sums of weighted values are multiplied by.
+template <typename KV>
+__device__ __forceinline__ float value_scale(const AttentionParams<KV>& p) {
+  if constexpr (std::is_same_v<KV, fp8>) return __ldg(p.kv.scales + 1);
+  return 1.0f;
+}
+
+/// Positions an item reads, and those of its stages: multiples of 64, so sums have one order.
+struct Range {
+  int begin, end;  // [begin, end)
+  __device__ Range(const Item& item, int window) {
+    begin = window > 0 ? max(0, item.position - window + 1) : 0;
+    end = item.position + item.count;
+    if (item.kind == kDecode) {
+      begin = max(begin, item.split * item.chunk);
+      end = min(end, (item.split + 1) * item.chunk);
+    }
+  }
+  __device__ int first_stage() const { return begin / kStageRows; }
+  __device__ int last_stage() const { return (end - 1) / kStageRows; }
+};
+
+/// Online softmax state of a warp's sixteen rows; a thread has rows lane / 4 and lane / 4 + 8.
+template <typename KV, int kHeadDim>
+struct Rows {
+  using F = Fragments<KV, kHeadDim>;
+  uint32_t q[kHeadDim / 16][4];
+  float out[kHeadDim / 8][4];
+  float top[2], sum[2];  // `sum` is this thread's part
+  int limit[2];          // last position that a row sees
+
+  __device__ void start(const AttentionParams<KV>& p, const Item& item, int first_row) {
+    const int lane = threadIdx.x % 32, num_rows = item.count * p.group;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + lane / 4 + h * 8;
+      // Rows that are not there repeat the last token; whatever they hold is never written.
+      limit[h] = item.position + (row < num_rows ? row / p.group : item.count - 1);
+      top[h] = -INFINITY, sum[h] = 0.0f;
+    }
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.0f;
+  }
+
+  /// Queries of sixteen rows from shared memory, as the fetching warp put them.
+  __device__ void load_queries(uint32_t queries) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      load_matrices(q[k], queries + (lane % 16) * kHeadDim * 2 + (k * 2 + lane / 16) * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) q[k][i] = F::query2(q[k][i]);
+    }
+  }
+
+  __device__ void load_queries(const AttentionParams<KV>& p, const Item& item, int head, int first_row) {
+    const int lane = threadIdx.x % 32, num_rows = item.count * p.group;
+    const int num_heads = p.kv.num_kv_heads * p.group;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + lane / 4 + h * 8;
+      const bool present = row < num_rows;
+      const bf16* source = p.q + (static_cast<int64_t>(item.token + (present ? row / p.group : 0)) * num_heads +
+                                  head * p.group + (present ? row % p.group : 0)) * kHeadDim + lane % 4 * 2;
+#pragma unroll
+      for (int k = 0; k < kHeadDim / 16; ++k) {
+        q[k][h] = present ? F::query2(__ldcg(reinterpret_cast<const uint32_t*>(source + k * 16))) : 0;
+        q[k][h + 2] = present ? F::query2(__ldcg(reinterpret_cast<const uint32_t*>(source + k * 16 + 8))) : 0;
+      }
+    }
+  }
+
+  /// Takes `kSlices` slices of sixteen positions, the first at `position`, from `slices` in shared memory.
+  template <int kSlices>
+  __device__ __forceinline__ void attend(uint32_t slices, int position, const Range& range, int window, float scale) {
+    const int lane = threadIdx.x % 32;
+    float score[kSlices * 2][4];
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[s * 2][i] = score[s * 2 + 1][i] = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kHeadDim / 16; k += F::kColumns) {
+        uint32_t b[F::kColumns][4];
+        F::keys(slices, s, lane, k, b);
+#pragma unroll
+        for (int c = 0; c < F::kColumns; ++c) {
+          F::multiply_add(score[s * 2], q[k + c], b[c][0], b[c][1]);
+          F::multiply_add(score[s * 2 + 1], q[k + c], b[c][2], b[c][3]);
+        }
+      }
+    }
+    // Uniform over the warp: does any row see less than all of these positions?
+    const bool inside = __all_sync(~0u, position + kSlices * 16 - 1 <= min(limit[0], limit[1]) &&
+                                            (window == 0 || position > max(limit[0], limit[1]) - window));
+    if (!inside) {
+#pragma unroll
+      for (int n = 0; n < kSlices * 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = position + n * 8 + lane % 4 * 2 + i % 2, last = limit[i / 2];
+          if (at > last || (window > 0 && at <= last - window)) score[n][i] = -INFINITY;
+        }
+      }
+    }
+    float shift[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float best = top[h];
+#pragma unroll
+      for (int n = 0; n < kSlices * 2; ++n) best = fmaxf(best, fmaxf(score[n][h * 2], score[n][h * 2 + 1]));
+      best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+      best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+      shift[h] = best == -INFINITY ? 0.0f : best * scale;
+      const float factor = exp2f(top[h] * scale - shift[h]);
+      top[h] = best;
+      sum[h] *= factor;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) out[n][h * 2] *= factor, out[n][h * 2 + 1] *= factor;
+    }
+    // Rows that nobody wrote may hold NaN, which a weight of zero would not remove.
+    const bool whole = position >= (range.begin & ~15) && position + kSlices * 16 <= range.end;
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      uint32_t a[4];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float x = exp2f(fmaf(score[s * 2 + n][h * 2], scale, -shift[h]));
+          const float y = exp2f(fmaf(score[s * 2 + n][h * 2 + 1], scale, -shift[h]));
+          sum[h] += x + y;
+          a[n * 2 + h] = F::weight2(x, y);
+        }
+      }
+      uint32_t keep[2] = {~0u, ~0u};
+      if (!whole) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int at = position + s * 16 + n * 8 + lane % 4 * 2;
+          const int low = range.begin & ~15;
+          keep[n] = (at >= low && at < range.end ? 0xFFFFu : 0u) |
+                    (at + 1 >= low && at + 1 < range.end ? 0xFFFF0000u : 0u);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 16; n += F::kColumns) {
+        uint32_t b[F::kColumns][4];
+        F::values(slices, s, lane, n, b);
+#pragma unroll
+        for (int c = 0; c < F::kColumns; ++c) {
+          F::multiply_add(out[(n + c) * 2], a, b[c][0] & keep[0], b[c][1] & keep[1]);
+          F::multiply_add(out[(n + c) * 2 + 1], a, b[c][2] & keep[0], b[c][3] & keep[1]);
+        }
+      }
+    }
+  }
+
+  __device__ void finish_sums() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+    }
+  }
+
+  __device__ void write(const AttentionParams<KV>& p, const Item& item, int head, int first_row) const {
+    const int lane = threadIdx.x % 32, num_heads = p.kv.num_kv_heads * p.group;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + lane / 4 + h * 8;
+      if (row >= item.count * p.group) continue;
+      const float inverse = value_scale(p) / sum[h];
+      bf16* target = p.out + (static_cast<int64_t>(item.token + row / p.group) * num_heads + head * p.group +
+                              row % p.group) * kHeadDim + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        *reinterpret_cast<uint32_t*>(target + n * 8) = pack2(out[n][h * 2] * inverse, out[n][h * 2 + 1] * inverse);
+      }
+    }
+  }
+};
+
+}  // namespace tpserve::cuda
