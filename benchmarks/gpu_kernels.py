@@ -118,7 +118,7 @@ def attention(kernels: Any, stream: Any) -> None:
             q = random_bf16((len(slots), num_heads, dim))
             plan = poisoned((sizes.attention_plan_size(len(slots), num_slots),), np.int32)
             need = sizes.attention_workspace_size(len(slots), num_slots, num_heads, num_kv_heads, dim)
-            workspace, out = poisoned((need,), np.float32), poisoned((len(slots), num_heads * dim), BF16)
+            workspace, out = to_device(np.zeros(need, np.float32)), poisoned((len(slots), num_heads * dim), BF16)
             on_device = [to_device(a) for a in (positions, slots, table)]
             arguments = (*on_device[:2], num_slots, num_heads, num_kv_heads, 0, plan)
             kernels["attention_plan"](*arguments)

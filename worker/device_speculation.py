@@ -20,8 +20,9 @@ from tpserve.proto.messages import SlotAdd
 from tpserve.proto.rank import RankConfig
 from tpserve.proto.speculation import DEVICE_DRAFT_WINDOW, Speculation
 from tpserve.worker.arrays import Array
+from tpserve.worker.device_kv_cache import device_pages
 from tpserve.worker.device_sampler import DeviceSampler
-from tpserve.worker.device_weights import Progress, as_device_tensor, load_device_parameters, pinned
+from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
 from tpserve.worker.library import Library
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,7 @@ class DeviceDraft:
         self._step = Library(config.artifact_dir, manifest, kernels, device).step
         self._params = load_device_parameters(manifest, config, kernels, stream, progress)
         kv = manifest.kv
-        self._kv = [
-            as_device_tensor(cupy.zeros(kv.layer_shape(config.num_pages), cupy.uint16), kv.dtype)
-            for _ in range(kv.num_layers)
-        ]
+        self._kv = device_pages(kv, config.num_pages)
         self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
         self.max_num_tokens = manifest.max_num_batched_tokens
         words = kernels["attention_plan_size"](self.max_num_tokens, config.max_num_seqs)

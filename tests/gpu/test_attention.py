@@ -160,7 +160,7 @@ def attend(kernels: Kernels, state: Paged, q: DeviceArray, batch: Batch, window:
     need = sizes.attention_workspace_size(num_tokens, num_slots, num_heads, num_kv_heads, dim)
     assert need == kernels("attention_workspace_size")(num_tokens, num_slots, num_heads, num_kv_heads, dim)
     assert plan.shape[0] == kernels("attention_plan_size")(num_tokens, num_slots)
-    workspace = poisoned((need,), np.float32)
+    workspace = zero_arrivals(poisoned((need,), np.float32), num_slots, num_kv_heads)
     kernels("attention_plan")(positions, slots, num_slots, num_heads, num_kv_heads, window, plan)
     layer, kernel = state.arguments(), kernels(f"attention{state.suffix}")
     first = None
@@ -170,7 +170,36 @@ def attend(kernels: Kernels, state: Paged, q: DeviceArray, batch: Batch, window:
         assert first is None or bool((first.bits == out.bits).all())
         first = out
     cupy.cuda.get_current_stream().synchronize()
+    assert not bool(workspace.bits[: sizes.attention_arrivals(num_slots, num_kv_heads)].any())
     return out
+
+
+def zero_arrivals(workspace: DeviceArray, num_slots: int, num_kv_heads: int) -> DeviceArray:
+    """As the kernels want a new workspace, and leave it."""
+    workspace.bits[: sizes.attention_arrivals(num_slots, num_kv_heads)] = 0
+    return workspace
+
+
+def attend_grouped(kernels: Kernels, state: Paged, q: DeviceArray, batch: Batch) -> tuple[Any, Any]:
+    """Return what e4m3 output with its scales stands for, in float64, and the scales: (T, Hq) or, for rows, (T, 1)."""
+    num_tokens, num_heads, dim = q.shape
+    num_slots, num_kv_heads = state.table.shape[0], state.keys.shape[2]
+    positions, slots = (to_device(np.array(a, np.int32)) for a in (batch.positions, batch.slots))
+    plan = poisoned((sizes.attention_plan_size(num_tokens, num_slots),), np.int32)
+    need = sizes.attention_workspace_size(num_tokens, num_slots, num_heads, num_kv_heads, dim)
+    workspace = zero_arrivals(poisoned((need,), np.float32), num_slots, num_kv_heads)
+    kernels("attention_plan")(positions, slots, num_slots, num_heads, num_kv_heads, 0, plan)
+    scratch = poisoned((num_tokens, num_heads * dim), BF16)
+    out = poisoned((num_tokens, num_heads * dim), FP8)
+    scales = poisoned((num_heads // 2, 2, -(-num_tokens // 8) * 8), np.float32)
+    kernel = kernels(f"attention{state.suffix}_grouped")
+    kernel(q, *state.arguments(), state.table, plan, dim**-0.5, 0, workspace, scratch, out, scales)
+    cupy.cuda.get_current_stream().synchronize()
+    by_head = scales.float64().reshape(num_heads, -1)[:, :num_tokens].T
+    if num_tokens > 128:
+        by_head = by_head[:, :1]
+    widened = out.float64().reshape(num_tokens, num_heads, dim) * by_head[:, :, None]
+    return widened.reshape(num_tokens, -1), by_head
 
 
 def check(kernels: Kernels, heads: tuple[int, int, int], batch: Batch, num_slots: int, **options: Any) -> None:
@@ -227,6 +256,33 @@ def test_only_padding(kernels: Kernels, kv: Any) -> None:
     assert not bool(out.bits.any())
 
 
+GROUPED = [
+    pytest.param([(slot, start, 1) for slot, start in enumerate([0, 15, 63, 511, 512, 700, 1500])], id="decode"),
+    pytest.param([(0, 300, 1), (1, 0, 1), (2, 40, 60), (-1, 0, 9), (3, 1000, 2), (4, 9000, 1)], id="mixed"),
+    pytest.param([(0, 300, 1), (1, 0, 200), (-1, 0, 9)], id="rows"),
+]
+
+
+@both
+@pytest.mark.parametrize("heads", [heads for heads in HEADS if heads[2] == 128 and heads[0] % 2 == 0])
+@pytest.mark.parametrize("runs", GROUPED)
+def test_e4m3_output(kernels: Kernels, heads: tuple[int, int, int], runs: list[tuple[int, int, int]], kv: Any) -> None:
+    num_heads, num_kv_heads, dim = heads
+    batch = Batch.of(runs)
+    num_slots = 1 + max(batch.slots)
+    max_len = -(-(max(batch.positions) + 1) // 64) * 64
+    state = Paged.make(batch.lengths(num_slots), max_len, num_kv_heads, dim, 16, kv)
+    q = random_bf16((len(batch.slots), num_heads, dim), 2.0, 5)
+    found, scales = attend_grouped(kernels, state, q, batch)
+    expected = reference(state, q.float64(), batch.positions, batch.slots, dim**-0.5, 0)
+    assert relative_error(found, expected) < 4e-2
+    size = dim if len(batch.slots) <= 128 else num_heads * dim
+    largest = abs(expected).reshape(len(batch.slots), -1, size).max(-1)
+    present = cupy.asarray(np.array(batch.slots) >= 0)
+    assert float(abs(scales * 448 / largest - 1)[present].max()) < 0.02
+    assert not bool(found[~present].any())
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_every_e4m3_code_is_read_exactly(kernels: Kernels, dim: int) -> None:
     """A token that sees itself alone gets its value, which bfloat16 holds."""
@@ -256,7 +312,7 @@ def test_queries_beyond_float16_are_clipped(kernels: Kernels) -> None:
 
 def test_pages_of_another_type_are_refused(kernels: Kernels) -> None:
     q, plan = random_bf16((1, 4, 128)), poisoned((sizes.attention_plan_size(1, 1),), np.int32)
-    workspace = poisoned((sizes.attention_workspace_size(1, 1, 4, 1, 128),), np.float32)
+    workspace = zero_arrivals(poisoned((sizes.attention_workspace_size(1, 1, 4, 1, 128),), np.float32), 1, 1)
     out = poisoned((1, 512), BF16)
     wide, narrow = (Paged.make([1], 16, 1, 128, 16, kv) for kv in (BF16, FP8))
     scales, one = (to_device(np.ones(count, np.float32)) for count in (2, 1))

@@ -4,13 +4,14 @@
 // `attention` (every layer) deals items x KV heads to a persistent grid. Rows of an item are (token, query head of the
 // group) pairs; attention_rows.cuh has what a warp does with them, over pages of bfloat16 or e4m3.
 //   decode item:  a run of at most 16 rows and one chunk of its positions. All four warps have the same rows; each takes
-//                 sixteen of the 64 positions of a stage, and the four sums are added. Where a run has several chunks, a
-//                 second kernel adds their partial sums in the order of positions.
+//                 sixteen of the 64 positions of a stage, and the four sums are added. Where a run has several chunks, the
+//                 warp that ends the last of them adds all partial sums, in the order of positions.
 //   prefill item: up to 64 rows over all their positions; each warp has sixteen rows.
 // Chunks start at multiples of a length that depends on the run's own length alone, so results do not depend on what
 // else is in the batch. A fifth warp announces items and fetches their queries and stages of 64 positions ahead, across
 // items, so that the others never wait for an address.
 #include "attention_splits.cuh"
+#include "elementwise.cuh"
 #include "hopper.cuh"
 
 namespace tpserve::cuda {
@@ -151,7 +152,7 @@ __device__ void add_warps(Shared<KV, kHeadDim>& shared, Rows<KV, kHeadDim>& rows
 }
 
 /// `finisher`: the warp that ends the item while the others go on to the next.
-template <typename KV, int kHeadDim>
+template <typename KV, int kHeadDim, Out kOut>
 __device__ void consume_decode(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
                                int finisher, RingPlace& place, Rows<KV, kHeadDim>& rows) {
   using S = Shared<KV, kHeadDim>;
@@ -174,15 +175,19 @@ __device__ void consume_decode(const AttentionParams<KV>& p, Shared<KV, kHeadDim
   add_warps(shared, rows, scale.of(p), role, item.count * p.group > 8);
   if (role != 0) return;
   if (item.num_splits == 1) {
-    rows.write(p, item, head, 0);
+    rows.template write<kOut>(p, item, head, 0);
     return;
   }
   // Chunks of a window start above zero; partial sums are kept by their order.
   const int begin = p.window > 0 ? max(0, item.position - p.window + 1) : 0;
   store_partial(p, item, head, item.split - begin / item.chunk, rows);
+  if (!ends_last(p, item, head)) return;
+  for (int first = 0; first < item.count * p.group; first += kBatch) {
+    add_splits<KV, kHeadDim, kOut>(p, item, head, first);
+  }
 }
 
-template <typename KV, int kHeadDim>
+template <typename KV, int kHeadDim, Out kOut>
 __device__ void consume_prefill(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
                                 RingPlace& place, Rows<KV, kHeadDim>& rows) {
   using S = Shared<KV, kHeadDim>;
@@ -203,19 +208,29 @@ __device__ void consume_prefill(const AttentionParams<KV>& p, Shared<KV, kHeadDi
     place.advance(S::kStages);
   }
   rows.finish_sums();
-  if (any) rows.write(p, item, head, first_row);
+  if (any) rows.template write<kOut>(p, item, head, first_row);
 }
 
-template <typename KV, int kHeadDim>
+template <typename KV, int kHeadDim, Out kOut>
 __device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int head) {
-  const int width = p.group * kHeadDim / 8, num_heads = p.kv.num_kv_heads * p.group;
+  constexpr int kItems = kOut == Out::kBf16 ? 8 : 16;  // of 16 bytes
+  const int width = p.group * kHeadDim / kItems;
   for (int i = threadIdx.x; i < item.count * width; i += kConsumerWarps * 32) {
-    const int64_t row = static_cast<int64_t>(item.token + i / width) * num_heads + head * p.group;
-    reinterpret_cast<uint4*>(p.out + row * kHeadDim)[i % width] = uint4{};
+    const int64_t at = out_at<kHeadDim>(p, item.token + i / width, head * p.group) + i % width * kItems;
+    if constexpr (kOut == Out::kBf16) {
+      *reinterpret_cast<uint4*>(p.out + at) = uint4{};
+    } else {
+      *reinterpret_cast<uint4*>(p.quantized + at) = uint4{};
+    }
+  }
+  if constexpr (kOut == Out::kGrouped) {
+    for (int i = threadIdx.x; i < item.count * p.group; i += kConsumerWarps * 32) {
+      p.scales[scale_at(head * p.group + i % p.group, item.token + i / p.group, p.num_tokens)] = 0.0f;
+    }
   }
 }
 
-template <typename KV, int kHeadDim>
+template <typename KV, int kHeadDim, Out kOut>
 __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_constant__ AttentionParams<KV> p) {
   using S = Shared<KV, kHeadDim>;
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -265,12 +280,12 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_con
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.header_empty[header.slot]);
     header.advance(S::kHeaders);
     if (item.kind == kPadding) {
-      write_zeros<KV, kHeadDim>(p, item, head);
+      write_zeros<KV, kHeadDim, kOut>(p, item, head);
     } else if (item.kind == kDecode) {
-      consume_decode<KV, kHeadDim>(p, shared, item, head, finisher, place, rows);
+      consume_decode<KV, kHeadDim, kOut>(p, shared, item, head, finisher, place, rows);
       finisher = (finisher + 1) % kConsumerWarps;
     } else {
-      consume_prefill<KV, kHeadDim>(p, shared, item, head, place, rows);
+      consume_prefill<KV, kHeadDim, kOut>(p, shared, item, head, place, rows);
     }
   }
 }
@@ -283,7 +298,8 @@ int64_t attention_plan_size(int64_t num_tokens, int64_t num_slots) {
 /// float32 elements of workspace that `attention` needs for T tokens of S slots.
 int64_t attention_workspace_size(int64_t num_tokens, int64_t num_slots, int64_t num_heads, int64_t num_kv_heads,
                                  int64_t head_dim) {
-  return max_partial_rows(num_tokens, num_slots, num_heads / num_kv_heads) * kMaxSplits * num_kv_heads * (head_dim + 4);
+  const int64_t rows = max_partial_rows(num_tokens, num_slots, num_heads / num_kv_heads);
+  return num_arrivals(num_slots, num_kv_heads) + rows * kMaxSplits * num_kv_heads * (head_dim + 4);
 }
 
 /// (T,) positions and slots -> the plan that `attention` of every layer of this step takes.
@@ -306,58 +322,100 @@ void attention_plan(TensorView positions, TensorView token_slots, int64_t num_sl
          static_cast<int>(num_slots), static_cast<int>(num_heads / num_kv_heads), static_cast<int>(window), words);
 }
 
+/// Where a step's output goes: `out`, or `quantized` and `scales`.
+struct Output {
+  const TensorView* out;
+  const TensorView* quantized;
+  const TensorView* scales;
+};
+
+template <typename KV, int kHeadDim, Out kOut>
+void run(const AttentionParams<KV>& p, int device, cudaStream_t stream) {
+  int num_sms = 0;
+  check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "SM count");
+  const int64_t max_items = (static_cast<int64_t>(p.layout.max_wide) + p.layout.max_decode) * p.kv.num_kv_heads;
+  const dim3 grid(static_cast<unsigned>(max_items < 2 * num_sms ? max_items : 2 * num_sms));
+  launch(attention_kernel<KV, kHeadDim, kOut>, grid, kThreads, sizeof(Shared<KV, kHeadDim>), stream, p);
+}
+
 template <typename KV>
-void attend(const TensorView& q, KVScales<KV> scales, const TensorView& kv_layer, const TensorView& page_table,
-            const TensorView& plan, double scale, int64_t window, const TensorView& workspace, const TensorView& out) {
+void attend(const TensorView& q, KVScales<KV> kv_scales, const TensorView& kv_layer, const TensorView& page_table,
+            const TensorView& plan, double scale, int64_t window, const TensorView& workspace, const Output& output) {
   check_rank("q", q, 3);
   check_rank("workspace", workspace, 1);
   const int64_t num_tokens = q.size(0), num_heads = q.size(1), dim = q.size(2);
-  const PagedKV<KV> kv = PagedKV<KV>::from(scales, kv_layer, page_table, dim);
+  const PagedKV<KV> kv = PagedKV<KV>::from(kv_scales, kv_layer, page_table, dim);
   if (num_heads % kv.num_kv_heads != 0) {
     TVM_FFI_THROW(ValueError) << num_heads << " query heads cannot be shared by " << kv.num_kv_heads << " KV heads";
   }
   const PlanLayout layout(static_cast<int>(num_tokens), kv.num_slots);
-  AttentionParams<KV> p{checked<bf16>("q", q, {num_tokens, num_heads, dim}),
-                    kv,
-                    checked<int32_t>("plan", plan, {layout.size()}),
-                    checked<float>("workspace", workspace, {-1}),
-                    checked<bf16>("out", out, {num_tokens, num_heads * dim}),
-                    static_cast<int>(num_tokens),
-                    static_cast<int>(num_heads / kv.num_kv_heads),
-                    static_cast<int>(window),
-                    static_cast<float>(scale * 1.4426950408889634),
-                    layout};
   const int64_t need = attention_workspace_size(num_tokens, kv.num_slots, num_heads, kv.num_kv_heads, dim);
   if (workspace.size(0) < need) {
     TVM_FFI_THROW(ValueError) << "workspace has " << workspace.size(0) << " elements, expected at least " << need;
   }
-  int num_sms = 0;
-  check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, q.device().device_id), "SM count");
-  const int64_t max_items = (static_cast<int64_t>(layout.max_wide) + layout.max_decode) * kv.num_kv_heads;
-  const dim3 grid(static_cast<unsigned>(max_items < 2 * num_sms ? max_items : 2 * num_sms));
-  const int64_t max_units = static_cast<int64_t>(layout.max_decode) * kv.num_kv_heads * kDecodeRows / kBatch;
-  const int64_t blocks = max_units / kCombineWarps < 4 * num_sms ? max_units / kCombineWarps : 4 * num_sms;
-  const dim3 combine_grid(static_cast<unsigned>(blocks));
-  const cudaStream_t stream = stream_of(out);
-  if (dim == 128) {
-    launch(attention_kernel<KV, 128>, grid, kThreads, sizeof(Shared<KV, 128>), stream, p);
-    launch(combine_kernel<KV, 128>, combine_grid, kCombineWarps * 32, 0, stream, p);
-  } else {
-    launch(attention_kernel<KV, 64>, grid, kThreads, sizeof(Shared<KV, 64>), stream, p);
-    launch(combine_kernel<KV, 64>, combine_grid, kCombineWarps * 32, 0, stream, p);
+  AttentionParams<KV> p{.layout = layout};
+  p.q = checked<bf16>("q", q, {num_tokens, num_heads, dim});
+  p.kv = kv;
+  p.plan = checked<int32_t>("plan", plan, {layout.size()});
+  float* floats = checked<float>("workspace", workspace, {-1});
+  p.arrivals = reinterpret_cast<int32_t*>(floats);
+  p.partial = floats + num_arrivals(kv.num_slots, kv.num_kv_heads);
+  p.num_tokens = static_cast<int>(num_tokens);
+  p.group = static_cast<int>(num_heads / kv.num_kv_heads);
+  p.window = static_cast<int>(window);
+  p.scale_log2 = static_cast<float>(scale * 1.4426950408889634);
+  const int device = q.device().device_id;
+  const cudaStream_t stream = stream_of(q);
+  if (output.out != nullptr) {
+    p.out = checked<bf16>("out", *output.out, {num_tokens, num_heads * dim});
+    return dim == 128 ? run<KV, 128, Out::kBf16>(p, device, stream) : run<KV, 64, Out::kBf16>(p, device, stream);
   }
+  check_multiple("the query heads", num_heads, 2);
+  p.quantized = checked<fp8>("out", *output.quantized, {num_tokens, num_heads * dim});
+  p.scales = checked<float>("scales", *output.scales, {num_heads / 2, 2, padded_tokens(num_tokens)});
+  run<KV, 128, Out::kGrouped>(p, device, stream);
 }
 
-/// (T, Hq, D) bf16 -> (T, Hq * D) bf16. Tokens with slot -1 give zeros.
+/// As `attend`, with e4m3 out; `scratch` is (T, Hq * D) bf16, for more tokens than have grouped scales.
+template <typename KV>
+void attend_grouped(const TensorView& q, KVScales<KV> kv_scales, const TensorView& kv_layer,
+                    const TensorView& page_table, const TensorView& plan, double scale, int64_t window,
+                    const TensorView& workspace, const TensorView& scratch, const TensorView& out,
+                    const TensorView& scales) {
+  check_rank("q", q, 3);
+  if (q.size(2) != kGroupSize) {
+    TVM_FFI_THROW(ValueError) << "heads of " << q.size(2) << " dimensions, grouped scales are for " << kGroupSize;
+  }
+  const bool grouped = q.size(0) <= kMaxGroupedTokens;
+  const Output output = grouped ? Output{nullptr, &out, &scales} : Output{&scratch, nullptr, nullptr};
+  attend<KV>(q, kv_scales, kv_layer, page_table, plan, scale, window, workspace, output);
+  if (!grouped) quantize_fp8_grouped(scratch, out, scales);
+}
+
+/// (T, Hq, D) bf16 -> (T, Hq * D) bf16. Tokens with slot -1 give zeros. The workspace's first words (`num_arrivals`) must
+/// be zero when it is first used, and are so afterwards.
 void attention(TensorView q, TensorView kv_layer, TensorView page_table, TensorView plan, double scale, int64_t window,
                TensorView workspace, TensorView out) {
-  attend<bf16>(q, {}, kv_layer, page_table, plan, scale, window, workspace, out);
+  attend<bf16>(q, {}, kv_layer, page_table, plan, scale, window, workspace, {&out, nullptr, nullptr});
 }
 
 /// The same over e4m3 pages; `kv_scale` is (2,) float32, of keys and of values.
 void attention_fp8(TensorView q, TensorView kv_scale, TensorView kv_layer, TensorView page_table, TensorView plan,
                    double scale, int64_t window, TensorView workspace, TensorView out) {
-  attend<fp8>(q, scales_from(kv_scale), kv_layer, page_table, plan, scale, window, workspace, out);
+  attend<fp8>(q, scales_from(kv_scale), kv_layer, page_table, plan, scale, window, workspace, {&out, nullptr, nullptr});
+}
+
+/// As `attention`, giving e4m3 with grouped scales; heads of 128.
+void attention_grouped(TensorView q, TensorView kv_layer, TensorView page_table, TensorView plan, double scale,
+                       int64_t window, TensorView workspace, TensorView scratch, TensorView out, TensorView scales) {
+  attend_grouped<bf16>(q, {}, kv_layer, page_table, plan, scale, window, workspace, scratch, out, scales);
+}
+
+void attention_fp8_grouped(TensorView q, TensorView kv_scale, TensorView kv_layer, TensorView page_table,
+                           TensorView plan, double scale, int64_t window, TensorView workspace, TensorView scratch,
+                           TensorView out, TensorView scales) {
+  attend_grouped<fp8>(q, scales_from(kv_scale), kv_layer, page_table, plan, scale, window, workspace, scratch, out,
+                      scales);
 }
 
 template <typename S>
@@ -370,6 +428,8 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_workspace_size, attention_workspace_size
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_plan, attention_plan);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_fp8, attention_fp8);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_grouped, attention_grouped);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_fp8_grouped, attention_fp8_grouped);
 
 }  // namespace
 }  // namespace tpserve::cuda

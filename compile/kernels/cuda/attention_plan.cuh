@@ -50,6 +50,12 @@ __host__ __device__ inline int64_t max_partial_rows(int64_t tokens, int64_t slot
   return (tokens < slots * per_slot ? tokens : slots * per_slot) * group;
 }
 
+/// Counts of chunks that are done, at the workspace's start: as many for any number of tokens, since steps of all sizes
+/// share the workspace and each leaves them at zero.
+__host__ __device__ inline int64_t num_arrivals(int64_t slots, int64_t num_kv_heads) {
+  return slots * kDecodeRows * num_kv_heads;
+}
+
 static __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group, int window,
                 int32_t* plan) {

@@ -5,6 +5,7 @@
 
 #include "attention_fragments.cuh"
 #include "attention_plan.cuh"
+#include "grouped_scales.cuh"
 
 namespace tpserve::cuda {
 
@@ -15,8 +16,11 @@ struct AttentionParams {
   const bf16* q;
   PagedKV<KV> kv;
   int32_t* plan;
+  int32_t* arrivals;  // by first row of partial sums and KV head: chunks that are done
   float* partial;
-  bf16* out;
+  bf16* out;       // or, with a scale for each token and head:
+  fp8* quantized;
+  float* scales;
   int num_tokens, group, window;
   float scale_log2;  // scale * log2(e): weights are exp2((score - max) * scale_log2)
   PlanLayout layout;
@@ -40,6 +44,25 @@ template <typename KV>
 __device__ __forceinline__ float value_scale(const AttentionParams<KV>& p) {
   if constexpr (std::is_same_v<KV, fp8>) return __ldg(p.kv.scales + 1);
   return 1.0f;
+}
+
+/// What attention gives: bfloat16, or e4m3 with a scale for each head, which is a group (grouped_scales.cuh).
+enum class Out { kBf16, kGrouped };
+
+/// Where a row's output begins: of a token and a query head.
+template <int kHeadDim, typename KV>
+__device__ __forceinline__ int64_t out_at(const AttentionParams<KV>& p, int token, int query_head) {
+  return (static_cast<int64_t>(token) * p.kv.num_kv_heads * p.group + query_head) * kHeadDim;
+}
+
+/// Stores the scale of a head whose largest magnitude is `largest`; returns what its values are multiplied by. One lane
+/// of those that have the head gives `writes`.
+template <typename KV>
+__device__ __forceinline__ float store_scale(const AttentionParams<KV>& p, int token, int query_head, float largest,
+                                             bool writes) {
+  largest = fmaxf(largest, 1e-12f);
+  if (writes) p.scales[scale_at(query_head, token, p.num_tokens)] = largest / kFp8Max;
+  return kFp8Max / largest;
 }
 
 /// Positions an item reads, and those of its stages: multiples of 64, so sums have one order.
@@ -201,18 +224,37 @@ struct Rows {
     }
   }
 
+  template <Out kOut>
   __device__ void write(const AttentionParams<KV>& p, const Item& item, int head, int first_row) const {
-    const int lane = threadIdx.x % 32, num_heads = p.kv.num_kv_heads * p.group;
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = first_row + lane / 4 + h * 8;
+      // The four lanes of a row go the same way, and no others shuffle with them.
       if (row >= item.count * p.group) continue;
+      const int token = item.token + row / p.group, query_head = head * p.group + row % p.group;
+      const int64_t at = out_at<kHeadDim>(p, token, query_head) + lane % 4 * 2;
       const float inverse = value_scale(p) / sum[h];
-      bf16* target = p.out + (static_cast<int64_t>(item.token + row / p.group) * num_heads + head * p.group +
-                              row % p.group) * kHeadDim + lane % 4 * 2;
+      if constexpr (kOut == Out::kBf16) {
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        *reinterpret_cast<uint32_t*>(target + n * 8) = pack2(out[n][h * 2] * inverse, out[n][h * 2 + 1] * inverse);
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          *reinterpret_cast<uint32_t*>(p.out + at + n * 8) = pack2(out[n][h * 2] * inverse, out[n][h * 2 + 1] * inverse);
+        }
+      } else {
+        const uint32_t lanes = 0xFu << lane / 4 * 4;
+        float largest = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          largest = fmaxf(largest, fmaxf(fabsf(out[n][h * 2]), fabsf(out[n][h * 2 + 1])));
+        }
+        largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, 2));
+        const float factor = inverse * store_scale(p, token, query_head, largest * inverse, lane % 4 == 0);
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          *reinterpret_cast<uint16_t*>(p.quantized + at + n * 8) =
+              static_cast<uint16_t>(pack4_fp8(out[n][h * 2] * factor, out[n][h * 2 + 1] * factor, 0.0f, 0.0f));
+        }
       }
     }
   }

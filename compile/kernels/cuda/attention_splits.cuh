@@ -1,4 +1,4 @@
-// Runs whose positions are cut into chunks: partial sums, and the kernel that adds them.
+// Runs whose positions are cut into chunks: partial sums, and who adds them: the warp that ends the last chunk.
 #pragma once
 
 #include "attention_rows.cuh"
@@ -31,13 +31,29 @@ __device__ void store_partial(const AttentionParams<KV>& p, const Item& item, in
   }
 }
 
+/// Tells the warp that ends the last of a run's chunks for a KV head, when all partial sums are there to be read. The
+/// count is then zero again, for the next layer.
+template <typename KV>
+__device__ __forceinline__ bool ends_last(const AttentionParams<KV>& p, const Item& item, int head) {
+  int32_t* arrivals = p.arrivals + item.first_row * p.kv.num_kv_heads + head;
+  __threadfence();  // each lane's sums before the count
+  __syncwarp();
+  int before = 0;
+  if (threadIdx.x % 32 == 0) before = atomicAdd(arrivals, 1);
+  if (__shfl_sync(~0u, before, 0) != item.num_splits - 1) return false;
+  if (threadIdx.x % 32 == 0) *arrivals = 0;
+  __threadfence();  // the count before the others' sums
+  return true;
+}
+
 constexpr int kBatch = 4;
 
-/// Adds the chunks of up to four rows of a run in order; all loads of four chunks are in flight together.
-template <typename KV, int kHeadDim>
-__device__ void add_splits(const AttentionParams<KV>& p, const Item& item, int head, int first) {
+/// Adds the chunks of up to four rows of a run in order; all loads of four chunks are in flight together. Not inlined: it
+/// is rare, and its registers would be missing in the products.
+template <typename KV, int kHeadDim, Out kOut>
+__device__ __noinline__ void add_splits(const AttentionParams<KV>& p, const Item& item, int head, int first) {
   constexpr int kValues = kHeadDim / 32;
-  const int lane = threadIdx.x % 32, num_heads = p.kv.num_kv_heads * p.group, num_rows = item.count * p.group;
+  const int lane = threadIdx.x % 32, num_rows = item.count * p.group;
   const int64_t stride = static_cast<int64_t>(p.kv.num_kv_heads) * (kHeadDim + 4);
   const float* source[kBatch];
   float2 state[kBatch];
@@ -94,32 +110,24 @@ __device__ void add_splits(const AttentionParams<KV>& p, const Item& item, int h
   for (int r = 0; r < kBatch; ++r) {
     const int row = first + r;
     if (row >= num_rows) break;
+    const int token = item.token + row / p.group, query_head = head * p.group + row % p.group;
+    const int64_t at = out_at<kHeadDim>(p, token, query_head) + lane * kValues;
     const float inverse = value_scale(p) / total[r];
-    bf16* target = p.out + (static_cast<int64_t>(item.token + row / p.group) * num_heads + head * p.group +
-                            row % p.group) * kHeadDim + lane * kValues;
+    if constexpr (kOut == Out::kBf16) {
 #pragma unroll
-    for (int v = 0; v < kValues; v += 2) {
-      *reinterpret_cast<uint32_t*>(target + v) = pack2(values[r][v] * inverse, values[r][v + 1] * inverse);
+      for (int v = 0; v < kValues; v += 2) {
+        *reinterpret_cast<uint32_t*>(p.out + at + v) = pack2(values[r][v] * inverse, values[r][v + 1] * inverse);
+      }
+    } else {
+      static_assert(kValues == 4);
+      const float(&f)[kValues] = values[r];
+      float largest = fmaxf(fmaxf(fabsf(f[0]), fabsf(f[1])), fmaxf(fabsf(f[2]), fabsf(f[3])));
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+      const float factor = inverse * store_scale(p, token, query_head, largest * inverse, lane == 0);
+      *reinterpret_cast<uint32_t*>(p.quantized + at) =
+          pack4_fp8(f[0] * factor, f[1] * factor, f[2] * factor, f[3] * factor);
     }
-  }
-}
-
-constexpr int kCombineWarps = 4;
-
-/// A warp per four rows of a run that was cut into chunks.
-template <typename KV, int kHeadDim>
-__global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const __grid_constant__ AttentionParams<KV> p) {
-  constexpr int kParts = kDecodeRows / kBatch;
-  const int num_heads = p.kv.num_kv_heads;
-  const int unit = blockIdx.x * kCombineWarps + threadIdx.x / 32, stride = gridDim.x * kCombineWarps;
-  pdl_launch();
-  pdl_wait();
-  const int num_units = __ldcg(p.plan + 1) * num_heads * kParts;
-  for (int i = unit; i < num_units; i += stride) {
-    const Item item = load_item(p.layout.decode(p.plan) + i / kParts / num_heads);
-    const int begin = p.window > 0 ? max(0, item.position - p.window + 1) : 0, first = i % kParts * kBatch;
-    if (item.num_splits == 1 || item.split != begin / item.chunk || first >= item.count * p.group) continue;
-    add_splits<KV, kHeadDim>(p, item, i / kParts % num_heads, first);
   }
 }
 

@@ -8,6 +8,8 @@
 
 namespace tpserve::cuda {
 
+constexpr float kFp8Max = 448.0f;
+
 /// Rounded to nearest even, clipped to +-448; NaN stays NaN. The first is in the low byte.
 __host__ __device__ __forceinline__ uint32_t pack4_fp8(float a, float b, float c, float d) {
   const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);

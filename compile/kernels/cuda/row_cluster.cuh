@@ -8,7 +8,6 @@ namespace tpserve::cuda {
 
 constexpr int kRowCluster = 8;
 constexpr int kMaxRowWarps = 128;
-constexpr float kFp8Max = 448.0f;
 
 /// Sum of squares and largest magnitude of a row, over a cluster: each warp sends its part to every block.
 struct RowStatistics {

@@ -15,4 +15,9 @@ def attention_workspace_size(num_tokens: int, num_slots: int, num_heads: int, nu
     """Return the float32 elements of the workspace that all layers share, for `num_heads` query heads of the rank."""
     group = num_heads // num_kv_heads
     rows = min(num_tokens, num_slots * (_DECODE_ROWS // group)) * group
-    return rows * _MAX_SPLITS * num_kv_heads * (head_dim + 4)
+    return attention_arrivals(num_slots, num_kv_heads) + rows * _MAX_SPLITS * num_kv_heads * (head_dim + 4)
+
+
+def attention_arrivals(num_slots: int, num_kv_heads: int) -> int:
+    """Return the words at the workspace's start that must be zero before its first use; the kernels leave them so."""
+    return num_slots * _DECODE_ROWS * num_kv_heads

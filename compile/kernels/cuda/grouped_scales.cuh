@@ -1,0 +1,28 @@
+// Scales of e4m3 activations by token and group of 128 elements: (K / 256, 2, padded tokens) float32, so that a GEMM's
+// stage, 256 bytes of K, has those of all tokens in one piece. Of more than kMaxGroupedTokens tokens each has one scale
+// for its whole row, which stands at the token's place in the first group. Plain functions, so that the host's tests run
+// them too.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define TPSERVE_SCALES __host__ __device__ __forceinline__
+#else
+#define TPSERVE_SCALES inline
+#endif
+
+namespace tpserve::cuda {
+
+constexpr int kGroupSize = 128;
+constexpr int kMaxGroupedTokens = 128;
+
+/// Places of tokens in a group: a piece of two groups is whole 16-byte words.
+TPSERVE_SCALES int64_t padded_tokens(int64_t num_tokens) { return (num_tokens + 7) / 8 * 8; }
+
+/// Where the scale of a token's group stands.
+TPSERVE_SCALES int64_t scale_at(int64_t group, int64_t token, int64_t num_tokens) {
+  return group * padded_tokens(num_tokens) + token;
+}
+
+}  // namespace tpserve::cuda
