@@ -15,7 +15,9 @@ from typing import Any
 from tpserve.compile import native, native_cuda
 from tpserve.compile.cache import CachePolicy, cached_folder
 from tpserve.compile.config import CompileConfig, ModelConfig
+from tpserve.compile.kernels.cuda import sizes
 from tpserve.compile.progress import progress_bar
+from tpserve.compile.sharding import Sharding
 from tpserve.proto.host import cpu_features
 from tpserve.proto.manifest import KVLayout, Manifest, sha256_file
 
@@ -89,7 +91,7 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
         max_num_seqs=compile_config.max_num_seqs,
         max_num_rows=compile_config.max_num_rows,
         attention_window=config.sliding_window or 0,
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=workspace_bytes + buffer_bytes(config, compile_config, sharding),
         kv=KVLayout(
             page_size=compile_config.page_size,
             num_layers=config.num_layers,
@@ -105,6 +107,20 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
         input_hash=key,
         files={name: sha256_file(folder / name) for name in (MODEL_LIBRARY, KERNEL_LIBRARY)},
     ).save(folder)
+
+
+def buffer_bytes(config: ModelConfig, compile_config: CompileConfig, sharding: Sharding) -> int:
+    """Return what a rank on a GPU keeps besides parameters, pages and activations."""
+    if compile_config.target == "llvm":
+        return 0
+    tokens, slots = compile_config.max_num_batched_tokens, compile_config.max_num_seqs
+    heads = (sharding.num_q_heads, sharding.num_kv_heads, config.head_dim)
+    padded_vocab = sharding.vocab_size * sharding.tp_size
+    total = 4 * sizes.attention_plan_size(tokens, slots) + 4 * sizes.attention_workspace_size(tokens, slots, *heads)
+    total += sizes.sampler_bytes(slots, compile_config.max_num_rows, config.vocab_size, padded_vocab)
+    if sharding.tp_size > 1:
+        total += sizes.push_workspace_bytes(sharding.tp_size, config.hidden_size)
+    return total
 
 
 def _tvm_target(compile_config: CompileConfig) -> Any:

@@ -10,9 +10,14 @@
 // 0xffffffff, a NaN that no arithmetic makes: the data is its own flag, and the reader restores it.
 //
 // One warp fetches; it fills the ring with weights before `pdl_wait`, while the kernel before still runs.
+//
+// Of e4m3 tokens the scales are by token, or grouped (`grouped_scales.cuh`): then the scales of a stage are fetched with
+// its tokens, and the product of each group is scaled before it is added (M <= 128).
 #include <type_traits>
 
+#include "gemm_grouped.cuh"
 #include "gemm_parts.cuh"
+#include "grouped_scales.cuh"
 
 namespace tpserve::cuda {
 namespace {
@@ -29,8 +34,11 @@ uint8_t* workspace_of_device[kMaxDevices] = {};
 enum class Ring { kWhole, kHalf };
 constexpr int kWholeMinStages = 8;  // of a block
 
-template <int kTokens, int kBlocks, Ring kRing>
+template <int kTokens_, int kBlocks_, Ring kRing, bool kGrouped_>
 struct Shape {
+  static constexpr int kTokens = kTokens_, kBlocks = kBlocks_;
+  static constexpr bool kGrouped = kGrouped_;
+  static_assert(!kGrouped || kBlocks == 1);
   static constexpr int kTilesOfK = 2 / kBlocks;  // 128-byte tiles of K in a stage
   static constexpr int kTokenBytes = kTilesOfK * kTokens * 128;
   static constexpr int kBytes = kStageBytes + kTokenBytes;
@@ -43,7 +51,8 @@ struct Shape {
   static constexpr int kFitting = (kBudget - kExtra) / kBytes;
   static constexpr int kMostStages = kRing == Ring::kWhole && kTokens <= 32 ? 12 : 6;
   static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
-  static constexpr int kSharedBytes = kStages * kBytes + kExtra + 1024;
+  static constexpr int kScaleBytes = kGrouped ? GroupedStage<kTokens>::kScaleBytes : 0;  // of a stage, behind the ring
+  static constexpr int kSharedBytes = kStages * (kBytes + kScaleBytes) + kExtra + 1024;
   // With few tokens the ring of weights is filled at a measured pace and the first activations have their own barrier.
   static constexpr bool kPaced = kTokens == 8;
   static constexpr int kPace = 3;
@@ -89,11 +98,12 @@ struct UnitCursor {
 };
 
 /// The warp that fetches; one lane works.
-template <typename T, int kTokens, int kBlocks, Ring kRing>
+template <typename T, typename S>
 __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ring, uint64_t* full, uint64_t* empty,
                         int first, int count) {
-  using S = Shape<kTokens, kBlocks, kRing>;
-  constexpr int kTileK = 128 / sizeof(T);
+  constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks, kTileK = 128 / sizeof(T);
+  const int stage_scales = S::kGrouped ? 2 * p.padded_tokens : 0;  // floats
+  const int token_bytes = S::kTokenBytes + stage_scales * 4;       // what a stage brings after pdl_wait
   const uint64_t once = evict_first_policy();
   const int ahead = count < S::kStages ? count : S::kStages;
   const uint8_t* source = p.weights + static_cast<size_t>(blockIdx.x) * kStageBytes;
@@ -121,29 +131,33 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
     for (int i = 0; i < S::kTilesOfK; ++i) {
       tensor_copy(target + i * kTokens * 128, map, (tokens.k * S::kTilesOfK + i) * kTileK, tokens.token, barrier);
     }
+    if constexpr (S::kGrouped) {
+      bulk_copy(ring + S::kStages * S::kBytes + S::kExtra + slot * S::kScaleBytes, p.token_scale + tokens.k * stage_scales,
+                stage_scales * 4, barrier);
+    }
     tokens.advance(p);
   };
   for (int i = 0; i < ahead; ++i) {
     if (S::kPaced && i >= S::kPace) barrier_wait(full + i - S::kPace, 0);
-    load_weights(i, S::kPaced ? kStageBytes : S::kBytes);
+    load_weights(i, S::kPaced ? kStageBytes : kStageBytes + token_bytes);
   }
   pdl_wait();
   uint64_t* own = full + S::kStages;
-  if (S::kPaced) barrier_expect(own, ahead * S::kTokenBytes);
+  if (S::kPaced) barrier_expect(own, ahead * token_bytes);
   for (int i = 0; i < ahead; ++i) load_tokens(i, S::kPaced ? own : full + i);
   RingPlace place;
   for (int i = ahead; i < count; ++i) {
     barrier_wait(empty + place.slot, place.parity);
-    load_weights(place.slot, S::kBytes);
+    load_weights(place.slot, kStageBytes + token_bytes);
     load_tokens(place.slot, full + place.slot);
     place.advance(S::kStages);
   }
 }
 
-template <typename T, int kTokens, int kBlocks, Ring kRing>
-__global__ void __launch_bounds__(Shape<kTokens, kBlocks, kRing>::kThreads, 1)
+template <typename T, typename S>
+__global__ void __launch_bounds__(S::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ GemmParams p) {
-  using S = Shape<kTokens, kBlocks, kRing>;
+  constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks;
   // fp8 products are summed by the tensor cores with few bits; while registers allow it, sums of 256 of K are promoted.
   // So are those of groups that take turns: products under a condition would be serialised by the compiler otherwise.
   constexpr bool kPromote = S::kAlternate || (sizeof(T) == 1 && kBlocks == 1);
@@ -152,6 +166,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kRing>::kThreads, 1)
   extern __shared__ uint8_t memory[];
   __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
   const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
+  uint8_t* behind_ring = memory + (ring - shared_address(memory)) + S::kStages * S::kBytes;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cta = blockIdx.x;
   const int first = p.base * cta + min(cta, p.rem), count = p.base + (cta < p.rem);
   if (threadIdx.x == S::kConsumers * 128) {
@@ -163,7 +178,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kRing>::kThreads, 1)
   }
   __syncthreads();
   if (warp == S::kConsumers * 4) {
-    if (lane == 0) produce<T, kTokens, kBlocks, kRing>(p, &map, ring, full, empty, first, count);
+    if (lane == 0) produce<T, S>(p, &map, ring, full, empty, first, count);
     return;
   }
   pdl_wait();
@@ -201,7 +216,10 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kRing>::kThreads, 1)
         const uint32_t stage = ring + place.slot * S::kBytes;
         const uint64_t a = matrix_descriptor(stage + block_of_group * kTileBytes);
         const uint64_t b = matrix_descriptor(stage + kStageBytes);
-        if constexpr (kPromote) {
+        if constexpr (S::kGrouped) {
+          const float* scales = reinterpret_cast<const float*>(behind_ring + S::kExtra + place.slot * S::kScaleBytes);
+          GroupedStage<kTokens>::add(sums, a, b, scales, p.padded_tokens, empty + place.slot);
+        } else if constexpr (kPromote) {
           float fresh[kRegisters];
           wgmma_fence();
 #pragma unroll
@@ -247,7 +265,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kRing>::kThreads, 1)
       if (held >= 0 && lane == 0) barrier_arrive(empty + held);
     }
     if constexpr (S::kAlternate) {  // add the two groups' halves
-      float* half = reinterpret_cast<float*>(memory + (ring - shared_address(memory)) + S::kStages * S::kBytes) + thread;
+      float* half = reinterpret_cast<float*>(behind_ring) + thread;
       if (group == 1) {
         if (!first_segment) TPSERVE_BAR("sync", 2, 256);
 #pragma unroll
@@ -296,7 +314,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kRing>::kThreads, 1)
     }
     const int block = kBlocks == 1 ? tile : tile / p.token_tiles * 2 + group;
     const int token = kBlocks == 1 ? 0 : tile % p.token_tiles * kTokens;
-    write_tile<T, kTokens>(p, sums, block * 64 + warp % 4 * 16, token);
+    write_tile<sizeof(T) == 1, sizeof(T) == 1 && !S::kGrouped, kTokens>(p, sums, block * 64 + warp % 4 * 16, token);
   }
 }
 
@@ -318,31 +336,32 @@ __global__ void __launch_bounds__(256)
 
 // --- Host -----------------------------------------------------------------------------------------------------------
 
-template <typename T, int kTokens, int kBlocks, Ring kRing>
+template <typename T, int kTokens, int kBlocks, Ring kRing, bool kGrouped = false>
 void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
-  using S = Shape<kTokens, kBlocks, kRing>;
+  using S = Shape<kTokens, kBlocks, kRing, kGrouped>;
   const int64_t bytes = K * sizeof(T);
   p.units_of_k = static_cast<int>(kBlocks == 1 ? (bytes + 255) / 256 : (bytes + 127) / 128);
   p.token_tiles = (p.M + kTokens - 1) / kTokens;
   const int units = (p.channel_blocks + kBlocks - 1) / kBlocks * p.token_tiles * p.units_of_k;
   p.base = units / kGrid, p.rem = units % kGrid;
-  launch(gemm_kernel<T, kTokens, kBlocks, kRing>, kGrid, S::kThreads, S::kSharedBytes, stream,
+  launch(gemm_kernel<T, S>, kGrid, S::kThreads, S::kSharedBytes, stream,
          token_map(x, p.M, K, kTokens), p);
 }
 
 /// Chooses the tile for p.M tokens, as measured: `gpu_kernels.py` on an H200, every tile at every shape of 8B and 70B.
-template <typename T>
+template <typename T, bool kGrouped>
 void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
   // None of 16 tokens: alone it takes less time than that of 32, in a chain of dependent kernels more.
   const auto with_ring = [&](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
-    if (p.packed_base < kWholeMinStages) return run<T, kTokens, 1, Ring::kHalf>(p, x, K, stream);
-    run<T, kTokens, 1, Ring::kWhole>(p, x, K, stream);
+    if (p.packed_base < kWholeMinStages) return run<T, kTokens, 1, Ring::kHalf, kGrouped>(p, x, K, stream);
+    run<T, kTokens, 1, Ring::kWhole, kGrouped>(p, x, K, stream);
   };
   if (p.M <= 8) return with_ring(std::integral_constant<int, 8>());
   if (p.M <= 32) return with_ring(std::integral_constant<int, 32>());
   if (p.M <= 64) return with_ring(std::integral_constant<int, 64>());
-  if (p.M <= 128) return run<T, 128, 1, Ring::kWhole>(p, x, K, stream);
+  static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
+  if (p.M <= 128) return run<T, 128, 1, Ring::kWhole, kGrouped>(p, x, K, stream);
   if (p.M <= 256 && p.channel_blocks <= 128) {
     // Few channels: one tile of all tokens would be shared by so many blocks that adding their sums takes longer than
     // the products.
@@ -355,7 +374,7 @@ void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
   run<T, 256, 2, Ring::kWhole>(p, x, K, stream);
 }
 
-template <typename T>
+template <typename T, bool kGrouped = false>
 void multiply(const TensorView& x, const TensorView& weights, const TensorView* token_scale,
               const TensorView* channel_scale, const TensorView* bias, const TensorView& out) {
   check_rank("x", x, 2);
@@ -370,7 +389,13 @@ void multiply(const TensorView& x, const TensorView& weights, const TensorView* 
       checked<T>("weights", weights, {blocks * packed_k, 64, static_cast<int64_t>(256 / sizeof(T))}));
   p.out_float32 = has_dtype<float>(out);
   p.out = p.out_float32 ? static_cast<void*>(checked<float>("out", out, {M, N})) : checked<bf16>("out", out, {M, N});
-  if (token_scale != nullptr) p.token_scale = checked<float>("token_scale", *token_scale, {M});
+  if constexpr (kGrouped) {
+    check_multiple("K", K, 2 * kGroupSize);
+    p.padded_tokens = static_cast<int>(padded_tokens(M));
+    p.token_scale = checked<float>("scales", *token_scale, {K / (2 * kGroupSize), 2, p.padded_tokens});
+  } else if (token_scale != nullptr) {
+    p.token_scale = checked<float>("token_scale", *token_scale, {M});
+  }
   if (channel_scale != nullptr) p.channel_scale = checked<float>("channel_scale", *channel_scale, {N});
   if (bias != nullptr) p.bias = checked<float>("bias", *bias, {N});
   p.M = static_cast<int>(M), p.N = static_cast<int>(N);
@@ -383,7 +408,7 @@ void multiply(const TensorView& x, const TensorView& weights, const TensorView* 
   }
   p.partial = reinterpret_cast<float4*>(workspace_of_device[device]);
   const cudaStream_t stream = stream_of(out);
-  if (M > 0) dispatch(p, tokens, K, stream);
+  if (M > 0) dispatch<T, kGrouped>(p, tokens, K, stream);
 }
 
 /// Makes what the GEMMs of a device share. Call once, before any capture; they must then run on one stream at a time.
@@ -444,12 +469,24 @@ void gemm_fp8_bias(TensorView x, TensorView token_scale, TensorView weights, Ten
   multiply<fp8>(x, weights, &token_scale, &channel_scale, &bias, out);
 }
 
+/// (M, K) e4m3 with grouped scales (K / 256, 2, M rounded up to 8), packed e4m3 with (N,) scales -> (M, N) bf16 or float32.
+void gemm_fp8_grouped(TensorView x, TensorView scales, TensorView weights, TensorView channel_scale, TensorView out) {
+  multiply<fp8, true>(x, weights, &scales, &channel_scale, nullptr, out);
+}
+
+void gemm_fp8_grouped_bias(TensorView x, TensorView scales, TensorView weights, TensorView channel_scale, TensorView bias,
+                           TensorView out) {
+  multiply<fp8, true>(x, weights, &scales, &channel_scale, &bias, out);
+}
+
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(init_device, init_device);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_weight, pack_weight);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm, gemm);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_bias, gemm_bias);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8, gemm_fp8);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_bias, gemm_fp8_bias);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_grouped, gemm_fp8_grouped);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_grouped_bias, gemm_fp8_grouped_bias);
 
 }  // namespace
 }  // namespace tpserve::cuda

@@ -15,11 +15,12 @@ constexpr int64_t kWorkspaceBytes = static_cast<int64_t>(kGrid) * 2 * 256 * 64 *
 struct GemmParams {
   const uint8_t* weights;
   const float* channel_scale;  // e4m3 only
-  const float* token_scale;    // e4m3 only
+  const float* token_scale;    // e4m3 only: by token, or grouped
   const float* bias;           // or null
   void* out;
   float4* partial;
   int M, N;
+  int padded_tokens;                   // of a group of grouped scales
   int units_of_k;                      // per tile
   int base, rem;                       // units of block c: base + (c < rem)
   int token_tiles, channel_blocks;     // of kTokens tokens, of 64 channels
@@ -76,8 +77,8 @@ struct WeightCursor {
   }
 };
 
-/// Scales and stores a warp's 16 channels x kTokens tokens.
-template <typename T, int kTokens>
+/// Scales by channel, and by token, and stores a warp's 16 channels x kTokens tokens.
+template <bool kByChannel, bool kByToken, int kTokens>
 __device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token) {
   const int lane = threadIdx.x % 32, column = lane % 4 * 2;
   float scale[2] = {1.0f, 1.0f}, bias[2] = {0.0f, 0.0f};
@@ -85,7 +86,7 @@ __device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kT
   for (int h = 0; h < 2; ++h) {
     const int at = channel + lane / 4 + h * 8;
     if (at >= p.N) continue;
-    if (sizeof(T) == 1) scale[h] = __ldg(p.channel_scale + at);
+    if (kByChannel) scale[h] = __ldg(p.channel_scale + at);
     if (p.bias != nullptr) bias[h] = __ldg(p.bias + at);
   }
 #pragma unroll
@@ -95,8 +96,8 @@ __device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kT
     for (int j = 0; j < 4; ++j) {
       const int m = token + b * 8 + column + j % 2;
       float factor = scale[j / 2];
-      if (sizeof(T) == 1) factor *= m < p.M ? __ldcg(p.token_scale + m) : 0.0f;
-      values[j] = sizeof(T) == 1 ? fmaf(sums[b * 4 + j], factor, bias[j / 2]) : sums[b * 4 + j] + bias[j / 2];
+      if (kByToken) factor *= m < p.M ? __ldcg(p.token_scale + m) : 0.0f;
+      values[j] = kByChannel ? fmaf(sums[b * 4 + j], factor, bias[j / 2]) : sums[b * 4 + j] + bias[j / 2];
     }
     if (p.out_float32) {
 #pragma unroll

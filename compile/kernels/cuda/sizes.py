@@ -21,3 +21,14 @@ def attention_workspace_size(num_tokens: int, num_slots: int, num_heads: int, nu
 def attention_arrivals(num_slots: int, num_kv_heads: int) -> int:
     """Return the words at the workspace's start that must be zero before its first use; the kernels leave them so."""
     return num_slots * _DECODE_ROWS * num_kv_heads
+
+
+def push_workspace_bytes(world_size: int, hidden_size: int) -> int:
+    """Return about how much a rank lends to its group for collectives over peer memory."""
+    rows = 3 * world_size * 128 + 3 * 512 + 3 * 512  # one-shot, two-shot, and what comes back of that
+    return rows * hidden_size * 2 + 2 * world_size * (16 << 20)
+
+
+def sampler_bytes(num_slots: int, num_rows: int, vocab_size: int, padded_vocab_size: int) -> int:
+    """Return about what sampling keeps: adjusted logits by row, counts of output tokens and grammar masks by slot."""
+    return 4 * num_rows * padded_vocab_size + num_slots * (4 * vocab_size + vocab_size // 8)

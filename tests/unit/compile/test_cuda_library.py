@@ -8,11 +8,16 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tiny_models import MODELS
 from tpserve.compile import native_cuda
+from tpserve.compile.artifact import buffer_bytes
+from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.kernels.cuda import sizes
+from tpserve.compile.sharding import shard
 
 
 def test_the_library_names_all_its_kernels() -> None:
@@ -72,3 +77,19 @@ def _fat_binary_kinds(data: bytes) -> Iterator[int]:
             yield kind
             at += entry_header + entry_size
         begin += len(_MAGIC)
+
+
+def test_a_gpu_rank_counts_what_it_keeps_besides_activations(tmp_path: Path) -> None:
+    MODELS["llama_9q_3kv_tied"].write(tmp_path)
+    model = ModelConfig.from_hf(tmp_path)
+
+    def kept(**changes: Any) -> int:
+        fields = {"tp_size": 1, "quantization": "q0bf16", "kernels": "tuned", "target": "cuda", "max_model_len": 64}
+        config = CompileConfig(**{**fields, "max_num_batched_tokens": 32, "max_num_seqs": 4, **changes})
+        return buffer_bytes(model, config, shard(model, config.tp_size))
+
+    rows = 4 * 4 * (-(-model.vocab_size // 16) * 16)  # logits of four sequences
+    assert kept() > 4 * sizes.attention_workspace_size(32, 4, 9, 3, model.head_dim) + rows
+    assert kept(max_num_draft_tokens=3) == kept() + 3 * rows
+    assert kept(tp_size=2) > kept() / 2 + sizes.push_workspace_bytes(2, model.hidden_size)
+    assert kept(target="llvm", quantization="q0f32") == 0
