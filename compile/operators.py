@@ -8,13 +8,18 @@ Shapes: T tokens of the step, R sampled rows, S slots, P pages of a page table, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from tvm import relax, te
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.core import wrap_nested
 
 from tpserve.compile.kernels import portable
+
+_GROUP_SIZE = 128
+"""Elements of an e4m3 row that have a scale of their own."""
+_STAGE_SIZE = 256
+"""Elements that a GEMM takes at once: two groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,8 @@ class GemmInput:
     values: Tensor
     """(T, K), of the activations' type, or e4m3."""
     scale: Tensor | None = None
-    """(T,) float32 for e4m3: a value is its stored value times its row's scale."""
+    """For e4m3, float32: (T,), a value is its stored value times its row's scale; grouped: see `_grouped`."""
+    is_grouped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,8 @@ class Operators(Protocol):
     """What a graph may call.
 
     Activations are float32, or what a kernel set was made with. Where weights are e4m3, whatever makes the input of a
-    GEMM quantises it in the same pass, one scale a row.
+    GEMM quantises it in the same pass: norms with one scale a row, attention and SiLU with one for each 128 elements,
+    which needs no maximum of the row.
     """
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
@@ -110,9 +117,6 @@ class Operators(Protocol):
     def silu_mul(self, gate_up: Tensor) -> GemmInput:
         """(T, 2F), gate then up -> (T, F)."""
 
-    def gemm_input(self, x: Tensor) -> GemmInput:
-        """Make any activations the input of a GEMM."""
-
     def rope_append(
         self,
         qkv: Tensor,
@@ -123,7 +127,7 @@ class Operators(Protocol):
     ) -> Tensor:
         """Rotate q and k, write k and v to the pages; (T, (Hq + 2 Hkv) D) -> q (T, Hq, D)."""
 
-    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> Tensor:
+    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> GemmInput:
         """(T, Hq, D) -> (T, Hq * D)."""
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -170,7 +174,8 @@ class TunedOperators:
         """See Operators."""
         name, args = "gemm", [x.values, weight.values]
         if x.scale is not None and weight.scale is not None:
-            name, args = "gemm_fp8", [x.values, x.scale, weight.values, weight.scale]
+            name = "gemm_fp8_grouped" if x.is_grouped else "gemm_fp8"
+            args = [x.values, x.scale, weight.values, weight.scale]
         if bias is not None:
             name, args = f"{name}_bias", [*args, bias]
         return self._extern(name, args, (x.values.shape[0], rows), dtype)
@@ -197,13 +202,11 @@ class TunedOperators:
 
     def silu_mul(self, gate_up: Tensor) -> GemmInput:
         """See Operators."""
-        return self._gemm_input("silu_mul", [gate_up], (gate_up.shape[0], gate_up.shape[1] // 2))
-
-    def gemm_input(self, x: Tensor) -> GemmInput:
-        """See Operators."""
-        if not self._quantize:
-            return GemmInput(x)
-        return GemmInput(*self._call(f"{self._prefix}quantize_fp8", [x], _quantized(x.shape)))
+        tokens, columns = gate_up.shape[0], int(gate_up.shape[1]) // 2
+        if self._quantize and columns % _STAGE_SIZE == 0:
+            values, scales = self._call(f"{self._prefix}silu_mul_grouped", [gate_up], _grouped(tokens, columns))
+            return GemmInput(values, scales, is_grouped=True)
+        return self._gemm_input("silu_mul", [gate_up], (tokens, columns))
 
     def rope_append(
         self,
@@ -221,14 +224,22 @@ class TunedOperators:
             return self._extern(f"rope_append{suffix}", [qkv, *where], out)
         return self._extern(f"qk_norm_rope_append{suffix}", [qkv, *qk_norm, *where], out)
 
-    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> Tensor:
+    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> GemmInput:
         """See Operators."""
         if self._target == "cuda":
             args = [q, *_pages(kv), batch.page_table, batch.plan, shape.scale, shape.window, batch.workspace]
         else:
             args = [q, *_pages(kv), batch.positions, batch.token_slots, batch.page_table, shape.scale, shape.window]
         name = "attention" if kv.scale is None else "attention_fp8"
-        return self._extern(name, args, (q.shape[0], shape.num_q_heads * shape.head_dim))
+        tokens, columns = q.shape[0], shape.num_q_heads * shape.head_dim
+        if not self._quantize:
+            return GemmInput(self._extern(name, args, (tokens, columns)))
+        if shape.head_dim == _GROUP_SIZE and columns % _STAGE_SIZE == 0:
+            outputs = [((tokens, columns), self._dtype), *_grouped(tokens, columns)]  # the first is scratch
+            _, values, scales = self._call(f"{self._prefix}{name}_grouped", args, outputs)
+            return GemmInput(values, scales, is_grouped=True)
+        x = self._extern(name, args, (tokens, columns))
+        return GemmInput(*self._call(f"{self._prefix}quantize_fp8", [x], _quantized(x.shape)))
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """See Operators."""
@@ -261,6 +272,12 @@ def _pages(kv: PagedKV) -> list[Tensor]:
 def _quantized(shape: tuple[object, ...]) -> list[tuple[tuple[object, ...], str]]:
     """Return the outputs of whatever quantises rows: e4m3 values and a scale each."""
     return [(tuple(shape), "float8_e4m3fn"), ((shape[0],), "float32")]
+
+
+def _grouped(tokens: Any, columns: int) -> list[tuple[tuple[object, ...], str]]:
+    """Return the outputs of whatever quantises groups of 128 elements; see `kernels/cuda/grouped_scales.cuh`."""
+    padded = (tokens + 7) // 8 * 8
+    return [((tokens, columns), "float8_e4m3fn"), ((columns // _STAGE_SIZE, 2, padded), "float32")]
 
 
 class PortableOperators:
@@ -302,10 +319,6 @@ class PortableOperators:
         gate, up = op.split(gate_up, 2, axis=-1)
         return GemmInput(op.multiply(op.silu(gate), up))
 
-    def gemm_input(self, x: Tensor) -> GemmInput:
-        """See Operators."""
-        return GemmInput(x)
-
     def rope_append(
         self,
         qkv: Tensor,
@@ -334,17 +347,18 @@ class PortableOperators:
         k = op.rms_norm(op.reshape(k, (tokens, shape.num_kv_heads, shape.head_dim)), k_weight, axes=-1, epsilon=eps)
         return op.concat([op.reshape(q, (tokens, q_dim)), op.reshape(k, (tokens, kv_dim)), v], dim=-1)
 
-    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> Tensor:
+    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> GemmInput:
         """See Operators."""
         func = portable.attention(
             shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size, shape.scale, shape.window
         )
-        return op.tensor_ir_op(
+        out = op.tensor_ir_op(
             func,
             "attention",
             [q, kv.pages, batch.positions, batch.token_slots, batch.page_table],
             Tensor.placeholder((q.shape[0], shape.num_q_heads * shape.head_dim), "float32"),
         )
+        return GemmInput(out)
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """See Operators."""

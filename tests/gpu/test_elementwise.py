@@ -74,6 +74,37 @@ def test_activation_and_quantisation(kernels: Kernels, rows: int, size: int) -> 
     assert relative_error(dequantised(quantised, scale), out.float64()) < 4e-2
 
 
+def padded(num_tokens: int) -> int:
+    return -(-num_tokens // 8) * 8
+
+
+def by_element(scales: DeviceArray, num_tokens: int) -> Any:
+    """Grouped scales, one for each element of the rows; see grouped_scales.cuh."""
+    num_k = scales.shape[0] * 256
+    if num_tokens > 128:
+        return cupy.broadcast_to(scales.float64()[0, 0, :num_tokens, None], (num_tokens, num_k))
+    return cupy.repeat(scales.float64().reshape(num_k // 128, -1)[:, :num_tokens].T, 128, axis=1)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 64, 128, 129, 300])
+@pytest.mark.parametrize("size", [256, 1792, 3584, 7168, 14336, 28672])
+def test_grouped_quantisation(kernels: Kernels, rows: int, size: int) -> None:
+    gate_up = random_bf16((rows, 2 * size), 2.0, size)
+    gate, up = cupy.split(gate_up.float64(), 2, axis=1)
+    activated = gate / (1 + cupy.exp(-gate)) * up
+    x = random_bf16((rows, size), 2.0, size + 1)
+    for name, source, expected in (
+        ("silu_mul_grouped", gate_up, activated),
+        ("quantize_fp8_grouped", x, x.float64()),
+    ):
+        values, scales = poisoned((rows, size), FP8), poisoned((size // 256, 2, padded(rows)), np.float32)
+        kernels(name)(source, values, scales)
+        assert relative_error(values.float64() * by_element(scales, rows), expected) < 4e-2
+        # Each group's largest magnitude is the largest code.
+        largest = abs(values.float64()).reshape(rows, -1, 128 if rows <= 128 else size).max(-1)
+        assert bool((largest == 448).all())
+
+
 def test_copied_rows(kernels: Kernels) -> None:
     table = random_bf16((1000, 4096), 1.0, 3)
     ids = to_device(np.array([5, 999, -1, 0, 1000, 5], np.int32))

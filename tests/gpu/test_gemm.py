@@ -96,6 +96,45 @@ def test_odd_shapes(kernels: Kernels, num_n: int, num_k: int, dtype: Any) -> Non
     )
 
 
+def grouped_shapes() -> list[tuple[int, int]]:
+    """(N, K) of the products of Llama-3 that take what attention and SiLU quantise, and small ones."""
+    shapes = {(64, 256), (200, 768), (1000, 1280)}
+    for hidden, heads, ffn in ((4096, 32, 14336), (8192, 64, 28672)):
+        shapes |= {(hidden, columns // tp) for columns in (heads * 128, ffn) for tp in (1, 2, 4, 8)}
+    return sorted(shapes)
+
+
+@pytest.mark.parametrize(("num_n", "num_k"), grouped_shapes())
+def test_grouped_scales(kernels: Kernels, num_n: int, num_k: int) -> None:
+    """Scales that differ by two orders of magnitude from group to group and from token to token."""
+    all_m = [1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 129, 200, 512]
+    x, weight = operands(max(all_m), num_n, num_k, FP8)
+    packed, channels, bias = pack(kernels, weight), scales(num_n, 2), scales(num_n, 3)
+    for num_m in all_m:
+        padded = -(-num_m // 8) * 8
+        rng = cupy.random.RandomState(num_m)
+        given = (10.0 ** rng.uniform(-1, 1, (num_k // 256, 2, padded))).astype(cupy.float32)
+        if num_m > 128:  # of rows: nothing else may be read
+            by_element = cupy.broadcast_to(given[0, 0, :num_m, None].astype(cupy.float64), (num_m, num_k)).copy()
+            given.reshape(-1)[padded:] = cupy.nan
+        else:
+            by_group = given.reshape(num_k // 128, padded)[:, :num_m].T.astype(cupy.float64)
+            by_element = cupy.repeat(by_group, 128, axis=1)
+            given[:, :, num_m:] = cupy.nan  # of tokens that are not there
+        part, group_scales = DeviceArray(x.bits[:num_m], FP8), DeviceArray(given, np.float32)
+        exact = (part.float64() * by_element) @ weight.float64().T * channels.float64()
+        for repeat in range(2):
+            out = poisoned((num_m + 1, num_n), BF16)  # the last row is a guard
+            inside = DeviceArray(out.bits[:num_m], BF16)
+            kernels("gemm_fp8_grouped")(part, group_scales, packed, channels, inside)
+            error = relative_error(inside.float64(), exact)
+            assert error < 4e-3, (num_m, num_n, num_k, repeat, error)
+            assert bool((out.bits[num_m] == 0xFFFF).all())
+        wide = poisoned((num_m, num_n), np.float32)
+        kernels("gemm_fp8_grouped_bias")(part, group_scales, packed, channels, bias, wide)
+        assert relative_error(wide.float64(), exact + bias.float64()) < (5e-4 if num_m <= 128 else 2e-3)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
 def test_device_packs_as_the_host(kernels: Kernels, dtype: Any) -> None:
     for rows, columns in ((64, 128), (200, 1040), (960, 576), (1536, 4096)):

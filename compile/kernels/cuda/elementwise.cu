@@ -1,18 +1,18 @@
-// Norms, activation, row copies and quantisation to fp8: one block per token, or a cluster of blocks where tokens are few;
-// the row in registers.
+// Norms, activation, row copies and quantisation to fp8: one block per token, the row in registers.
 //
 // Activations and the residual stream are bfloat16, sums float32. A quantised row is e4m3 with one float32 scale, the
-// largest magnitude / 448; `scale` times the stored value is the value.
-#include "row_cluster.cuh"
+// largest magnitude / 448; `scale` times the stored value is the value. What needs no other sum of the row is quantised in
+// groups, each with its own scale (grouped_scales.cuh), so that no block needs a whole row.
+#include "elementwise.cuh"
+
+#include "grouped_scales.cuh"
 
 namespace tpserve::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-// For more rows the blocks of the clusters leave the next GEMM no room to start early: in a chain of fp8 layers 8 rows took
-// 0.27 ms less by clusters, 16 rows 0.35 ms more (benchmarks/README.md).
-constexpr int kMaxClusterRows = 8;
-constexpr int kMaxClusterThreads = 512;
+// In a chain of fp8 layers a thread for each vector of a row took less time than fewer threads, or clusters of blocks, at
+// every number of tokens (benchmarks/README.md).
+constexpr int kMaxThreads = 1024;
 
 enum class Row { kCopy, kNorm, kAddNorm, kSilu };
 
@@ -33,7 +33,7 @@ struct RowParams {
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 template <Row kRow, int kVectors, bool kQuantize>
-__global__ void __launch_bounds__(kThreads) transform_rows(const __grid_constant__ RowParams p) {
+__global__ void __launch_bounds__(kMaxThreads) transform_rows(const __grid_constant__ RowParams p) {
   __shared__ float scratch[32];
   pdl_launch();
   pdl_wait();
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) transform_rows(const __grid_constant
   float values[kVectors][8];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const int v = threadIdx.x + i * kThreads;
+    const int v = threadIdx.x + i * blockDim.x;
     uint4 raw{};
     if (v < num_vectors && present) {
       raw = load_l2(p.x + source * (kRow == Row::kSilu ? 2 : 1) * p.size + v * 8);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) transform_rows(const __grid_constant
     const float factor = rsqrtf(squares / static_cast<float>(p.size) + p.eps);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int v = threadIdx.x + i * kThreads;
+      const int v = threadIdx.x + i * blockDim.x;
       if (v >= num_vectors) continue;
       const float4 a = *reinterpret_cast<const float4*>(p.weight + v * 8);
       const float4 b = *reinterpret_cast<const float4*>(p.weight + v * 8 + 4);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) transform_rows(const __grid_constant
   }
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const int v = threadIdx.x + i * kThreads;
+    const int v = threadIdx.x + i * blockDim.x;
     if (v >= num_vectors) continue;
     if constexpr (kQuantize) {
       const float(&f)[8] = values[i];
@@ -116,76 +116,56 @@ __global__ void __launch_bounds__(kThreads) transform_rows(const __grid_constant
   }
 }
 
-/// The same by a cluster for each row, except for copies.
-template <Row kRow, bool kQuantize>
-__global__ void __launch_bounds__(kMaxClusterThreads) transform_few_rows(const __grid_constant__ RowParams p) {
-  constexpr bool kIsNorm = kRow == Row::kNorm || kRow == Row::kAddNorm;
-  __shared__ RowStatistics statistics;
-  const int row = blockIdx.x / kRowCluster, v = blockIdx.x % kRowCluster * blockDim.x + threadIdx.x;
-  const bool present = v < p.size / 8;
-  statistics.init();
-  float weight[8] = {};
-  if (kIsNorm && present) load_weight(p.weight, v, weight);
-  pdl_launch();
-  pdl_wait();
-  float values[8] = {}, squares = 0.0f, largest = 0.0f;
-  const int64_t at = static_cast<int64_t>(row) * p.size + v * 8;
-  if (present) {
-    unpack8(load_l2(p.x + (kRow == Row::kSilu ? at + static_cast<int64_t>(row) * p.size : at)), values);
-    if constexpr (kRow == Row::kAddNorm) {
-      float other[8];
-      unpack8(load_l2(p.residual + at), other);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] += other[j];
-      const uint4 sum = pack8(values);
-      *reinterpret_cast<uint4*>(p.residual_out + at) = sum;
-      unpack8(sum, values);  // the norm sees the residual stream as the next layer will
-    }
-    if constexpr (kRow == Row::kSilu) {
-      float up[8];
-      unpack8(load_l2(p.x + at + static_cast<int64_t>(row + 1) * p.size), up);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] = silu(values[j]) * up[j];
-    }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      squares += values[j] * values[j];
-      if constexpr (kIsNorm) values[j] *= weight[j];
-      largest = fmaxf(largest, fabsf(values[j]));
-    }
-  }
-  const float2 total = statistics.reduce(squares, largest);
-  if (!present) return;
-  const float factor = kIsNorm ? rsqrtf(total.x / static_cast<float>(p.size) + p.eps) : 1.0f;
-  if constexpr (kQuantize) {  // the norm's factor cancels in what is stored and stays in the scale
-    const float most = fmaxf(total.y, 1e-12f), inverse = kFp8Max / most;
-    uint2 q;
-    q.x = pack4_fp8(values[0] * inverse, values[1] * inverse, values[2] * inverse, values[3] * inverse);
-    q.y = pack4_fp8(values[4] * inverse, values[5] * inverse, values[6] * inverse, values[7] * inverse);
-    *reinterpret_cast<uint2*>(p.quantized + at) = q;
-    if (v == 0) p.scale[row] = most * factor / kFp8Max;
-  } else {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) values[j] *= factor;
-    *reinterpret_cast<uint4*>(p.out + at) = pack8(values);
-  }
-}
-
 template <Row kRow, bool kQuantize>
 void run(const RowParams& p, int64_t rows, cudaStream_t stream) {
   check_multiple("the row size", p.size, 8);
-  if constexpr (kRow != Row::kCopy || kQuantize) {
-    if (rows <= kMaxClusterRows && p.size <= kMaxClusterThreads * kRowCluster * 8) {
-      return launch_rows(transform_few_rows<kRow, kQuantize>, rows, p.size / 8, stream, p);
-    }
+  const int num_vectors = p.size / 8;
+  const auto with = [&](auto kernel, int vectors) {
+    const int threads = ((num_vectors + vectors - 1) / vectors + 31) / 32 * 32;
+    launch(kernel, dim3(static_cast<unsigned>(rows)), threads, 0, stream, p);
+  };
+  if (num_vectors <= kMaxThreads) return with(transform_rows<kRow, 1, kQuantize>, 1);
+  if (num_vectors <= 2 * kMaxThreads) return with(transform_rows<kRow, 2, kQuantize>, 2);
+  if (num_vectors <= 4 * kMaxThreads) return with(transform_rows<kRow, 4, kQuantize>, 4);
+  TVM_FFI_THROW(ValueError) << "rows of " << p.size << " elements, at most " << 4 * 8 * kMaxThreads << " are supported";
+}
+
+/// Quantises groups of 128 elements of x, or of silu(gate) * up: sixteen threads have a group.
+template <bool kSilu>
+__global__ void __launch_bounds__(256) transform_groups(const __grid_constant__ RowParams p) {
+  pdl_launch();
+  pdl_wait();
+  const int64_t row = blockIdx.y;
+  const int v = blockIdx.x * 256 + threadIdx.x;
+  if (v >= p.size / 8) return;  // whole warps: a row is a multiple of 256 elements
+  float values[8];
+  unpack8(load_l2(p.x + row * (kSilu ? 2 : 1) * p.size + v * 8), values);
+  if constexpr (kSilu) {
+    float up[8];
+    unpack8(load_l2(p.x + (row * 2 + 1) * p.size + v * 8), up);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) values[j] = silu(values[j]) * up[j];
   }
-  const int vectors = (p.size / 8 + kThreads - 1) / kThreads;
-  const dim3 grid(static_cast<unsigned>(rows));
-  if (vectors <= 1) return launch(transform_rows<kRow, 1, kQuantize>, grid, kThreads, 0, stream, p);
-  if (vectors <= 2) return launch(transform_rows<kRow, 2, kQuantize>, grid, kThreads, 0, stream, p);
-  if (vectors <= 4) return launch(transform_rows<kRow, 4, kQuantize>, grid, kThreads, 0, stream, p);
-  if (vectors <= 8) return launch(transform_rows<kRow, 8, kQuantize>, grid, kThreads, 0, stream, p);
-  TVM_FFI_THROW(ValueError) << "rows of " << p.size << " elements, at most " << 8 * 8 * kThreads << " are supported";
+  float largest = 1e-12f;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(values[j]));
+#pragma unroll
+  for (int offset = 8; offset > 0; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+  const float inverse = kFp8Max / largest;
+  uint2 q;
+  q.x = pack4_fp8(values[0] * inverse, values[1] * inverse, values[2] * inverse, values[3] * inverse);
+  q.y = pack4_fp8(values[4] * inverse, values[5] * inverse, values[6] * inverse, values[7] * inverse);
+  *reinterpret_cast<uint2*>(p.quantized + row * p.size + v * 8) = q;
+  if (v % 16 == 0) p.scale[scale_at(v / 16, row, p.num_source_rows)] = largest / kFp8Max;
+}
+
+/// With grouped scales, or with those of rows where tokens are many.
+template <bool kSilu>
+void run_groups(const RowParams& p, cudaStream_t stream) {
+  const int64_t rows = p.num_source_rows;
+  if (rows > kMaxGroupedTokens) return run<kSilu ? Row::kSilu : Row::kCopy, true>(p, rows, stream);
+  const dim3 grid(static_cast<unsigned>((p.size / 8 + 255) / 256), static_cast<unsigned>(rows));
+  launch(transform_groups<kSilu>, grid, 256, 0, stream, p);
 }
 
 /// Without a scale no row must be whole in one block: rows are cut, so that one token keeps many blocks busy.
@@ -236,6 +216,14 @@ RowParams norm_params(const TensorView& x, const TensorView& weight, double eps)
 void set_quantized(RowParams& p, const TensorView& out, const TensorView& scale, int64_t rows, int64_t size) {
   p.quantized = checked<fp8>("out", out, {rows, size});
   p.scale = checked<float>("scale", scale, {rows});
+}
+
+void set_groups(RowParams& p, const TensorView& out, const TensorView& scales, int64_t rows, int64_t size) {
+  check_multiple("the row size", size, 2 * kGroupSize);
+  p.num_source_rows = rows;
+  p.size = static_cast<int>(size);
+  p.quantized = checked<fp8>("out", out, {rows, size});
+  p.scale = checked<float>("scales", scales, {size / (2 * kGroupSize), 2, padded_tokens(rows)});
 }
 
 void rms_norm(TensorView x, TensorView weight, double eps, TensorView out) {
@@ -289,6 +277,16 @@ void silu_mul_fp8(TensorView gate_up, TensorView out, TensorView scale) {
   run<Row::kSilu, true>(p, rows, stream_of(out));
 }
 
+/// (T, 2K) bf16, gate then up -> (T, K) e4m3 with grouped scales.
+void silu_mul_grouped(TensorView gate_up, TensorView out, TensorView scales) {
+  check_rank("out", out, 2);
+  const int64_t rows = out.size(0), size = out.size(1);
+  RowParams p{};
+  p.x = checked<bf16>("gate_up", gate_up, {rows, 2 * size});
+  set_groups(p, out, scales, rows, size);
+  run_groups<true>(p, stream_of(out));
+}
+
 /// (T, H) bf16 -> e4m3 and (T,) scales.
 void quantize_fp8(TensorView x, TensorView out, TensorView scale) {
   check_rank("x", x, 2);
@@ -300,6 +298,18 @@ void quantize_fp8(TensorView x, TensorView out, TensorView scale) {
   run<Row::kCopy, true>(p, x.size(0), stream_of(out));
 }
 
+}  // namespace
+
+void quantize_fp8_grouped(TensorView x, TensorView out, TensorView scales) {
+  check_rank("x", x, 2);
+  RowParams p{};
+  p.x = checked<bf16>("x", x, {-1, -1});
+  set_groups(p, out, scales, x.size(0), x.size(1));
+  run_groups<false>(p, stream_of(out));
+}
+
+namespace {
+
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(embed, embed);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(take_rows, take_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, rms_norm);
@@ -308,7 +318,9 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm, add_rms_norm);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm_fp8, add_rms_norm_fp8);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul, silu_mul);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul_fp8, silu_mul_fp8);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul_grouped, silu_mul_grouped);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize_fp8, quantize_fp8);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize_fp8_grouped, quantize_fp8_grouped);
 
 }  // namespace
 }  // namespace tpserve::cuda
