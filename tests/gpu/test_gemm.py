@@ -73,7 +73,7 @@ def check(kernels: Kernels, num_n: int, num_k: int, dtype: Any, all_m: list[int]
         kernels("gemm_fp8_bias")(part, DeviceArray(tokens.bits[:num_m], np.float32), packed, channels, bias, wide)
     else:
         kernels("gemm_bias")(part, packed, bias, wide)
-    assert relative_error(wide.float64(), exact[:num_m] + bias.float64()) < (5e-4 if num_m <= 128 else 2e-3)
+    assert relative_error(wide.float64(), exact[:num_m] + bias.float64()) < (5e-4 if num_m <= 128 else 4e-3)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
@@ -132,7 +132,7 @@ def test_grouped_scales(kernels: Kernels, num_n: int, num_k: int) -> None:
             assert bool((out.bits[num_m] == 0xFFFF).all())
         wide = poisoned((num_m, num_n), np.float32)
         kernels("gemm_fp8_grouped_bias")(part, group_scales, packed, channels, bias, wide)
-        assert relative_error(wide.float64(), exact + bias.float64()) < (5e-4 if num_m <= 128 else 2e-3)
+        assert relative_error(wide.float64(), exact + bias.float64()) < (5e-4 if num_m <= 128 else 4e-3)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
