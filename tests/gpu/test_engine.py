@@ -25,10 +25,10 @@ from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import SamplingParams
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "smollm2.json"
-TIE = {("q0bf16", "auto"): 0.25, ("fp8", "auto"): 2.5, ("q0bf16", "fp8"): 1.0, ("fp8", "fp8"): 3.0}
+TIE = {("q0bf16", "auto"): 0.25, ("fp8", "auto"): 2.5, ("q0bf16", "fp8"): 2.0, ("fp8", "fp8"): 3.0}
 """Gap of the reference's two best logits below which the engine may choose the other, by types of weights and of KV
-pages. The largest seen of the first two were 0.20 and 1.94: 135 million parameters bear e4m3 badly. With keys and
-values alone rounded to e4m3, on a CPU in float32, it was 0.41."""
+pages. The largest seen were 0.20, 1.94, 1.63 and 1.16: 135 million parameters bear e4m3 badly. A last bit of bfloat16
+decides how a key is rounded, and a key of much weight moves the scores."""
 NUM_PAGES = 1024
 MAX_NUM_SEQS, MAX_NUM_TOKENS, MAX_MODEL_LEN = 16, 256, 2048
 FOLDERS_VARIABLE = "TPSERVE_CUDA_FOLDERS"
