@@ -30,6 +30,7 @@ from tpserve.coordinator.children import (
     require_free_port,
     spawn_child,
 )
+from tpserve.coordinator.engine_door import EngineDoor, door_fields, own_door
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.gateway.config import ConfigError
 from tpserve.coordinator.gateway.keys import KeyRing
@@ -79,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         server.start()
         return server.watch()
-    except (ServeError, ClusterError, ManifestError) as error:
+    except (ServeError, ClusterError, ManifestError, TlsError) as error:
         # One clear line; what led to it is in the log above.
         if not isinstance(error, AlreadyTold):
             logger.error("tpserve serve: error: %s", error)
@@ -98,6 +99,7 @@ class _Server:
         self._stopping = False
         self._coordinator: subprocess.Popen[str] | None = None
         self._keeper: GatewayKeeper | None = None
+        self._engine_door: EngineDoor | None = None
         self._folders: list[Path] = []
         """Removed in the end."""
 
@@ -118,6 +120,7 @@ class _Server:
         args = self._args
         if args.tp_across_nodes is not None and args.ray_address is None:
             raise ServeError("--tp-across-nodes needs --ray-address: a Ray that is started here has one node")
+        self._engine_door = own_door(args)
         if not args.no_gateway:
             check_doors(args)
             require_free_port("", args.host, args.port)
@@ -351,6 +354,7 @@ class _Server:
             "replay_timeout_s": args.replay_timeout,
             "host": args.engine_host,
             "port": args.engine_port,
+            **door_fields(args),
             "parent_pid": os.getpid(),
         }
         self._coordinator = spawn_child("tpserve.coordinator", config, ray_environment(args.ray_address))
@@ -376,6 +380,8 @@ class _Server:
         args = self._args
         config = {
             "engine_address": engine_address,
+            **door_fields(args),
+            "engine_ssl_server_name": None if self._engine_door is None else self._engine_door.server_name,
             "model_dir": folders["model_dir"],
             "served_model_names": names,
             "host": args.host,
@@ -412,9 +418,10 @@ class _Server:
         """Wait until the ranks are up; a group that cannot start ends the coordinator, which is seen here."""
         import grpc  # not needed by a server with a gateway, which waits for that
 
+        from tpserve.coordinator.engine_channel import open_blocking_channel
         from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 
-        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        with open_blocking_channel(address, self._engine_door, [("grpc.enable_http_proxy", 0)]) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]  # generated code
             while not self._stopping:
                 self._raise_if_ended()

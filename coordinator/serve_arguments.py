@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from tpserve.coordinator.engine_door import add_door_arguments
 from tpserve.coordinator.gateway.tls import add_tls_arguments
 from tpserve.coordinator.log import LOG_FORMATS
 from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS
@@ -48,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the engine alone, without HTTP: prints its address, for `MLCEngine(address=...)`",
     )
     parser.add_argument("--engine-host", default="127.0.0.1", help="where the coordinator listens for gateways")
+    parser.add_argument(
+        "--engine-insecure", action="store_true", help="let --engine-host be on a network without TLS and token"
+    )
     parser.add_argument("--engine-port", type=int, default=0, help="0 takes a free port")
     parser.add_argument(
         "--operations-port",
@@ -80,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"opens POST /admin/rolling-restart with --replicas (or ${ADMIN_VARIABLE})",
     )
     add_tls_arguments(parser)
+    add_door_arguments(parser)
     add_policy_arguments(parser)
     parser.add_argument("--allow-origins", nargs="*", default=[], help="origins for CORS")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")

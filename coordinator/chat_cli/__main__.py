@@ -7,10 +7,12 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tpserve.coordinator.chat_cli.backends import EngineBackend, ServerBackend
 from tpserve.coordinator.chat_cli.conversation import Backend, Conversation, SettingError
 from tpserve.coordinator.chat_cli.terminal import PipeReader, PromptReader, converse
+from tpserve.coordinator.engine_door import DOOR_FIELDS
 from tpserve.coordinator.gateway.errors import ApiError
 from tpserve.coordinator.python_engine.engine import MLCEngine
 from tpserve.coordinator.python_engine.errors import EngineError
@@ -60,14 +62,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _open(args: argparse.Namespace, engine_flags: list[str]) -> tuple[Backend, str | None]:
     """Return who answers, and the model's name to ask for."""
+    door_options: dict[str, Any] = {}
     if args.base_url is not None or args.engine is not None:
+        if args.engine is not None and engine_flags:
+            given = options_of_flags(args.model or "", engine_flags)
+            door_options = {name: given.pop(name) for name in DOOR_FIELDS if name in given}
+            engine_flags = [f"--{name.replace('_', '-')}" for name in given]
         if engine_flags:
             raise ValueError(f"{engine_flags[0]} is for an engine that is started here, not for a running one")
     if args.base_url is not None:
         server = ServerBackend(args.base_url, args.api_key)
         return server, args.model or server.default_model()
     if args.engine is not None:
-        return EngineBackend(MLCEngine(args.model, address=args.engine, start_timeout_s=30.0)), None
+        return EngineBackend(MLCEngine(args.model, address=args.engine, start_timeout_s=30.0, **door_options)), None
     if args.model is None:
         raise ValueError("give the MODEL to chat with, or --base-url of a running server")
     options = options_of_flags(args.model, engine_flags)

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             service = Service.load(config)
-        except (ModelFilesError, TracingUnavailable) as error:
+        except (ModelFilesError, TracingUnavailable, TlsError) as error:
             return _fail(str(error))
         try:
             tls = config.tls_files()

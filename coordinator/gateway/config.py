@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Self
 
+from tpserve.coordinator.engine_door import TOKEN_VARIABLE, EngineDoor, make_door
 from tpserve.coordinator.gateway.tls import TlsFiles, tls_files
 from tpserve.coordinator.log import LOG_FORMATS
 
@@ -31,6 +33,15 @@ class GatewayConfig:
     """0 takes a free port; the log says which."""
     listen_fd: int | None = None
     """A bound socket of the parent, which several gateways share; it wins over host and port."""
+    engine_ssl_certfile: str | None = None
+    """By which the coordinator knows this gateway, on a network; see `engine_door` for this and the next."""
+    engine_ssl_keyfile: str | None = None
+    engine_ssl_ca_certs: str | None = None
+    """Authorities of the coordinator's certificate."""
+    engine_ssl_server_name: str | None = None
+    """Name in it, if it is not the host of `engine_address`."""
+    engine_token: str | None = None
+    """Shared with the coordinator; None takes it from the environment."""
     api_keys: tuple[str, ...] = ()
     """Any of them opens /v1; empty leaves it open."""
     api_key_file: str | None = None
@@ -112,6 +123,22 @@ class GatewayConfig:
             self.ssl_keyfile_password_file,
             self.ssl_ca_certs,
             self.ssl_client_auth,
+        )
+
+    def engine_door(self) -> EngineDoor | None:
+        """Return how the coordinator is met; None is without TLS.
+
+        Raises
+        ------
+        TlsError
+            If the files cannot be used, or something is missing.
+        """
+        return make_door(
+            self.engine_ssl_certfile,
+            self.engine_ssl_keyfile,
+            self.engine_ssl_ca_certs,
+            self.engine_token or os.environ.get(TOKEN_VARIABLE),
+            self.engine_ssl_server_name,
         )
 
     @classmethod
