@@ -96,7 +96,9 @@ class CoordinatorConfig:
     """Where spans are sent; None: nowhere."""
     log_format: LogFormat = "text"
     operations_port: int | None = None
-    """Port of the coordinator's own /metrics and /health, on `host`; None: only gateways have them."""
+    """Port of the coordinator's own /metrics and /health; None: only gateways have them."""
+    operations_host: str | None = None
+    """Where they are; None: on `host`."""
     enable_debug: bool = False
     """Whether a gateway may ask for a trace of steps."""
 
@@ -165,7 +167,7 @@ async def run(
     tell_parent(parent, address=address)
     operations = None
     if config.operations_port is not None:
-        operations = OperationsServer(engine, metrics, config.host, config.operations_port)
+        operations = OperationsServer(engine, metrics, config.operations_host or config.host, config.operations_port)
         operating = asyncio.create_task(operations.serve())
     serving = asyncio.create_task(engine.run())
     stopping = asyncio.create_task(stop.wait())

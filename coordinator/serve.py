@@ -126,7 +126,7 @@ class _Server:
             require_free_port("", args.host, args.port)
         require_free_port("engine-", args.engine_host, args.engine_port)
         if args.operations_port is not None:
-            require_free_port("operations-", args.engine_host, args.operations_port)
+            require_free_port("operations-", args.operations_host or args.engine_host, args.operations_port)
         is_ours = args.ray_address is None or args.replica[1] > 1  # all its ranks are on this host
         on_gpu, rank_bytes = self._find_memory() if is_ours else self._find_memory_of_nodes()
         if args.max_num_batched_tokens is None:
@@ -346,6 +346,7 @@ class _Server:
             "ray_temp_dir": ray_temp_dir,
             "drain_timeout_s": args.drain_timeout,
             "metrics_compat": args.metrics_compat,
+            "operations_host": args.operations_host,
             "operations_port": args.operations_port,
             **self._observability(),
             "step_timeout_s": args.step_timeout,

@@ -57,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--operations-port",
         type=_positive,
         metavar="PORT",
-        help="the coordinator's own /metrics and /health, on --engine-host (default: only the gateway has them)",
+        help="the coordinator's own /metrics and /health (default: only the gateway has them)",
     )
+    parser.add_argument("--operations-host", help="where they are (default: --engine-host)")
     parser.add_argument("--parent-pid", type=_positive, help=argparse.SUPPRESS)  # of a process that this ends with
     parser.add_argument("--replica", type=_replica, default=(0, 1), help=argparse.SUPPRESS)  # of --replicas: I/N
     parser.add_argument("--host", default="127.0.0.1")
