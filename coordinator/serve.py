@@ -392,6 +392,7 @@ class _Server:
             **self._tls(),
             "allow_origins": args.allow_origins,
             "router_token": args.router_token,
+            "max_connections": args.max_connections,
             "drain_timeout_s": args.drain_timeout,
             **self._observability(),
             "parent_pid": os.getpid(),

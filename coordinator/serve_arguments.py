@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from tpserve.coordinator.engine_door import add_door_arguments
+from tpserve.coordinator.gateway.guard import MAX_CONNECTIONS
 from tpserve.coordinator.gateway.tls import add_tls_arguments
 from tpserve.coordinator.log import LOG_FORMATS
 from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS
@@ -66,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
     parser.add_argument(
         "--gateway-processes", type=_positive, default=1, help="processes that share the port, for many clients"
+    )
+    parser.add_argument(
+        "--max-connections",
+        type=_positive,
+        default=MAX_CONNECTIONS,
+        metavar="N",
+        help="of clients at one gateway process at once (%(default)s)",
     )
     parser.add_argument("--served-model-name", nargs="+", help="names clients may use (default: the model's)")
     parser.add_argument("--api-key", action="append", default=[], help="may be given several times")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from tpserve.coordinator.engine_door import TOKEN_VARIABLE, EngineDoor, make_door
+from tpserve.coordinator.gateway.guard import MAX_CONNECTIONS
 from tpserve.coordinator.gateway.tls import TlsFiles, tls_files
 from tpserve.coordinator.log import LOG_FORMATS
 
@@ -59,6 +60,8 @@ class GatewayConfig:
     allow_origins: tuple[str, ...] = ()
     """Origins for CORS; `*` is any; empty turns CORS off."""
     max_body_bytes: int = 16 * 2**20
+    max_connections: int = MAX_CONNECTIONS
+    """Held at once, or as many as there are files for; then idle ones are closed, and without any, new ones refused."""
     header_timeout_s: float = 30.0
     """A connection must send a request's headers within this time; one that waits between requests may stay longer."""
     body_timeout_s: float = 30.0
@@ -100,7 +103,11 @@ class GatewayConfig:
             raise ConfigError("api_keys holds an empty key: leave the list empty to serve without keys")
         if self.router_token == "":
             raise ConfigError("router_token is empty: leave it out to serve without a router")
-        for name in ("max_body_bytes", *(f.name for f in dataclasses.fields(self) if f.name.endswith("_s"))):
+        for name in (
+            "max_body_bytes",
+            "max_connections",
+            *(f.name for f in dataclasses.fields(self) if f.name.endswith("_s")),
+        ):
             value = getattr(self, name)
             if not 0 <= value < math.inf or (value == 0 and name != "drain_timeout_s"):
                 raise ConfigError(f"{name} is {value}: it must be positive and finite")

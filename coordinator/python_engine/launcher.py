@@ -22,7 +22,15 @@ from tpserve.coordinator.serve_arguments import add_arguments
 
 HTTP_OPTIONS = (
     *("host", "port", "api_key", "api_key_file", "allow_origins", "gateway_processes", "no_gateway", "parent_pid"),
-    *("limits_dir", "ssl_certfile", "ssl_keyfile", "ssl_keyfile_password_file", "ssl_ca_certs", "ssl_client_auth"),
+    *(
+        "limits_dir",
+        "max_connections",
+        "ssl_certfile",
+        "ssl_keyfile",
+        "ssl_keyfile_password_file",
+        "ssl_ca_certs",
+        "ssl_client_auth",
+    ),
 )
 """Options of `tpserve serve` that mean nothing to an engine without a gateway."""
 
