@@ -230,29 +230,34 @@ class EngineClient:
         """Hold a session; after its end, try again."""
         backoff_s = FIRST_BACKOFF_S
         while True:
-            async with open_channel(self._address, self._door, CHANNEL_OPTIONS) as channel:
-                stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]  # generated code
-                try:
-                    info = await stub.Describe(
-                        engine_pb2.DescribeRequest(), timeout=self._rpc_timeout_s, wait_for_ready=True
-                    )
-                    self._info = EngineInfo(info.max_model_len, info.vocab_size, info.version)
-                    self._set_state(EngineState.from_pb(info.state))
-                    backoff_s = FIRST_BACKOFF_S
-                    logger.info("session with the coordinator at %s: %s", self._address, self._state.status.value)
-                    await self._session(stub)
-                    reason = "the coordinator ended the session"
-                except grpc.aio.AioRpcError as error:
-                    reason = f"{error.code().name}: {error.details()}"
-                    if why := await explain(self._address, self._door):
-                        reason = f"{why} ({reason})"
-                except _SessionSilent as error:
-                    reason = str(error)
-                except Exception as fault:  # no message may keep the gateway from a new session
-                    logger.exception("the session with the coordinator failed")
-                    reason = repr(fault)
-                finally:
-                    self._lose_session()
+            try:
+                channel = open_channel(self._address, self._door, CHANNEL_OPTIONS)
+            except OSError as error:  # files that are just being replaced
+                reason = f"the files of --engine-ssl-* cannot be read: {error}"
+            else:
+                async with channel:
+                    stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]  # generated code
+                    try:
+                        info = await stub.Describe(
+                            engine_pb2.DescribeRequest(), timeout=self._rpc_timeout_s, wait_for_ready=True
+                        )
+                        self._info = EngineInfo(info.max_model_len, info.vocab_size, info.version)
+                        self._set_state(EngineState.from_pb(info.state))
+                        backoff_s = FIRST_BACKOFF_S
+                        logger.info("session with the coordinator at %s: %s", self._address, self._state.status.value)
+                        await self._session(stub)
+                        reason = "the coordinator ended the session"
+                    except grpc.aio.AioRpcError as error:
+                        reason = f"{error.code().name}: {error.details()}"
+                        if why := await explain(self._address, self._door):
+                            reason = f"{why} ({reason})"
+                    except _SessionSilent as error:
+                        reason = str(error)
+                    except Exception as fault:  # no message may keep the gateway from a new session
+                        logger.exception("the session with the coordinator failed")
+                        reason = repr(fault)
+                    finally:
+                        self._lose_session()
             logger.warning("no session with the coordinator at %s (%s)", self._address, reason)
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

@@ -187,6 +187,25 @@ async def test_every_call_wants_the_token(doors: tuple[EngineDoor, EngineDoor]) 
         assert await asyncio.to_thread(call) == [grpc.StatusCode.UNAUTHENTICATED] * 4
 
 
+async def test_a_gateway_waits_for_files_that_are_being_replaced(
+    doors: tuple[EngineDoor, EngineDoor], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, gateway = doors
+    kept = gateway.files.certfile.with_suffix(".kept")
+    gateway.files.certfile.rename(kept)
+    async with listening(engine) as address:
+        client = EngineClient(address, rpc_timeout_s=1.0, session_timeout_s=5.0, door=gateway)
+        with caplog.at_level(logging.WARNING):
+            client.start()
+            async with asyncio.timeout(15):
+                while "the files of --engine-ssl-* cannot be read" not in caplog.text:  # noqa: ASYNC110  # a log
+                    await asyncio.sleep(0.02)
+        kept.rename(gateway.files.certfile)
+        await client.wait_connected(10)
+        assert client.info.max_model_len == 64
+        await client.close()
+
+
 async def test_new_files_are_taken_and_broken_ones_are_not(
     doors: tuple[EngineDoor, EngineDoor], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
