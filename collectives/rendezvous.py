@@ -1,21 +1,27 @@
 """Where the ranks of a group meet before they exchange activations: small messages over TCP, each with a deadline.
 
 Rank 0 listens, the others come. One exchange gives every rank what all ranks brought, and is a barrier besides. Used
-while a group starts and by nothing in a step.
+while a group starts and by nothing in a step. Over a network everything here is within mutual TLS, see `tls`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hmac
+import logging
 import secrets
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
+
+from tpserve.collectives.tls import GroupTls, StrangerError, describe
+
+logger = logging.getLogger(__name__)
 
 _HEADER = struct.Struct("!iI")  # rank, bytes that follow
 _MAX_BYTES = 1 << 20
@@ -43,9 +49,11 @@ class Handshake:
     """What the deadlines below were made of, for messages."""
     name: Callable[[int], str] = str
     """What a rank is called in messages."""
+    tls: GroupTls | None = None
+    """None: plain connections, for those that stay on one host."""
 
     def admit(self, door: socket.socket, ranks: Collection[int], deadline: float) -> dict[int, socket.socket]:
-        """Wait until each of `ranks` has come; strangers are turned away.
+        """Wait until each of `ranks` has come; strangers are turned away, which the log tells.
 
         Raises
         ------
@@ -56,18 +64,24 @@ class Handshake:
         while len(peers) < len(ranks):
             try:
                 door.settimeout(_left(deadline))
-                peer, _ = door.accept()
+                peer, origin = door.accept()
             except TimeoutError:
                 for peer in peers.values():
                     peer.close()
                 absent = ", ".join(self.name(rank) for rank in ranks if rank not in peers)
                 own = self.name(self.rank)
                 raise TimeoutError(f"rank {own} waited {self.timeout_s:g} s for rank {absent} to come") from None
-            rank = self._ask(peer, min(deadline, time.monotonic() + _HANDSHAKE_S))
-            if rank is not None and rank in ranks and rank not in peers:
-                peers[rank] = peer
+            try:
+                rank, peer = self._ask(peer, min(deadline, time.monotonic() + _HANDSHAKE_S))
+                if rank not in ranks or rank in peers:
+                    peer.close()
+                    raise StrangerError(f"rank {self.name(rank)} is not awaited here")
+            except StrangerError as error:
+                logger.warning(
+                    "the door of rank %s has turned away who came from %s: %s", self.name(self.rank), origin[0], error
+                )
             else:
-                peer.close()
+                peers[rank] = peer
         return peers
 
     def reach(self, rank: int, address: str, deadline: float) -> socket.socket:
@@ -83,6 +97,8 @@ class Handshake:
             try:
                 with contextlib.ExitStack() as opened:
                     peer = opened.enter_context(socket.create_connection((host, int(port)), timeout=_left(deadline)))
+                    if self.tls is not None:
+                        peer = opened.enter_context(self.tls.connect(peer, rank))
                     _, nonce = _receive(peer, deadline)
                     _send(peer, self.rank, _proof(self.secret, nonce, self.rank), deadline)
                     opened.pop_all()
@@ -93,18 +109,40 @@ class Handshake:
                     f"to answer{why}"
                 ) from None
             except OSError as error:  # nobody listens yet, or there is no way there now
-                why = f" ({error.strerror or error})"
+                why = f" ({describe(error) if isinstance(error, ssl.SSLError) else error.strerror or error})"
                 time.sleep(min(_RETRY_S, max(0.0, deadline - time.monotonic())))
 
-    def _ask(self, peer: socket.socket, deadline: float) -> int | None:
-        """Return the rank that came, or None for a stranger."""
+    def _ask(self, peer: socket.socket, deadline: float) -> tuple[int, socket.socket]:
+        """Return the rank that came, and its connection, which TLS may have replaced.
+
+        Raises
+        ------
+        StrangerError
+            If it is not of this group; it is let go.
+        """
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        try:
-            _send(peer, 0, nonce, deadline)
-            rank, answer = _receive(peer, deadline)
-        except (OSError, ValueError):
-            return None
-        return rank if hmac.compare_digest(answer, _proof(self.secret, nonce, rank)) else None
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(peer)
+            try:
+                if self.tls is not None:
+                    peer.settimeout(_left(deadline))
+                    peer = opened.enter_context(self.tls.accept(peer))
+                _send(peer, 0, nonce, deadline)
+                rank, answer = _receive(peer, deadline)
+            except StrangerError:
+                raise
+            except TimeoutError:
+                raise StrangerError("it did not say in time who it is") from None
+            except OSError as error:
+                raise StrangerError(describe(error)) from None
+            except ValueError as error:
+                raise StrangerError(f"it did not say who it is: {error}") from None
+            if not hmac.compare_digest(answer, _proof(self.secret, nonce, rank)):
+                raise StrangerError("it does not know the group's secret")
+            if isinstance(peer, ssl.SSLSocket) and self.tls is not None:
+                self.tls.require(peer, rank)
+            opened.pop_all()
+            return rank, peer
 
 
 class Rendezvous:
@@ -122,6 +160,8 @@ class Rendezvous:
         Deadline of each exchange, the first of which waits for the slowest process to start.
     door
         Rank 0's listening socket, from `listen`; closed with the rest.
+    tls
+        Of this rank; None: plain connections.
 
     Raises
     ------
@@ -138,6 +178,7 @@ class Rendezvous:
         *,
         timeout_s: float,
         door: socket.socket | None = None,
+        tls: GroupTls | None = None,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
@@ -145,7 +186,7 @@ class Rendezvous:
         self._peers: dict[int, socket.socket] = {}
         self._door = door
         deadline = time.monotonic() + timeout_s
-        handshake = Handshake(rank, secret.encode(), timeout_s)
+        handshake = Handshake(rank, secret.encode(), timeout_s, tls=tls)
         try:
             if rank != 0:
                 self._peers = {0: handshake.reach(0, address, deadline)}

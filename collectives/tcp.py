@@ -1,13 +1,14 @@
 """Collectives between processes of several machines, over TCP: the twin of `cpu` where no memory is shared.
 
 One shot, as there: every rank sends its data to every other and adds all of them in rank order, so the bits are those
-of shared memory. Sent without encryption, like NCCL's: for a network of one's own.
+of shared memory. Within mutual TLS where that was given.
 """
 
 from __future__ import annotations
 
 import select
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -24,9 +25,11 @@ from tpserve.collectives.base import DLPackTensor
 from tpserve.collectives.cpu import CollectiveStats
 from tpserve.collectives.names import ALL_GATHER, ALL_REDUCE
 from tpserve.collectives.rendezvous import Handshake, Rendezvous, listen
+from tpserve.collectives.tls import GroupTls
 
 _HEADER = struct.Struct("!QII")  # call, kind, bytes that follow
 _KINDS = ("all_reduce", "all_gather")
+_LATER = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _SLICE_S = 0.1
 """Upper bound of one wait: whether this rank has left is looked at again."""
 
@@ -48,6 +51,8 @@ class TcpCommunicator:
         Deadline of each wait within a call.
     attach_timeout_s
         Deadline of coming together.
+    tls
+        Of this rank; None: plain connections.
 
     Raises
     ------
@@ -70,6 +75,7 @@ class TcpCommunicator:
         secret: str,
         timeout_s: float,
         attach_timeout_s: float,
+        tls: GroupTls | None = None,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
@@ -80,7 +86,7 @@ class TcpCommunicator:
         self._lock = threading.Lock()
         self._received = [bytearray(_HEADER.size) for _ in range(world_size)]
         self._totals = {kind: [0, 0, 0.0] for kind in _KINDS}
-        handshake = Handshake(rank, secret.encode(), attach_timeout_s)
+        handshake = Handshake(rank, secret.encode(), attach_timeout_s, tls=tls)
         with listen(host) as door:
             doors = rendezvous.exchange(f"{host}:{door.getsockname()[1]}".encode())
             deadline = time.monotonic() + attach_timeout_s
@@ -139,7 +145,8 @@ class TcpCommunicator:
         self._left = True
         for peer in self._peers.values():
             try:
-                peer.shutdown(socket.SHUT_RDWR)
+                # Not the method of TLS, which would let a call that runs now go on without encryption.
+                socket.socket.shutdown(peer, socket.SHUT_RDWR)
             except OSError:  # the other has left before
                 continue
         with self._lock:  # a call that ran has seen it
@@ -200,15 +207,16 @@ class TcpCommunicator:
                 other = self._rank_of[descriptor]
                 try:
                     if events & ~select.POLLIN and other in unsent:
-                        unsent[other] += self._peers[other].send(memoryview(data)[unsent[other] :])
+                        unsent[other] += self._send(other, memoryview(data)[unsent[other] :])
                         if unsent[other] == size:
                             del unsent[other]
-                    if events & ~select.POLLOUT and other in missing:
-                        missing[other] += self._receive(other, missing[other], size, kind)
+                    while events & ~select.POLLOUT and other in missing:
+                        count = self._receive(other, missing[other], size, kind)
+                        missing[other] += count
                         if missing[other] == size:
                             del missing[other]
-                except BlockingIOError:
-                    continue
+                        if not count or not _has_more(self._peers[other]):
+                            break
                 except TimeoutError as error:  # the kernel's own, of a connection that nobody answers on
                     raise TimeoutError(
                         f"rank {self._rank} in {kind}, call {self._call}: rank {other}: {error.strerror}"
@@ -228,9 +236,19 @@ class TcpCommunicator:
             for other, buffer in enumerate(self._received)
         ]
 
+    def _send(self, other: int, data: memoryview) -> int:
+        """Send what can be sent now; return how many bytes that was."""
+        try:
+            return self._peers[other].send(data)
+        except _LATER:
+            return 0  # TLS wants the same bytes again, as they are then
+
     def _receive(self, other: int, at: int, size: int, kind: str) -> int:
         """Take what has come of a rank's message; no byte of its next one, which may be there already."""
-        count = self._peers[other].recv_into(memoryview(self._received[other])[at:size])
+        try:
+            count = self._peers[other].recv_into(memoryview(self._received[other])[at:size])
+        except _LATER:
+            return 0  # TLS has a part of a record, or one of its own
         if not count:
             raise ConnectionResetError
         if at < _HEADER.size <= at + count:
@@ -249,6 +267,11 @@ class TcpCommunicator:
         return RuntimeError(
             f"{kind}, call {self._call} on rank {self._rank}: rank {who} has closed its communicator or died"
         )
+
+
+def _has_more(peer: socket.socket) -> bool:
+    """Tell whether TLS holds bytes that it has decrypted already, of which no poll knows."""
+    return isinstance(peer, ssl.SSLSocket) and peer.pending() > 0
 
 
 def _array(name: str, tensor: DLPackTensor) -> npt.NDArray[np.float32]:

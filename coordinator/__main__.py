@@ -15,7 +15,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -26,7 +26,10 @@ from tpserve.coordinator.cluster import Cluster, ClusterConfig, Placement
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.distribution import Distribute
 from tpserve.coordinator.engine import Engine, EngineConfig
+from tpserve.coordinator.engine_channel import TokenGuard, server_credentials
+from tpserve.coordinator.engine_door import make_door
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.gateway.tls import TlsError
 from tpserve.coordinator.log import LogFormat, configure, take_over_rank_output
 from tpserve.coordinator.metrics import Compat, Metrics
 from tpserve.coordinator.operations import OperationsServer
@@ -76,6 +79,11 @@ class CoordinatorConfig:
     host: str = "127.0.0.1"
     port: int = 0
     """0 takes a free one."""
+    engine_ssl_certfile: str | None = None
+    engine_ssl_keyfile: str | None = None
+    engine_ssl_ca_certs: str | None = None
+    engine_token: str | None = field(default=None, repr=False)
+    """How gateways are met over a network; see `engine_door`. None: without TLS."""
     start_timeout_s: float = 600.0
     step_timeout_s: float = 30.0
     collective_timeout_s: float = 20.0
@@ -88,7 +96,9 @@ class CoordinatorConfig:
     """Where spans are sent; None: nowhere."""
     log_format: LogFormat = "text"
     operations_port: int | None = None
-    """Port of the coordinator's own /metrics and /health, on `host`; None: only gateways have them."""
+    """Port of the coordinator's own /metrics and /health; None: only gateways have them."""
+    operations_host: str | None = None
+    """Where they are; None: on `host`."""
     enable_debug: bool = False
     """Whether a gateway may ask for a trace of steps."""
 
@@ -157,7 +167,7 @@ async def run(
     tell_parent(parent, address=address)
     operations = None
     if config.operations_port is not None:
-        operations = OperationsServer(engine, metrics, config.host, config.operations_port)
+        operations = OperationsServer(engine, metrics, config.operations_host or config.host, config.operations_port)
         operating = asyncio.create_task(operations.serve())
     serving = asyncio.create_task(engine.run())
     stopping = asyncio.create_task(stop.wait())
@@ -210,9 +220,16 @@ def _info(config: CoordinatorConfig, manifest: Manifest) -> engine_pb2.EngineInf
 
 
 async def _listen(config: CoordinatorConfig, service: EngineService) -> tuple[grpc.aio.Server, str]:
-    server = grpc.aio.server(options=_OPTIONS)
+    door = make_door(
+        config.engine_ssl_certfile, config.engine_ssl_keyfile, config.engine_ssl_ca_certs, config.engine_token
+    )
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[] if door is None else [TokenGuard(door.token)])
     engine_pb2_grpc.add_EngineServicer_to_server(service, server)  # type: ignore[no-untyped-call]  # generated
-    port = server.add_insecure_port(f"{config.host}:{config.port}")
+    where = f"{config.host}:{config.port}"
+    if door is None:
+        port = server.add_insecure_port(where)
+    else:
+        port = server.add_secure_port(where, server_credentials(door))
     await server.start()
     return server, f"{config.host}:{port}"
 
@@ -239,7 +256,7 @@ def main() -> int:
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
         return asyncio.run(run(config, manifest, cluster, tracing, parent))
-    except (ClusterError, TracingUnavailable) as error:
+    except (ClusterError, TlsError, TracingUnavailable) as error:
         tell_parent(parent, error=str(error))
         return 1
     finally:

@@ -15,6 +15,7 @@ import grpc.aio
 from tpserve.coordinator.errors import RankLost
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.pb import worker_pb2
+from tpserve.proto.rank import TlsIdentity, rank_tls_name
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class WorkerGroup:
         stall_after_s: float = 5.0,
         on_stall: Callable[[], None] = lambda: None,
         token: str | None = None,
+        tls: TlsIdentity | None = None,
         nodes: Sequence[str] = (),
         names: Sequence[str] = (),
         num_draft_ranks: int = 0,
@@ -83,6 +85,8 @@ class WorkerGroup:
             Called when a stall begins, and again when it ends with a result.
         token
             Shown to every rank.
+        tls
+            By which the ranks know this process, and it them; None: plain connections.
         nodes
             By rank: where it is, empty on the coordinator's own node.
         names
@@ -103,7 +107,7 @@ class WorkerGroup:
         self._on_stall = on_stall
         self._sent_at: dict[int, float] = {}
         self._results: asyncio.Queue[StepResult | RankLost] = asyncio.Queue()
-        self._channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for address in addresses]
+        self._channels = [_open_channel(address, rank, tls) for rank, address in enumerate(addresses)]
         # Plans are serialised once and sent as bytes to every rank.
         self._calls: list[Any] = [_open_stream(channel, token) for channel in self._channels]
         self._readers = [asyncio.create_task(self._read(rank)) for rank in range(len(addresses))]
@@ -230,6 +234,15 @@ class WorkerGroup:
             if stalled is not (age_s > self._stall_after_s):
                 stalled = not stalled
                 self._on_stall()
+
+
+def _open_channel(address: str, rank: int, tls: TlsIdentity | None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(tls.authority, tls.key, tls.certificate)
+    # Ranks are known by their number, wherever they are.
+    options = [*_OPTIONS, ("grpc.ssl_target_name_override", rank_tls_name(rank))]
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 def _open_stream(channel: grpc.aio.Channel, token: str | None) -> Any:

@@ -10,7 +10,7 @@ import select
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,16 @@ from tpserve.coordinator.group_layout import GroupLayout, order
 from tpserve.coordinator.process import make_ray_temp_dir, remove_folder
 from tpserve.coordinator.rank_actor import RankActor
 from tpserve.coordinator.ray_nodes import describe, find_own_node, wait_head_lost
-from tpserve.proto.rank import Door, Place, RankAddress, RankConfig, rank_name
+from tpserve.proto.rank import (
+    COORDINATOR_TLS_NAME,
+    Door,
+    Place,
+    RankAddress,
+    RankConfig,
+    TlsIdentity,
+    rank_name,
+    rank_tls_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +92,8 @@ class Cluster:
         self._head_lost = ""
         """What a cluster that was joined has lost, once it has."""
         self._actors: list[Any] = []
+        self._tls: TlsIdentity | None = None
+        """Of this process, in the present group; None: its ranks are on loopback."""
         self._pidfds: list[int] = []
         """Of the ranks that run on this machine."""
         self._daemons: dict[str, int] = {}
@@ -216,7 +227,7 @@ class Cluster:
         if late:
             ranks = ", ".join(config.name for config, start in zip(configs, starts, strict=True) if start in late)
             raise ClusterError(f"rank {ranks} did not start within {self._config.start_timeout_s:g} s")
-        addresses = [start.result() for start in starts]
+        addresses = [replace(start.result(), tls=self._tls) for start in starts]
         for address in addresses:
             logger.info("rank %s: pid %d on %s", address.name, address.pid, address.node)
             if not address.is_away:
@@ -262,7 +273,19 @@ class Cluster:
             draft_door = await self._open_door(first, layout.hosts[first], "draft")
         if self._num_draft_ranks > 1:
             target_door = await self._open_door(0, layout.hosts[0], "draft")
-        return layout.configs(rendezvous, folders, draft_door, target_door)
+        return layout.configs(rendezvous, folders, draft_door, target_door, tls=self._certify(layout))
+
+    def _certify(self, layout: GroupLayout) -> list[TlsIdentity] | None:
+        """Return a certificate for each rank, which Ray carries there; None if they stay on loopback."""
+        self._tls = None
+        if not layout.leaves_loopback:
+            return None
+        from tpserve.coordinator.group_authority import GroupAuthority  # most groups need none
+
+        logger.info("the ranks listen on their nodes' addresses, within mutual TLS")
+        authority = GroupAuthority()
+        self._tls = authority.issue(COORDINATOR_TLS_NAME)
+        return [authority.issue(rank_tls_name(rank)) for rank in range(self._num_ranks)]
 
     async def _open_door(self, rank: int, host: str, door: Door) -> str:
         """Let a rank open a door; return its address."""

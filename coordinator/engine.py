@@ -331,6 +331,7 @@ class Engine:
             stall_after_s=self._config.stall_after_s,
             on_stall=self._on_stall,
             token=addresses[0].token,
+            tls=addresses[0].tls,
             nodes=[address.node if address.is_away else "" for address in addresses],
             names=[address.name for address in addresses],
             num_draft_ranks=len(addresses) - self._num_model_ranks,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tpserve.coordinator.distribution import with_folders
 from tpserve.coordinator.errors import ClusterError
-from tpserve.proto.rank import Place, RankConfig
+from tpserve.proto.rank import Place, RankConfig, TlsIdentity
 
 
 def order(places: Sequence[Place], own_node_id: str) -> list[int]:
@@ -74,9 +74,14 @@ class GroupLayout:
         return {place.node_id: rank for rank, place in enumerate(self._places) if self._is_away(place)}
 
     @property
+    def leaves_loopback(self) -> bool:
+        """Whether somebody comes to a rank from another node: then all of the group's connections are within TLS."""
+        return bool(self.away) or self.is_across_nodes
+
+    @property
     def hosts(self) -> list[str]:
         """By rank, where it listens: on loopback, unless somebody comes from another node."""
-        if self.away or self.is_across_nodes:
+        if self.leaves_loopback:
             return [place.host for place in self._places]
         return [self._template.host] * len(self._places)
 
@@ -86,7 +91,13 @@ class GroupLayout:
         return self._template.tp_size > 1 and (self._template.device is not None or self.is_across_nodes)
 
     def configs(
-        self, rendezvous: str, folders: Mapping[str, Mapping[str, Path]], draft_door: str = "", target_door: str = ""
+        self,
+        rendezvous: str,
+        folders: Mapping[str, Mapping[str, Path]],
+        draft_door: str = "",
+        target_door: str = "",
+        *,
+        tls: Sequence[TlsIdentity] | None = None,
     ) -> list[RankConfig]:
         """Return what each rank is told.
 
@@ -98,7 +109,11 @@ class GroupLayout:
             What ranks load, by kind, at each node of `away`.
         draft_door, target_door
             See `RankConfig`.
+        tls
+            By rank; needed if the group leaves loopback.
         """
+        if self.leaves_loopback and tls is None:
+            raise ValueError("ranks that listen on a network need certificates")
         configs = []
         for rank, (place, host) in enumerate(zip(self._places, self.hosts, strict=True)):
             device = self._template.device
@@ -106,6 +121,8 @@ class GroupLayout:
                 device = device + rank if place.device is None else place.device
             config = replace(self._template, rank=rank, host=host, device=device, rendezvous=rendezvous)
             config = replace(config, draft_door=draft_door, target_door=target_door)
+            if tls is not None:
+                config = replace(config, tls=tls[rank])
             if self._is_away(place):
                 config = with_folders(replace(config, is_away=True), folders[place.node_id])
             configs.append(config)

@@ -335,6 +335,6 @@ ROUTER_CATALOGUE: tuple[MetricSpec, ...] = (
 ROUTER_BY_NAME = {spec.name: spec for spec in ROUTER_CATALOGUE}
 
 
-def sample_names() -> frozenset[str]:
-    """Return the name of every sample that a scrape can hold."""
-    return frozenset(spec.full_name + suffix for spec in CATALOGUE for suffix in spec.suffixes)
+def sample_names(catalogue: Sequence[MetricSpec] = CATALOGUE) -> frozenset[str]:
+    """Return the name of every sample that a scrape can hold, of a replica if nothing else is said."""
+    return frozenset(spec.full_name + suffix for spec in catalogue for suffix in spec.suffixes)

@@ -30,6 +30,7 @@ from tpserve.coordinator.children import (
     require_free_port,
     spawn_child,
 )
+from tpserve.coordinator.engine_door import EngineDoor, door_fields, own_door
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.gateway.config import ConfigError
 from tpserve.coordinator.gateway.keys import KeyRing
@@ -80,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         server.start()
         return server.watch()
-    except (ServeError, ClusterError, ManifestError) as error:
+    except (ServeError, ClusterError, ManifestError, TlsError) as error:
         # One clear line; what led to it is in the log above.
         if not isinstance(error, AlreadyTold):
             logger.error("tpserve serve: error: %s", error)
@@ -99,6 +100,7 @@ class _Server:
         self._stopping = False
         self._coordinator: subprocess.Popen[str] | None = None
         self._keeper: GatewayKeeper | None = None
+        self._engine_door: EngineDoor | None = None
         self._folders: list[Path] = []
         """Removed in the end."""
 
@@ -119,12 +121,13 @@ class _Server:
         args = self._args
         if args.tp_across_nodes is not None and args.ray_address is None:
             raise ServeError("--tp-across-nodes needs --ray-address: a Ray that is started here has one node")
+        self._engine_door = own_door(args)
         if not args.no_gateway:
             check_doors(args)
             require_free_port("", args.host, args.port)
         require_free_port("engine-", args.engine_host, args.engine_port)
         if args.operations_port is not None:
-            require_free_port("operations-", args.engine_host, args.operations_port)
+            require_free_port("operations-", args.operations_host or args.engine_host, args.operations_port)
         is_ours = args.ray_address is None or args.replica[1] > 1  # all its ranks are on this host
         on_gpu, rank_bytes = self._find_memory() if is_ours else self._find_memory_of_nodes()
         if args.max_num_batched_tokens is None:
@@ -347,6 +350,7 @@ class _Server:
             "ray_temp_dir": ray_temp_dir,
             "drain_timeout_s": args.drain_timeout,
             "metrics_compat": args.metrics_compat,
+            "operations_host": args.operations_host,
             "operations_port": args.operations_port,
             **self._observability(),
             "step_timeout_s": args.step_timeout,
@@ -355,6 +359,7 @@ class _Server:
             "replay_timeout_s": args.replay_timeout,
             "host": args.engine_host,
             "port": args.engine_port,
+            **door_fields(args),
             "parent_pid": os.getpid(),
         }
         self._coordinator = spawn_child("tpserve.coordinator", config, ray_environment(args.ray_address))
@@ -380,6 +385,8 @@ class _Server:
         args = self._args
         config = {
             "engine_address": engine_address,
+            **door_fields(args),
+            "engine_ssl_server_name": None if self._engine_door is None else self._engine_door.server_name,
             "model_dir": folders["model_dir"],
             "served_model_names": names,
             "host": args.host,
@@ -389,6 +396,7 @@ class _Server:
             **self._tls(),
             "allow_origins": args.allow_origins,
             "router_token": args.router_token,
+            "max_connections": args.max_connections,
             "drain_timeout_s": args.drain_timeout,
             **self._observability(),
             "parent_pid": os.getpid(),
@@ -416,9 +424,10 @@ class _Server:
         """Wait until the ranks are up; a group that cannot start ends the coordinator, which is seen here."""
         import grpc  # not needed by a server with a gateway, which waits for that
 
+        from tpserve.coordinator.engine_channel import open_blocking_channel
         from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 
-        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        with open_blocking_channel(address, self._engine_door, [("grpc.enable_http_proxy", 0)]) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]  # generated code
             while not self._stopping:
                 self._raise_if_ended()

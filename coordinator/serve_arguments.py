@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from tpserve.coordinator.engine_door import add_door_arguments
+from tpserve.coordinator.gateway.guard import MAX_CONNECTIONS
 from tpserve.coordinator.gateway.tls import add_tls_arguments
 from tpserve.coordinator.log import LOG_FORMATS
 from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS
@@ -54,19 +56,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the engine alone, without HTTP: prints its address, for `MLCEngine(address=...)`",
     )
     parser.add_argument("--engine-host", default="127.0.0.1", help="where the coordinator listens for gateways")
+    parser.add_argument(
+        "--engine-insecure", action="store_true", help="let --engine-host be on a network without TLS and token"
+    )
     parser.add_argument("--engine-port", type=int, default=0, help="0 takes a free port")
     parser.add_argument(
         "--operations-port",
         type=_positive,
         metavar="PORT",
-        help="the coordinator's own /metrics and /health, on --engine-host (default: only the gateway has them)",
+        help="the coordinator's own /metrics and /health (default: only the gateway has them)",
     )
+    parser.add_argument("--operations-host", help="where they are (default: --engine-host)")
     parser.add_argument("--parent-pid", type=_positive, help=argparse.SUPPRESS)  # of a process that this ends with
     parser.add_argument("--replica", type=_replica, default=(0, 1), help=argparse.SUPPRESS)  # of --replicas: I/N
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
     parser.add_argument(
         "--gateway-processes", type=_positive, default=1, help="processes that share the port, for many clients"
+    )
+    parser.add_argument(
+        "--max-connections",
+        type=_positive,
+        default=MAX_CONNECTIONS,
+        metavar="N",
+        help="of clients at one gateway process at once (%(default)s)",
     )
     parser.add_argument("--served-model-name", nargs="+", help="names clients may use (default: the model's)")
     parser.add_argument("--api-key", action="append", default=[], help="may be given several times")
@@ -86,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"opens POST /admin/rolling-restart with --replicas (or ${ADMIN_VARIABLE})",
     )
     add_tls_arguments(parser)
+    add_door_arguments(parser)
     add_policy_arguments(parser)
     parser.add_argument("--allow-origins", nargs="*", default=[], help="origins for CORS")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")

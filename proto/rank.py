@@ -20,6 +20,26 @@ def rank_name(rank: int, tp_size: int) -> str:
     return str(rank) if rank < tp_size else f"draft {rank - tp_size}"
 
 
+COORDINATOR_TLS_NAME = "coordinator.tpserve"
+"""In the coordinator's certificate, see `TlsIdentity`."""
+
+
+def rank_tls_name(rank: int) -> str:
+    """Return the name in a rank's certificate, see `TlsIdentity`."""
+    return f"rank-{rank}.tpserve"
+
+
+@dataclass(frozen=True, slots=True)
+class TlsIdentity:
+    """By which one process of a group shows others of it who it is, and knows them; all PEM."""
+
+    certificate: bytes
+    key: bytes = field(repr=False)
+    """Of the certificate."""
+    authority: bytes
+    """Certificate of the group's authority, which signs for its members alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankConfig:
     """One rank of a tensor-parallel group, or of its draft's own ranks: those from `tp_size` on."""
@@ -47,6 +67,8 @@ class RankConfig:
     is on another."""
     token: str | None = field(default=None, repr=False)
     """What the coordinator shows with its plans; None takes plans from anybody who reaches `host`."""
+    tls: TlsIdentity | None = field(default=None, repr=False)
+    """With what it takes plans and meets other ranks; None: plain connections, as `host` is loopback."""
     is_away: bool = False
     """Whether this rank is on another node than the coordinator, which then cannot end its process itself."""
     across_nodes: bool = False
@@ -128,6 +150,8 @@ class RankAddress:
     """By which it exchanges activations: shared_memory, tcp, push or nccl; none for a rank alone."""
     draft_rank: int | None = None
     """See `RankConfig`."""
+    tls: TlsIdentity | None = field(default=None, repr=False)
+    """The coordinator's own, which it has added, if the rank takes plans within mutual TLS."""
 
     @property
     def name(self) -> str:

@@ -71,7 +71,7 @@ class Rank:
 
             self._runner = DeviceRunner(config, _log_progress, door=group)
         on_end = _end_soon if config.is_away else None
-        self._server, port = serve(self._runner, config.rank, config.host, config.token, on_end)
+        self._server, port = serve(self._runner, config.rank, config.host, config.token, on_end, config.tls)
         return RankAddress(
             config.rank,
             config.host,

@@ -18,6 +18,7 @@ from tpserve.collectives.push import PushCommunicator
 from tpserve.collectives.rendezvous import Rendezvous
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.device_weights import pinned
+from tpserve.worker.group_tls import group_tls
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,13 @@ class DeviceGroup:
         self._timeout_s = config.collective_timeout_s
         size = config.tp_size
         self._rendezvous = Rendezvous(
-            config.rank, size, config.rendezvous, config.group_name, timeout_s=_START_TIMEOUT_S, door=door
+            config.rank,
+            size,
+            config.rendezvous,
+            config.group_name,
+            timeout_s=_START_TIMEOUT_S,
+            door=door,
+            tls=group_tls(config),
         )
         self._communicator: PushCommunicator | NcclCommunicator
         may_map = config.collectives == "auto" and not config.across_nodes

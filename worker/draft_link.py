@@ -3,8 +3,8 @@
 Each step that runs tokens ends with one message from the model's rank 0 to every rank of the draft: the tokens that it
 emitted. Each step that verifies drafts begins with one from the draft's rank 0 to every rank of the model: the tokens
 that it proposes. A round of both costs some 35 us on one host (benchmarks/draft_link.py). Messages are small, and plans
-few steps ahead, so the system's buffers hold what a rank that works has not read yet. Sent without encryption, as
-activations are between nodes: for a network of one's own.
+few steps ahead, so the system's buffers hold what a rank that works has not read yet. Between nodes they are within
+mutual TLS.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tpserve.collectives.rendezvous import Handshake
 from tpserve.proto.rank import RankConfig, rank_name
 from tpserve.worker.arrays import Array
 from tpserve.worker.errors import PlanError, WorkerError
+from tpserve.worker.group_tls import group_tls
 from tpserve.worker.host_group import attach_timeout_s
 
 _HEADER = struct.Struct("!QIII")  # step, kind, slots, int32 that follow
@@ -126,7 +127,8 @@ class _End:
         self._name = partial(rank_name, tp_size=config.tp_size)
         self._timeout_s = config.collective_timeout_s
         self._attach_s = attach_timeout_s(config.collective_timeout_s)
-        self._handshake = Handshake(config.rank, config.group_name.encode(), self._attach_s, self._name)
+        secret = config.group_name.encode()
+        self._handshake = Handshake(config.rank, secret, self._attach_s, self._name, group_tls(config))
 
     def _admit(self, door: socket.socket | None, ranks: range) -> list[_Peer]:
         if door is None:

@@ -44,7 +44,13 @@ def join(
     communicator: SharedMemoryCommunicator | TcpCommunicator
     if config.rendezvous is not None:
         with Rendezvous(
-            config.rank, config.tp_size, config.rendezvous, config.group_name, timeout_s=within_s, door=door
+            config.rank,
+            config.tp_size,
+            config.rendezvous,
+            config.group_name,
+            timeout_s=within_s,
+            door=door,
+            tls=config.tls,
         ) as rendezvous:
             communicator = TcpCommunicator(
                 rendezvous,
@@ -54,6 +60,7 @@ def join(
                 secret=config.group_name,
                 timeout_s=config.collective_timeout_s,
                 attach_timeout_s=within_s,
+                tls=config.tls,
             )
     else:
         communicator = SharedMemoryCommunicator(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tpserve.collectives.cpu import CollectiveStats
+from tpserve.collectives.tls import GroupTls
 from tpserve.proto.manifest import Manifest
 from tpserve.worker.arrays import Array, aligned_zeros, as_tensor
 from tpserve.worker.host_group import join
@@ -41,6 +42,8 @@ class ModelRank:
     """`host:port` of the first rank's door, if the ranks are on several nodes."""
     host: str = "127.0.0.1"
     """Address at which the other ranks reach this one."""
+    tls: GroupTls | None = None
+    """With what they do; None: plain connections."""
 
 
 class Model:

@@ -18,6 +18,7 @@ from tpserve.worker.batch import Batch, DraftTokens, StepArrays
 from tpserve.worker.draft_link import TargetEnd
 from tpserve.worker.errors import PlanError
 from tpserve.worker.grammar import GrammarFollower
+from tpserve.worker.group_tls import group_tls
 from tpserve.worker.library import check_manifest
 from tpserve.worker.masks import StepMasks
 from tpserve.worker.model import Model, ModelRank, Progress
@@ -76,6 +77,7 @@ class Runner:
                 collective_timeout_s=config.collective_timeout_s,
                 rendezvous=config.rendezvous if config.across_nodes else None,
                 host=config.host,
+                tls=group_tls(config),
             ),
             progress,
             door,

@@ -6,15 +6,17 @@ import hmac
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.pb import worker_pb2, worker_pb2_grpc
+from tpserve.proto.rank import COORDINATOR_TLS_NAME, TlsIdentity
+from tpserve.worker.group_tls import server_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ----------
     token
         What a caller must show; None takes everybody.
+    tls
+        The door's, if it has one: then a caller must be the coordinator by its certificate, too.
     on_end
         Called when a stream has ended, however it did.
     """
@@ -71,7 +75,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         rank: int,
         token: str | None = None,
         on_end: Callable[[], None] | None = None,
+        tls: TlsIdentity | None = None,
     ) -> None:
+        self._tls = tls
         self._runner = runner
         self._rank = rank
         self._token = token
@@ -85,6 +91,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             shown = dict(context.invocation_metadata()).get("authorization", "")
             if not hmac.compare_digest(str(shown).encode(), f"Bearer {self._token}".encode()):
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, "this rank takes plans of its own coordinator alone")
+        if self._tls is not None:
+            peer: Mapping[str, Any] = context.auth_context()  # the stubs have another type than comes
+            names: list[bytes] = list(peer.get("x509_subject_alternative_name", ()))
+            if names != [COORDINATOR_TLS_NAME.encode()]:
+                context.abort(
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    f"this rank takes plans of its coordinator alone, not of {b', '.join(names).decode()}",
+                )
         if self._on_end is not None:
             context.add_callback(self._on_end)
         submitted: queue.SimpleQueue[tuple[int, PendingResult | Exception] | None] = queue.SimpleQueue()
@@ -127,13 +141,20 @@ def serve(
     host: str,
     token: str | None = None,
     on_end: Callable[[], None] | None = None,
+    tls: TlsIdentity | None = None,
 ) -> tuple[grpc.Server, int]:
-    """Start the door on a free port; return the server and the port. See `WorkerService` for `token` and `on_end`."""
+    """Start the door on a free port; return the server and the port.
+
+    With `tls` it takes members of the group alone. See `WorkerService` for `token` and `on_end`.
+    """
     # One stream, one thread: plans run in order, and a second coordinator must wait.
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=1), options=_OPTIONS)
     worker_pb2_grpc.add_WorkerServicer_to_server(  # type: ignore[no-untyped-call]  # generated
-        WorkerService(runner, rank, token, on_end), server
+        WorkerService(runner, rank, token, on_end, tls), server
     )
-    port = server.add_insecure_port(f"{host}:0")
+    if tls is None:
+        port = server.add_insecure_port(f"{host}:0")
+    else:
+        port = server.add_secure_port(f"{host}:0", server_credentials(tls))
     server.start()
     return server, port

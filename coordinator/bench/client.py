@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -61,6 +63,23 @@ class Sent:
     """False if it was interrupted or ran into its time limit."""
 
 
+def trusting(ca_certs: Path | None) -> ssl.SSLContext:
+    """Return what endpoints are believed by: the usual authorities (SSL_CERT_FILE among them) and those of a PEM file.
+
+    Raises
+    ------
+    BenchError
+        If the file cannot be used.
+    """
+    context = httpx.create_ssl_context()
+    if ca_certs is not None:
+        try:
+            context.load_verify_locations(ca_certs)
+        except OSError as error:
+            raise BenchError(f"--ssl-ca-certs {ca_certs} cannot be used: {error}") from None
+    return context
+
+
 class Client:
     """Talks to one OpenAI endpoint.
 
@@ -76,6 +95,8 @@ class Client:
         Of one request, from the first byte sent to the last received.
     clock
         Seconds, monotonic.
+    ca_certs
+        See `trusting`.
     """
 
     def __init__(
@@ -90,6 +111,7 @@ class Client:
         timeout_s: float = 600.0,
         clock: Callable[[], float] = time.perf_counter,
         transport: httpx.AsyncBaseTransport | None = None,
+        ca_certs: Path | None = None,
     ) -> None:
         self.model = model
         self.counts_by_chunk = counts_by_chunk
@@ -106,7 +128,7 @@ class Client:
             base_url=api_root(base_url),
             headers=headers,
             timeout=httpx.Timeout(None, connect=30.0),  # the whole request has one limit, see `send`
-            verify=httpx.create_ssl_context(),  # knows SSL_CERT_FILE
+            verify=trusting(ca_certs),
             trust_env=False,  # a proxy would be measured with it
             transport=transport,
         )

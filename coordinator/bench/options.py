@@ -18,7 +18,17 @@ from tpserve.coordinator.bench.results import Configuration
 from tpserve.coordinator.bench.workload import Workload
 from tpserve.proto.speculation import MAX_DRAFT_TOKENS, METHODS
 
-_NOT_COMPARED = ("output_dir", "resume", "api_key", "tp", "concurrency", "request_rate", "no_chart", "floor")
+_NOT_COMPARED = (
+    "output_dir",
+    "resume",
+    "api_key",
+    "ssl_ca_certs",
+    "tp",
+    "concurrency",
+    "request_rate",
+    "no_chart",
+    "floor",
+)
 """A run may be resumed with others of these: they decide which points there are, not what one is."""
 _NAMED = re.compile(r"([\w.+-]+):\s+(.*)", re.DOTALL)
 _DEFAULT_REQUESTS = 8
@@ -45,6 +55,8 @@ class Options:
     slo: Slo | None
     api: Api
     api_key: str | None
+    ca_certs: Path | None
+    """Authorities besides the usual ones, for `base_url`."""
     ignore_eos: bool
     counts_by_chunk: bool
     timeout_s: float
@@ -111,6 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--spec-method", choices=METHODS, help="proposer, as `tpserve serve` knows them")
     add("--prefix-cache", action="store_true", help="leave the started server's prefix cache on")
     add("--base-url", help="measure this running OpenAI endpoint and start nothing")
+    add("--ssl-ca-certs", type=Path, metavar="PEM", help="authorities of that endpoint, besides the usual ones")
     add("--label", help="name of that endpoint in tables and the chart (default: its address)")
     add("--num-gpus", type=_positive, help="by which throughput is divided (default: the TP degree, or 1)")
     add("--floor", type=_floors, default={}, metavar="TP:MS,..", help="least possible TPOT, to compare with")
@@ -168,6 +181,8 @@ def parse(args: argparse.Namespace) -> Options:
         )
     if (args.spec or args.draft_tp) and not proposes:
         raise BenchError("--spec and --draft-tp need a proposer: give --draft-model, or --spec-method ngram or suffix")
+    if args.ssl_ca_certs is not None and args.base_url is None:
+        raise BenchError("--ssl-ca-certs is for --base-url: a server that is started here is met on loopback")
     if args.request_rate and args.concurrency:
         raise BenchError("give --concurrency or --request-rate, not both")
     if args.dataset == "trace" and (args.request_rate or args.concurrency):
@@ -193,6 +208,7 @@ def parse(args: argparse.Namespace) -> Options:
         slo=args.goodput,
         api=args.endpoint,
         api_key=args.api_key,
+        ca_certs=args.ssl_ca_certs,
         ignore_eos=args.ignore_eos,
         counts_by_chunk=args.usage_by_chunk,
         timeout_s=args.timeout,

@@ -18,7 +18,7 @@ from rich.console import Console
 from tpserve.coordinator.bench import environment
 from tpserve.coordinator.bench.advice import advice
 from tpserve.coordinator.bench.chart import draw, has_matplotlib
-from tpserve.coordinator.bench.client import Client, Load, api_root
+from tpserve.coordinator.bench.client import Client, Load, api_root, trusting
 from tpserve.coordinator.bench.definitions import measure
 from tpserve.coordinator.bench.errors import BenchError
 from tpserve.coordinator.bench.options import Options, comparable
@@ -177,7 +177,7 @@ class Session:
         if configuration.base_url is not None and options.model is not None:
             model = options.model
         else:
-            model = await self._unless_stopped(first_model(url, options.api_key))
+            model = await self._unless_stopped(first_model(url, options.api_key, options.ca_certs))
         client = Client(
             url,
             model,
@@ -188,6 +188,7 @@ class Session:
             timeout_s=options.timeout_s,
             clock=self._clock,
             transport=self._transport,
+            ca_certs=options.ca_certs,
         )
         async with client:
             view.wait_for(f"{configuration.label}: first request")
@@ -211,7 +212,7 @@ class Session:
                     raise BenchError(f"no request succeeded: {next(iter(metrics.errors), 'none was sent')}")
 
     async def _drafts(self, url: str) -> Drafts | None:
-        return await read_drafts(url, self._options.api_key, self._transport)
+        return await read_drafts(url, self._options.api_key, self._transport, trusting(self._options.ca_certs))
 
     def _keep(self, point: Point, view: View) -> None:
         self._run.add(point)
@@ -254,7 +255,7 @@ class Session:
             stopped.cancel()
 
 
-async def first_model(url: str, api_key: str | None) -> str:
+async def first_model(url: str, api_key: str | None, ca_certs: Path | None = None) -> str:
     """Return the first model that an endpoint serves.
 
     Raises
@@ -263,8 +264,8 @@ async def first_model(url: str, api_key: str | None) -> str:
         If it does not say.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    verify = trusting(ca_certs)
     try:
-        verify = httpx.create_ssl_context()
         async with httpx.AsyncClient(trust_env=False, verify=verify, timeout=30, headers=headers) as http:
             reply = await http.get(f"{api_root(url)}/models")
             reply.raise_for_status()

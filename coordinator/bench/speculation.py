@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+
 import httpx
 
 from tpserve.coordinator.draft_counts import Drafts, parse_drafts
@@ -10,7 +12,10 @@ _TIMEOUT_S = 10.0
 
 
 async def read_drafts(
-    base_url: str, api_key: str | None, transport: httpx.AsyncBaseTransport | None = None
+    base_url: str,
+    api_key: str | None,
+    transport: httpx.AsyncBaseTransport | None = None,
+    verify: ssl.SSLContext | None = None,
 ) -> Drafts | None:
     """Return an endpoint's counters; None if it has none, as not every server speculates or shows metrics."""
     url = base_url.rstrip("/").removesuffix("/v1") + "/metrics"
@@ -18,7 +23,7 @@ async def read_drafts(
     try:
         async with httpx.AsyncClient(
             trust_env=False,
-            verify=httpx.create_ssl_context(),
+            verify=verify or httpx.create_ssl_context(),
             timeout=_TIMEOUT_S,
             headers=headers,
             transport=transport,

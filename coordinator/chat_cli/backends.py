@@ -59,12 +59,25 @@ class ServerBackend:
     ----------
     base_url
         With or without `/v1`.
+    ca_certs
+        PEM of authorities that are believed besides the usual ones.
+
+    Raises
+    ------
+    ServerError
+        If `ca_certs` cannot be used.
     """
 
-    def __init__(self, base_url: str, api_key: str | None) -> None:
+    def __init__(self, base_url: str, api_key: str | None, ca_certs: Path | None = None) -> None:
         self._base_url = base_url.rstrip("/").removesuffix("/v1")
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        self._client = httpx.Client(base_url=self._base_url, headers=headers, timeout=_TIMEOUT)
+        verify = httpx.create_ssl_context()
+        if ca_certs is not None:
+            try:
+                verify.load_verify_locations(ca_certs)
+            except OSError as error:
+                raise ServerError(f"--ssl-ca-certs {ca_certs} cannot be used: {error}") from None
+        self._client = httpx.Client(base_url=self._base_url, headers=headers, timeout=_TIMEOUT, verify=verify)
 
     def default_model(self) -> str:
         """Return the first name the server serves.

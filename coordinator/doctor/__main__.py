@@ -22,6 +22,7 @@ from tpserve.coordinator.doctor.host import (
     check_shared_memory,
 )
 from tpserve.coordinator.doctor.model import check_model
+from tpserve.coordinator.doctor.network import check_network
 from tpserve.coordinator.doctor.software import check_compiler, check_python, check_ray
 from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS
 
@@ -36,6 +37,7 @@ CHECKS: tuple[Check, ...] = (
     check_disks,
     check_model,
     check_ray,
+    check_network,
 )
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

@@ -21,7 +21,7 @@ import uvicorn
 from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.config import ConfigError, GatewayConfig
 from tpserve.coordinator.gateway.errors import EngineUnavailable
-from tpserve.coordinator.gateway.guard import guarded_protocol
+from tpserve.coordinator.gateway.guard import connection_limit, guarded_protocol
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tls import TlsError, TlsFiles, TlsServer, url_of
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             service = Service.load(config)
-        except (ModelFilesError, TracingUnavailable) as error:
+        except (ModelFilesError, TracingUnavailable, TlsError) as error:
             return _fail(str(error))
         try:
             tls = config.tls_files()
@@ -114,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
         uvicorn_config = uvicorn.Config(
             app,
             loop="uvloop",
-            http=guarded_protocol(config.header_timeout_s, config.write_timeout_s),
+            http=guarded_protocol(
+                config.header_timeout_s, config.write_timeout_s, connection_limit(config.max_connections)
+            ),
             ws="none",
             lifespan="on",
             log_config=None,

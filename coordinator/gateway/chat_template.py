@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +14,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
 from tpserve.coordinator.gateway.errors import InvalidRequest
@@ -19,6 +22,9 @@ from tpserve.coordinator.gateway.tokenizer import ModelFilesError, read_json
 from tpserve.coordinator.gateway.tools.formats import format_of
 from tpserve.coordinator.gateway.tools.parser import THINK
 from tpserve.coordinator.gateway.tools.prompt import write_tools
+
+RENDER_TIMEOUT_S = 5.0
+"""A prompt of a hundred thousand messages takes a second; nothing else is answered meanwhile."""
 
 
 class ChatTemplate:
@@ -32,6 +38,8 @@ class ChatTemplate:
         Variables such as `bos_token` and `eos_token`.
     tool_source
         Used instead of `source` where there are tools, in folders that ship one for each.
+    timeout_s
+        Of one rendering.
 
     Attributes
     ----------
@@ -46,8 +54,16 @@ class ChatTemplate:
         If the template does not compile.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str], tool_source: str | None = None) -> None:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    def __init__(
+        self,
+        source: str,
+        special_tokens: dict[str, str],
+        tool_source: str | None = None,
+        *,
+        timeout_s: float = RENDER_TIMEOUT_S,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._environment = environment = _TimedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _to_json
@@ -111,7 +127,7 @@ class ChatTemplate:
         Raises
         ------
         InvalidRequest
-            If the template refuses the messages.
+            If the template refuses the messages, or takes too long over them.
         """
         if not self._knows_tools:
             messages = write_tools(messages, tools or ())
@@ -119,13 +135,60 @@ class ChatTemplate:
             variables = {**(variables or {}), "tools": tools}
         template = self._tool_template if tools else self._template
         given = {**(variables or {}), **self._special_tokens, "messages": messages, "add_generation_prompt": True}
+        self._environment.deadline = time.monotonic() + self._timeout_s
         try:
             return template.render(given)
+        except _TooLongError:
+            raise InvalidRequest(
+                f"The model's chat template did not end within {self._timeout_s:g} s: send fewer or shorter messages, "
+                "or other chat_template_kwargs",
+                param="messages",
+            ) from None
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             # What the template is given comes from the client alone, so its failure is the request's.
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from None
+
+
+class _TooLongError(Exception):
+    """The deadline has passed."""
+
+
+class _TimedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Ends a rendering at its deadline: all that it reads, calls and writes comes through here, in each turn of a loop.
+
+    A single filter, and a loop within a macro that only writes, run to their end.
+    """
+
+    deadline = 0.0
+
+    def _check(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise _TooLongError
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """See jinja2."""
+        self._check()
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """See jinja2."""
+        self._check()
+        return super().getitem(obj, argument)
+
+    def concat(self, parts: Iterable[str]) -> str:
+        """See jinja2."""
+        found = []
+        for part in parts:
+            self._check()
+            found.append(part)
+        return "".join(found)
+
+    def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """See jinja2."""
+        self._check()
+        return super().call(context, obj, *args, **kwargs)
 
 
 def special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:

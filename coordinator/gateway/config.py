@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Self
 
+from tpserve.coordinator.engine_door import TOKEN_VARIABLE, EngineDoor, make_door
+from tpserve.coordinator.gateway.guard import MAX_CONNECTIONS
 from tpserve.coordinator.gateway.tls import TlsFiles, tls_files
 from tpserve.coordinator.log import LOG_FORMATS
 
@@ -31,6 +34,15 @@ class GatewayConfig:
     """0 takes a free port; the log says which."""
     listen_fd: int | None = None
     """A bound socket of the parent, which several gateways share; it wins over host and port."""
+    engine_ssl_certfile: str | None = None
+    """By which the coordinator knows this gateway, on a network; see `engine_door` for this and the next."""
+    engine_ssl_keyfile: str | None = None
+    engine_ssl_ca_certs: str | None = None
+    """Authorities of the coordinator's certificate."""
+    engine_ssl_server_name: str | None = None
+    """Name in it, if it is not the host of `engine_address`."""
+    engine_token: str | None = None
+    """Shared with the coordinator; None takes it from the environment."""
     api_keys: tuple[str, ...] = ()
     """Any of them opens /v1; empty leaves it open."""
     api_key_file: str | None = None
@@ -48,6 +60,8 @@ class GatewayConfig:
     allow_origins: tuple[str, ...] = ()
     """Origins for CORS; `*` is any; empty turns CORS off."""
     max_body_bytes: int = 16 * 2**20
+    max_connections: int = MAX_CONNECTIONS
+    """Held at once, or as many as there are files for; then idle ones are closed, and without any, new ones refused."""
     header_timeout_s: float = 30.0
     """A connection must send a request's headers within this time; one that waits between requests may stay longer."""
     body_timeout_s: float = 30.0
@@ -89,7 +103,11 @@ class GatewayConfig:
             raise ConfigError("api_keys holds an empty key: leave the list empty to serve without keys")
         if self.router_token == "":
             raise ConfigError("router_token is empty: leave it out to serve without a router")
-        for name in ("max_body_bytes", *(f.name for f in dataclasses.fields(self) if f.name.endswith("_s"))):
+        for name in (
+            "max_body_bytes",
+            "max_connections",
+            *(f.name for f in dataclasses.fields(self) if f.name.endswith("_s")),
+        ):
             value = getattr(self, name)
             if not 0 <= value < math.inf or (value == 0 and name != "drain_timeout_s"):
                 raise ConfigError(f"{name} is {value}: it must be positive and finite")
@@ -112,6 +130,22 @@ class GatewayConfig:
             self.ssl_keyfile_password_file,
             self.ssl_ca_certs,
             self.ssl_client_auth,
+        )
+
+    def engine_door(self) -> EngineDoor | None:
+        """Return how the coordinator is met; None is without TLS.
+
+        Raises
+        ------
+        TlsError
+            If the files cannot be used, or something is missing.
+        """
+        return make_door(
+            self.engine_ssl_certfile,
+            self.engine_ssl_keyfile,
+            self.engine_ssl_ca_certs,
+            self.engine_token or os.environ.get(TOKEN_VARIABLE),
+            self.engine_ssl_server_name,
         )
 
     @classmethod

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import grpc
 import grpc.aio
 
+from tpserve.coordinator.engine_channel import explain, open_channel
+from tpserve.coordinator.engine_door import EngineDoor
 from tpserve.coordinator.gateway.engine_types import (
     EngineInfo,
     EngineRequest,
@@ -54,6 +56,8 @@ class EngineClient:
         Silence after which the session is given up.
     traceparent
         Returns the W3C trace context of the request being submitted; None: requests are not traced.
+    door
+        How the coordinator is met over a network; None: without TLS.
     """
 
     def __init__(
@@ -63,8 +67,10 @@ class EngineClient:
         rpc_timeout_s: float,
         session_timeout_s: float,
         traceparent: Callable[[], str] | None = None,
+        door: EngineDoor | None = None,
     ) -> None:
         self._address = address
+        self._door = door
         self._traceparent = traceparent
         self._rpc_timeout_s = rpc_timeout_s
         self._session_timeout_s = session_timeout_s
@@ -224,27 +230,34 @@ class EngineClient:
         """Hold a session; after its end, try again."""
         backoff_s = FIRST_BACKOFF_S
         while True:
-            async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
-                stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]  # generated code
-                try:
-                    info = await stub.Describe(
-                        engine_pb2.DescribeRequest(), timeout=self._rpc_timeout_s, wait_for_ready=True
-                    )
-                    self._info = EngineInfo(info.max_model_len, info.vocab_size, info.version)
-                    self._set_state(EngineState.from_pb(info.state))
-                    backoff_s = FIRST_BACKOFF_S
-                    logger.info("session with the coordinator at %s: %s", self._address, self._state.status.value)
-                    await self._session(stub)
-                    reason = "the coordinator ended the session"
-                except grpc.aio.AioRpcError as error:
-                    reason = f"{error.code().name}: {error.details()}"
-                except _SessionSilent as error:
-                    reason = str(error)
-                except Exception as fault:  # no message may keep the gateway from a new session
-                    logger.exception("the session with the coordinator failed")
-                    reason = repr(fault)
-                finally:
-                    self._lose_session()
+            try:
+                channel = open_channel(self._address, self._door, CHANNEL_OPTIONS)
+            except OSError as error:  # files that are just being replaced
+                reason = f"the files of --engine-ssl-* cannot be read: {error}"
+            else:
+                async with channel:
+                    stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]  # generated code
+                    try:
+                        info = await stub.Describe(
+                            engine_pb2.DescribeRequest(), timeout=self._rpc_timeout_s, wait_for_ready=True
+                        )
+                        self._info = EngineInfo(info.max_model_len, info.vocab_size, info.version)
+                        self._set_state(EngineState.from_pb(info.state))
+                        backoff_s = FIRST_BACKOFF_S
+                        logger.info("session with the coordinator at %s: %s", self._address, self._state.status.value)
+                        await self._session(stub)
+                        reason = "the coordinator ended the session"
+                    except grpc.aio.AioRpcError as error:
+                        reason = f"{error.code().name}: {error.details()}"
+                        if why := await explain(self._address, self._door):
+                            reason = f"{why} ({reason})"
+                    except _SessionSilent as error:
+                        reason = str(error)
+                    except Exception as fault:  # no message may keep the gateway from a new session
+                        logger.exception("the session with the coordinator failed")
+                        reason = repr(fault)
+                    finally:
+                        self._lose_session()
             logger.warning("no session with the coordinator at %s (%s)", self._address, reason)
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

@@ -1,12 +1,15 @@
 """One HTTP connection with deadlines: for headers that do not come, and for a client that does not read.
 
-uvicorn has a deadline for idle connections alone, and no limit on headers. Bodies have theirs in `limited_body`.
+uvicorn has a deadline for idle connections alone, and no limit on headers. Bodies have theirs in `limited_body`. Nor
+does it bound connections: without files left, none is taken for a second, and none that holds one is let go.
 """
 
 from __future__ import annotations
 
 import asyncio
 import http
+import logging
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -15,23 +18,49 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tpserve.coordinator.gateway.errors import error_object
 
+logger = logging.getLogger(__name__)
+
 HEADER_TIMEOUT_S = 30.0
 """From the first byte of a connection or a request to the end of its headers."""
 WRITE_TIMEOUT_S = 60.0
 """Without a byte read by the client while its answer waits."""
 MAX_HEADER_BYTES = 64 * 1024
+MAX_CONNECTIONS = 4096
+"""Of one process."""
+_OTHER_FILES = 128
+"""Of a process, besides connections of clients."""
 _LINGER_S = 5.0
 """A client that was answered before its body was read may send so long: closing at once could cost it the answer."""
 
 
+def connection_limit(wanted: int, files_each: int = 1) -> int:
+    """Return how many connections this process may hold: `wanted`, or as many as it may have files for.
+
+    Parameters
+    ----------
+    files_each
+        A router has a connection to a replica besides.
+    """
+    num_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if num_files == resource.RLIM_INFINITY:
+        return wanted
+    most = max(1, (num_files - min(_OTHER_FILES, num_files // 2)) // files_each)
+    if most < wanted:
+        logger.info("at most %d connections at once, as this process may open %d files (ulimit -n)", most, num_files)
+    return min(wanted, most)
+
+
 def guarded_protocol(
-    header_timeout_s: float = HEADER_TIMEOUT_S, write_timeout_s: float = WRITE_TIMEOUT_S
+    header_timeout_s: float = HEADER_TIMEOUT_S,
+    write_timeout_s: float = WRITE_TIMEOUT_S,
+    max_connections: int = MAX_CONNECTIONS,
 ) -> type[GuardedProtocol]:
-    """Return the protocol class for uvicorn's `http` with these deadlines."""
+    """Return the protocol class for uvicorn's `http` with these deadlines and this limit."""
 
     class Protocol(GuardedProtocol):
         header_timeout = header_timeout_s
         write_timeout = write_timeout_s
+        most_connections = max_connections
 
     return Protocol
 
@@ -41,6 +70,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     header_timeout = HEADER_TIMEOUT_S
     write_timeout = WRITE_TIMEOUT_S
+    most_connections = MAX_CONNECTIONS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,6 +89,23 @@ class GuardedProtocol(HttpToolsProtocol):
         """See asyncio.Protocol."""
         super().connection_made(transport)
         self._arm_head_timer()
+        if len(self.connections) > self.most_connections and not self._let_idle_go():
+            message = f"The server has {self.most_connections} connections already, and all are in use"
+            self._refuse(503, message, "too_many_connections", "server_error", "retry-after: 1\r\n")
+
+    def _let_idle_go(self) -> bool:
+        """Close a connection that is kept for a next request, which clients must expect; tell whether there is one."""
+        for other in self.connections:
+            if isinstance(other, GuardedProtocol) and other.is_idle:
+                other.transport.close()
+                return True
+        return False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has had an answer, and nothing of a next request has come."""
+        between = self._is_in_head and not self._head_bytes and not self._is_answering
+        return between and self._num_changes > 0 and not self.transport.is_closing()
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
@@ -104,13 +151,15 @@ class GuardedProtocol(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _refuse(self, status: int, message: str, code: str) -> None:
+    def _refuse(
+        self, status: int, message: str, code: str, kind: str = "invalid_request_error", headers: str = ""
+    ) -> None:
         """Say why in OpenAI's form and close; not in the middle of another answer."""
         if not self._is_answering and not self.transport.is_closing():
-            body = orjson.dumps(error_object(message, "invalid_request_error", code=code))
+            body = orjson.dumps(error_object(message, kind, code=code))
             head = (
                 f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nconnection: close\r\n"
-                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{headers}\r\n"
             )
             self.transport.write(head.encode() + body)
         self._close()

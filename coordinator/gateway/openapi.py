@@ -37,6 +37,7 @@ _CAUSES = {
     400: "The request can never succeed as it is; `error.param` names the field.",
     401: "The API key is missing or wrong.",
     404: "The model, or what else the path names, is not here.",
+    408: "The headers or the body did not come in time.",
     413: "The body is larger than the server's limit.",
     429: "The queue is full; come back after `Retry-After` seconds.",
     500: "A fault of the server; its log says more.",
@@ -67,8 +68,8 @@ class Operation:
     """Whether an API key opens it, if the server has any."""
 
 
-_ENGINE = (400, 401, 404, 413, 429, 500, 503, 504)
-_TEXT = (400, 401, 404, 413, 500, 503)
+_ENGINE = (400, 401, 404, 408, 413, 429, 500, 503, 504)
+_TEXT = (400, 401, 404, 408, 413, 500, 503)
 _PROBE = {
     "name": "probe",
     "in": "path",

@@ -69,6 +69,8 @@ class Service:
             If the model folder is not usable.
         TracingUnavailable
             If spans cannot be sent.
+        TlsError
+            If the files of the engine's port cannot be used.
         """
         tracing = None if config.otlp_traces_endpoint is None else Tracing(config.otlp_traces_endpoint, "gateway")
         engine = EngineClient(
@@ -76,6 +78,7 @@ class Service:
             rpc_timeout_s=config.rpc_timeout_s,
             session_timeout_s=config.session_timeout_s,
             traceparent=tracing.traceparent if tracing is not None else None,
+            door=config.engine_door(),
         )
         model = ServedModel.load(Path(config.model_dir))
         return cls(config, model, engine, HttpMetrics(), GrammarChecker(config.model_dir), tracing)

@@ -43,6 +43,8 @@ class TlsFiles:
     """Whose client certificates are taken, PEM."""
     client_auth: ClientAuth = "none"
     """Whether clients must show a certificate."""
+    flags: str = "--ssl-"
+    """How the flags begin that named them, for messages."""
 
     def context(self) -> ssl.SSLContext:
         """Return what new connections are made with.
@@ -60,20 +62,20 @@ class TlsFiles:
             try:
                 password = self.keyfile_password_file.read_text().rstrip("\r\n")
             except (OSError, UnicodeDecodeError) as error:
-                raise TlsError(f"--ssl-keyfile-password-file {self.keyfile_password_file}: {error}") from None
+                raise TlsError(f"{self.flags}keyfile-password-file {self.keyfile_password_file}: {error}") from None
         try:
             # Without a password OpenSSL would ask the terminal.
             context.load_cert_chain(self.certfile, self.keyfile, lambda: password)
         except (OSError, ValueError) as error:  # an SSLError is an OSError
             raise TlsError(
-                f"--ssl-certfile {self.certfile} with --ssl-keyfile {self.keyfile or self.certfile} cannot be used: "
-                f"{error}"
+                f"{self.flags}certfile {self.certfile} with {self.flags}keyfile {self.keyfile or self.certfile} cannot "
+                f"be used: {error}"
             ) from None
         if self.ca_certs is not None:
             try:
                 context.load_verify_locations(self.ca_certs)
             except OSError as error:
-                raise TlsError(f"--ssl-ca-certs {self.ca_certs} cannot be used: {error}") from None
+                raise TlsError(f"{self.flags}ca-certs {self.ca_certs} cannot be used: {error}") from None
         context.verify_mode = {
             "none": ssl.CERT_NONE,
             "optional": ssl.CERT_OPTIONAL,

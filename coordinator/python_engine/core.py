@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 import grpc
 import pydantic
 
+from tpserve.coordinator.engine_channel import explain, open_blocking_channel
+from tpserve.coordinator.engine_door import DOOR_FIELDS
 from tpserve.coordinator.gateway import chat, completions
 from tpserve.coordinator.gateway.answers import ChatCompletion, ChatCompletionChunk, Completion
 from tpserve.coordinator.gateway.config import GatewayConfig
@@ -21,15 +23,17 @@ from tpserve.coordinator.gateway.engine_types import EngineStatus
 from tpserve.coordinator.gateway.metrics import samples_by_name
 from tpserve.coordinator.gateway.protocol import ChatCompletionRequest, CompletionRequest
 from tpserve.coordinator.gateway.service import Service
+from tpserve.coordinator.gateway.tls import TlsError
 from tpserve.coordinator.gateway.tokenizer import ModelFilesError
 from tpserve.coordinator.python_engine.door import Handler, LocalDoor, to_body
 from tpserve.coordinator.python_engine.errors import EngineError
-from tpserve.coordinator.python_engine.launcher import Launcher, serve_arguments
+from tpserve.coordinator.python_engine.launcher import Launcher, own_door_fields, serve_arguments
 from tpserve.coordinator.python_engine.loop import BackgroundLoop, shared_loop
 from tpserve.coordinator.serve import default_names
 from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 
 _POLL_S = 0.02
+_WRONG_ADDRESS = "it must be the address that `tpserve serve` logs as 'The engine listens at'"
 _CALL_TIMEOUT_S = 30.0
 """Of what needs no tokens: metrics, closing the session."""
 
@@ -90,7 +94,8 @@ class Core:
     address
         `host:port` of a running engine. None starts one.
     options
-        Keyword forms of the flags of `tpserve serve`.
+        Keyword forms of the flags of `tpserve serve`; with `address`, only those of the engine's port:
+        `engine_ssl_certfile`, `engine_ssl_keyfile`, `engine_ssl_ca_certs` and `engine_token`.
     start_timeout_s
         Until the engine takes requests; compiling is in it.
     log_file
@@ -121,19 +126,23 @@ class Core:
         if address is None:
             if model is None:
                 raise TypeError("give the model to serve, or the address of a running engine")
+            token = options.pop("engine_token", None)
             arguments = serve_arguments(str(model), options)
-            self._launcher = Launcher(arguments, None if log_file is None else Path(log_file))
+            own_fields = own_door_fields(arguments, token)
+            self._launcher = Launcher(arguments, None if log_file is None else Path(log_file), engine_token=token)
             self._launcher.start(self.loop, start_timeout_s)
             config = GatewayConfig(
                 self._launcher.facts["address"],
                 self._launcher.facts["model_dir"],
                 _names(str(model), options.get("served_model_name")),
+                **own_fields,
                 enable_debug=bool(options.get("enable_debug", False)),
             )
         else:
+            door_fields = {name: options.pop(name) for name in DOOR_FIELDS if name in options}
             if options:
                 raise TypeError(f"{min(options)!r} is for an engine that is started here, not for one at an address")
-            config = _attached_config(address, None if model is None else str(model), start_timeout_s)
+            config = self._attach(address, None if model is None else str(model), start_timeout_s, door_fields)
         try:
             self._service = Service.load(config)
             self.door = LocalDoor(self._service)
@@ -179,6 +188,32 @@ class Core:
         if self._launcher is not None:
             self._launcher.stop(self._drain_s)
 
+    def _attach(self, address: str, model: str | None, timeout_s: float, door_fields: dict[str, Any]) -> GatewayConfig:
+        """Ask a running engine what it serves."""
+        fields: dict[str, Any] = {name: None if value is None else str(value) for name, value in door_fields.items()}
+        try:
+            door = GatewayConfig(address, "", _names(model or address, None), **fields).engine_door()
+        except TlsError as error:
+            raise EngineError(str(error)) from None
+        try:
+            with open_blocking_channel(address, door, CHANNEL_OPTIONS) as channel:
+                stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]  # generated code
+                info = stub.Describe(engine_pb2.DescribeRequest(), timeout=timeout_s, wait_for_ready=True)
+        except grpc.RpcError as error:
+            code = error.code().name if isinstance(error, grpc.Call) else "failed"
+            why = self.loop.run(explain(address, door), timeout_s=_CALL_TIMEOUT_S)
+            raise EngineError(
+                f"no engine answers at {address} within {timeout_s:g} s ({code}): {why or _WRONG_ADDRESS}"
+            ) from None
+        given = model is not None and (Path(model) / "tokenizer.json").is_file()
+        model_dir = Path(model) if model is not None and given else Path(info.model_dir)
+        if not model_dir.is_dir():
+            raise EngineError(
+                f"the engine at {address} has its model in {model_dir}, which is not on this machine: give a folder "
+                "with the model's tokenizer as `model`"
+            )
+        return GatewayConfig(address, str(model_dir), _names(model or str(model_dir), None), **fields)
+
     async def _open(self, timeout_s: float) -> None:
         """Open the session and wait until the engine takes requests."""
         engine = self._service.engine
@@ -209,28 +244,6 @@ class Core:
             put(end)
 
         self.loop.submit(run())
-
-
-def _attached_config(address: str, model: str | None, timeout_s: float) -> GatewayConfig:
-    """Ask a running engine what it serves."""
-    try:
-        with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-            stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]  # generated code
-            info = stub.Describe(engine_pb2.DescribeRequest(), timeout=timeout_s, wait_for_ready=True)
-    except grpc.RpcError as error:
-        code = error.code().name if isinstance(error, grpc.Call) else "failed"
-        raise EngineError(
-            f"no engine answers at {address} within {timeout_s:g} s ({code}): it must be the address that "
-            "`tpserve serve` logs as 'The engine listens at'"
-        ) from None
-    given = model is not None and (Path(model) / "tokenizer.json").is_file()
-    model_dir = Path(model) if model is not None and given else Path(info.model_dir)
-    if not model_dir.is_dir():
-        raise EngineError(
-            f"the engine at {address} has its model in {model_dir}, which is not on this machine: give a folder with "
-            "the model's tokenizer as `model`"
-        )
-    return GatewayConfig(address, str(model_dir), _names(model or str(model_dir), None))
 
 
 def _names(model: str, served: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:

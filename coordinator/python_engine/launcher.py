@@ -14,13 +14,23 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tpserve.coordinator.engine_door import TOKEN_VARIABLE, door_fields, own_door
+from tpserve.coordinator.gateway.tls import TlsError
 from tpserve.coordinator.python_engine.errors import EngineError
 from tpserve.coordinator.python_engine.loop import BackgroundLoop
 from tpserve.coordinator.serve_arguments import add_arguments
 
 HTTP_OPTIONS = (
     *("host", "port", "api_key", "api_key_file", "allow_origins", "gateway_processes", "no_gateway", "parent_pid"),
-    *("limits_dir", "ssl_certfile", "ssl_keyfile", "ssl_keyfile_password_file", "ssl_ca_certs", "ssl_client_auth"),
+    *(
+        "limits_dir",
+        "max_connections",
+        "ssl_certfile",
+        "ssl_keyfile",
+        "ssl_keyfile_password_file",
+        "ssl_ca_certs",
+        "ssl_client_auth",
+    ),
 )
 """Options of `tpserve serve` that mean nothing to an engine without a gateway."""
 
@@ -77,6 +87,24 @@ def options_of_flags(model: str, flags: list[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(parser.parse_args([model, *flags])).items() if value != defaults[name]}
 
 
+def own_door_fields(arguments: list[str], token: str | None) -> dict[str, Any]:
+    """Return how the engine that these arguments start is met, as fields of a gateway's configuration.
+
+    Raises
+    ------
+    EngineError
+        If its port would be open to a network, or a file cannot be used.
+    """
+    args = _parser().parse_args(arguments)
+    if token is not None:
+        args.engine_token = token
+    try:
+        door = own_door(args)
+    except TlsError as error:
+        raise EngineError(str(error)) from None
+    return {**door_fields(args), "engine_ssl_server_name": None if door is None else door.server_name}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -97,9 +125,12 @@ class Launcher:
         As `serve_arguments` returns them.
     log_file
         Gets what the engine logs; None is this process's standard error.
+    engine_token
+        Goes by the environment: everybody can read a process's arguments.
     """
 
-    def __init__(self, arguments: list[str], log_file: Path | None) -> None:
+    def __init__(self, arguments: list[str], log_file: Path | None, engine_token: str | None = None) -> None:
+        self._environ = {} if engine_token is None else {TOKEN_VARIABLE: engine_token}
         self._arguments = arguments
         self._log_file = log_file
         self._process: subprocess.Popen[str] | None = None
@@ -161,7 +192,7 @@ class Launcher:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, "PYTHONPATH": _python_path()},
+                env={**os.environ, "PYTHONPATH": _python_path(), **self._environ},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the engine
             )
         finally:

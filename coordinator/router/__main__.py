@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from tpserve.coordinator.gateway.guard import guarded_protocol
+from tpserve.coordinator.gateway.guard import MAX_CONNECTIONS, connection_limit, guarded_protocol
 from tpserve.coordinator.gateway.tls import TlsError, TlsFiles, TlsServer, add_tls_arguments, tls_files_of, url_of
 from tpserve.coordinator.log import LOG_FORMATS, configure
 from tpserve.coordinator.process import bind, end_with_parent, tell_parent
@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
+    parser.add_argument(
+        "--max-connections", type=int, default=MAX_CONNECTIONS, metavar="N", help="of clients at once (%(default)s)"
+    )
     add_policy_arguments(parser)
     add_tls_arguments(parser)
     parser.add_argument("--health-interval", type=float, default=default.health_interval_s, metavar="SECONDS")
@@ -138,7 +141,7 @@ def main(args: argparse.Namespace) -> int:
         uvicorn_config = uvicorn.Config(
             router,
             loop="uvloop",
-            http=guarded_protocol(),
+            http=guarded_protocol(max_connections=connection_limit(args.max_connections, files_each=2)),
             ws="none",
             lifespan="on",
             log_config=None,

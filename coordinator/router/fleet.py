@@ -214,6 +214,7 @@ class Fleet:
         for port in self._ports:
             command += ["--backend", f"http://127.0.0.1:{port}"]
         command += ["--policy", args.policy, "--max-queued", str(args.max_queued), "--max-moves", str(args.max_moves)]
+        command += ["--max-connections", str(args.max_connections)]
         command += ["--max-inflight-per-backend", str(args.max_inflight_per_backend)]
         command += ["--queue-timeout", str(args.queue_timeout), "--drain-timeout", str(args.drain_timeout)]
         command += ["--log-format", args.log_format, "--merge-metrics", "--parent-pid", str(os.getpid())]

@@ -416,13 +416,89 @@ COLLECTIVES = Board(
     ),
 )
 
-BOARDS = (OVERVIEW, LATENCY, SCHEDULER, SPECULATION, COLLECTIVES)
+
+def _router_rate(name: str, by: str = "", where: str = "") -> str:
+    """Return the summed rate of a router's counter; routers know no model."""
+    group = f" by ({by})" if by else ""
+    return f"sum{group} (rate(tpserve_router_{name}{{{where}}}{RATE}))"
+
+
+def _router_quantiles(name: str) -> tuple[tuple[str, str], ...]:
+    """Return the quantiles of a router's histogram."""
+    buckets = f"sum by (le) (rate(tpserve_router_{name}_bucket{RATE}))"
+    return tuple((f"histogram_quantile({q}, {buckets})", f"p{q * 100:g}") for q in _QUANTILES)
+
+
+ROUTER = Board(
+    "tpserve-router",
+    "tpserve / router",
+    (
+        Panel("Answers", "reqps", ((_router_rate("requests_total", "route, code"), "{{route}} {{code}}"),)),
+        Panel("Request duration", "s", _router_quantiles("request_duration_seconds"), "To the end of the answer."),
+        Panel("Waiting for a replica with room", "s", _router_quantiles("queue_seconds")),
+        Panel(
+            "Requests",
+            "short",
+            (("sum (tpserve_router_backend_in_flight)", "at replicas"), ("sum (tpserve_router_queued)", "waiting")),
+        ),
+        Panel(
+            "Refused",
+            "reqps",
+            ((_router_rate("rejections_total", "reason"), "{{reason}}"),),
+            "With 429 or 503: no replica took them.",
+        ),
+        Panel(
+            "Replicas that are ready",
+            "short",
+            (("min by (backend) (tpserve_router_backend_ready)", "{{backend}}"),),
+            "0 if any router finds it not ready.",
+        ),
+        Panel(
+            "In flight by replica", "short", (("sum by (backend) (tpserve_router_backend_in_flight)", "{{backend}}"),)
+        ),
+        Panel(
+            "Requests by replica",
+            "reqps",
+            ((_router_rate("backend_requests_total", "backend, outcome"), "{{backend}} {{outcome}}"),),
+            "lost: the replica broke off; left: the client did.",
+        ),
+        Panel(
+            "Circuit breakers",
+            "short",
+            (('max by (backend, state) (tpserve_router_breaker_state{state!="closed"})', "{{backend}} {{state}}"),),
+            "1 while a replica is left alone (open), or tried again (half_open).",
+        ),
+        Panel(
+            "Breakers opened",
+            "short",
+            (
+                (
+                    'sum by (backend) (increase(tpserve_router_breaker_changes_total{state="open"}[10m]))',
+                    "{{backend}} in 10 min",
+                ),
+            ),
+        ),
+        Panel(
+            "Streams whose replica was lost",
+            "short",
+            (("sum by (outcome) (increase(tpserve_router_moves_total[10m]))", "{{outcome}} in 10 min"),),
+            "moved: another replica went on, and the client saw a pause; failed: it saw an error.",
+        ),
+        Panel(
+            "Prompts sent where their beginning was",
+            "percentunit",
+            ((ratio(_router_rate("matched_blocks_total"), _router_rate("prompt_blocks_total")), "of prompt blocks"),),
+            "By the router's estimate; the scheduler board has the hits.",
+        ),
+    ),
+)
+
+BOARDS = (OVERVIEW, LATENCY, SCHEDULER, SPECULATION, COLLECTIVES, ROUTER)
 
 
 def render(board: Board) -> str:
     """Return a dashboard as JSON."""
     source = DataSourceRef(type_val="prometheus", uid="$datasource")
-    models = "label_values(tpserve_num_requests_running, model_name)"
     built = (
         dashboard.Dashboard(board.title)
         .uid(board.uid)
@@ -432,17 +508,18 @@ def render(board: Board) -> str:
         .timezone("browser")
         .readonly()
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
-        .with_variable(
+    )
+    if any(MODEL in expression for panel in board.panels for expression, _ in panel.queries):
+        built = built.with_variable(
             dashboard.QueryVariable("model")
             .label("Model")
             .datasource(source)
-            .query(models)
+            .query("label_values(tpserve_num_requests_running, model_name)")
             .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
             .multi(True)
             .include_all(True)
             .all_value(".*")
         )
-    )
     legend = common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM)
     legend = legend.show_legend(True)
     for number, panel in enumerate(board.panels):

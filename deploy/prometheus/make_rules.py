@@ -201,6 +201,69 @@ def _alerts() -> list[Rule]:
     ]
 
 
+def _router_alerts() -> list[Rule]:
+    who = "router {{ $labels.instance }}"
+    return [
+        _alert(
+            "TpserveRouterWithoutReplica",
+            "sum by (instance) (tpserve_router_backend_ready) == 0",
+            "1m",
+            "critical",
+            f"{who}: no replica is ready",
+            "Every request is refused with 503 after --queue-timeout.",
+        ),
+        _alert(
+            "TpserveReplicaNotReady",
+            "max by (instance, backend) (tpserve_router_backend_ready) == 0",
+            "5m",
+            "warning",
+            f"{who}: {{{{ $labels.backend }}}} is not ready",
+            "For five minutes it has not passed /health/ready. The other replicas carry its load.",
+        ),
+        _alert(
+            "TpserveRouterRefusesRequests",
+            "sum by (instance, reason) (rate(tpserve_router_rejections_total[5m])) > 0.1",
+            "5m",
+            "warning",
+            f"{who}: requests are refused ({{{{ $labels.reason }}}})",
+            "Clients get 429 or 503. Add replicas, or raise --max-inflight-per-backend or --max-queued.",
+        ),
+        _alert(
+            "TpserveRouterQueueLong",
+            "histogram_quantile(0.99, sum by (le, instance) (rate(tpserve_router_queue_seconds_bucket[5m]))) > 5",
+            "10m",
+            "warning",
+            f"{who}: the slowest 1 % wait more than 5 s for a replica",
+            "All replicas are full. Add some, or raise --max-inflight-per-backend if their batches have room.",
+        ),
+        _alert(
+            "TpserveStreamsBroken",
+            'sum by (instance) (increase(tpserve_router_moves_total{outcome="failed"}[10m])) > 0',
+            "0s",
+            "warning",
+            f"{who}: streams have ended with an error, as their replica was lost",
+            "Router and replicas must share --router-token for streams to move, and another replica must have room.",
+        ),
+        _alert(
+            "TpserveBreakerOpensOften",
+            'sum by (instance, backend) (increase(tpserve_router_breaker_changes_total{state="open"}[15m])) > 3',
+            "0s",
+            "warning",
+            f"{who}: {{{{ $labels.backend }}}} fails again and again",
+            "More than three times in a quarter of an hour. Look at its log, and at the network to it.",
+        ),
+        _alert(
+            "TpserveRouterServerErrors",
+            'sum by (instance, route) (rate(tpserve_router_requests_total{code=~"5..",route!~"/health.*"}[5m])) '
+            "/ sum by (instance, route) (rate(tpserve_router_requests_total[5m])) > 0.02",
+            "5m",
+            "warning",
+            f"{who}: more than 2 % of the answers of {{{{ $labels.route }}}} are errors",
+            "The board of the router says whether replicas are lost, or none has room.",
+        ),
+    ]
+
+
 def groups() -> dict[str, Any]:
     """Return the rule groups."""
     return {
@@ -208,6 +271,7 @@ def groups() -> dict[str, Any]:
             {"name": "tpserve-recording", "interval": "15s", "rules": _own_rules()},
             {"name": "tpserve-vllm-names", "interval": "15s", "rules": _vllm_rules()},
             {"name": "tpserve-alerts", "interval": "15s", "rules": _alerts()},
+            {"name": "tpserve-router-alerts", "interval": "15s", "rules": _router_alerts()},
         ]
     }
 

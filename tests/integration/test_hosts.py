@@ -116,6 +116,40 @@ def test_answers_are_those_of_one_host(server: Server, hosts: TwoHosts, demo_fol
             assert "".join(chunks) == golden.text, name
 
 
+PROBE = """
+import json, socket, ssl, sys
+host, names = sys.argv[1], {}
+for port in map(int, sys.argv[2:]):
+    bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    bare.check_hostname, bare.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection((host, port), timeout=5) as raw:
+        raw.settimeout(2)
+        try:
+            with bare.wrap_socket(raw) as peer:
+                names[port] = [name in peer.getpeercert(True) for name in (b"rank-1.tpserve", b"authority-")]
+                try:
+                    names[port].append(peer.recv(1).hex())
+                except OSError as error:
+                    names[port].append(error.reason)
+        except OSError:
+            pass
+print(json.dumps(names))
+"""
+
+
+def test_a_rank_on_another_host_takes_nobody_without_a_certificate(server: Server, hosts: TwoHosts) -> None:
+    """Its door for plans is the one port of its process that speaks TLS; Ray's own are Ray's to guard."""
+    (pid,) = re.findall(r"rank 1: pid (\d+) on host-b", server.log)[-1:]
+    sockets = hosts.second.run("ss", "-ltnpH").splitlines()
+    ports = [line.split()[3].rpartition(":")[2] for line in sockets if f"pid={pid}," in line]
+    found = json.loads(hosts.first.run(sys.executable, "-c", PROBE, SECOND, *ports))
+    ((is_rank_1, is_of_an_authority, heard),) = found.values()
+    assert is_rank_1, (found, sockets)
+    assert is_of_an_authority
+    assert heard in ("", "TLSV13_ALERT_CERTIFICATE_REQUIRED"), "gRPC's first frame, which only members may hear"
+    assert "the ranks listen on their nodes' addresses, within mutual TLS" in server.log
+
+
 def test_a_host_that_is_cut_off_and_returns(server: Server, hosts: TwoHosts, demo_folder: Path) -> None:
     """In mid-stream: the client sees a pause, and then the rest of the very text."""
     golden, chunks = Golden(demo_folder, "story"), list[str]()

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import yaml
 import prometheus
 from otlp_receiver import Receiver, Span, grpc_receiver
 from scripts import ROOT
-from server import MODEL_NAME, Server, free_port, until
+from server import MODEL_NAME, Server, command, environment, free_port, until
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT_ID = "00f067aa0ba902b7"
@@ -50,12 +51,35 @@ def server(
 
 
 @contextlib.contextmanager
-def load(server: Server, concurrency: int = 6) -> Iterator[None]:
+def routed(server: Server) -> Iterator[str]:
+    """Run a router before the server; give its address."""
+    port = free_port()
+    flags = ("--backend", server.url, "--port", str(port), "--health-interval", "0.2", "--router-token", "secret")
+    router = subprocess.Popen(command("router", *flags), env=environment(server.mark), stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{url}/health/ready", timeout=5).status_code == 200
+        return False
+
+    try:
+        until(ready, within_s=30, what="the router is ready")
+        yield url
+        router.terminate()
+        assert router.wait(20) == 0
+    finally:
+        router.kill()
+        router.wait(10)
+
+
+@contextlib.contextmanager
+def load(url: str, concurrency: int = 6) -> Iterator[None]:
     """Keep requests in flight, some streamed and some refused."""
     stop = threading.Event()
 
     def work(number: int) -> None:
-        with server.client() as client:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
             while not stop.is_set():
                 prompt = list(range(10, 60 + number))
                 client.completions.create(
@@ -89,14 +113,22 @@ def panel_expressions() -> dict[str, str]:
 
 @pytest.mark.skipif(prometheus.BINARY is None, reason=prometheus.NEEDS)
 def test_every_panel_and_rule_has_data_under_load(server: Server, tmp_path: Path) -> None:
+    with routed(server) as url:
+        observe(server, url, tmp_path)
+
+
+def observe(server: Server, url: str, tmp_path: Path) -> None:
+    """Look at everything that is shown of a server behind a router at `url`."""
     target = [{"targets": [f"127.0.0.1:{server.port}"]}]
+    router = [{"targets": [url.removeprefix("http://")]}]
     vllm = {"source_labels": ["__name__"], "regex": "vllm:.*"}
     scrapes = [
         {"job_name": "tpserve", "static_configs": target, "metric_relabel_configs": [{**vllm, "action": "drop"}]},
         {"job_name": "compat", "static_configs": target, "metric_relabel_configs": [{**vllm, "action": "keep"}]},
+        {"job_name": "router", "static_configs": router},
     ]
     rules = ROOT / "deploy/prometheus/rules.yaml"
-    with load(server), prometheus.running_prometheus(tmp_path, scrapes, rules) as observer:
+    with load(url), prometheus.running_prometheus(tmp_path, scrapes, rules) as observer:
         scraped = 'count_over_time(tpserve_steps_total{job="tpserve"}[1m])'
 
         def enough() -> bool:
@@ -122,6 +154,8 @@ def test_every_panel_and_rule_has_data_under_load(server: Server, tmp_path: Path
             "tpserve-speculation / Accept rate / A",
             "tpserve-speculation / Accepted by position / A",
             "tpserve-speculation / Time spent on drafting / A",
+            "tpserve-router / Replicas that are ready / A",
+            "tpserve-router / In flight by replica / A",
         ):
             for series in observer.query(values[name]):
                 assert float(series["value"][1]) > 0, name
@@ -130,6 +164,7 @@ def test_every_panel_and_rule_has_data_under_load(server: Server, tmp_path: Path
             assert observer.query(f'vllm:generation_tokens_total{{job="{job}"}}'), job
         firing = {rule["name"] for rule in observer.rules() if rule["type"] == "alerting" and rule["state"] == "firing"}
         assert not firing & {"TpserveNotReady", "TpserveStalled", "TpserveGatewayWithoutEngine", "TpserveRankLost"}
+        assert not firing & {"TpserveRouterWithoutReplica", "TpserveReplicaNotReady", "TpserveStreamsBroken"}
 
 
 def test_a_request_is_traced_from_the_client_to_every_rank(server: Server, receiver: tuple[Receiver, str]) -> None:
@@ -177,7 +212,7 @@ def test_a_request_is_traced_from_the_client_to_every_rank(server: Server, recei
 
 
 def test_a_step_trace_loads_in_a_viewer(server: Server) -> None:
-    with load(server, concurrency=3):
+    with load(server.url, concurrency=3):
         reply = httpx.get(f"{server.url}/debug/trace", params={"steps": 30, "timeout": 30}, timeout=60)
     assert reply.status_code == 200, reply.text
     assert "attachment" in reply.headers["content-disposition"]
@@ -243,7 +278,7 @@ def test_the_log_is_json_with_request_and_rank(server: Server) -> None:
 def test_the_compat_names_are_in_the_scrape_and_the_rules_file_is_yaml(server: Server) -> None:
     text = httpx.get(f"{server.url}/metrics", headers={"accept": "application/openmetrics-text"}).text
     assert "\nvllm:num_requests_running{" in text
-    assert len(yaml.safe_load((ROOT / "deploy/prometheus/rules.yaml").read_text())["groups"]) == 3
+    assert len(yaml.safe_load((ROOT / "deploy/prometheus/rules.yaml").read_text())["groups"]) == 4
 
 
 def probes(url: str) -> dict[str, int]:
@@ -254,7 +289,7 @@ def probes(url: str) -> dict[str, int]:
 def test_a_stopped_rank_is_told_from_a_busy_and_a_dead_one(server: Server) -> None:
     doors = (server.url, f"http://127.0.0.1:{OPERATIONS_PORT}")
     fine = {"startup": 200, "ready": 200, "live": 200}
-    with load(server, concurrency=2):
+    with load(server.url, concurrency=2):
         time.sleep(1)
         assert [probes(door) for door in doors] == [fine, fine], "busy is not ill"
         rank = server.rank_pids()[1]

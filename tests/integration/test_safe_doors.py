@@ -22,8 +22,10 @@ import pytest
 
 from certificates import Authority
 from server import MODEL_NAME, Server, environment, processes_of, until
+from tpserve.coordinator.engine_door import TOKEN_VARIABLE
 
 PROMPT, ANSWER, KEY, FORCED = "zyxprompt", "zyxanswer", "zyx-key-5e1f", "zyxforced"
+ENGINE_TOKEN = "zyx-engine-token"
 """None of them may be found in a log."""
 HI = [{"role": "user", "content": f"Hi {PROMPT}"}]
 
@@ -67,7 +69,11 @@ def door(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     flags = ["--load-format", "dummy", "--max-num-seqs", "4", "--max-model-len", "256", "--gateway-processes", "2"]
     flags += ["--log-format", "json", "--enable-debug"]
     flags += ["--ssl-certfile", str(certfile), "--ssl-keyfile", str(keyfile), "--api-key-file", str(keys)]
-    server = Server(tiny_folder, *flags, folder=folder)
+    # The gateways of this host meet the engine by an address that its certificate does not have.
+    engine_cert, engine_key = authority.issue("engine")
+    flags += ["--engine-host", "0.0.0.0", "--engine-ssl-certfile", str(engine_cert)]
+    flags += ["--engine-ssl-keyfile", str(engine_key), "--engine-ssl-ca-certs", str(authority.cert)]
+    server = Server(tiny_folder, *flags, folder=folder, environ={TOKEN_VARIABLE: ENGINE_TOKEN})
     server.url = server.url.replace("http:", "https:")
     try:
         server.wait_ready()
@@ -101,7 +107,7 @@ def test_openai_s_client_over_tls_with_a_limit(door: Door) -> None:
 
 
 def test_commands_talk_to_it(door: Door, tmp_path: Path) -> None:
-    """With a CA of one's own, by the variable that OpenSSL's programs know."""
+    """With a CA of one's own: by a flag, and by the variable that OpenSSL's programs know."""
     environ = environment("nobody", {"SSL_CERT_FILE": str(door.authority.cert)})
     run: dict[str, Any] = {"env": environ, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
     chat = [*_cli("chat"), "--base-url", door.server.url, "--api-key", KEY, "--set", "max_tokens=3"]
@@ -120,11 +126,15 @@ def test_commands_talk_to_it(door: Door, tmp_path: Path) -> None:
         "--output-dir",
         str(tmp_path / "out"),
     ]
-    done = subprocess.run(bench, **run)
+    bench += ["--ssl-ca-certs", str(door.authority.cert)]
+    done = subprocess.run(bench, **run | {"env": environment("nobody")})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     done = subprocess.run(chat, input="Hi\n", **run | {"env": environment("nobody")})
     assert done.returncode == 1
     assert "CERTIFICATE_VERIFY_FAILED" in done.stderr
+    trusting = [*chat, "--ssl-ca-certs", str(door.authority.cert)]
+    done = subprocess.run(trusting, input="Hi\n", **run | {"env": environment("nobody")})
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _cli(name: str) -> list[str]:
@@ -203,7 +213,7 @@ def test_no_prompt_answer_or_key_is_written_down(door: Door) -> None:
     for line in log.splitlines():
         if line.startswith("{"):
             json.loads(line)
-    for secret in (PROMPT, ANSWER, KEY, FORCED):
+    for secret in (PROMPT, ANSWER, KEY, FORCED, ENGINE_TOKEN):
         assert secret not in log
         assert secret not in metrics
     # Nor is it among the arguments of a process, which every user of the host can read.
@@ -215,6 +225,7 @@ def test_no_prompt_answer_or_key_is_written_down(door: Door) -> None:
             continue
         seen += 1
         assert KEY not in arguments
+        assert ENGINE_TOKEN not in arguments
     assert seen >= 4
     folders = {process.environ().get("PROMETHEUS_MULTIPROC_DIR") for process in processes_of(door.server.mark)}
     for folder in filter(None, folders):
@@ -231,7 +242,20 @@ def test_nothing_of_it_listens_beyond_loopback(door: Door) -> None:
         if connection.status == psutil.CONN_LISTEN
     }
     assert len(listening) >= 4
-    assert {found for found in listening if found[0] != "127.0.0.1"} == set()
+    ((_, command, port),) = (found for found in listening if found[0] != "127.0.0.1")
+    assert "tpserve.coordinator" in command, "the engine's port, which was to be there"
+    bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    bare.load_verify_locations(door.authority.cert)
+    bare.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection(("127.0.0.1", port), 10) as raw,
+        bare.wrap_socket(raw, server_hostname="127.0.0.1") as stranger,
+    ):
+        try:
+            heard = stranger.recv(1)
+        except ssl.SSLError:
+            heard = b""
+    assert heard == b"", "gRPC's first frame, which is for those with a certificate"
     # Of Ray's dashboard there is only the process that counts usage, which has no pages and listens nowhere.
     dashboards = [p for p in processes_of(door.server.mark) if "dashboard/dashboard.py" in " ".join(p.cmdline())]
     assert all("--disable-frontend" in process.cmdline() for process in dashboards)

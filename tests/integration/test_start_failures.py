@@ -210,3 +210,9 @@ def test_worker_that_cannot_start(tmp_path: Path, tiny_folder: Path) -> None:
     weights["model.embed_tokens.weight"] = np.zeros((49152, 32), np.float32)
     save_file(weights, folder / "model.safetensors")
     assert "the checkpoint gives" in serve(tmp_path, folder).only_error()
+
+
+def test_an_engine_that_would_be_open_to_a_network(tmp_path: Path, tiny_folder: Path) -> None:
+    error = serve(tmp_path, tiny_folder, "--load-format", "dummy", "--engine-host", "0.0.0.0").only_error()
+    assert "--engine-host 0.0.0.0 is on a network" in error
+    assert "--engine-ssl-certfile" in error

@@ -20,7 +20,17 @@ GATEWAY_ALLOWED = (
     "tpserve.coordinator.gateway",
     *(
         f"tpserve.coordinator.{name}"
-        for name in ("process", "health", "log", "metrics_catalogue", "relay", "step_log", "tracing")
+        for name in (
+            "engine_channel",
+            "engine_door",
+            "process",
+            "health",
+            "log",
+            "metrics_catalogue",
+            "relay",
+            "step_log",
+            "tracing",
+        )
     ),
 )
 ROUTER_ALLOWED = (

@@ -70,6 +70,87 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- .Values.apiKeys.existingSecret | default (printf "%s-api-keys" (include "tpserve.fullname" .)) -}}
 {{- end -}}
 
+{{/* The TLS files of an HTTP door, whose values are given: flags, volumes, and where they are mounted. */}}
+{{- define "tpserve.tlsArgs" -}}
+{{- if .existingSecret }}
+- --ssl-certfile=/etc/tpserve/tls/tls.crt
+- --ssl-keyfile=/etc/tpserve/tls/tls.key
+{{- if .clientCASecret }}
+- --ssl-ca-certs=/etc/tpserve/client-ca/{{ .clientCAKey }}
+- --ssl-client-auth={{ .clientAuth }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "tpserve.tlsMounts" -}}
+{{- if .existingSecret }}
+- {name: tls, mountPath: /etc/tpserve/tls, readOnly: true}
+{{- if .clientCASecret }}
+- {name: client-ca, mountPath: /etc/tpserve/client-ca, readOnly: true}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "tpserve.tlsVolumes" -}}
+{{- if .existingSecret }}
+- name: tls
+  secret: {secretName: {{ .existingSecret }}, defaultMode: 0440}
+{{- if .clientCASecret }}
+- name: client-ca
+  secret: {secretName: {{ .clientCASecret }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "tpserve.scheme" -}}
+{{- ternary "HTTPS" "HTTP" (not (empty .existingSecret)) -}}
+{{- end -}}
+
+{{/* The values of TLS at the pods that answer clients. */}}
+{{- define "tpserve.monitorScheme" -}}
+{{- $tls := ternary .Values.router.tls .Values.gateway.tls .Values.router.enabled -}}
+{{- if $tls.existingSecret }}
+scheme: https
+# Of pods, by addresses that no certificate has; what is read is no secret.
+tlsConfig: {insecureSkipVerify: true}
+{{- end }}
+{{- end -}}
+
+{{/* Whether the engine has a port of its own for probes and metrics. */}}
+{{- define "tpserve.hasOperations" -}}
+{{- $tls := .Values.gateway.tls -}}
+{{- if or .Values.gateway.separate (and $tls.existingSecret (eq $tls.clientAuth "required")) -}}yes{{- end -}}
+{{- end -}}
+
+{{/* Whether gateways and engine meet within TLS. */}}
+{{- define "tpserve.engineTls" -}}
+{{- if and .Values.gateway.separate .Values.gateway.engineTls.existingSecret -}}yes{{- end -}}
+{{- end -}}
+
+{{- define "tpserve.engineTokenSecret" -}}
+{{- .Values.gateway.engineTls.tokenSecret | default (printf "%s-engine-token" (include "tpserve.fullname" .)) -}}
+{{- end -}}
+
+{{- define "tpserve.engineTlsEnv" -}}
+{{- if include "tpserve.engineTls" . }}
+- name: TPSERVE_ENGINE_TOKEN
+  valueFrom: {secretKeyRef: {name: {{ include "tpserve.engineTokenSecret" . }}, key: {{ .Values.gateway.engineTls.tokenKey }}}}
+{{- end }}
+{{- end -}}
+
+{{- define "tpserve.engineTlsVolume" -}}
+{{- if include "tpserve.engineTls" . }}
+- name: engine-tls
+  secret: {secretName: {{ .Values.gateway.engineTls.existingSecret }}, defaultMode: 0440}
+{{- end }}
+{{- end -}}
+
+{{- define "tpserve.engineTlsMount" -}}
+{{- if include "tpserve.engineTls" . }}
+- {name: engine-tls, mountPath: /etc/tpserve/engine-tls, readOnly: true}
+{{- end }}
+{{- end -}}
+
 {{- define "tpserve.routerSecret" -}}
 {{- .Values.router.existingSecret | default (printf "%s-router" (include "tpserve.fullname" .)) -}}
 {{- end -}}
@@ -170,9 +251,21 @@ limits:
 - --engine-host=0.0.0.0
 - --engine-port={{ $v.ports.engine }}
 - --operations-port={{ $v.ports.operations }}
+{{- if include "tpserve.engineTls" . }}
+- --engine-ssl-certfile=/etc/tpserve/engine-tls/tls.crt
+- --engine-ssl-keyfile=/etc/tpserve/engine-tls/tls.key
+- --engine-ssl-ca-certs=/etc/tpserve/engine-tls/ca.crt
+{{- else }}
+- --engine-insecure
+{{- end }}
 {{- else }}
 - --host=0.0.0.0
 - --port={{ $v.ports.http }}
+{{- include "tpserve.tlsArgs" $v.gateway.tls }}
+{{- if include "tpserve.hasOperations" . }}
+- --operations-host=0.0.0.0
+- --operations-port={{ $v.ports.operations }}
+{{- end }}
 {{- if include "tpserve.hasKeys" . }}
 - --api-key-file=/etc/tpserve/keys/{{ $v.apiKeys.key }}
 {{- end }}
@@ -228,20 +321,20 @@ limits:
 {{- end }}
 {{- end -}}
 
-{{/* Probes of a container whose HTTP port is named by .port. */}}
+{{/* Probes of a container whose HTTP port is named by .port; .scheme is HTTP or HTTPS, which kubelets do not verify. */}}
 {{- define "tpserve.probes" -}}
 startupProbe:
-  httpGet: {path: /health/startup, port: {{ .port }}}
+  httpGet: {path: /health/startup, port: {{ .port }}, scheme: {{ .scheme }}}
   periodSeconds: 5
   timeoutSeconds: 3
   failureThreshold: {{ div (add .budget 4) 5 }}
 readinessProbe:
-  httpGet: {path: /health/ready, port: {{ .port }}}
+  httpGet: {path: /health/ready, port: {{ .port }}, scheme: {{ .scheme }}}
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: 2
 livenessProbe:
-  httpGet: {path: /health/live, port: {{ .port }}}
+  httpGet: {path: /health/live, port: {{ .port }}, scheme: {{ .scheme }}}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
@@ -342,6 +435,7 @@ containers:
     env:
       {{- include "tpserve.env" . | nindent 6 }}
       {{- include "tpserve.routerEnv" . | nindent 6 }}
+      {{- include "tpserve.engineTlsEnv" . | trim | nindent 6 }}
       {{- with $v.engine.extraEnv }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
@@ -351,12 +445,16 @@ containers:
       - {name: operations, containerPort: {{ $v.ports.operations }}}
       {{- else }}
       - {name: http, containerPort: {{ $v.ports.http }}}
+      {{- if include "tpserve.hasOperations" . }}
+      - {name: operations, containerPort: {{ $v.ports.operations }}}
+      {{- end }}
       {{- end }}
       {{- if eq $v.engine.ray.mode "kuberay" }}
       - {name: gcs-server, containerPort: 6379}
       {{- end }}
-    {{- $port := ternary "operations" "http" $v.gateway.separate }}
-    {{- include "tpserve.probes" (dict "port" $port "budget" $v.startup.budgetSeconds) | nindent 4 }}
+    {{- $port := ternary "operations" "http" (not (empty (include "tpserve.hasOperations" .))) }}
+    {{- $scheme := ternary "HTTP" (include "tpserve.scheme" $v.gateway.tls) (eq $port "operations") }}
+    {{- include "tpserve.probes" (dict "port" $port "scheme" $scheme "budget" $v.startup.budgetSeconds) | nindent 4 }}
     lifecycle:
       # Endpoints forget the pod before it stops taking requests.
       preStop: {exec: {command: [sleep, {{ $v.shutdown.preStopSeconds | quote }}]}}
@@ -372,6 +470,10 @@ containers:
       {{- if and (include "tpserve.hasKeys" .) (not $v.gateway.separate) }}
       - {name: keys, mountPath: /etc/tpserve/keys, readOnly: true}
       {{- end }}
+      {{- if not $v.gateway.separate }}
+      {{- include "tpserve.tlsMounts" $v.gateway.tls | trim | nindent 6 }}
+      {{- end }}
+      {{- include "tpserve.engineTlsMount" . | trim | nindent 6 }}
 volumes:
   - name: models
     persistentVolumeClaim: {claimName: {{ include "tpserve.modelClaim" . }}, readOnly: true}
@@ -385,6 +487,10 @@ volumes:
   - name: keys
     secret: {secretName: {{ include "tpserve.keySecret" . }}, defaultMode: 0440}
   {{- end }}
+  {{- if not $v.gateway.separate }}
+  {{- include "tpserve.tlsVolumes" $v.gateway.tls | trim | nindent 2 }}
+  {{- end }}
+  {{- include "tpserve.engineTlsVolume" . | trim | nindent 2 }}
 {{- end -}}
 
 {{/* A pod of further ranks, which KubeRay starts Ray in and watches. */}}
@@ -486,6 +592,29 @@ volumes:
 {{- if and (include "tpserve.acrossPods" .) (lt (int (mul (add $ray.workers 1) $ray.ranksPerPod)) (int $v.engine.tensorParallelSize)) -}}
 {{- fail (printf "engine.ray.ranksPerPod %v in %v pods is less than engine.tensorParallelSize %v: raise it, or engine.ray.workers" $ray.ranksPerPod (add $ray.workers 1) $v.engine.tensorParallelSize) -}}
 {{- end -}}
+{{- range $name, $tls := dict "gateway" $v.gateway.tls "router" $v.router.tls -}}
+{{- if and (not $tls.existingSecret) (or $tls.clientCASecret (ne $tls.clientAuth "none")) -}}
+{{- fail (printf "%s.tls asks for client certificates and has no existingSecret, the server's own" $name) -}}
+{{- end -}}
+{{- if ne (empty $tls.clientCASecret) (eq $tls.clientAuth "none") -}}
+{{- fail (printf "%s.tls.clientCASecret and clientAuth need each other: the first has the authorities of what the second asks for" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $v.router.enabled $v.gateway.tls.existingSecret -}}
+{{- fail "gateway.tls with router.enabled: the router speaks HTTP with its replicas, which the NetworkPolicy keeps for it; give router.tls" -}}
+{{- end -}}
+{{- if and $v.router.tls.existingSecret (not $v.router.enabled) -}}
+{{- fail "router.tls needs router.enabled: without a router it is gateway.tls" -}}
+{{- end -}}
+{{- if and $v.gateway.separate (eq $v.gateway.tls.clientAuth "required") -}}
+{{- fail "gateway.tls.clientAuth required with gateway.separate: the gateways' probes have no certificate; take optional" -}}
+{{- end -}}
+{{- if and (eq $v.gateway.tls.clientAuth "required") $v.metrics.serviceMonitor.enabled -}}
+{{- fail "gateway.tls.clientAuth required with metrics.serviceMonitor: Prometheus has no certificate; take metrics.podMonitor, which reads the engine's own port" -}}
+{{- end -}}
+{{- if and $v.gateway.tls.existingSecret $v.inferencePool.enabled -}}
+{{- fail "gateway.tls with inferencePool.enabled: endpoint pickers read the pods' metrics over HTTP" -}}
+{{- end -}}
 {{- if and $v.router.enabled $v.gateway.separate -}}
 {{- fail "router.enabled with gateway.separate: the router is before whole replicas, which have their own gateways; leave gateway.separate false" -}}
 {{- end -}}
@@ -518,6 +647,12 @@ volumes:
 {{- end -}}
 {{- if and $v.compile.enabled (hasPrefix "HF://" $v.model.path) $v.model.offline -}}
 {{- fail "model.offline with an HF:// model: nothing would be downloaded; put the folder on the model volume" -}}
+{{- end -}}
+{{- if and $v.gateway.separate (not $v.gateway.engineTls.existingSecret) (not $v.gateway.engineTls.insecure) -}}
+{{- fail "gateway.separate: whoever reaches the engine's port would use it without a key; give gateway.engineTls.existingSecret, or set gateway.engineTls.insecure" -}}
+{{- end -}}
+{{- if and $v.gateway.engineTls.existingSecret $v.gateway.engineTls.insecure -}}
+{{- fail "gateway.engineTls has both existingSecret and insecure: choose one" -}}
 {{- end -}}
 {{- end -}}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tpserve.coordinator.bench.client import trusting
 from tpserve.coordinator.bench.errors import BenchError
 from tpserve.coordinator.bench.options import Options, add_arguments, concurrencies, parse
 from tpserve.coordinator.bench.results import Configuration
@@ -126,3 +127,14 @@ def test_a_trace_brings_its_own_times(tmp_path: Path) -> None:
 def test_what_does_not_fit_together(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(BenchError, match=message):
         options(*arguments)
+
+
+def test_authorities_are_those_of_an_endpoint(tmp_path: Path) -> None:
+    ca_certs = tmp_path / "ca.pem"
+    given = options("--base-url", "https://h:1", "--ssl-ca-certs", str(ca_certs))
+    assert given.ca_certs == ca_certs
+    json.dumps(given.arguments)  # as the report has them
+    with pytest.raises(BenchError, match="--ssl-ca-certs is for --base-url"):
+        options("m", "--ssl-ca-certs", str(ca_certs))
+    with pytest.raises(BenchError, match=r"--ssl-ca-certs .*ca\.pem cannot be used"):
+        trusting(ca_certs)

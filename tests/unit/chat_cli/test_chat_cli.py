@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tpserve.coordinator.chat_cli.__main__ import main
 from tpserve.coordinator.chat_cli.conversation import Conversation, SettingError, Stats
 from tpserve.coordinator.chat_cli.terminal import converse
 from tpserve.coordinator.gateway.answers import ChatCompletionChunk
@@ -178,3 +180,15 @@ def test_help_and_metrics() -> None:
     assert text.endswith("a_metric 1\n")
     for command in ("/help", "/exit", "/stats", "/metrics", "/reset", "/set", "Escape"):
         assert command in text
+
+
+def test_authorities_are_for_servers_and_must_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, why in (
+        (["m", "--ssl-ca-certs", "ca.pem"], "--ssl-ca-certs is for --base-url"),
+        (["--engine", "h:1", "--ssl-ca-certs", "ca.pem"], "an engine is met by --engine-ssl-ca-certs"),
+        (["--base-url", "https://h:1", "--ssl-ca-certs", str(tmp_path / "ca.pem")], "ca.pem cannot be used"),
+        (["--engine", "h:1", "--tp=2"], "--tp=2 is for an engine that is started here"),
+        (["--engine", "h:1", "--engine-ssl-certfile", "x"], "--engine-ssl-certfile needs --engine-ssl-ca-certs"),
+    ):
+        assert main(flags) == 1
+        assert why in capsys.readouterr().err

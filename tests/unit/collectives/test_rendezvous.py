@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
+from group_certificates import group_of, identities_of, impostor, loaded
 from tpserve.collectives import rendezvous
 from tpserve.collectives.rendezvous import Rendezvous, listen
+from tpserve.coordinator.group_authority import GroupAuthority
+from tpserve.proto.rank import COORDINATOR_TLS_NAME, rank_tls_name
 
 HOST = "127.0.0.1"
 
@@ -111,3 +116,112 @@ def test_a_stranger_that_says_nothing_does_not_keep_the_door(monkeypatch: pytest
         rank_1 = pool.submit(Rendezvous, 1, 2, address_of(door), "secret", timeout_s=10.0)
         rank_1.result(5).close()
         rank_0.result(5).close()
+
+
+def turned_away(caplog: pytest.LogCaptureFixture) -> str:
+    (record,) = caplog.records
+    return record.getMessage()
+
+
+def test_within_tls_ranks_meet_and_bring_the_same() -> None:
+    door, tls = listen(HOST), group_of(4)
+
+    def run(rank: int) -> list[bytes]:
+        with Rendezvous(
+            rank, 4, address_of(door), "secret", timeout_s=10, door=door if rank == 0 else None, tls=tls[rank]
+        ) as place:
+            place.exchange(b"")
+            return place.exchange(bytes([rank]) * 100_000)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == [[bytes([rank]) * 100_000 for rank in range(4)]] * 4
+
+
+def test_who_speaks_no_tls_is_turned_away_and_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    door, (tls, _) = listen(HOST), group_of(2)
+    with ThreadPoolExecutor(2) as pool:
+        plain = pool.submit(Rendezvous, 1, 2, address_of(door), "secret", timeout_s=0.5)  # waits for a first word
+        with socket.create_connection(door.getsockname()) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with pytest.raises(TimeoutError, match="for rank 1 to come"):
+                Rendezvous(0, 2, address_of(door), "secret", timeout_s=1.0, door=door, tls=tls)
+        with pytest.raises(TimeoutError, match="to answer"):
+            plain.result()
+    assert (
+        "the door of rank 0 has turned away who came from 127.0.0.1: it speaks no TLS, and this door takes nothing else"
+        in [record.getMessage() for record in caplog.records]
+    )
+
+
+def test_a_rank_that_comes_with_tls_to_a_plain_door_says_so() -> None:
+    door, (_, tls) = listen(HOST), group_of(2)
+    with ThreadPoolExecutor(1) as pool:
+        comes = pool.submit(Rendezvous, 1, 2, address_of(door), "secret", timeout_s=1.0, tls=tls)
+        with pytest.raises(TimeoutError, match="for rank 1 to come"):
+            Rendezvous(0, 2, address_of(door), "secret", timeout_s=0.5, door=door)
+        with pytest.raises(TimeoutError, match=r"for rank 0 at 127\.0\.0\.1:[0-9]+ to answer"):
+            comes.result()
+
+
+def test_without_a_certificate_nobody_comes_in(caplog: pytest.LogCaptureFixture) -> None:
+    door, (tls, other) = listen(HOST), group_of(2)
+    bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    bare.check_hostname, bare.verify_mode = False, ssl.CERT_NONE
+    with ThreadPoolExecutor(1) as pool:
+        rank_0 = pool.submit(Rendezvous, 0, 2, address_of(door), "secret", timeout_s=10.0, door=door, tls=tls)
+        with socket.create_connection(door.getsockname()) as raw, bare.wrap_socket(raw) as stranger:
+            stranger.settimeout(5)
+            with pytest.raises(ssl.SSLError, match="certificate required"):
+                stranger.recv(1)
+        # The door is still open for who belongs there.
+        Rendezvous(1, 2, address_of(door), "secret", timeout_s=5.0, tls=other).close()
+        rank_0.result(5).close()
+    assert turned_away(caplog).endswith("from 127.0.0.1: it shows no certificate")
+
+
+@pytest.mark.parametrize(
+    ("who", "why"),
+    [
+        ("another authority's", "its certificate is not of this group"),
+        ("another rank's", "it says that it is rank 1, its certificate is rank-2.tpserve's"),
+        ("the coordinator's", "it says that it is rank 1, its certificate is coordinator.tpserve's"),
+        ("the right one, without the secret", "it does not know the group's secret"),
+    ],
+)
+def test_the_wrong_certificate_or_secret_lets_nobody_in(who: str, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    authority = GroupAuthority()
+    own, right, another = (authority.issue(rank_tls_name(rank)) for rank in range(3))
+    shown = {
+        "another authority's": impostor(own, rank_tls_name(1)),
+        "another rank's": another,
+        "the coordinator's": authority.issue(COORDINATOR_TLS_NAME),
+        "the right one, without the secret": right,
+    }[who]
+    secret = "guess" if "without" in who else "secret"
+    door = listen(HOST)
+    with ThreadPoolExecutor(2) as pool:
+        rank_0 = pool.submit(Rendezvous, 0, 2, address_of(door), "secret", timeout_s=1.0, door=door, tls=loaded(own))
+        stranger = pool.submit(Rendezvous, 1, 2, address_of(door), secret, timeout_s=1.0, tls=loaded(shown))
+        with pytest.raises(TimeoutError, match="for rank 1 to come"):
+            rank_0.result()
+        with pytest.raises((ConnectionError, TimeoutError, ssl.SSLError)):
+            with stranger.result() as place:  # in TLS 1.3 who comes hears of a refusal when it reads
+                place.exchange(b"")
+    assert why in caplog.records[0].getMessage()
+
+
+def test_a_door_of_another_group_is_not_believed() -> None:
+    """Who listens at a rank's address and is not that rank is told nothing, not even a proof of the secret."""
+    door, (other, _), (_, tls) = listen(HOST), group_of(2), group_of(2)
+    with ThreadPoolExecutor(1) as pool:
+        listens = pool.submit(Rendezvous, 0, 2, address_of(door), "secret", timeout_s=1.0, door=door, tls=other)
+        with pytest.raises(TimeoutError, match=r"to answer \(its certificate is not of this group"):
+            Rendezvous(1, 2, address_of(door), "secret", timeout_s=0.5, tls=tls)
+        with pytest.raises(TimeoutError):
+            listens.result()
+
+
+def test_keys_that_do_not_fit_are_refused() -> None:
+    first, second = identities_of(2)
+    with pytest.raises(ssl.SSLError, match="mismatch"):
+        loaded(replace(first, key=second.key))

@@ -1,11 +1,11 @@
-"""Collectives over TCP give what shared memory gives, bit for bit, and fail as it fails."""
+"""Collectives over TCP give what shared memory gives, bit for bit, and fail as it fails; plain and within TLS."""
 
 from __future__ import annotations
 
 import socket
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,10 +14,12 @@ import numpy.typing as npt
 import pytest
 import tvm_ffi
 
+from group_certificates import group_of
 from tpserve.collectives.base import Communicator
 from tpserve.collectives.cpu import SharedMemoryCommunicator, all_reduce_reference
 from tpserve.collectives.rendezvous import Rendezvous, listen
 from tpserve.collectives.tcp import TcpCommunicator
+from tpserve.collectives.tls import GroupTls
 
 HOST = "127.0.0.1"
 SIZES = (1, 3, 16, 576, 1025, 40_001)
@@ -26,6 +28,17 @@ LARGE = 3_000_000
 SHAPES = ((1, 1), (3, 5), (8, 576), (2, 5000), (70, 300))
 
 Work = Callable[[TcpCommunicator], Any]
+MOST_RANKS = 4
+tls_of: Sequence[GroupTls | None] = [None] * MOST_RANKS
+"""By rank, in the test that runs."""
+
+
+@pytest.fixture(params=["plain", "tls"], autouse=True)
+def connections(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    kind: str = request.param
+    if kind == "tls":
+        monkeypatch.setitem(globals(), "tls_of", group_of(MOST_RANKS))
+    return kind
 
 
 def part_of(rank: int, *shape: int) -> npt.NDArray[np.float32]:
@@ -42,9 +55,16 @@ def run(world: int, work: Work, *, timeout_s: float = 20.0) -> list[Any]:
     def rank_of(rank: int) -> Any:
         own = door if rank == 0 else None
         with (
-            Rendezvous(rank, world, address, "secret", timeout_s=10, door=own) as place,
+            Rendezvous(rank, world, address, "secret", timeout_s=10, door=own, tls=tls_of[rank]) as place,
             TcpCommunicator(
-                place, HOST, rank, world, secret="secret", timeout_s=timeout_s, attach_timeout_s=10
+                place,
+                HOST,
+                rank,
+                world,
+                secret="secret",
+                timeout_s=timeout_s,
+                attach_timeout_s=10,
+                tls=tls_of[rank],
             ) as communicator,
         ):
             return work(communicator)
@@ -171,6 +191,30 @@ def test_ranks_that_disagree_are_told() -> None:
     assert words[1] == "call 1 is all_reduce of 20 bytes on rank 1 and all_reduce of 16 bytes on rank 0, its call 1"
 
 
+def test_tls_is_what_goes_over_the_wire(connections: str) -> None:
+    """The activations' bytes are seen by who looks at the sockets, or not."""
+    pattern = np.full(2000, 1234.5, np.float32)
+    seen: list[bytes] = []
+
+    def work(communicator: TcpCommunicator) -> None:
+        if communicator.rank == 1:
+            peer = communicator._peers[0]
+            over.wait(10)  # until the message has come
+            with socket.socket(fileno=peer.detach()) as raw:
+                raw.settimeout(10)
+                seen.append(raw.recv(4096))
+            return
+        threading.Timer(0.2, over.set).start()
+        with pytest.raises((RuntimeError, TimeoutError)):
+            communicator.all_reduce(pattern, pattern)
+
+    over = threading.Event()
+    run(2, work, timeout_s=1.0)
+    (wire,) = seen
+    assert len(wire) > 1000
+    assert (pattern[:2].tobytes() in wire) is (connections == "plain")
+
+
 def test_a_stranger_is_no_rank() -> None:
     """Somebody who finds a rank's door without the secret takes nobody's place."""
     doors: list[str] = []
@@ -189,8 +233,12 @@ def test_a_stranger_is_no_rank() -> None:
 
     def rank_of(rank: int) -> Any:
         with (
-            Spied(rank, 2, address, "secret", timeout_s=10, door=door if rank == 0 else None) as place,
-            TcpCommunicator(place, HOST, rank, 2, secret="secret", timeout_s=5, attach_timeout_s=10) as communicator,
+            Spied(
+                rank, 2, address, "secret", timeout_s=10, door=door if rank == 0 else None, tls=tls_of[rank]
+            ) as place,
+            TcpCommunicator(
+                place, HOST, rank, 2, secret="secret", timeout_s=5, attach_timeout_s=10, tls=tls_of[rank]
+            ) as communicator,
         ):
             x = np.full(3, rank + 1, np.float32)
             communicator.all_reduce(x, x)

@@ -20,6 +20,7 @@ from tpserve.coordinator.doctor.__main__ import examine
 from tpserve.coordinator.doctor.findings import Finding, Wanted
 from tpserve.coordinator.doctor.gpus import check_gpus, check_nccl
 from tpserve.coordinator.doctor.model import check_model
+from tpserve.coordinator.doctor.network import check_network
 from tpserve.coordinator.doctor.nvml import Gpu, Gpus, NvmlError, read_gpus
 from tpserve.coordinator.doctor.software import check_libraries
 
@@ -132,6 +133,20 @@ def test_a_cluster_that_is_not_there() -> None:
     code, found = doctor("--ray-address", "127.0.0.1:1")
     assert code == 1
     assert "Connection refused" in found["ray"]["found"]
+
+
+@pytest.mark.parametrize("value", [None, "0", "1", "true"])
+def test_who_can_read_what_goes_between_nodes(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("RAY_USE_TLS", value)
+    assert list(check_network(Wanted())) == [], "on one host nothing leaves loopback"
+    (ray,) = check_network(Wanted(device="cpu", tp_size=2, ray_address="10.0.0.1:6379"))
+    assert (ray.check, ray.status) == ("ray-tls", "ok" if value in ("1", "true") else "warn")
+    assert ("RAY_USE_TLS=1" in ray.remedy) == (ray.status == "warn")
+    _, nccl = check_network(Wanted(device="cuda", tp_size=2, ray_address="10.0.0.1:6379"))
+    assert (nccl.check, nccl.status) == ("nccl-network", "warn")
+    assert "network of their own" in nccl.remedy
 
 
 def test_versions_that_differ(tmp_path: Path) -> None:

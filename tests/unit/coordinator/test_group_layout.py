@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from group_certificates import identities_of
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.group_layout import GroupLayout, order
 from tpserve.proto.rank import Place, RankConfig
@@ -59,7 +60,7 @@ def test_on_the_coordinators_node_ranks_stay_on_loopback_and_in_shared_memory() 
 def test_on_another_node_they_share_memory_there_and_listen_to_the_coordinator() -> None:
     found = layout(THERE, THERE)
     assert (list(found.away), found.needs_door) == ([OTHER], False)
-    for config in found.configs("", FOLDERS):
+    for config in found.configs("", FOLDERS, tls=identities_of(2)):
         assert (config.host, config.is_away, config.across_nodes) == ("10.0.0.2", True, False)
         assert (config.model_dir, config.artifact_dir) == (Path("/kept/m"), Path("/kept/l"))
 
@@ -67,12 +68,25 @@ def test_on_another_node_they_share_memory_there_and_listen_to_the_coordinator()
 def test_across_nodes_each_listens_on_its_own_and_they_meet_at_a_door() -> None:
     found = layout(HERE, THERE)
     assert found.needs_door
-    first, second = found.configs("10.0.0.1:77", FOLDERS)
+    first, second = found.configs("10.0.0.1:77", FOLDERS, tls=identities_of(2))
     assert [(one.host, one.is_away, one.across_nodes, one.rendezvous) for one in (first, second)] == [
         ("10.0.0.1", False, True, "10.0.0.1:77"),
         ("10.0.0.2", True, True, "10.0.0.1:77"),
     ]
     assert (first.model_dir, second.model_dir) == (Path("/model"), Path("/kept/m"))
+
+
+def test_who_leaves_loopback_has_a_certificate_and_nobody_else_does() -> None:
+    assert not layout(HERE, HERE).leaves_loopback
+    assert [config.tls for config in layout(HERE, HERE).configs("", {})] == [None, None]
+    for places in ((HERE, THERE), (THERE, THERE)):
+        found, tls = layout(*places), identities_of(2)
+        assert found.leaves_loopback
+        configs = found.configs("10.0.0.1:77", FOLDERS, tls=tls)
+        assert [config.tls for config in configs] == tls
+        assert tls[0].key.decode() not in repr(configs)
+        with pytest.raises(ValueError, match="need certificates"):
+            found.configs("10.0.0.1:77", FOLDERS)
 
 
 def test_a_gpu_is_the_one_that_ray_gave_or_the_groups_next() -> None:
@@ -95,7 +109,7 @@ def test_a_drafts_own_ranks_come_behind_and_are_told_where_to_meet() -> None:
     found = GroupLayout(replace(TEMPLATE, tp_size=1, speculation=own), (HERE, THERE, THERE), OWN)
     assert (found.is_across_nodes, found.needs_door) == (False, False), "which is about the model's ranks"
     assert found.hosts == ["10.0.0.1", "10.0.0.2", "10.0.0.2"]
-    configs = found.configs("", FOLDERS, "10.0.0.2:5", "10.0.0.1:6")
+    configs = found.configs("", FOLDERS, "10.0.0.2:5", "10.0.0.1:6", tls=identities_of(3))
     assert [(config.name, config.draft_rank) for config in configs] == [("0", None), ("draft 0", 0), ("draft 1", 1)]
     assert {(config.draft_door, config.target_door) for config in configs} == {("10.0.0.2:5", "10.0.0.1:6")}
     with pytest.raises(ClusterError, match=r"--draft-tp 2 would put a draft group, .* on a, b: lower it"):

@@ -24,6 +24,7 @@ from starlette.routing import Route
 import helm
 from scripts import ROOT, load_script
 from tpserve.compile.__main__ import add_compile_arguments
+from tpserve.coordinator.engine_door import TOKEN_VARIABLE as ENGINE_TOKEN_VARIABLE
 from tpserve.coordinator.gateway.config import GatewayConfig
 from tpserve.coordinator.health import PROBES
 from tpserve.coordinator.metrics import Metrics
@@ -40,6 +41,7 @@ KUBERNETES_VERSIONS = ("1.31", "1.34", "1.37")
 CUSTOM_GROUPS = ("ray.io", "monitoring.coreos.com", "keda.sh", "gateway.networking.k8s.io", "inference.networking")
 KUBERAYS = {"ranks"}
 """Containers that KubeRay starts, probes and ends."""
+CLIENT_AUTH = ("--set", "gateway.tls.existingSecret=a,gateway.tls.clientCASecret=b,gateway.tls.clientAuth=required")
 STOP_MARGIN_S = 20
 """Ranks and Ray end after the drain."""
 
@@ -438,11 +440,118 @@ def test_pods_are_unprivileged_and_their_root_is_read_only(example: str) -> None
 
 def test_secrets_are_in_no_argument_and_no_environment() -> None:
     text = json.dumps([spec for _, spec in pods("ingress-tls")])
-    (secret,) = of_kind("ingress-tls", "Secret")
+    (secret,) = (one for one in of_kind("ingress-tls", "Secret") if "stringData" in one)
     (keys,) = secret["stringData"].values()
     assert keys.split() == ["replace-me-by-an-existing-secret"]
     assert keys.strip() not in text
     assert "/etc/tpserve/keys/api-keys" in text
+
+
+def secrets_of(spec: dict[str, Any], container: dict[str, Any]) -> dict[str, str]:
+    """Return the Secret that is mounted at each folder of a container."""
+    volumes = {one["name"]: one.get("secret", {}).get("secretName") for one in spec["volumes"]}
+    mounts = {one["mountPath"]: volumes[one["name"]] for one in container["volumeMounts"]}
+    return {folder: secret for folder, secret in mounts.items() if secret is not None}
+
+
+@each_example
+def test_the_files_that_flags_name_are_those_of_mounted_secrets(example: str) -> None:
+    for _, spec in pods(example):
+        for container in containers(spec):
+            mounted = secrets_of(spec, container)
+            named = re.findall(r"/etc/tpserve/[\w./-]+", json.dumps(container.get("args", [])))
+            assert {path.rpartition("/")[0] for path in named} == set(mounted), container["name"]
+            assert all(one["readOnly"] for one in container["volumeMounts"] if one["mountPath"] in mounted)
+
+
+def test_client_certificates_are_asked_for_and_probes_need_none() -> None:
+    ((spec, container),) = engines("client-certificates")
+    parser = _Parser()
+    add_arguments(parser)
+    args = parser.parse_args(serve_arguments(container)[1:])
+    mounted = secrets_of(spec, container)
+    assert mounted[str(args.ssl_certfile.parent)] == mounted[str(args.ssl_keyfile.parent)] == "llm-example-com-tls"
+    assert (args.ssl_certfile.name, args.ssl_keyfile.name) == ("tls.crt", "tls.key"), "as kubernetes.io/tls has them"
+    assert (mounted[str(args.ssl_ca_certs.parent)], args.ssl_ca_certs.name) == ("llm-clients-ca", "ca.crt")
+    assert args.ssl_client_auth == "required"
+    ports = {one["name"]: one["containerPort"] for one in container["ports"]}
+    assert (args.operations_host, args.operations_port) == ("0.0.0.0", ports["operations"])
+    assert args.engine_host == "127.0.0.1"
+    probes = [container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]
+    assert {(one["port"], one["scheme"]) for one in probes} == {("operations", "HTTP")}
+    ((_, rule),) = (
+        one["spec"]["ingress"]
+        for one in of_kind("client-certificates", "NetworkPolicy")
+        if one["metadata"]["name"] == "r-tpserve-http"
+    )
+    assert rule["ports"] == [{"port": "operations", "protocol": "TCP"}]
+    assert rule["from"][0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "monitoring"}
+    (monitor,) = of_kind("client-certificates", "PodMonitor")
+    assert [(one["port"], "scheme" in one) for one in monitor["spec"]["podMetricsEndpoints"]] == [("operations", False)]
+
+
+def test_probes_and_scrapes_speak_tls_where_the_pods_do() -> None:
+    flags = (
+        "--set",
+        "gateway.tls.existingSecret=t,metrics.podMonitor.enabled=true,metrics.serviceMonitor.enabled=true",
+    )
+    for example, name, extra in (
+        ("tp1", "engine", flags),
+        ("ingress-tls", "gateway", flags),
+        ("router", "router", ()),
+    ):
+        documents = helm.render(example, *extra)
+        found = [
+            one
+            for document in documents
+            if document["kind"] in ("Deployment", "StatefulSet")
+            for one in document["spec"]["template"]["spec"]["containers"]
+        ]
+        (container,) = (one for one in found if one["name"] == name)
+        for probe in ("startup", "readiness", "liveness"):
+            assert container[f"{probe}Probe"]["httpGet"]["scheme"] == "HTTPS"
+        for other in found:
+            if other["name"] != name:
+                assert other["readinessProbe"]["httpGet"]["scheme"] == "HTTP"
+        (service,) = (one for one in documents if one["kind"] == "ServiceMonitor")
+        assert [one["scheme"] for one in service["spec"]["endpoints"]] == ["https"]
+        (monitor,) = (one for one in documents if one["kind"] == "PodMonitor")
+        schemes = [one.get("scheme") for one in monitor["spec"]["podMetricsEndpoints"]]
+        assert schemes == ["https" if name == "engine" else None], "of the engine's pods"
+
+
+@pytest.mark.parametrize("example", ["ingress-tls", "tp4"])
+def test_gateways_and_engine_show_the_same(example: str) -> None:
+    ((engine_spec, engine),) = engines(example)
+    ((gateway_spec, gateway),) = (
+        (spec, one) for _, spec in pods(example) for one in spec["containers"] if one["name"] == "gateway"
+    )
+    parser = _Parser()
+    add_arguments(parser)
+    args = parser.parse_args(serve_arguments(engine)[1:])
+    config = GatewayConfig.from_json(gateway["args"][0])
+    files = (config.engine_ssl_certfile, config.engine_ssl_keyfile, config.engine_ssl_ca_certs)
+    assert files == tuple(map(str, (args.engine_ssl_certfile, args.engine_ssl_keyfile, args.engine_ssl_ca_certs)))
+    assert not args.engine_insecure
+    folder = str(args.engine_ssl_certfile.parent)
+    assert secrets_of(engine_spec, engine)[folder] == secrets_of(gateway_spec, gateway)[folder] == "tpserve-engine-tls"
+    tokens = [
+        [one["valueFrom"]["secretKeyRef"] for one in each["env"] if one["name"] == ENGINE_TOKEN_VARIABLE]
+        for each in (engine, gateway)
+    ]
+    assert tokens[0] == tokens[1] != []
+    made = [one for one in of_kind(example, "Secret") if one["metadata"]["name"] == tokens[0][0]["name"]]
+    assert len(made) == (1 if example == "ingress-tls" else 0), "one is made where none is given"
+    for secret in made:
+        assert len(base64.b64decode(secret["data"][tokens[0][0]["key"]])) >= 32
+
+
+def test_an_engine_without_tls_is_asked_for() -> None:
+    documents = helm.render("ingress-tls", "--set", "gateway.engineTls.existingSecret=,gateway.engineTls.insecure=true")
+    text = json.dumps(documents)
+    assert "--engine-insecure" in text
+    assert "engine-tls" not in text
+    assert ENGINE_TOKEN_VARIABLE not in text
 
 
 def test_only_gateways_reach_the_engines_port() -> None:
@@ -478,6 +587,23 @@ def test_nothing_is_downloaded_where_nothing_can_be() -> None:
         (("--set", "router.enabled=true,engine.ray.mode=kuberay"), "RayCluster"),
         (("--set", "router.enabled=true,autoscaling.keda.enabled=true"), "set engine.replicas"),
         (("--set", "router.enabled=true,engine.replicas=0"), "engine.replicas"),
+        (("--set", "gateway.separate=true"), "gateway.engineTls.existingSecret, or set gateway.engineTls.insecure"),
+        (("--set", "gateway.engineTls.existingSecret=a,gateway.engineTls.insecure=true"), "choose one"),
+        (("--set", "gateway.tls.clientCASecret=a"), "gateway.tls asks for client certificates and has no"),
+        (("--set", "gateway.tls.existingSecret=a,gateway.tls.clientCASecret=b"), "need each other"),
+        (
+            ("--set", "router.enabled=true,router.tls.existingSecret=a,router.tls.clientAuth=optional"),
+            "need each other",
+        ),
+        (("--set", "router.enabled=true,gateway.tls.existingSecret=a"), "give router.tls"),
+        (("--set", "router.tls.existingSecret=a"), "router.tls needs router.enabled"),
+        ((*CLIENT_AUTH, "--set", "gateway.separate=true"), "take optional"),
+        ((*CLIENT_AUTH, "--set", "metrics.serviceMonitor.enabled=true"), "take metrics.podMonitor"),
+        (
+            (*CLIENT_AUTH, "--set", "inferencePool.enabled=true,inferencePool.endpointPicker.name=p"),
+            "endpoint pickers read",
+        ),
+        (("--set", "router.tls.clientAuth=required"), "'none', 'optional'"),
         (("--set", "router.policy=random"), "'prefix', 'least-loaded', 'round-robin'"),
         (("--set", "router.enabled=true,inferencePool.enabled=true,inferencePool.endpointPicker.name=p"), "take one"),
         (("--set", "engine.ray.workers=1"), "engine.ray.mode kuberay"),

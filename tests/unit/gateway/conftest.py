@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tpserve.coordinator.gateway.__main__ import Server
 from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.config import GatewayConfig
-from tpserve.coordinator.gateway.guard import guarded_protocol
+from tpserve.coordinator.gateway.guard import connection_limit, guarded_protocol
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tls import TlsFiles, url_of
 from tpserve.coordinator.gateway.tokenizer import Tokenizer
@@ -137,7 +137,9 @@ def make_stack(model_dir: Path, tokenizer: Tokenizer) -> StackFactory:
         uvicorn_config = uvicorn.Config(
             create_app(service),
             loop="none",
-            http=guarded_protocol(config.header_timeout_s, config.write_timeout_s),
+            http=guarded_protocol(
+                config.header_timeout_s, config.write_timeout_s, connection_limit(config.max_connections)
+            ),
             log_config=None,
             timeout_graceful_shutdown=1,
         )

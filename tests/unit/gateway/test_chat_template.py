@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,33 @@ def test_the_jinja_file_wins_and_named_templates_are_found(tmp_path: Path) -> No
     template = ChatTemplate.load(tmp_path)
     assert template is not None
     assert template.render([]) == "file </s>"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in messages %}{% for b in messages %}{{ b.role }}{% endfor %}{% endfor %}",
+        "{% for a in messages %}{% for b in messages %}x{% endfor %}{% endfor %}",
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+        "{% for a in messages %}{% for b in messages %}{% if b.role == 'x' %}y{% endif %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% for a in messages %}{{ a['role'] }}{% endfor %}{% endmacro %}"
+        "{% for a in messages %}{{ f(a) }}{% endfor %}",
+    ],
+    ids=["reads", "writes", "calls", "reads and is silent", "macro"],
+)
+def test_a_rendering_that_does_not_end_is_given_up(source: str) -> None:
+    template = ChatTemplate(source, {}, timeout_s=0.2)
+    begun = time.monotonic()
+    with pytest.raises(InvalidRequest, match=r"did not end within 0\.2 s: send fewer or shorter messages") as raised:
+        template.render([MESSAGES[1]] * 20_000)
+    assert raised.value.param == "messages"
+    assert time.monotonic() - begun < 2
+    short = "{% for message in messages %}{{ message.role }}{% endfor %}"
+    assert ChatTemplate(short, {}, timeout_s=0.2).render(MESSAGES) == "systemuser"
+
+
+def test_each_rendering_has_the_whole_time() -> None:
+    template = ChatTemplate("{% for message in messages %}{{ message.role }}{% endfor %}", {}, timeout_s=0.2)
+    begun = time.monotonic()
+    while time.monotonic() - begun < 0.5:
+        assert template.render(MESSAGES) == "systemuser"

@@ -50,3 +50,10 @@ def test_references_lead_somewhere() -> None:
         assert jsonschema.Draft202012Validator(events).is_valid({"data": "[DONE]"})
     ids = [operation["operationId"] for methods in document["paths"].values() for operation in methods.values()]
     assert len(ids) == len(set(ids))
+
+
+def test_what_takes_a_body_may_find_it_too_slow() -> None:
+    document = openapi_document(enable_debug=True, with_keys=True)
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            assert ("408" in operation["responses"]) == ("requestBody" in operation), operation["summary"]

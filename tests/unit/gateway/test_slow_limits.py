@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
 import socket
 from collections.abc import AsyncIterator
 
@@ -189,3 +190,49 @@ async def test_sizes_of_requests(make_stack: StackFactory) -> None:
             assert words in reply.json()["error"]["message"]
             assert len(reply.json()["error"]["message"]) < 1000
         assert stack.engine.submits == []
+
+
+async def test_a_full_server_lets_idle_connections_go_and_refuses_only_where_all_are_in_use(
+    make_stack: StackFactory,
+) -> None:
+    request = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+    async with make_stack(max_connections=3) as stack, contextlib.AsyncExitStack() as opened:
+        await stack.http.aclose()  # has a connection of its own
+
+        async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            return await opened.enter_async_context(connection(stack))
+
+        idle_reader, idle_writer = await connect()
+        idle_writer.write(request)
+        assert (await idle_reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
+        busy = [await connect() for _ in range(2)]
+        for _, writer in busy:
+            writer.write(HEAD + b"content-length: 1000\r\n\r\n{")  # their bodies are awaited
+        # A fourth: the one that only waits for a next request goes.
+        reader, writer = await connect()
+        await everything(idle_reader)
+        assert idle_reader.at_eof()
+        writer.write(request)
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.write(HEAD + b"content-length: 1000\r\n\r\n{")
+        await asyncio.sleep(0.1)
+        # Now all three are in use.
+        refused, _ = await connect()
+        answer = await everything(refused)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: 1\r\n" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_many_connections"
+        busy[0][1].close()
+        await asyncio.sleep(0.1)
+        reader, writer = await connect()
+        writer.write(request)
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 "), "there is room again"
+
+
+@pytest.mark.parametrize(("files", "each", "limit"), [(1024, 1, 896), (1024, 2, 448), (64, 1, 32), (1 << 20, 1, 4096)])
+def test_there_are_no_more_connections_than_files(
+    files: int, each: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    assert guard.connection_limit(4096, each) == limit
+    assert guard.connection_limit(5, each) == 5

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from draft_pairs import MOST, DedicatedPair, Pairs
+from group_certificates import identities_of
 from rank_group import Artifacts
 from speculating import Driver, Text
 from tpserve.collectives.rendezvous import listen
 from tpserve.proto.messages import StepPlan
-from tpserve.proto.rank import RankConfig
+from tpserve.proto.rank import RankConfig, TlsIdentity
 from tpserve.proto.speculation import Speculation
 from tpserve.worker import draft_link
 from tpserve.worker.arrays import Array
@@ -40,19 +41,20 @@ def make_config(tp_size: int, draft_tp_size: int, timeout_s: float = LATE_S) -> 
 class Ends:
     """Both ends of every rank, in this process."""
 
-    def __init__(self, config: RankConfig) -> None:
+    def __init__(self, config: RankConfig, *, tls: bool = False) -> None:
         speculation = config.speculation
         assert speculation is not None
         doors = [listen("127.0.0.1") for _ in range(2)]
         draft, target = (f"127.0.0.1:{door.getsockname()[1]}" for door in doors)
         config = replace(config, draft_door=draft, target_door=target)
         num_ranks = config.tp_size + speculation.num_draft_ranks
+        identities: list[TlsIdentity | None] = [*identities_of(num_ranks)] if tls else [None] * num_ranks
         with ThreadPoolExecutor(num_ranks) as pool:
             made: list[Any] = []
             for rank in range(num_ranks):
                 kind: Any = TargetEnd if rank < config.tp_size else DraftEnd
                 door = {config.tp_size: doors[0], 0: doors[1]}.get(rank)
-                made.append(pool.submit(kind, replace(config, rank=rank), door))
+                made.append(pool.submit(kind, replace(config, rank=rank, tls=identities[rank]), door))
             ends: list[Any] = [one.result(20) for one in made]
         for door in doors:
             door.close()
@@ -77,9 +79,9 @@ def hear_steps(draft: DraftEnd, count: int) -> None:
         draft.emitted(step)
 
 
-@pytest.fixture
-def ends() -> Iterator[Ends]:
-    made = Ends(make_config(2, 2))
+@pytest.fixture(params=["plain", "tls"])
+def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
+    made = Ends(make_config(2, 2), tls=request.param == "tls")
     yield made
     made.close()
 

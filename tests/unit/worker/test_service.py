@@ -1,10 +1,14 @@
-"""A rank's door: plans are taken of the coordinator that knows the token, and its leaving is told."""
+"""A rank's door: plans are taken of the coordinator that knows the token, and its leaving is told.
+
+On a network, the coordinator must have a certificate besides, and so must the rank.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -12,7 +16,9 @@ import pytest
 
 from tpserve.coordinator.client import WorkerGroup
 from tpserve.coordinator.errors import RankLost
+from tpserve.coordinator.group_authority import GroupAuthority
 from tpserve.proto.messages import StepPlan, StepResult
+from tpserve.proto.rank import COORDINATOR_TLS_NAME, TlsIdentity, rank_tls_name
 from tpserve.worker.service import DoneStep, serve
 
 
@@ -24,10 +30,10 @@ class Idle:
 
 
 @contextmanager
-def door(token: str | None) -> Iterator[tuple[str, threading.Event]]:
+def door(token: str | None, tls: TlsIdentity | None = None) -> Iterator[tuple[str, threading.Event]]:
     """Open a rank's door; give its address, and what is set when a stream has ended."""
     ended = threading.Event()
-    server, port = serve(Idle(), 0, "127.0.0.1", token, ended.set)
+    server, port = serve(Idle(), 0, "127.0.0.1", token, ended.set, tls)
     try:
         yield f"127.0.0.1:{port}", ended
     finally:
@@ -68,3 +74,65 @@ async def test_a_group_whose_token_is_wrong_is_lost_with_the_reason() -> None:
         with pytest.raises(RankLost, match=r"^rank 0 on host-b: .*takes plans of its own coordinator alone"):
             await group.next_result()
         await group.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Of one group of two ranks."""
+
+    coordinator: TlsIdentity
+    rank_0: TlsIdentity
+    rank_1: TlsIdentity
+
+    @classmethod
+    def make(cls) -> Members:
+        authority = GroupAuthority()
+        return cls(*(authority.issue(name) for name in (COORDINATOR_TLS_NAME, rank_tls_name(0), rank_tls_name(1))))
+
+
+async def lost_because(address: str, token: str, tls: TlsIdentity | None) -> str:
+    """Return why a coordinator that comes with these loses the group."""
+    group = WorkerGroup([address], 5.0, on_lost=lambda: None, token=token, tls=tls)
+    await group.send(StepPlan(1))
+    with pytest.raises(RankLost) as raised:
+        await group.next_result()
+    await group.close()
+    return str(raised.value)
+
+
+async def test_within_tls_the_coordinator_is_let_in() -> None:
+    members = Members.make()
+    with door("secret", members.rank_0) as (address, ended):
+        group = WorkerGroup([address], 5.0, on_lost=lambda: None, token="secret", tls=members.coordinator)
+        for step in (1, 2):
+            await group.send(StepPlan(step))
+            assert (await group.next_result()).step_id == step
+        await group.close()
+        assert ended.wait(5), "that the coordinator has left"
+
+
+async def test_within_tls_nobody_else_is() -> None:
+    members, strangers = Members.make(), Members.make()
+    with door("secret", members.rank_0) as (address, ended):
+        assert "UNAVAILABLE" in await lost_because(address, "secret", None), "plain"
+        # Of another authority, which trusts this one.
+        stranger = replace(strangers.coordinator, authority=members.coordinator.authority)
+        assert "UNAVAILABLE" in await lost_because(address, "secret", stranger)
+        # It trusts another one than the rank has.
+        assert "CERTIFICATE_VERIFY_FAILED" in await lost_because(address, "secret", strangers.coordinator)
+        assert "of its coordinator alone, not of rank-1.tpserve" in await lost_because(
+            address, "secret", members.rank_1
+        )
+        assert "takes plans of its own coordinator alone" in await lost_because(address, "guess", members.coordinator)
+        assert not ended.is_set(), "a stranger ended the rank"
+        credentials = grpc.ssl_channel_credentials(members.coordinator.authority)
+        options = [("grpc.ssl_target_name_override", rank_tls_name(0))]
+        with grpc.secure_channel(address, credentials, options=options) as channel:
+            untyped: Any = channel
+            with pytest.raises(grpc.RpcError) as raised:  # without a certificate
+                list(untyped.stream_stream("/tpserve.Worker/Execute")(iter([]), timeout=5))
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    with door("secret", members.rank_1) as (address, _):
+        assert "Hostname Verification Check failed" in await lost_because(address, "secret", members.coordinator)
+    with door("secret") as (address, _):
+        assert "WRONG_VERSION_NUMBER" in await lost_because(address, "secret", members.coordinator), "a plain door"
