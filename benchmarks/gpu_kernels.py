@@ -96,6 +96,13 @@ def gemms(kernels: Any, stream: Any, dtype: Any, models: list[str], all_m: list[
                 us = timed(stream, launches)
                 flops = 2.0 * num_m * num_n * num_k if num_m > 128 else 0.0
                 report(name, f"{model} {part} M={num_m}", us, size if num_m <= 256 else 0, flops)
+                if dtype == FP8 and part in ("o", "down") and num_m <= 128:
+                    grouped = to_device(np.ones((num_k // 256, 2, (num_m + 7) // 8 * 8), np.float32))
+                    launches = [
+                        partial(kernels["gemm_fp8_grouped"], x, grouped, weights[i % len(weights)], channels, out)
+                        for i in range(count)
+                    ]
+                    report("gemm_fp8_grouped", f"{model} {part} M={num_m}", timed(stream, launches), size)
             del weights
             cupy.get_default_memory_pool().free_all_blocks()
 
@@ -150,7 +157,7 @@ def small(kernels: Any, stream: Any) -> None:
             q, scale = poisoned((num_m, max(hidden, ffn)), FP8), poisoned((num_m,), np.float32)
             quantised = DeviceArray(q.bits[:, :hidden], FP8)
             gate_up, act = random_bf16((num_m, 2 * ffn)), poisoned((num_m, ffn), BF16)
-            act8 = poisoned((num_m, ffn), FP8)
+            act8, grouped = poisoned((num_m, ffn), FP8), poisoned((ffn // 256, 2, (num_m + 7) // 8 * 8), np.float32)
             qkv, q_out = random_bf16((num_m, (heads + 2 * kv) * 128)), poisoned((num_m, heads, 128), BF16)
             pages, pages8 = (poisoned((num_m, kv, 2, 16 * 128), dtype) for dtype in (BF16, FP8))
             kv_scale = to_device(np.ones(2, np.float32))
@@ -163,6 +170,7 @@ def small(kernels: Any, stream: Any) -> None:
                 "add_rms_norm_fp8": (*add, quantised, scale),
                 "silu_mul": (gate_up, act),
                 "silu_mul_fp8": (gate_up, act8, scale),
+                "silu_mul_grouped": (gate_up, act8, grouped),
                 "rope_append": (qkv, zeros, ids, table, rope, pages, q_out),
                 "rope_append_fp8": (qkv, zeros, ids, table, rope, kv_scale, pages8, q_out),
             }

@@ -1,0 +1,136 @@
+"""Grouped scales of e4m3 activations: in graphs, their memory, and where one stands; nothing here needs a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tvm
+from tvm import relax
+
+from scripts import ROOT
+from tiny_models import MODELS
+from tpserve.compile.config import CompileConfig, ModelConfig
+from tpserve.compile.pipeline import build_graph, lower
+
+FP8 = CompileConfig(1, "fp8", "tuned", "cuda", max_model_len=64, max_num_batched_tokens=100, max_num_seqs=4)
+GROUPED = {"attention_grouped", "silu_mul_grouped", "gemm_fp8_grouped"}
+BY_ROW = {"quantize_fp8", "silu_mul_fp8", "gemm_fp8"}
+HEADERS = f"-I{ROOT / 'compile/kernels/cuda'}"
+
+
+def model(folder: Path, *, heads: int = 4, head_dim: int = 128, ffn: int = 512, bias: bool = False) -> ModelConfig:
+    MODELS["llama_8q_1kv_biases" if bias else "llama_4q_2kv"].write(folder)
+    config = ModelConfig.from_hf(folder)
+    return replace(config, num_attention_heads=heads, head_dim=head_dim, num_kv_heads=1, intermediate_size=ffn)
+
+
+def calls(config: ModelConfig, compile_config: CompileConfig) -> list[tuple[str, list[str]]]:
+    """Return the kernels of the first layer in their order, with the shapes and types of what they make."""
+    found: list[tuple[str, list[str]]] = []
+
+    def visit(expr: relax.Expr) -> None:
+        if isinstance(expr, relax.Call) and expr.op == tvm.ir.Op.get("relax.call_dps_packed"):
+            outputs = expr.ty_args[0]
+            fields = outputs.fields if isinstance(outputs, relax.TupleType) else [outputs]
+            texts = [
+                f"{field.dtype} {' x '.join(str(size).removeprefix('T.int64') for size in field.shape)}"
+                for field in fields
+            ]
+            found.append((str(expr.args[0].global_symbol).removeprefix("tpserve.cuda."), texts))
+
+    relax.analysis.post_order_visit(build_graph(config, compile_config).module["step"], visit)
+    return found
+
+
+def kernels(config: ModelConfig, tp_size: int = 1) -> set[str]:
+    names = build_graph(config, replace(FP8, tp_size=tp_size)).externs
+    return {name.removeprefix("tpserve.cuda.") for name in names}
+
+
+def test_activation_and_attention_have_grouped_scales(tmp_path: Path) -> None:
+    found = calls(model(tmp_path), FP8)
+    assert [name for name, _ in found[2:10]] == [
+        "gemm_fp8", "rope_append", "attention_grouped", "gemm_fp8_grouped", "add_rms_norm_fp8", "gemm_fp8",
+        "silu_mul_grouped", "gemm_fp8_grouped",
+    ]  # fmt: skip
+    outputs = dict(found)
+    for name in ("attention_grouped", "silu_mul_grouped"):
+        values, scales = outputs[name][-2:]
+        assert values == "float8_e4m3fn num_tokens x (512)"
+        assert scales == "float32 (2) x (2) x (num_tokens + T.int64(7)) // T.int64(8) * T.int64(8)"
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "ffn", "grouped", "by_row"),
+    [
+        (4, 128, 512, GROUPED, {"gemm_fp8"}),
+        (4, 64, 512, GROUPED - {"attention_grouped"}, {"gemm_fp8", "quantize_fp8"}),  # a head is no group
+        (1, 128, 512, GROUPED - {"attention_grouped"}, {"gemm_fp8", "quantize_fp8"}),  # half a stage of the GEMM
+        (4, 128, 384, GROUPED - {"silu_mul_grouped"}, {"gemm_fp8", "silu_mul_fp8"}),
+        (1, 64, 300, set(), BY_ROW),
+    ],
+)
+def test_sizes_that_cannot_be_grouped_have_a_scale_for_each_row(
+    tmp_path: Path, heads: int, head_dim: int, ffn: int, grouped: set[str], by_row: set[str]
+) -> None:
+    called = kernels(model(tmp_path, heads=heads, head_dim=head_dim, ffn=ffn))
+    assert called & (GROUPED | BY_ROW) == grouped | by_row
+
+
+def test_the_size_is_that_of_the_rank(tmp_path: Path) -> None:
+    config = model(tmp_path)
+    assert kernels(config, 2) >= GROUPED  # 256 of each on a rank
+    assert not kernels(config, 4) & GROUPED
+
+
+def test_biases_are_added(tmp_path: Path) -> None:
+    called = kernels(model(tmp_path, bias=True))
+    assert "gemm_fp8_grouped_bias" in called
+    assert "gemm_fp8_grouped" not in called
+
+
+def test_unquantised_weights_have_no_scales(tmp_path: Path) -> None:
+    graph = build_graph(model(tmp_path), replace(FP8, quantization="q0bf16"))
+    assert not [name for name in graph.externs if "fp8" in name or "grouped" in name]
+
+
+def test_memory_is_planned_for_the_padded_tokens(tmp_path: Path) -> None:
+    config = model(tmp_path, ffn=1 << 16)
+    planned = {}
+    for num_tokens in (8, 9, 16):
+        module = build_graph(config, replace(FP8, max_num_batched_tokens=num_tokens)).module
+        planned[num_tokens] = lower(module, tvm.target.Target({"kind": "llvm"}))[1]
+    by_token = (planned[16] - planned[9]) // 7  # both have sixteen places in a group
+    assert planned[9] - planned[8] - by_token >= 8 * (1 << 16) // 128 * 4
+
+
+@pytest.fixture(scope="module")
+def scales(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("scales")
+    source = folder / "scales.cpp"
+    source.write_text(
+        '#include "grouped_scales.cuh"\n'
+        "using namespace tpserve::cuda;\n"
+        'extern "C" long place(long k, long token, long tokens) { return scale_at(k / kGroupSize, token, tokens); }\n'
+        'extern "C" long padded(long tokens) { return padded_tokens(tokens); }\n'
+    )
+    command = ["c++", "-std=c++20", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", HEADERS]
+    subprocess.run([*command, str(source), "-o", str(folder / "scales.so")], check=True, timeout=60)
+    library = ctypes.CDLL(str(folder / "scales.so"))
+    for name in ("place", "padded"):
+        getattr(library, name).restype = ctypes.c_long
+    return library
+
+
+@pytest.mark.parametrize(("tokens", "padded"), [(1, 8), (8, 8), (9, 16), (127, 128), (128, 128)])
+def test_a_scale_stands_where_the_contract_says(scales: ctypes.CDLL, tokens: int, padded: int) -> None:
+    assert scales.padded(ctypes.c_long(tokens)) == padded
+    for k in (0, 127, 128, 255, 256, 1023):
+        for token in (0, tokens - 1):
+            # scales[k / 256][k / 128 % 2][token] of (K / 256, 2, padded)
+            expected = (k // 256 * 2 + k // 128 % 2) * padded + token
+            assert scales.place(ctypes.c_long(k), ctypes.c_long(token), ctypes.c_long(tokens)) == expected
