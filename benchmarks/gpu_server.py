@@ -3,7 +3,8 @@
 Regime: `tpserve serve` as a user starts it, random weights, prefix cache off, greedy, ignore_eos; a closed loop of C
 requests for each point, lengths from a file of prompt and output lengths, by the client that measured the peer (a
 module with `warm`, `static_point` and `run_point`). `static` is C equal requests (256 in, 129 out) together: the step.
-With `--fixed-lengths 1000/500` every request has these. Floor: weights once through memory, 4.70 TB/s on an H200.
+Requests of `--fixed-lengths`, 1000/500 say, follow at
+`--fixed-points`. Floor: weights once through memory, 4.70 TB/s on an H200.
 Prints each point and, last, one JSON object; `--append` adds it to the runs of a file.
 
 Run on a host with GPUs: python benchmarks/gpu_server.py --model FOLDER --artifact FOLDER --client CLIENT.py
@@ -104,16 +105,14 @@ class Server:
         self._log.close()
 
 
-async def measure(client: Any, server: Server, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return all points."""
-    lengths = None
-    if args.fixed_lengths:
-        prompt, output = map(int, args.fixed_lengths.split("/"))
-        lengths = {"prompt_len": [prompt] * 1000, "output_len": [output] * 1000}
+async def measure(
+    client: Any, server: Server, args: argparse.Namespace, concurrencies: list[int], lengths: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Return points; of the client's own lengths, unless others are given."""
     where = ("127.0.0.1", server.port, SERVED_NAME)
-    await client.warm(*where, args.points)
+    await client.warm(*where, concurrencies)
     points = []
-    for concurrency in args.points:
+    for concurrency in concurrencies:
         point: dict[str, Any] = {}
         if lengths is None:
             point["static"] = await client.static_point(*where, concurrency)
@@ -129,6 +128,12 @@ async def measure(client: Any, server: Server, args: argparse.Namespace) -> list
     return points
 
 
+def fixed(text: str) -> dict[str, Any]:
+    """Return the lengths of PROMPT/OUTPUT as the client takes them."""
+    prompt, output = map(int, text.split("/"))
+    return {"prompt_len": [prompt] * 1000, "output_len": [output] * 1000}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json and a tokenizer")
@@ -139,17 +144,23 @@ def main() -> None:
     parser.add_argument("--min-requests", type=int, default=8)
     parser.add_argument("--requests-per-stream", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=25.0, help="of one point")
-    parser.add_argument("--fixed-lengths", help="PROMPT/OUTPUT tokens of every request, instead of the file's")
+    parser.add_argument("--fixed-lengths", help="PROMPT/OUTPUT tokens of every request of further points")
+    parser.add_argument("--fixed-points", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--bandwidth", type=float, default=4.70, help="TB/s that one kernel reaches on this device")
     parser.add_argument("--commit", default="", help="of the tree that is measured")
     parser.add_argument("--append", type=Path, help="file of results; its `runs` get this one")
     parser.add_argument("flags", nargs="*", help="of tpserve serve, after --")
     args = parser.parse_args()
     manifest = Manifest.load(args.artifact)
+    fixed_points: list[dict[str, Any]] = []
     server = Server(args, manifest)
     try:
         print(f"ready after {server.ready_s:.1f} s", flush=True)
-        points = asyncio.run(measure(load_client(args.client), server, args))
+        client = load_client(args.client)
+        points = asyncio.run(measure(client, server, args, args.points, None))
+        if args.fixed_lengths:
+            lengths = fixed(args.fixed_lengths)
+            fixed_points = asyncio.run(measure(client, server, args, args.fixed_points, lengths))
         counted = server.metrics(r"tpserve_collectives_info|vllm:spec_decode_num_\w+_total")
     finally:
         server.close()
@@ -162,12 +173,13 @@ def main() -> None:
         "device": device_name(),
         "compiler": manifest.compiler,
         "command": " ".join(server.command[2:]),
-        "lengths": args.fixed_lengths or "lengths.json",
         "requests": f"max({args.min_requests}, {args.requests_per_stream} C) a point",
         "floor_ms": weight_bytes(manifest) / (args.bandwidth * 1e12) * 1e3,
         "ready_s": server.ready_s,
         "metrics": counted,
         "points": points,
+        "fixed_lengths": args.fixed_lengths,
+        "fixed_points": fixed_points,
     }
     if args.append:
         runs = json.loads(args.append.read_text())["runs"] if args.append.exists() else []

@@ -344,20 +344,19 @@ void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   p.token_tiles = (p.M + kTokens - 1) / kTokens;
   const int units = (p.channel_blocks + kBlocks - 1) / kBlocks * p.token_tiles * p.units_of_k;
   p.base = units / kGrid, p.rem = units % kGrid;
-  launch(gemm_kernel<T, S>, kGrid, S::kThreads, S::kSharedBytes, stream,
-         token_map(x, p.M, K, kTokens), p);
+  launch(gemm_kernel<T, S>, kGrid, S::kThreads, S::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
 }
 
 /// Chooses the tile for p.M tokens, as measured: `gpu_kernels.py` on an H200, every tile at every shape of 8B and 70B.
 template <typename T, bool kGrouped>
 void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
-  // None of 16 tokens: alone it takes less time than that of 32, in a chain of dependent kernels more.
   const auto with_ring = [&](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
     if (p.packed_base < kWholeMinStages) return run<T, kTokens, 1, Ring::kHalf, kGrouped>(p, x, K, stream);
     run<T, kTokens, 1, Ring::kWhole, kGrouped>(p, x, K, stream);
   };
   if (p.M <= 8) return with_ring(std::integral_constant<int, 8>());
+  if (p.M <= 16) return with_ring(std::integral_constant<int, 16>());
   if (p.M <= 32) return with_ring(std::integral_constant<int, 32>());
   if (p.M <= 64) return with_ring(std::integral_constant<int, 64>());
   static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
