@@ -68,7 +68,15 @@ class Server:
         self.port = free_port()
         self.command = [sys.executable, "-m", "tpserve.cli", "serve", str(args.model), "--device", args.device]
         self.command += ["--tp", str(manifest.tp_size), "--model-lib", str(args.artifact), "--load-format", "dummy"]
-        self.command += ["--no-prefix-cache", "--port", str(self.port), "--served-model-name", SERVED_NAME]
+        self.command += [
+            "--mode",
+            "server",
+            "--no-prefix-cache",
+            "--port",
+            str(self.port),
+            "--served-model-name",
+            SERVED_NAME,
+        ]
         self.command += ["--max-num-seqs", str(manifest.max_num_seqs)]
         self.command += ["--max-num-batched-tokens", str(manifest.max_num_batched_tokens), *args.flags]
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # open as long as the server runs
