@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import tvm_ffi.libinfo
 
 from tpserve.compile.errors import CompileError
 from tpserve.compile.progress import Progress
+from tpserve.proto.nvcc import find_nvcc
 
 _PACKAGE = Path(__file__).parent.parent
 _FOLDERS = (_PACKAGE / "compile" / "kernels" / "cuda", _PACKAGE / "collectives" / "kernels")
@@ -94,7 +94,9 @@ def build_cuda_library(
                 output += said
                 progress(done, len(sources) + 1)
         partial = Path(scratch) / out.name
-        link = [f"-L{library.parent}", f"-Xlinker=-rpath,{library.parent}", "-ltvm_ffi", "-o", str(partial)]
+        # Where pip's packages have the runtime, of which their nvcc does not know.
+        folders = [f"-L{Path(nvcc).resolve().parents[1] / 'lib'}", f"-L{library.parent}"]
+        link = [*folders, f"-Xlinker=-rpath,{library.parent}", "-ltvm_ffi", "-o", str(partial)]
         _run([nvcc, "-shared", *_FLAGS, *extra_flags, *map(str, objects), *link], out.name)
         partial.replace(out)
         progress(len(sources) + 1, len(sources) + 1)
@@ -132,9 +134,11 @@ def _run(command: list[str], what: str) -> str:
 
 
 def _nvcc() -> str:
-    home = os.environ.get("CUDA_HOME")
-    compiler = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    compiler = find_nvcc()
     if compiler is None:
-        where = f"{home}/bin (CUDA_HOME)" if home else "PATH"
-        raise CudaBuildError(f"nvcc was not found on {where}: install the CUDA toolkit (13.0 or newer)")
-    return compiler
+        home = os.environ.get("CUDA_HOME")
+        where = f"in {home}/bin (CUDA_HOME)" if home else "on PATH or among Python's packages"
+        raise CudaBuildError(
+            f"nvcc was not found {where}: install the CUDA toolkit (13.0 or newer), or pip install 'tpserve[nvcc]'"
+        )
+    return str(compiler)

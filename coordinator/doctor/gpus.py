@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tpserve.coordinator.doctor.findings import Finding, Wanted
 from tpserve.coordinator.doctor.nvml import Gpus, NvmlError, read_gpus
+from tpserve.proto.nvcc import find_nvcc
 
 _MIN_CUDA = (13, 0)
 """Of CuPy's wheels and of what `tpserve compile` makes."""
@@ -104,12 +104,13 @@ def _check_libraries(tp_size: int) -> Iterator[Finding]:
         yield Finding("cupy", "fail", "not installed", "pip install 'tpserve[cuda]'")
         return
     yield Finding("cupy", "ok", "installed")
-    if shutil.which("nvcc") is None:
+    if find_nvcc() is None:
         yield Finding(
             "nvcc",
             "warn",
-            "not on PATH",
-            "libraries cannot be compiled here: give --model-lib, or install CUDA 13's nvcc",
+            "not found",
+            "libraries cannot be compiled here: give --model-lib, or install CUDA 13's nvcc, or pip install "
+            "'tpserve[nvcc]'",
         )
     if tp_size > 1:
         yield check_nccl()

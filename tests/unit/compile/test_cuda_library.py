@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tpserve.compile.artifact import buffer_bytes
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.kernels.cuda import sizes
 from tpserve.compile.sharding import shard
+from tpserve.proto.nvcc import find_nvcc
 
 
 def test_the_library_names_all_its_kernels() -> None:
@@ -44,8 +47,29 @@ def test_buffers_grow_with_the_batch() -> None:
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(native_cuda.CudaBuildError, match=r"nvcc was not found on .*CUDA_HOME"):
+    with pytest.raises(
+        native_cuda.CudaBuildError, match=r"nvcc was not found in .*CUDA_HOME.*pip install .tpserve\[nvcc\]"
+    ):
         native_cuda.build_cuda_library(native_cuda.CUDA_KERNEL_SOURCES, tmp_path / "kernels.so")
+
+
+def test_the_compiler_of_pips_packages_is_the_last_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert find_nvcc() is None
+    packaged = {version: tmp_path / "site" / "nvidia" / version / "bin" / "nvcc" for version in ("cu12", "cu13")}
+    for nvcc in (*packaged.values(), tmp_path / "bin" / "nvcc"):
+        nvcc.parent.mkdir(parents=True)
+    for nvcc in packaged.values():
+        nvcc.touch(0o755)
+    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    assert find_nvcc() == packaged["cu13"]
+    (tmp_path / "bin" / "nvcc").touch(0o755)
+    assert find_nvcc() == tmp_path / "bin" / "nvcc"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
