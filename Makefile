@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 TP ?= 2
 
-.PHONY: serve observe test lint types unit integration soak test-gpu goldens proto clean help
+.PHONY: serve observe test quick lint types unit unit-doors unit-engine integration soak test-gpu goldens proto clean help
 
 help:               ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -18,7 +18,11 @@ observe: $(VENV)/.installed   ## the same under a load, with a Prometheus that w
 	@model=$$($(BIN)/python deploy/fetch_demo_model.py) && \
 	  exec $(BIN)/python deploy/observe.py "$$model" --tp $(TP) --port $(PORT)
 
-test: lint types unit integration   ## everything that needs no GPU
+test: quick integration   ## everything that needs no GPU
+
+# Two of these at once: most of them keep one core busy.
+quick: $(VENV)/.dev   ## style, types and unit tests
+	$(MAKE) --jobs=2 --output-sync=target unit-doors unit-engine types lint
 
 lint: $(VENV)/.dev   ## style
 	$(BIN)/ruff check .
@@ -27,8 +31,15 @@ lint: $(VENV)/.dev   ## style
 types: $(VENV)/.dev   ## strict types
 	$(BIN)/mypy
 
-unit: $(VENV)/.dev   ## tests without processes or models
-	$(BIN)/pytest tests/unit
+unit: unit-doors unit-engine   ## tests without processes or models
+
+UNIT_DOORS := tests/unit/gateway tests/unit/router tests/unit/python_engine tests/unit/chat_cli tests/unit/bench tests/unit/deploy
+
+unit-doors: $(VENV)/.dev   ## those of the doors, the benchmark and the deployment
+	$(BIN)/pytest $(UNIT_DOORS)
+
+unit-engine: $(VENV)/.dev   ## all others
+	$(BIN)/pytest tests/unit $(UNIT_DOORS:%=--ignore=%)
 
 integration: $(VENV)/.dev   ## tests of the real server with the demo model
 	TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest -p no:hypothesispytest tests/integration
