@@ -67,9 +67,17 @@ class Way:
     name: str
     draft_length: DraftLengthRule = "fixed"
     num_draft_tokens: int = 0
+    waves: int = 1
+    """How often the prompts are sent, one set after the other; the last counts."""
 
 
-WAYS = [Way("plain"), *(Way(f"K={k}", "fixed", k) for k in range(1, MOST + 1)), Way("auto", "auto", MOST)]
+WAYS = [
+    Way("plain"),
+    *(Way(f"K={k}", "fixed", k) for k in range(1, MOST + 1)),
+    Way("auto", "auto", MOST),
+    # As in a server that has run for a while: what steps cost is known, what these requests accept is not.
+    Way("auto, second wave", "auto", MOST, waves=2),
+]
 
 
 @dataclass(slots=True)
@@ -110,31 +118,33 @@ class Engine:
                 drafts_are_sparse=speculation is not None and speculation.method != "draft",
             )
         )
-        for number, prompt in enumerate(prompts):
-            scheduler.add_request(Request(number, tuple(prompt), replace(sampling, seed=number), num_tokens))
         seated: set[int] = set()
-        first: dict[int, float] = {}
-        last: dict[int, float] = {}
-        outcome = Outcome(0.0, 0, 0, 0)
-        while scheduler.has_unfinished:
-            plan = scheduler.schedule()
-            assert plan is not None
-            seated = (seated - set(plan.removed_slots)) | {added.slot for added in plan.added_slots}
-            result = self._runner.execute(replace(plan, step_id=self._next_step))
-            self._next_step += 1
-            events = scheduler.update(replace(result, step_id=plan.step_id))
-            now = time.perf_counter()
-            for event in events:
-                first.setdefault(event.request_id, now)
-                last[event.request_id] = now
-            for count, drafted in zip(result.counts, result.drafted, strict=True) if result.drafted else ():
-                outcome.drafted += drafted
-                outcome.accepted += count - 1 if drafted else 0
-                outcome.drafts += drafted > 0
+        for wave in range(way.waves):
+            numbers = range(wave * len(prompts), (wave + 1) * len(prompts))
+            for seed, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
+                scheduler.add_request(Request(number, tuple(prompt), replace(sampling, seed=seed), num_tokens))
+            first: dict[int, float] = {}
+            last: dict[int, float] = {}
+            outcome = Outcome(0.0, 0, 0, 0)
+            while scheduler.has_unfinished:
+                plan = scheduler.schedule()
+                assert plan is not None
+                seated = (seated - set(plan.removed_slots)) | {added.slot for added in plan.added_slots}
+                result = self._runner.execute(replace(plan, step_id=self._next_step))
+                self._next_step += 1
+                events = scheduler.update(replace(result, step_id=plan.step_id))
+                now = time.perf_counter()
+                for event in events:
+                    first.setdefault(event.request_id, now)
+                    last[event.request_id] = now
+                for count, drafted in zip(result.counts, result.drafted, strict=True) if result.drafted else ():
+                    outcome.drafted += drafted
+                    outcome.accepted += count - 1 if drafted else 0
+                    outcome.drafts += drafted > 0
+            outcome.tpot_s = statistics.mean((last[n] - first[n]) / (num_tokens - 1) for n in numbers)
         # Who ended last would be removed by the next plan, which another scheduler makes.
         self._runner.execute(StepPlan(self._next_step, removed_slots=tuple(seated)))
         self._next_step += 1
-        outcome.tpot_s = statistics.mean((last[n] - first[n]) / (num_tokens - 1) for n in range(len(prompts)))
         return outcome
 
 
@@ -208,7 +218,8 @@ def pair(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         prompts = rng.integers(0, PAIR["vocab_size"], (seqs, 32)).tolist()
         for temperature in args.temperature:
             print(f"knob {knob}, temperature {temperature}", flush=True)
-            rows = compare(engines, WAYS, prompts, args, SamplingParams(temperature=temperature))
+            ways = [way for way in WAYS if way.name in args.ways]
+            rows = compare(engines, ways, prompts, args, SamplingParams(temperature=temperature))
             out.append({"knob": knob, "temperature": temperature, "points": rows, "floor": _floor(large, small)})
     return out
 
@@ -253,6 +264,7 @@ def main() -> None:
     parser.add_argument("--knob", type=float, nargs="*", default=[0.1, 0.2, 0.3])
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--ways", nargs="+", default=[way.name for way in WAYS], help="of the pair; plain is needed")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
