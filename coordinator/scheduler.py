@@ -468,6 +468,7 @@ class Scheduler:
         group.num_unfinished -= 1
         if group.num_unfinished == 0:
             del self._groups[sequence.request_id]
+            group.sequences, group.prompt_leader = (), None  # no cycle: tokens and all go with the last reference
             if not group.started:
                 self._num_queued -= 1
 

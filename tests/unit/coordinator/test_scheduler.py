@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from builders import Loop, make_config, make_request
 from simulated_worker import expected_output
 from tpserve.coordinator.config import ConfigError, SchedulerConfig
-from tpserve.coordinator.request import QueueFull, Request, RequestInvalid, choice_seed
+from tpserve.coordinator.request import QueueFull, Request, RequestGroup, RequestInvalid, Sequence, choice_seed
 from tpserve.coordinator.slot_table import ResultMismatch
 from tpserve.proto.messages import FinishReason, PromptChunk, StepPlan, StepResult
 
@@ -115,6 +116,22 @@ class TestSteps:
         assert [event.finish for event in loop.update()] == [FinishReason.LENGTH]
         assert loop.plan() is None
         assert not loop.scheduler.has_unfinished
+
+    def test_who_has_ended_is_gone_at_once(self) -> None:
+        """Nothing that ends may wait for a collection of cycles, which comes once in hours."""
+        loop = Loop(make_config())
+        loop.add(make_request(1, max_tokens=3), make_request(2, max_tokens=5, n=3), make_request(3, max_tokens=30))
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(8):
+                loop.step()
+            loop.scheduler.abort(3)
+            loop.run()
+            left = [found for found in gc.get_objects() if isinstance(found, (RequestGroup, Sequence))]
+        finally:
+            gc.enable()
+        assert left == []
 
     def test_a_long_prompt_runs_in_chunks_within_the_budget(self) -> None:
         loop = Loop(make_config())
