@@ -55,7 +55,7 @@ async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Serve, soak, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", type=os.path.abspath)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=80)

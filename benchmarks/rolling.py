@@ -91,7 +91,7 @@ async def replace(server: Server, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Serve, replace, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", type=os.path.abspath)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--times", type=int, default=1, help="replacements of all replicas")

@@ -113,7 +113,7 @@ async def run(server: Server, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Measure each policy; the last line is one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", type=os.path.abspath)
     parser.add_argument("--policies", default="round-robin,least-loaded,prefix", help="by commas")
     parser.add_argument("--rounds", type=int, default=2, help="of all policies, one after the other")
     parser.add_argument("--replicas", type=int, default=2)

@@ -222,7 +222,7 @@ def plot(samples: Sequence[Sample], path: Path) -> None:
 def main() -> int:
     """Serve, soak, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", type=os.path.abspath)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=128)
     parser.add_argument("--kill-every", type=float, default=180.0, metavar="S")
