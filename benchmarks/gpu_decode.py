@@ -47,12 +47,14 @@ class DecodeStep:
     num_accepted: int
 
 
-def make_scheduler(manifest: Manifest, num_pages: int, num_draft_tokens: int = 0) -> Scheduler:
+def make_scheduler(
+    manifest: Manifest, num_pages: int, num_draft_tokens: int = 0, max_num_batched_tokens: int | None = None
+) -> Scheduler:
     """Return a scheduler whose steps verify so many draft tokens for each sequence."""
     return Scheduler(
         SchedulerConfig(
             max_num_seqs=manifest.max_num_seqs,
-            max_num_batched_tokens=manifest.max_num_batched_tokens,
+            max_num_batched_tokens=max_num_batched_tokens or manifest.max_num_batched_tokens,
             max_model_len=manifest.max_model_len,
             page_size=manifest.kv.page_size,
             num_pages=num_pages,

@@ -1,9 +1,10 @@
-"""Where the time of a decode step on GPUs goes: microseconds of each kernel, and the device's idle time between steps.
+"""Where the time of a step on GPUs goes: microseconds of each kernel, and the device's idle time between steps.
 
 Regime: as `gpu_decode.py`, pure decode steps of C sequences with random weights, recorded by torch's profiler on rank
-0 (the recording itself makes a step a little longer). Kernels overlap, since each starts while the one before drains;
-a kernel is charged the time from the latest end before it to its own end. Idle is the time from a step's last kernel
-to the next step's first.
+0 (the recording itself makes a step a little longer). With `--mixed` also steps of so many tokens, 32 of them decodes
+and the others of prompts of 220 tokens, of which enough are always waiting. Kernels overlap, since each starts while
+the one before drains; a kernel is charged the time from the latest end before it to its own end. Idle is the time from
+a step's last kernel to the next step's first.
 
 Run on a host with GPUs and torch: python benchmarks/gpu_timeline.py --artifact FOLDER --model FOLDER.
 """
@@ -17,6 +18,7 @@ import re
 import statistics
 import sys
 from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,36 +34,67 @@ from tpserve.proto.messages import SamplingParams
 
 FIRST_KERNEL = "load_last_tokens"
 WARM_UP_STEPS, RECORDED_STEPS = 12, 24
+MIXED_DECODES, PROMPT_TOKENS = 32, 220
 
 Event = tuple[str, float, float]
 """Name, start and end in microseconds."""
 
 
-def record(ranks: RankGroup, scheduler: Scheduler, concurrency: int, context: int, first_id: int) -> list[Event]:
-    """Return what rank 0's device did in some pure decode steps of `concurrency` sequences of `context` tokens."""
-    for i in range(concurrency):
-        prompt = tuple((first_id + i * 7919 + j * 31) % 32000 for j in range(context))
-        count = WARM_UP_STEPS + RECORDED_STEPS + 40 + math.ceil(concurrency * context / 64)
-        scheduler.add_request(Request(first_id + i, prompt, SamplingParams(temperature=0.0), count))
-    pure = 0
-    recording = False
-    events: list[Event] = []
-    kinds: deque[bool] = deque()
-    while scheduler.has_unfinished or kinds:
+def steps_of(ranks: RankGroup, scheduler: Scheduler) -> Iterator[tuple[int, int]]:
+    """Run until nothing is left; yield each step's prompt tokens and the tokens that it gave."""
+    prompts: deque[int] = deque()
+    while scheduler.has_unfinished or prompts:
         while (plan := scheduler.schedule()) is not None:
             ranks.submit(plan)
-            kinds.append(bool(plan.chunks))
+            prompts.append(sum(len(chunk.token_ids) for chunk in plan.chunks))
         finished = scheduler.update(ranks.wait())
-        pure = 0 if kinds.popleft() or len(finished) < concurrency else pure + 1
-        if pure == WARM_UP_STEPS and not recording and not events:
+        yield prompts.popleft(), len(finished)
+
+
+def add_requests(scheduler: Scheduler, ids: range, num_prompt_tokens: int, num_tokens: int) -> None:
+    """Queue greedy requests with prompts of their own."""
+    for i in ids:
+        prompt = tuple((i * 7919 + j * 31) % 32000 for j in range(num_prompt_tokens))
+        scheduler.add_request(Request(i, prompt, SamplingParams(temperature=0.0), num_tokens))
+
+
+def record(ranks: RankGroup, scheduler: Scheduler, ids: range, wanted: Callable[[int, int], bool]) -> list[Event]:
+    """Return what rank 0's device did in some successive steps that are `wanted`; then end the requests `ids`."""
+    count = 0
+    events: list[Event] = []
+    for prompt_tokens, num_tokens in steps_of(ranks, scheduler):
+        count = count + 1 if wanted(prompt_tokens, num_tokens) else 0
+        if count == WARM_UP_STEPS:
             ranks.profile()
-            recording = True
-        if recording and pure == WARM_UP_STEPS + RECORDED_STEPS:
+        if count == WARM_UP_STEPS + RECORDED_STEPS:
             events = ranks.profiled()
-            recording = False
-            for i in range(concurrency):
-                scheduler.abort(first_id + i)
+            for i in ids:
+                scheduler.abort(i)
     return events
+
+
+def record_decodes(ranks: RankGroup, scheduler: Scheduler, ids: range, context: int) -> list[Event]:
+    """Record pure decode steps of sequences of `context` tokens."""
+    add_requests(scheduler, ids, context, WARM_UP_STEPS + RECORDED_STEPS + 40 + math.ceil(len(ids) * context / 64))
+    return record(ranks, scheduler, ids, lambda prompt_tokens, num_tokens: not prompt_tokens and num_tokens == len(ids))
+
+
+def record_mixed(ranks: RankGroup, scheduler: Scheduler, first_id: int, num_tokens: int) -> list[Event]:
+    """Record steps of `num_tokens` tokens, the scheduler's budget of a step."""
+    decodes = range(first_id, first_id + MIXED_DECODES)
+    add_requests(scheduler, decodes, 32, 1024)
+    num_prompts = math.ceil((2 * WARM_UP_STEPS + RECORDED_STEPS) * num_tokens / PROMPT_TOKENS)
+    prompts = range(decodes.stop, decodes.stop + num_prompts)
+    waiting = False
+
+    def wanted(prompt_tokens: int, given: int) -> bool:
+        nonlocal waiting
+        if not waiting and not prompt_tokens and given == MIXED_DECODES:
+            add_requests(scheduler, prompts, PROMPT_TOKENS, 1)
+            waiting = True
+        return waiting and prompt_tokens > num_tokens - MIXED_DECODES - 8
+
+    return record(ranks, scheduler, range(first_id, prompts.stop), wanted)
 
 
 def breakdown(events: list[Event]) -> tuple[dict[str, float], float, float]:
@@ -95,13 +128,13 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16, 32, 64])
+    parser.add_argument("--mixed", type=int, nargs="*", default=[], help="tokens of mixed steps")
     parser.add_argument("--context", type=int, default=256, help="prompt tokens of each sequence")
     parser.add_argument("--commit", default="", help="of the tree that is measured")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     manifest = Manifest.load(args.artifact)
-    num_pages = max(args.concurrency) * math.ceil((args.context * 3 + 200) / manifest.kv.page_size)
-    scheduler = make_scheduler(manifest, num_pages)
+    num_pages = max([*args.concurrency, MIXED_DECODES]) * math.ceil((args.context * 3 + 200) / manifest.kv.page_size)
     processes = RankProcesses()
     points, next_id = {}, 0
     with processes.group(
@@ -113,13 +146,21 @@ def main() -> None:
         load_format="dummy",
         devices=range(manifest.tp_size),
     ) as ranks:
-        for concurrency in args.concurrency:
-            kernels, step_us, idle_us = breakdown(record(ranks, scheduler, concurrency, args.context, next_id))
-            next_id += concurrency
-            points[concurrency] = {"step_us": step_us, "idle_us": idle_us, "kernels_us": kernels}
-            print(f"C={concurrency}: step {step_us:.0f} us, idle {idle_us:.1f} us ({idle_us / step_us:.2%})")
-            for name, value in sorted(kernels.items(), key=lambda item: -item[1])[:14]:
-                print(f"   {value:8.1f} us {value / step_us:6.1%}  {name}")
+        for size, is_mixed in [*((c, False) for c in args.concurrency), *((m, True) for m in args.mixed)]:
+            budget = size if is_mixed else manifest.max_num_batched_tokens
+            scheduler = make_scheduler(manifest, num_pages, max_num_batched_tokens=budget)
+            if is_mixed:
+                events = record_mixed(ranks, scheduler, next_id, size)
+            else:
+                events = record_decodes(ranks, scheduler, range(next_id, next_id + size), args.context)
+            ranks.clear()
+            next_id += 1 << 16
+            kernels, step_us, idle_us = breakdown(events)
+            name = f"{size} tokens, {MIXED_DECODES} of them decodes" if is_mixed else f"C={size}"
+            points[name] = {"step_us": step_us, "idle_us": idle_us, "kernels_us": kernels}
+            print(f"{name}: step {step_us:.0f} us, idle {idle_us:.1f} us ({idle_us / step_us:.2%})")
+            for kernel, value in sorted(kernels.items(), key=lambda item: -item[1])[:14]:
+                print(f"   {value:8.1f} us {value / step_us:6.1%}  {kernel}")
     processes.close()
     result = {
         "benchmark": "gpu_timeline",

@@ -13,8 +13,10 @@ import tempfile
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -299,7 +301,11 @@ def _serve(pipe: Connection, device_runner: Callable[..., Any] | None) -> None:
             elif kind == "load" and what.device is not None:
                 from tpserve.worker.device_runner import DeviceRunner
 
-                runner = (device_runner or DeviceRunner)(what, lambda done, total: None, door=door)
+                make = partial(device_runner or DeviceRunner, what, lambda done, total: None, door=door)
+                # In a server, too, steps come from another thread than the one that loads: CUDA's current device is a
+                # thread's own.
+                with ThreadPoolExecutor(1) as loader:
+                    runner = loader.submit(make).result()
             elif kind == "load" and what.draft_rank is not None:
                 from tpserve.worker.draft_runner import DraftRunner
 

@@ -273,6 +273,7 @@ class DeviceRunner:
         drafts = plan.num_draft_tokens
         arrays = lay_out_verify(self._batch.running(), drafts) if drafts else self._batch.prepare(plan)
         slots = arrays.sample_slots[:: 1 + drafts].copy()
+        self._use_device()
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             if updates:
                 self._update_pages(updates, staging)
@@ -349,6 +350,7 @@ class DeviceRunner:
         plan, slots, bucket = pending.plan, pending.slots, pending.bucket
         if slots is None or bucket is None:
             return StepResult(plan.step_id, self._rank)
+        self._use_device()
         self._events[pending.staging].synchronize()
         if self._group is not None:
             self._group.raise_if_late(pending.staging)
@@ -394,6 +396,7 @@ class DeviceRunner:
     def close(self) -> None:
         """Wait for what is queued, so that its memory may go, and leave the group."""
         self._grammars.close()
+        self._use_device()
         self._stream.synchronize()
         for step in (*self._captured, *self._verifying):
             step.release()  # NCCL's communicator waits for the last graph that holds its kernels
@@ -415,6 +418,10 @@ class DeviceRunner:
                     host.ctypes.data, source, host.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, self._stream.ptr
                 )
         return rows
+
+    def _use_device(self) -> None:
+        """Make the rank's GPU this thread's: CUDA's current device is a thread's own, and calls come from several."""
+        cupy.cuda.Device(self._config.device).use()
 
     def _plan_words(self, num_tokens: int) -> int:
         return int(self._kernels["attention_plan_size"](num_tokens, self._config.max_num_seqs))
