@@ -14,10 +14,11 @@ struct GroupedStage {
   // The second group's products run while the first one's are scaled, where that takes long enough to matter.
   static constexpr bool kOverlap = kTokens == 128;
   static_assert(!kOverlap || kGroups == 2);
-  // Groups whose products run at once, each with sums of its own: what registers allow.
-  static constexpr int kFitting = kOverlap ? kGroups : 64 / kRegisters;
+  // Groups whose products run at once, each with sums of its own. More of them would take registers that the kernel after
+  // this one needs to start beside it; memory is slower than the products by far.
+  static constexpr int kFitting = kRegisters <= 16 ? 32 / kRegisters : 2;
   static constexpr int kAtOnce = kFitting < kGroups ? kFitting : kGroups;
-  static_assert(kAtOnce > 0 && kGroups % kAtOnce == 0);
+  static_assert(kGroups % kAtOnce == 0);
 
   /// sums += the product of each group x its scales, group after group; then gives the stage back.
   ///
@@ -39,7 +40,7 @@ struct GroupedStage {
       add_scaled(sums, fresh[1], mine + padded / 2);
       give_back(empty);
     } else {  // the scales are read while the products run, and the stage is free once the last of these end
-#pragma unroll
+#pragma unroll 1  // unrolled, addresses of all rounds would take registers
       for (int first = 0; first < kGroups; first += kAtOnce) {
         wgmma_fence();
 #pragma unroll

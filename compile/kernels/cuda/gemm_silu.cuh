@@ -48,7 +48,7 @@ __device__ __forceinline__ void store_groups(const GemmParams& p, const float (&
 #pragma unroll
     for (int b = 0; b < kTokens / 8; ++b) places[warp][b * 4 + lane] = make_float2(largest[b * 2], largest[b * 2 + 1]);
   }
-  asm volatile("bar.sync 3, 128;" ::: "memory");
+  meet<3, 128>();
 #pragma unroll
   for (int b = 0; b < kTokens / 8; ++b) {
     float2 most = make_float2(1e-12f, 1e-12f);
