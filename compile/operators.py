@@ -204,7 +204,7 @@ class TunedOperators:
         return total, GemmInput(normed)
 
     def gate_up_interleave(self, intermediate_size: int) -> int:
-        """See Operators. Where the GEMM's tiles or groups of scales do not fit, a kernel after it takes gate then up."""
+        """See Operators; 0 where the GEMM's tiles or groups of scales do not fit, so that a kernel must follow it."""
         multiple = _STAGE_SIZE if self._quantize else CHANNELS // 2
         return INTERLEAVE if self._target == "cuda" and intermediate_size % multiple == 0 else 0
 

@@ -68,8 +68,8 @@ class ParamSpec:
     unpacked_shape: tuple[int, int] | None = None
     """Rows and columns before packing, where `shape` does not tell."""
     interleave: int = 0
-    """Not 0: so many rows of the first half, then as many of the second, and so on; a vector's elements likewise. 0 keeps
-    the order of `sources`."""
+    """So many rows of the first half, then as many of the second, and so on; of a vector, elements. 0 keeps the order
+    of `sources`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ A stage is 64 output channels by 256 bytes of input columns: two tiles of 64 row
 chunk `c` at place `c ^ (row % 8)`. Stages, channels first, are dealt to the kernel's blocks in equal contiguous runs;
 stage `i` of block `b` is stored at `i * GRID + b`, the order in which the grid reads them.
 
-Rows of gate_up are interleaved before they are packed, `INTERLEAVE` of gate, as many of up, and so on, so that one thread
-has both of an activation: `silu.cuh`.
+Rows of gate_up are interleaved before they are packed, `INTERLEAVE` of gate, as many of up, and so on, so that one
+thread has both of an activation: `silu.cuh`.
 """
 
 from __future__ import annotations

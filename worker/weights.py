@@ -30,7 +30,7 @@ class Part:
     row: int
     column: int
     values: Array
-    """(rows, columns), or (rows,) of a vector: a view of the checkpoint. Row and column are those of `shape_of_parts`."""
+    """(rows, columns), or (rows,) of a vector: a view of the checkpoint. Its place is one in `shape_of_parts`."""
 
 
 def shape_of_parts(spec: ParamSpec) -> tuple[int, ...]:

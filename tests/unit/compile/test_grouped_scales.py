@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -113,7 +114,13 @@ def test_unquantised_weights_have_no_scales(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_gate_and_up_are_interleaved_where_their_product_ends_in_silu(
-    tmp_path: Path, quantization: str, ffn: int, tp_size: int, interleave: int, called: set[str], bias: bool
+    tmp_path: Path,
+    quantization: Literal["q0bf16", "fp8"],
+    ffn: int,
+    tp_size: int,
+    interleave: int,
+    called: set[str],
+    bias: bool,
 ) -> None:
     config = model(tmp_path, ffn=ffn, bias=bias)
     graph = build_graph(config, replace(FP8, quantization=quantization, tp_size=tp_size))
