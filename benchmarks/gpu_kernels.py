@@ -74,6 +74,19 @@ def report(kernel: str, case: str, us: float, num_bytes: float = 0.0, flops: flo
     print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
 
+def activations(num_m: int, size: int, dtype: Any) -> tuple[DeviceArray, ...]:
+    """Return what SiLU gives: (M, F), and for e4m3 its scales."""
+    values = poisoned((num_m, size), dtype)
+    return (values, poisoned((size // 256, 8, (num_m + 7) // 8 * 8), np.float32)) if dtype == FP8 else (values,)
+
+
+def gate_up_pair(kernels: Any, inputs: tuple[Any, ...], product: DeviceArray, outputs: tuple[Any, ...]) -> None:
+    """Run gate_up's product and SiLU as two kernels."""
+    fp8 = len(outputs) == 2
+    kernels["gemm_fp8" if fp8 else "gemm"](*inputs, product)
+    kernels["silu_mul_grouped" if fp8 else "silu_mul_interleaved"](product, *outputs)
+
+
 def gemms(kernels: Any, stream: Any, dtype: Any, models: list[str], all_m: list[int]) -> None:
     name = "gemm_fp8" if dtype == FP8 else "gemm"
     for model in models:
@@ -103,6 +116,28 @@ def gemms(kernels: Any, stream: Any, dtype: Any, models: list[str], all_m: list[
                         for i in range(count)
                     ]
                     report("gemm_fp8_grouped", f"{model} {part} M={num_m}", timed(stream, launches), size)
+                if part == "gate_up" and num_m <= 128:
+                    head = (x, tokens) if dtype == FP8 else (x,)
+                    tail = (channels,) if dtype == FP8 else ()
+                    outputs = activations(num_m, num_n // 2, dtype)
+                    launches = [
+                        partial(gate_up_pair, kernels, (*head, weights[i % len(weights)], *tail), out, outputs)
+                        for i in range(count)
+                    ]
+                    fused = f"{name}_silu_mul"
+                    report(f"{name}, SiLU", f"{model} {part} M={num_m}", timed(stream, launches), size)
+                    launches = [
+                        partial(kernels[fused], *head, weights[i % len(weights)], *tail, out, *outputs)
+                        for i in range(count)
+                    ]
+                    report(fused, f"{model} {part} M={num_m}", timed(stream, launches), size)
+                if dtype == FP8 and part == "down" and num_m <= 128:
+                    fine = to_device(np.ones((num_k // 256, 8, (num_m + 7) // 8 * 8), np.float32))
+                    launches = [
+                        partial(kernels["gemm_fp8_after_silu"], x, fine, weights[i % len(weights)], channels, out)
+                        for i in range(count)
+                    ]
+                    report("gemm_fp8_after_silu", f"{model} {part} M={num_m}", timed(stream, launches), size)
             del weights
             cupy.get_default_memory_pool().free_all_blocks()
 
@@ -157,7 +192,7 @@ def small(kernels: Any, stream: Any) -> None:
             q, scale = poisoned((num_m, max(hidden, ffn)), FP8), poisoned((num_m,), np.float32)
             quantised = DeviceArray(q.bits[:, :hidden], FP8)
             gate_up, act = random_bf16((num_m, 2 * ffn)), poisoned((num_m, ffn), BF16)
-            act8, grouped = poisoned((num_m, ffn), FP8), poisoned((ffn // 256, 2, (num_m + 7) // 8 * 8), np.float32)
+            act8, grouped = activations(num_m, ffn, FP8)
             qkv, q_out = random_bf16((num_m, (heads + 2 * kv) * 128)), poisoned((num_m, heads, 128), BF16)
             pages, pages8 = (poisoned((num_m, kv, 2, 16 * 128), dtype) for dtype in (BF16, FP8))
             kv_scale = to_device(np.ones(2, np.float32))
@@ -169,6 +204,7 @@ def small(kernels: Any, stream: Any) -> None:
                 "add_rms_norm": (*add, out),
                 "add_rms_norm_fp8": (*add, quantised, scale),
                 "silu_mul": (gate_up, act),
+                "silu_mul_interleaved": (gate_up, act),
                 "silu_mul_fp8": (gate_up, act8, scale),
                 "silu_mul_grouped": (gate_up, act8, grouped),
                 "rope_append": (qkv, zeros, ids, table, rope, pages, q_out),

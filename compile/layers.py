@@ -58,6 +58,8 @@ class Linear(nn.Module):
         Of the result, if not that of activations.
     quantized : bool
         False keeps the weight unquantised in any model.
+    interleave : int
+        See `ParamSpec`: of the rows, with their scales and biases.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Linear(nn.Module):
         bias: tuple[ParamSource, ...] = (),
         out_dtype: str | None = None,
         quantized: bool = True,
+        interleave: int = 0,
     ) -> None:
         self._operators = context.operators
         self._rows = rows
@@ -81,16 +84,23 @@ class Linear(nn.Module):
         else:
             shape = packed_shape(rows, columns, itemsize=1 if quantized else 2)
         dtype = "float8_e4m3fn" if quantized else context.weight_dtype
-        self.weight = context.parameter(ParamSpec(name, shape, dtype, layout, sources, (rows, columns)))
-        self.scale: nn.Parameter | None = None
-        if quantized:
-            self.scale = context.parameter(ParamSpec(f"{name}.scale", (rows,), "float32", "channel_scale", sources))
-        self.bias = context.parameter(ParamSpec(f"{name}.bias", (rows,), "float32", "plain", bias)) if bias else None
+        self.weight = context.parameter(ParamSpec(name, shape, dtype, layout, sources, (rows, columns), interleave))
+
+        def vector(part: str, layout: Literal["channel_scale", "plain"], of: tuple[ParamSource, ...]) -> nn.Parameter:
+            spec = ParamSpec(f"{name}.{part}", (rows,), "float32", layout, of, interleave=interleave)
+            return context.parameter(spec)
+
+        self.scale = vector("scale", "channel_scale", sources) if quantized else None
+        self.bias = vector("bias", "plain", bias) if bias else None
 
     def forward(self, x: GemmInput) -> Tensor:
         """(T, columns) -> (T, rows)."""
         weight = GemmWeight(self.weight, self.scale)
         return self._operators.gemm(x, weight, self.bias, self._rows, self._out_dtype)
+
+    def silu_mul(self, x: GemmInput) -> GemmInput:
+        """(T, columns) -> (T, rows / 2): SiLU of the first half of the rows, times the second; may be interleaved."""
+        return self._operators.gemm_silu_mul(x, GemmWeight(self.weight, self.scale), self.bias, self._rows)
 
 
 class Attention(nn.Module):
@@ -147,7 +157,6 @@ class MLP(nn.Module):
 
     def __init__(self, context: GraphContext, prefix: str) -> None:
         config, sharding = context.config, context.sharding
-        self._context = context
         self.gate_up = Linear(
             context,
             f"{prefix}.gate_up_proj",
@@ -157,6 +166,7 @@ class MLP(nn.Module):
             bias=tuple(ParamSource(f"{prefix}.{part}_proj.bias", 0, "ffn") for part in ("gate", "up"))
             if config.mlp_bias
             else (),
+            interleave=context.operators.gate_up_interleave(sharding.intermediate_size),
         )
         self.down = Linear(
             context,
@@ -169,7 +179,7 @@ class MLP(nn.Module):
 
     def forward(self, x: GemmInput) -> Tensor:
         """(T, H) -> (T, H), a part of the sum over ranks."""
-        return self.down(self._context.operators.silu_mul(self.gate_up(x)))
+        return self.down(self.gate_up.silu_mul(x))
 
 
 class DecoderLayer(nn.Module):

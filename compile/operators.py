@@ -8,18 +8,21 @@ Shapes: T tokens of the step, R sampled rows, S slots, P pages of a page table, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from tvm import relax, te
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.core import wrap_nested
 
 from tpserve.compile.kernels import portable
+from tpserve.proto.packing import CHANNELS, INTERLEAVE
 
 _GROUP_SIZE = 128
 """Elements of an e4m3 row that have a scale of their own."""
 _STAGE_SIZE = 256
 """Elements that a GEMM takes at once: two groups."""
+_SILU_GROUPS = 8
+"""Scales of so many elements that SiLU may give: groups of 32 where tokens are few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,9 @@ class GemmInput:
     values: Tensor
     """(T, K), of the activations' type, or e4m3."""
     scale: Tensor | None = None
-    """For e4m3, float32: (T,), a value is its stored value times its row's scale; grouped: see `_grouped`."""
-    is_grouped: bool = False
+    """For e4m3, float32: a value is its stored value times a scale."""
+    scales: Literal["row", "grouped", "silu"] = "row"
+    """(T,), one for each row; grouped, see `_grouped`: of 128 elements, or those that `gemm_silu_mul` gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +95,8 @@ class Operators(Protocol):
     """What a graph may call.
 
     Activations are float32, or what a kernel set was made with. Where weights are e4m3, whatever makes the input of a
-    GEMM quantises it in the same pass: norms with one scale a row, attention and SiLU with one for each 128 elements,
-    which needs no maximum of the row.
+    GEMM quantises it in the same pass: norms with one scale a row, attention and SiLU with one for each 128 elements or
+    fewer, which needs no maximum of the row.
     """
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
@@ -114,8 +118,11 @@ class Operators(Protocol):
         On several GPUs the first of the two may be whole only in some rows, which the next call takes as they are.
         """
 
-    def silu_mul(self, gate_up: Tensor) -> GemmInput:
-        """(T, 2F), gate then up -> (T, F)."""
+    def gate_up_interleave(self, intermediate_size: int) -> int:
+        """Return the `ParamSpec.interleave` of the weight that `gemm_silu_mul` takes, for that many columns of gate."""
+
+    def gemm_silu_mul(self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int) -> GemmInput:
+        """(T, K), packed weight of `rows` = 2F output rows of gate and up, (rows,) -> SiLU(gate) * up, (T, F)."""
 
     def rope_append(
         self,
@@ -172,12 +179,8 @@ class TunedOperators:
         self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int, dtype: str | None = None
     ) -> Tensor:
         """See Operators."""
-        name, args = "gemm", [x.values, weight.values]
-        if x.scale is not None and weight.scale is not None:
-            name = "gemm_fp8_grouped" if x.is_grouped else "gemm_fp8"
-            args = [x.values, x.scale, weight.values, weight.scale]
-        if bias is not None:
-            name, args = f"{name}_bias", [*args, bias]
+        suffix = {"row": "", "grouped": "_grouped", "silu": "_after_silu"}[x.scales]
+        name, args = _product(x, weight, bias, suffix)
         return self._extern(name, args, (x.values.shape[0], rows), dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> GemmInput:
@@ -200,13 +203,24 @@ class TunedOperators:
         total, normed = self._call(name, args, [(x.shape, self._dtype)] * 2)
         return total, GemmInput(normed)
 
-    def silu_mul(self, gate_up: Tensor) -> GemmInput:
+    def gate_up_interleave(self, intermediate_size: int) -> int:
+        """See Operators; 0 where the GEMM's tiles or groups of scales do not fit, so that a kernel must follow it."""
+        multiple = _STAGE_SIZE if self._quantize else CHANNELS // 2
+        return INTERLEAVE if self._target == "cuda" and intermediate_size % multiple == 0 else 0
+
+    def gemm_silu_mul(self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int) -> GemmInput:
         """See Operators."""
-        tokens, columns = gate_up.shape[0], int(gate_up.shape[1]) // 2
-        if self._quantize and columns % _STAGE_SIZE == 0:
-            values, scales = self._call(f"{self._prefix}silu_mul_grouped", [gate_up], _grouped(tokens, columns))
-            return GemmInput(values, scales, is_grouped=True)
-        return self._gemm_input("silu_mul", [gate_up], (tokens, columns))
+        tokens, columns = x.values.shape[0], rows // 2
+        if not self.gate_up_interleave(columns):
+            return self._gemm_input("silu_mul", [self.gemm(x, weight, bias, rows)], (tokens, columns))
+        name, args = _product(x, weight, bias, "_silu_mul")
+        scratch = ((tokens, rows), self._dtype)
+        if self._quantize:
+            outputs = [scratch, *_grouped(tokens, columns, _SILU_GROUPS)]
+            _, values, scales = self._call(f"{self._prefix}{name}", args, outputs)
+            return GemmInput(values, scales, "silu")
+        _, values = self._call(f"{self._prefix}{name}", args, [scratch, ((tokens, columns), self._dtype)])
+        return GemmInput(values)
 
     def rope_append(
         self,
@@ -237,7 +251,7 @@ class TunedOperators:
         if shape.head_dim == _GROUP_SIZE and columns % _STAGE_SIZE == 0:
             outputs = [((tokens, columns), self._dtype), *_grouped(tokens, columns)]  # the first is scratch
             _, values, scales = self._call(f"{self._prefix}{name}_grouped", args, outputs)
-            return GemmInput(values, scales, is_grouped=True)
+            return GemmInput(values, scales, "grouped")
         x = self._extern(name, args, (tokens, columns))
         return GemmInput(*self._call(f"{self._prefix}quantize_fp8", [x], _quantized(x.shape)))
 
@@ -269,15 +283,26 @@ def _pages(kv: PagedKV) -> list[Tensor]:
     return [kv.pages] if kv.scale is None else [kv.scale, kv.pages]
 
 
+def _product(x: GemmInput, weight: GemmWeight, bias: Tensor | None, suffix: str) -> tuple[str, list[Any]]:
+    """Return the name of a GEMM's function, and its inputs."""
+    name, args = "gemm", [x.values, weight.values]
+    if x.scale is not None and weight.scale is not None:
+        name, args = "gemm_fp8", [x.values, x.scale, weight.values, weight.scale]
+    return (f"{name}{suffix}", args) if bias is None else (f"{name}{suffix}_bias", [*args, bias])
+
+
 def _quantized(shape: tuple[object, ...]) -> list[tuple[tuple[object, ...], str]]:
     """Return the outputs of whatever quantises rows: e4m3 values and a scale each."""
     return [(tuple(shape), "float8_e4m3fn"), ((shape[0],), "float32")]
 
 
-def _grouped(tokens: Any, columns: int) -> list[tuple[tuple[object, ...], str]]:
-    """Return the outputs of whatever quantises groups of 128 elements; see `kernels/cuda/grouped_scales.cuh`."""
+def _grouped(tokens: Any, columns: int, groups: int = 2) -> list[tuple[tuple[object, ...], str]]:
+    """Return the outputs of whatever quantises groups; see `kernels/cuda/grouped_scales.cuh`.
+
+    `groups`: of `_STAGE_SIZE` elements, that the tensor of scales has room for.
+    """
     padded = (tokens + 7) // 8 * 8
-    return [((tokens, columns), "float8_e4m3fn"), ((columns // _STAGE_SIZE, 2, padded), "float32")]
+    return [((tokens, columns), "float8_e4m3fn"), ((columns // _STAGE_SIZE, groups, padded), "float32")]
 
 
 class PortableOperators:
@@ -314,9 +339,13 @@ class PortableOperators:
         total = op.add(all_reduce(x, tp_size), residual)
         return total, self.rms_norm(total, weight, eps)
 
-    def silu_mul(self, gate_up: Tensor) -> GemmInput:
+    def gate_up_interleave(self, intermediate_size: int) -> int:
         """See Operators."""
-        gate, up = op.split(gate_up, 2, axis=-1)
+        return 0
+
+    def gemm_silu_mul(self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int) -> GemmInput:
+        """See Operators."""
+        gate, up = op.split(self.gemm(x, weight, bias, rows), 2, axis=-1)
         return GemmInput(op.multiply(op.silu(gate), up))
 
     def rope_append(

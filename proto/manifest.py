@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 
 
@@ -67,6 +67,9 @@ class ParamSpec:
     """Concatenated along dimension 0 after the split."""
     unpacked_shape: tuple[int, int] | None = None
     """Rows and columns before packing, where `shape` does not tell."""
+    interleave: int = 0
+    """So many rows of the first half, then as many of the second, and so on; of a vector, elements. 0 keeps the order
+    of `sources`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +243,7 @@ def _decode(raw: dict[str, Any]) -> dict[str, Any]:
             layout=param["layout"],
             sources=tuple(ParamSource(**source) for source in param["sources"]),
             unpacked_shape=None if param["unpacked_shape"] is None else tuple(param["unpacked_shape"]),
+            interleave=param["interleave"],
         )
         for param in raw["params"]
     )

@@ -3,6 +3,9 @@
 A stage is 64 output channels by 256 bytes of input columns: two tiles of 64 rows of 128 bytes, in each row the 16-byte
 chunk `c` at place `c ^ (row % 8)`. Stages, channels first, are dealt to the kernel's blocks in equal contiguous runs;
 stage `i` of block `b` is stored at `i * GRID + b`, the order in which the grid reads them.
+
+Rows of gate_up are interleaved before they are packed, `INTERLEAVE` of gate, as many of up, and so on, so that one
+thread has both of an activation: `silu.cuh`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ LAYOUT = "wgmma64x256g132"
 GRID = 132
 CHANNELS = 64
 STAGE_BYTES_OF_K = 256
+INTERLEAVE = 8
+"""Of gate_up: 16 rows of an accumulator, of which a thread has one of the first eight and its like of the second."""
 _CHUNK = 16
 
 

@@ -23,7 +23,7 @@ from tpserve.worker.arrays import Array
 from tpserve.worker.checkpoint import Checkpoint
 from tpserve.worker.errors import WeightsError
 from tpserve.worker.kv_scales import kv_scales_of
-from tpserve.worker.weights import copy_values, parts_of, rope_table, scales_of
+from tpserve.worker.weights import copy_values, parts_of, rope_table, scales_of, shape_of_parts
 
 logger = logging.getLogger(__name__)
 
@@ -131,14 +131,14 @@ class _Loader:
         return values, scale
 
     def _rows(self, spec: ParamSpec, dtype: str) -> Any:
-        """Return this rank's rows as the checkpoint has them, converted to `dtype`."""
-        shape = spec.unpacked_shape or spec.shape
+        """Return this rank's rows in the parameter's order, converted to `dtype`."""
+        shape = shape_of_parts(spec)
         parts = parts_of(self._checkpoint, self._manifest, spec, self._rank)
         covered = sum(part.values.size for part in parts) == math.prod(shape)
         target = (cupy.empty if covered else cupy.zeros)(shape, BITS[dtype])
         for part in parts:
             self._uploader.upload(part.values, target, part.row, part.column, dtype)
-        return as_device_tensor(target, dtype)
+        return as_device_tensor(target.reshape(spec.unpacked_shape or spec.shape), dtype)
 
 
 class _Uploader:
@@ -180,7 +180,14 @@ class _Uploader:
 
 def _scale_spec(spec: ParamSpec) -> ParamSpec:
     assert spec.unpacked_shape is not None
-    return ParamSpec(f"{spec.name}.scale", spec.unpacked_shape[:1], "float32", "channel_scale", spec.sources)
+    return ParamSpec(
+        f"{spec.name}.scale",
+        spec.unpacked_shape[:1],
+        "float32",
+        "channel_scale",
+        spec.sources,
+        interleave=spec.interleave,
+    )
 
 
 def random_parameter(manifest: Manifest, spec: ParamSpec, rank: int) -> Any:

@@ -5,6 +5,7 @@ The manifest says which blocks of which tensors make a parameter; `worker.device
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,11 +30,27 @@ class Part:
     row: int
     column: int
     values: Array
-    """(rows, columns), or (rows,) of a vector: a view of the checkpoint."""
+    """(rows, columns), or (rows,) of a vector: a view of the checkpoint. Its place is one in `shape_of_parts`."""
+
+
+def shape_of_parts(spec: ParamSpec) -> tuple[int, ...]:
+    """Return the shape in which `parts_of` places its parts: the parameter's before packing, reshaped.
+
+    Interleaved rows stand side by side, `interleave` of both halves in one, so that a part is a block there too:
+
+        row i:  | rows i * n to (i + 1) * n of the first half | the same rows of the second half |
+    """
+    shape = spec.unpacked_shape or spec.shape
+    if spec.interleave == 0:
+        return shape
+    width = 2 * spec.interleave
+    if shape[0] % width:
+        raise WeightsError(f"{spec.name}: {shape[0]} rows are not interleaved by {spec.interleave}: compile again")
+    return (shape[0] // width, width * math.prod(shape[1:]))
 
 
 def parts_of(checkpoint: Checkpoint, manifest: Manifest, spec: ParamSpec, rank: int) -> list[Part]:
-    """Return what fills a parameter of this rank.
+    """Return what fills a parameter of this rank, with places in an array of `shape_of_parts`.
 
     Raises
     ------
@@ -54,7 +71,7 @@ def parts_of(checkpoint: Checkpoint, manifest: Manifest, spec: ParamSpec, rank: 
     if row != expected[0]:
         names = ", ".join(source.name for source in spec.sources)
         raise WeightsError(f"{spec.name}: {names} give {row} rows, the library takes {expected}")
-    return parts
+    return _interleaved(spec, parts)
 
 
 def scales_of(checkpoint: Checkpoint, manifest: Manifest, spec: ParamSpec, rank: int) -> Array | None:
@@ -75,7 +92,7 @@ def scales_of(checkpoint: Checkpoint, manifest: Manifest, spec: ParamSpec, rank:
         return None
     if missing:
         raise WeightsError(f"{spec.name}: the checkpoint has no {missing[0]!r}, but has other scales of this weight")
-    out = np.ones(spec.shape, np.float32)
+    out = np.ones(shape_of_parts(spec), np.float32)
     row = 0
     for source, name in zip(spec.sources, names, strict=True):
         stored = checkpoint.tensor(name).astype(np.float32).reshape(-1)
@@ -85,10 +102,10 @@ def scales_of(checkpoint: Checkpoint, manifest: Manifest, spec: ParamSpec, rank:
         whole = np.broadcast_to(stored, (channels,))
         # Of a weight that is split along its columns, every rank has all channels.
         blocks = _blocks_of(whole, manifest, source if source.axis == 0 else ParamSource(source.name), rank, row)
-        for part in blocks.parts:
-            out[part.row : part.row + len(part.values)] = part.values
+        for part in _interleaved(spec, blocks.parts):
+            out[_place(part)] = part.values
         row += blocks.rows
-    return out
+    return out.reshape(spec.shape)
 
 
 def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[Array]:
@@ -104,10 +121,10 @@ def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[
         if spec.layout == "rope_table":
             yield rope_table(manifest)
             continue
-        rows = np.zeros(spec.unpacked_shape or spec.shape, _DTYPES[spec.dtype])
+        rows = np.zeros(shape_of_parts(spec), _DTYPES[spec.dtype])
         for part in parts_of(checkpoint, manifest, spec, rank):
             copy_values(rows[_place(part)], part.values)
-        yield pack(spec, rows)
+        yield pack(spec, rows.reshape(spec.unpacked_shape or spec.shape))
 
 
 def dummy_parameters(manifest: Manifest, rank: int) -> Iterator[Array]:
@@ -170,6 +187,30 @@ def _place(part: Part) -> tuple[slice, ...]:
     return tuple(
         slice(start, start + size) for start, size in zip((part.row, part.column), part.values.shape, strict=False)
     )
+
+
+def _interleaved(spec: ParamSpec, parts: list[Part]) -> list[Part]:
+    """Bring parts of whole rows to their places in `shape_of_parts`."""
+    if spec.interleave == 0:
+        return parts
+    size = spec.interleave
+    half = (spec.unpacked_shape or spec.shape)[0] // 2
+    out: list[Part] = []
+    for part in parts:
+        index, row = divmod(part.row, half)
+        count, columns = len(part.values), math.prod(part.values.shape[1:])
+        if row % size or row + count > half or part.column:
+            raise WeightsError(
+                f"{spec.name}: {count} rows from {part.row} on are not interleaved by {size} in halves of {half}: "
+                "compile again"
+            )
+        column = index * size * columns
+        whole = count // size * size
+        if whole:
+            out.append(Part(row // size, column, part.values[:whole].reshape(-1, size * columns)))
+        if whole < count:
+            out.append(Part((row + whole) // size, column, part.values[whole:].reshape(1, -1)))
+    return out
 
 
 @dataclass(frozen=True, slots=True)

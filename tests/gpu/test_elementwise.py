@@ -67,6 +67,9 @@ def test_activation_and_quantisation(kernels: Kernels, rows: int, size: int) -> 
     out = poisoned((rows, size), BF16)
     kernels("silu_mul")(gate_up, out)
     assert relative_error(out.float64(), expected) < 3e-3
+    turned = poisoned((rows, size), BF16)
+    kernels("silu_mul_interleaved")(interleaved(gate_up), turned)
+    assert bool((turned.bits == out.bits).all())
     quantised, scale = poisoned((rows, size), FP8), poisoned((rows,), np.float32)
     kernels("silu_mul_fp8")(gate_up, quantised, scale)
     assert relative_error(dequantised(quantised, scale), expected) < 4e-2
@@ -78,30 +81,37 @@ def padded(num_tokens: int) -> int:
     return -(-num_tokens // 8) * 8
 
 
-def by_element(scales: DeviceArray, num_tokens: int) -> Any:
-    """Grouped scales, one for each element of the rows; see grouped_scales.cuh."""
-    num_k = scales.shape[0] * 256
+def interleaved(gate_up: DeviceArray) -> DeviceArray:
+    """(T, 2F) of gate then up -> eight of gate, eight of up, and so on."""
+    turns = gate_up.bits.reshape(gate_up.shape[0], 2, -1, 8).swapaxes(1, 2)
+    return DeviceArray(turns.reshape(gate_up.shape), gate_up.dtype)
+
+
+def by_element(scales: DeviceArray, num_tokens: int, group: int) -> Any:
+    """Grouped scales, one for each element of the rows; see grouped_scales.cuh. There may be room behind them."""
+    num_k, flat = scales.shape[0] * 256, scales.float64().reshape(-1)
     if num_tokens > 128:
-        return cupy.broadcast_to(scales.float64()[0, 0, :num_tokens, None], (num_tokens, num_k))
-    return cupy.repeat(scales.float64().reshape(num_k // 128, -1)[:, :num_tokens].T, 128, axis=1)
+        return cupy.broadcast_to(flat[:num_tokens, None], (num_tokens, num_k))
+    given = flat[: num_k // group * padded(num_tokens)].reshape(num_k // group, -1)
+    return cupy.repeat(given[:, :num_tokens].T, group, axis=1)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 64, 128, 129, 300])
+@pytest.mark.parametrize("rows", [1, 3, 8, 32, 33, 64, 128, 129, 300])
 @pytest.mark.parametrize("size", [256, 1792, 3584, 7168, 14336, 28672])
 def test_grouped_quantisation(kernels: Kernels, rows: int, size: int) -> None:
     gate_up = random_bf16((rows, 2 * size), 2.0, size)
     gate, up = cupy.split(gate_up.float64(), 2, axis=1)
     activated = gate / (1 + cupy.exp(-gate)) * up
     x = random_bf16((rows, size), 2.0, size + 1)
-    for name, source, expected in (
-        ("silu_mul_grouped", gate_up, activated),
-        ("quantize_fp8_grouped", x, x.float64()),
+    for name, source, expected, groups, group in (
+        ("silu_mul_grouped", interleaved(gate_up), activated, 8, 32 if rows <= 32 else 128),
+        ("quantize_fp8_grouped", x, x.float64(), 2, 128),
     ):
-        values, scales = poisoned((rows, size), FP8), poisoned((size // 256, 2, padded(rows)), np.float32)
+        values, scales = poisoned((rows, size), FP8), poisoned((size // 256, groups, padded(rows)), np.float32)
         kernels(name)(source, values, scales)
-        assert relative_error(values.float64() * by_element(scales, rows), expected) < 4e-2
+        assert relative_error(values.float64() * by_element(scales, rows, group), expected) < 4e-2
         # Each group's largest magnitude is the largest code.
-        largest = abs(values.float64()).reshape(rows, -1, 128 if rows <= 128 else size).max(-1)
+        largest = abs(values.float64()).reshape(rows, -1, group if rows <= 128 else size).max(-1)
         assert bool((largest == 448).all())
 
 

@@ -6,6 +6,7 @@
 #include "elementwise.cuh"
 
 #include "grouped_scales.cuh"
+#include "silu.cuh"
 
 namespace tpserve::cuda {
 namespace {
@@ -14,10 +15,12 @@ namespace {
 // every number of tokens (benchmarks/README.md).
 constexpr int kMaxThreads = 1024;
 
-enum class Row { kCopy, kNorm, kAddNorm, kSilu };
+/// SiLU's rows are gate then up, or interleaved (silu.cuh).
+enum class Row { kCopy, kNorm, kAddNorm, kSilu, kSiluInterleaved };
+constexpr bool is_silu(Row row) { return row == Row::kSilu || row == Row::kSiluInterleaved; }
 
 struct RowParams {
-  const bf16* x;         // (rows, size); for kSilu (rows, 2 size), gate then up
+  const bf16* x;         // (rows, size); for SiLU (rows, 2 size)
   const bf16* residual;  // kAddNorm
   const float* weight;   // norms
   const int32_t* index;  // row of x for each output row, or null
@@ -30,7 +33,26 @@ struct RowParams {
   float eps;
 };
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+/// Vectors of eight gates and of their ups: where vector `v` of a row of 2 `size` elements stands.
+template <bool kInterleaved>
+__device__ __forceinline__ int gate_at(int v) {
+  static_assert(kInterleave == 8);
+  return kInterleaved ? v * 16 : v * 8;
+}
+template <bool kInterleaved>
+__device__ __forceinline__ int up_at(int v, int size) {
+  return kInterleaved ? v * 16 + 8 : size + v * 8;
+}
+
+/// silu(gate) * up of vector `v`; `gate_up` is its row.
+template <bool kInterleaved>
+__device__ __forceinline__ void activate(const bf16* gate_up, int v, int size, float (&values)[8]) {
+  float up[8];
+  unpack8(load_l2(gate_up + gate_at<kInterleaved>(v)), values);
+  unpack8(load_l2(gate_up + up_at<kInterleaved>(v, size)), up);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) values[j] = silu(values[j]) * up[j];
+}
 
 template <Row kRow, int kVectors, bool kQuantize>
 __global__ void __launch_bounds__(kMaxThreads) transform_rows(const __grid_constant__ RowParams p) {
@@ -47,9 +69,7 @@ __global__ void __launch_bounds__(kMaxThreads) transform_rows(const __grid_const
   for (int i = 0; i < kVectors; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
     uint4 raw{};
-    if (v < num_vectors && present) {
-      raw = load_l2(p.x + source * (kRow == Row::kSilu ? 2 : 1) * p.size + v * 8);
-    }
+    if (!is_silu(kRow) && v < num_vectors && present) raw = load_l2(p.x + source * p.size + v * 8);
     unpack8(raw, values[i]);
     if (v >= num_vectors) continue;
     if constexpr (kRow == Row::kAddNorm) {
@@ -61,12 +81,7 @@ __global__ void __launch_bounds__(kMaxThreads) transform_rows(const __grid_const
       *reinterpret_cast<uint4*>(p.residual_out + row * p.size + v * 8) = sum;
       unpack8(sum, values[i]);  // the norm sees the residual stream as the next layer will
     }
-    if constexpr (kRow == Row::kSilu) {
-      float up[8];
-      unpack8(load_l2(p.x + (row * 2 + 1) * p.size + v * 8), up);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values[i][j] = silu(values[i][j]) * up[j];
-    }
+    if constexpr (is_silu(kRow)) activate<kRow == Row::kSiluInterleaved>(p.x + row * 2 * p.size, v, p.size, values[i]);
   }
   if constexpr (kRow == Row::kNorm || kRow == Row::kAddNorm) {
     float squares = 0.0f;
@@ -130,57 +145,72 @@ void run(const RowParams& p, int64_t rows, cudaStream_t stream) {
   TVM_FFI_THROW(ValueError) << "rows of " << p.size << " elements, at most " << 4 * 8 * kMaxThreads << " are supported";
 }
 
-/// Quantises groups of 128 elements of x, or of silu(gate) * up: sixteen threads have a group.
-template <bool kSilu>
+/// Quantises groups of kGroup elements of x, or of silu(gate) * up interleaved: a thread has eight of a group's elements.
+template <bool kSilu, int kGroup>
 __global__ void __launch_bounds__(256) transform_groups(const __grid_constant__ RowParams p) {
+  constexpr int kThreads = kGroup / 8;  // of a group
   pdl_launch();
   pdl_wait();
   const int64_t row = blockIdx.y;
   const int v = blockIdx.x * 256 + threadIdx.x;
   if (v >= p.size / 8) return;  // whole warps: a row is a multiple of 256 elements
   float values[8];
-  unpack8(load_l2(p.x + row * (kSilu ? 2 : 1) * p.size + v * 8), values);
   if constexpr (kSilu) {
-    float up[8];
-    unpack8(load_l2(p.x + (row * 2 + 1) * p.size + v * 8), up);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) values[j] = silu(values[j]) * up[j];
+    activate<true>(p.x + row * 2 * p.size, v, p.size, values);
+  } else {
+    unpack8(load_l2(p.x + row * p.size + v * 8), values);
   }
   float largest = 1e-12f;
 #pragma unroll
   for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(values[j]));
 #pragma unroll
-  for (int offset = 8; offset > 0; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+  for (int offset = kThreads / 2; offset > 0; offset /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+  }
   const float inverse = kFp8Max / largest;
   uint2 q;
   q.x = pack4_fp8(values[0] * inverse, values[1] * inverse, values[2] * inverse, values[3] * inverse);
   q.y = pack4_fp8(values[4] * inverse, values[5] * inverse, values[6] * inverse, values[7] * inverse);
   *reinterpret_cast<uint2*>(p.quantized + row * p.size + v * 8) = q;
-  if (v % 16 == 0) p.scale[scale_at(v / 16, row, p.num_source_rows)] = largest / kFp8Max;
+  if (v % kThreads == 0) p.scale[scale_at(v / kThreads, row, p.num_source_rows)] = largest / kFp8Max;
 }
 
 /// With grouped scales, or with those of rows where tokens are many.
 template <bool kSilu>
 void run_groups(const RowParams& p, cudaStream_t stream) {
   const int64_t rows = p.num_source_rows;
-  if (rows > kMaxGroupedTokens) return run<kSilu ? Row::kSilu : Row::kCopy, true>(p, rows, stream);
+  if (rows > kMaxGroupedTokens) return run<kSilu ? Row::kSiluInterleaved : Row::kCopy, true>(p, rows, stream);
   const dim3 grid(static_cast<unsigned>((p.size / 8 + 255) / 256), static_cast<unsigned>(rows));
-  launch(transform_groups<kSilu>, grid, 256, 0, stream, p);
+  if constexpr (kSilu) {
+    if (silu_group_size(rows) == kSiluGroupSize) {
+      return launch(transform_groups<true, kSiluGroupSize>, grid, 256, 0, stream, p);
+    }
+  }
+  launch(transform_groups<kSilu, kGroupSize>, grid, 256, 0, stream, p);
 }
 
 /// Without a scale no row must be whole in one block: rows are cut, so that one token keeps many blocks busy.
+template <bool kInterleaved>
 __global__ void __launch_bounds__(256) silu_mul_kernel(const bf16* gate_up, bf16* out, int size) {
   pdl_launch();
   pdl_wait();
   const int64_t row = blockIdx.y;
   const int v = blockIdx.x * 256 + threadIdx.x;
   if (v >= size / 8) return;
-  float gate[8], up[8];
-  unpack8(load_l2(gate_up + row * 2 * size + v * 8), gate);
-  unpack8(load_l2(gate_up + (row * 2 + 1) * size + v * 8), up);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) gate[j] = silu(gate[j]) * up[j];
-  *reinterpret_cast<uint4*>(out + row * size + v * 8) = pack8(gate);
+  float values[8];
+  activate<kInterleaved>(gate_up + row * 2 * size, v, size, values);
+  *reinterpret_cast<uint4*>(out + row * size + v * 8) = pack8(values);
+}
+
+template <bool kInterleaved>
+void run_silu_mul(const TensorView& gate_up, const TensorView& out) {
+  check_rank("out", out, 2);
+  const int64_t rows = out.size(0), size = out.size(1);
+  check_multiple("the row size", size, 8);
+  const bf16* source = checked<bf16>("gate_up", gate_up, {rows, 2 * size});
+  bf16* target = checked<bf16>("out", out, {rows, size});
+  const dim3 grid(static_cast<unsigned>((size / 8 + 255) / 256), static_cast<unsigned>(rows));
+  launch(silu_mul_kernel<kInterleaved>, grid, 256, 0, stream_of(out), source, target, static_cast<int>(size));
 }
 
 void copy_rows(const char* what, const TensorView& index, const TensorView& table, const TensorView& out) {
@@ -218,12 +248,13 @@ void set_quantized(RowParams& p, const TensorView& out, const TensorView& scale,
   p.scale = checked<float>("scale", scale, {rows});
 }
 
-void set_groups(RowParams& p, const TensorView& out, const TensorView& scales, int64_t rows, int64_t size) {
+/// `groups`: of 256 elements of a row, that the tensor of scales has room for.
+void set_groups(RowParams& p, const TensorView& out, const TensorView& scales, int64_t rows, int64_t size, int64_t groups) {
   check_multiple("the row size", size, 2 * kGroupSize);
   p.num_source_rows = rows;
   p.size = static_cast<int>(size);
   p.quantized = checked<fp8>("out", out, {rows, size});
-  p.scale = checked<float>("scales", scales, {size / (2 * kGroupSize), 2, padded_tokens(rows)});
+  p.scale = checked<float>("scales", scales, {size / (2 * kGroupSize), groups, padded_tokens(rows)});
 }
 
 void rms_norm(TensorView x, TensorView weight, double eps, TensorView out) {
@@ -256,16 +287,10 @@ void add_rms_norm_fp8(TensorView x, TensorView residual, TensorView weight, doub
   run<Row::kAddNorm, true>(p, x.size(0), stream_of(out));
 }
 
-void silu_mul(TensorView gate_up, TensorView out) {
-  check_rank("out", out, 2);
-  const int64_t rows = out.size(0), size = out.size(1);
-  check_multiple("the row size", size, 8);
-  const bf16* source = checked<bf16>("gate_up", gate_up, {rows, 2 * size});
-  bf16* target = checked<bf16>("out", out, {rows, size});
-  const dim3 grid(static_cast<unsigned>((size / 8 + 255) / 256), static_cast<unsigned>(rows));
-  launch(silu_mul_kernel, grid, 256, 0, stream_of(out), source, target, static_cast<int>(size));
-}
+/// (T, 2F) bf16, gate then up -> (T, F) bf16.
+void silu_mul(TensorView gate_up, TensorView out) { run_silu_mul<false>(gate_up, out); }
 
+/// (T, 2F) bf16, gate then up -> (T, F) e4m3 and (T,) scales.
 void silu_mul_fp8(TensorView gate_up, TensorView out, TensorView scale) {
   check_rank("out", out, 2);
   const int64_t rows = out.size(0), size = out.size(1);
@@ -275,16 +300,6 @@ void silu_mul_fp8(TensorView gate_up, TensorView out, TensorView scale) {
   p.size = static_cast<int>(size);
   set_quantized(p, out, scale, rows, size);
   run<Row::kSilu, true>(p, rows, stream_of(out));
-}
-
-/// (T, 2K) bf16, gate then up -> (T, K) e4m3 with grouped scales.
-void silu_mul_grouped(TensorView gate_up, TensorView out, TensorView scales) {
-  check_rank("out", out, 2);
-  const int64_t rows = out.size(0), size = out.size(1);
-  RowParams p{};
-  p.x = checked<bf16>("gate_up", gate_up, {rows, 2 * size});
-  set_groups(p, out, scales, rows, size);
-  run_groups<true>(p, stream_of(out));
 }
 
 /// (T, H) bf16 -> e4m3 and (T,) scales.
@@ -304,8 +319,19 @@ void quantize_fp8_grouped(TensorView x, TensorView out, TensorView scales) {
   check_rank("x", x, 2);
   RowParams p{};
   p.x = checked<bf16>("x", x, {-1, -1});
-  set_groups(p, out, scales, x.size(0), x.size(1));
+  set_groups(p, out, scales, x.size(0), x.size(1), 2);
   run_groups<false>(p, stream_of(out));
+}
+
+void silu_mul_interleaved(TensorView gate_up, TensorView out) { run_silu_mul<true>(gate_up, out); }
+
+void silu_mul_grouped(TensorView gate_up, TensorView out, TensorView scales) {
+  check_rank("out", out, 2);
+  const int64_t rows = out.size(0), size = out.size(1);
+  RowParams p{};
+  p.x = checked<bf16>("gate_up", gate_up, {rows, 2 * size});
+  set_groups(p, out, scales, rows, size, 2 * kGroupSize / kSiluGroupSize);
+  run_groups<true>(p, stream_of(out));
 }
 
 namespace {
@@ -319,6 +345,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm_fp8, add_rms_norm_fp8);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul, silu_mul);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul_fp8, silu_mul_fp8);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul_grouped, silu_mul_grouped);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul_interleaved, silu_mul_interleaved);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize_fp8, quantize_fp8);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(quantize_fp8_grouped, quantize_fp8_grouped);
 

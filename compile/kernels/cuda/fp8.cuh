@@ -11,10 +11,12 @@ namespace tpserve::cuda {
 constexpr float kFp8Max = 448.0f;
 
 /// Rounded to nearest even, clipped to +-448; NaN stays NaN. The first is in the low byte.
+__host__ __device__ __forceinline__ uint32_t pack2_fp8(float a, float b) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+}
+
 __host__ __device__ __forceinline__ uint32_t pack4_fp8(float a, float b, float c, float d) {
-  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
-  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
-  return low | high << 16;
+  return pack2_fp8(a, b) | pack2_fp8(c, d) << 16;
 }
 
 /// Two codes, the first in the low byte, as float16: exact; NaN stays NaN.

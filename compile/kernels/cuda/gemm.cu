@@ -13,10 +13,14 @@
 //
 // Of e4m3 tokens the scales are by token, or grouped (`grouped_scales.cuh`): then the scales of a stage are fetched with
 // its tokens, and the product of each group is scaled before it is added (M <= 128).
+//
+// gate_up's product can end in SiLU(gate) * up (`gemm_silu.cuh`): in the kernel itself for few tokens.
 #include <type_traits>
 
+#include "elementwise.cuh"
 #include "gemm_grouped.cuh"
 #include "gemm_parts.cuh"
+#include "gemm_silu.cuh"
 #include "grouped_scales.cuh"
 
 namespace tpserve::cuda {
@@ -34,11 +38,12 @@ uint8_t* workspace_of_device[kMaxDevices] = {};
 enum class Ring { kWhole, kHalf };
 constexpr int kWholeMinStages = 8;  // of a block
 
-template <int kTokens_, int kBlocks_, Ring kRing, bool kGrouped_>
+/// `kGroup_`: elements of K that share a token's scale, 0 for all. `kSilu_`: gives SiLU(gate) * up.
+template <int kTokens_, int kBlocks_, Ring kRing, int kGroup_, bool kSilu_>
 struct Shape {
-  static constexpr int kTokens = kTokens_, kBlocks = kBlocks_;
-  static constexpr bool kGrouped = kGrouped_;
-  static_assert(!kGrouped || kBlocks == 1);
+  static constexpr int kTokens = kTokens_, kBlocks = kBlocks_, kGroup = kGroup_;
+  static constexpr bool kGrouped = kGroup != 0, kSilu = kSilu_;
+  static_assert((!kGrouped && !kSilu) || kBlocks == 1);
   static constexpr int kTilesOfK = 2 / kBlocks;  // 128-byte tiles of K in a stage
   static constexpr int kTokenBytes = kTilesOfK * kTokens * 128;
   static constexpr int kBytes = kStageBytes + kTokenBytes;
@@ -51,7 +56,8 @@ struct Shape {
   static constexpr int kFitting = (kBudget - kExtra) / kBytes;
   static constexpr int kMostStages = kRing == Ring::kWhole && kTokens <= 32 ? 12 : 6;
   static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
-  static constexpr int kScaleBytes = kGrouped ? GroupedStage<kTokens>::kScaleBytes : 0;  // of a stage, behind the ring
+  static constexpr int kGroups = kGrouped ? 256 / (kGrouped ? kGroup : 256) : 0;  // of a stage
+  static constexpr int kScaleBytes = kGroups * kTokens * sizeof(float);           // of a stage, behind the ring
   static constexpr int kSharedBytes = kStages * (kBytes + kScaleBytes) + kExtra + 1024;
   // With few tokens the ring of weights is filled at a measured pace and the first activations have their own barrier.
   static constexpr bool kPaced = kTokens == 8;
@@ -102,7 +108,7 @@ template <typename T, typename S>
 __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ring, uint64_t* full, uint64_t* empty,
                         int first, int count) {
   constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks, kTileK = 128 / sizeof(T);
-  const int stage_scales = S::kGrouped ? 2 * p.padded_tokens : 0;  // floats
+  const int stage_scales = S::kGroups * p.padded_tokens;           // floats
   const int token_bytes = S::kTokenBytes + stage_scales * 4;       // what a stage brings after pdl_wait
   const uint64_t once = evict_first_policy();
   const int ahead = count < S::kStages ? count : S::kStages;
@@ -218,7 +224,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const uint64_t b = matrix_descriptor(stage + kStageBytes);
         if constexpr (S::kGrouped) {
           const float* scales = reinterpret_cast<const float*>(behind_ring + S::kExtra + place.slot * S::kScaleBytes);
-          GroupedStage<kTokens>::add(sums, a, b, scales, p.padded_tokens, empty + place.slot);
+          GroupedStage<kTokens, S::kGroup>::add(sums, a, b, scales, p.padded_tokens, empty + place.slot);
         } else if constexpr (kPromote) {
           float fresh[kRegisters];
           wgmma_fence();
@@ -314,7 +320,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     const int block = kBlocks == 1 ? tile : tile / p.token_tiles * 2 + group;
     const int token = kBlocks == 1 ? 0 : tile % p.token_tiles * kTokens;
-    write_tile<sizeof(T) == 1, sizeof(T) == 1 && !S::kGrouped, kTokens>(p, sums, block * 64 + warp % 4 * 16, token);
+    if constexpr (S::kSilu) {
+      write_silu<T, kTokens>(p, sums, tile);
+    } else {
+      write_tile<sizeof(T) == 1, sizeof(T) == 1 && !S::kGrouped, kTokens>(p, sums, block * 64 + warp % 4 * 16, token);
+    }
   }
 }
 
@@ -336,9 +346,9 @@ __global__ void __launch_bounds__(256)
 
 // --- Host -----------------------------------------------------------------------------------------------------------
 
-template <typename T, int kTokens, int kBlocks, Ring kRing, bool kGrouped = false>
+template <typename T, int kTokens, int kBlocks, Ring kRing, int kGroup = 0, bool kSilu = false>
 void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
-  using S = Shape<kTokens, kBlocks, kRing, kGrouped>;
+  using S = Shape<kTokens, kBlocks, kRing, kGroup, kSilu>;
   const int64_t bytes = K * sizeof(T);
   p.units_of_k = static_cast<int>(kBlocks == 1 ? (bytes + 255) / 256 : (bytes + 127) / 128);
   p.token_tiles = (p.M + kTokens - 1) / kTokens;
@@ -347,20 +357,27 @@ void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   launch(gemm_kernel<T, S>, kGrid, S::kThreads, S::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
 }
 
-/// Chooses the tile for p.M tokens, as measured: `gpu_kernels.py` on an H200, every tile at every shape of 8B and 70B.
-template <typename T, bool kGrouped>
-void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
+/// One tile of all tokens, p.M <= kMost of them.
+template <typename T, int kMost, int kGroup = 0, bool kSilu = false>
+void dispatch_few(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
+  static_assert(kMost == 32 || kMost == 64);
   const auto with_ring = [&](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
-    if (p.packed_base < kWholeMinStages) return run<T, kTokens, 1, Ring::kHalf, kGrouped>(p, x, K, stream);
-    run<T, kTokens, 1, Ring::kWhole, kGrouped>(p, x, K, stream);
+    if (p.packed_base < kWholeMinStages) return run<T, kTokens, 1, Ring::kHalf, kGroup, kSilu>(p, x, K, stream);
+    run<T, kTokens, 1, Ring::kWhole, kGroup, kSilu>(p, x, K, stream);
   };
   if (p.M <= 8) return with_ring(std::integral_constant<int, 8>());
   if (p.M <= 16) return with_ring(std::integral_constant<int, 16>());
   if (p.M <= 32) return with_ring(std::integral_constant<int, 32>());
-  if (p.M <= 64) return with_ring(std::integral_constant<int, 64>());
+  if constexpr (kMost == 64) with_ring(std::integral_constant<int, 64>());
+}
+
+/// Chooses the tile for p.M tokens, as measured: `gpu_kernels.py` on an H200, every tile at every shape of 8B and 70B.
+template <typename T, int kGroup>
+void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
+  if (p.M <= 64) return dispatch_few<T, 64, kGroup>(p, x, K, stream);
   static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
-  if (p.M <= 128) return run<T, 128, 1, Ring::kWhole, kGrouped>(p, x, K, stream);
+  if (p.M <= 128) return run<T, 128, 1, Ring::kWhole, kGroup>(p, x, K, stream);
   if (p.M <= 256 && p.channel_blocks <= 128) {
     // Few channels: one tile of all tokens would be shared by so many blocks that adding their sums takes longer than
     // the products.
@@ -373,41 +390,109 @@ void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
   run<T, 256, 2, Ring::kWhole>(p, x, K, stream);
 }
 
-template <typename T, bool kGrouped = false>
+/// Operands of a product of `N` channels.
+template <typename T>
+struct Product {
+  GemmParams params{};
+  const T* tokens;
+  int64_t M, K;
+  cudaStream_t stream;
+
+  Product(const TensorView& x, const TensorView& weights, const TensorView* channel_scale, const TensorView* bias,
+          int64_t N) {
+    check_rank("x", x, 2);
+    M = x.size(0), K = x.size(1);
+    check_multiple("K", K, 16 / sizeof(T));
+    check_multiple("N", N, 8);
+    const int64_t blocks = (N + 63) / 64, packed_k = (K * sizeof(T) + 255) / 256;
+    GemmParams& p = params;
+    tokens = checked<T>("x", x, {M, K});
+    p.weights = reinterpret_cast<const uint8_t*>(
+        checked<T>("weights", weights, {blocks * packed_k, 64, static_cast<int64_t>(256 / sizeof(T))}));
+    if (channel_scale != nullptr) p.channel_scale = checked<float>("channel_scale", *channel_scale, {N});
+    if (bias != nullptr) p.bias = checked<float>("bias", *bias, {N});
+    p.M = static_cast<int>(M), p.N = static_cast<int>(N);
+    p.channel_blocks = static_cast<int>(blocks);
+    p.packed_k = static_cast<int>(packed_k);
+    p.packed_base = static_cast<int>(blocks * packed_k / kGrid);
+    p.packed_rem = static_cast<int>(blocks * packed_k % kGrid);
+    const int device = x.device().device_id;
+    if (device >= kMaxDevices || workspace_of_device[device] == nullptr) {
+      TVM_FFI_THROW(RuntimeError) << "device " << device << " has no workspace: call init_device(" << device << ") first";
+    }
+    p.partial = reinterpret_cast<float4*>(workspace_of_device[device]);
+    stream = stream_of(x);
+  }
+
+  void set_out(const TensorView& out) {
+    const int64_t N = params.N;
+    params.out_float32 = has_dtype<float>(out);
+    params.out = params.out_float32 ? static_cast<void*>(checked<float>("out", out, {M, N}))
+                                    : checked<bf16>("out", out, {M, N});
+  }
+
+  /// Of the tokens; `groups`: of 256 elements, that the tensor has room for.
+  void set_grouped_scales(const TensorView& scales, int64_t groups) {
+    check_multiple("K", K, 2 * kGroupSize);
+    params.padded_tokens = static_cast<int>(padded_tokens(M));
+    params.token_scale = checked<float>("scales", scales, {K / (2 * kGroupSize), groups, params.padded_tokens});
+  }
+};
+
+constexpr int kSiluGroups = 2 * kGroupSize / kSiluGroupSize;  // of 256 elements
+
+template <typename T>
 void multiply(const TensorView& x, const TensorView& weights, const TensorView* token_scale,
               const TensorView* channel_scale, const TensorView* bias, const TensorView& out) {
-  check_rank("x", x, 2);
   check_rank("out", out, 2);
-  const int64_t M = x.size(0), K = x.size(1), N = out.size(1);
-  check_multiple("K", K, 16 / sizeof(T));
-  check_multiple("N", N, 8);
-  const int64_t blocks = (N + 63) / 64, packed_k = (K * sizeof(T) + 255) / 256;
-  GemmParams p{};
-  const T* tokens = checked<T>("x", x, {M, K});
-  p.weights = reinterpret_cast<const uint8_t*>(
-      checked<T>("weights", weights, {blocks * packed_k, 64, static_cast<int64_t>(256 / sizeof(T))}));
-  p.out_float32 = has_dtype<float>(out);
-  p.out = p.out_float32 ? static_cast<void*>(checked<float>("out", out, {M, N})) : checked<bf16>("out", out, {M, N});
-  if constexpr (kGrouped) {
-    check_multiple("K", K, 2 * kGroupSize);
-    p.padded_tokens = static_cast<int>(padded_tokens(M));
-    p.token_scale = checked<float>("scales", *token_scale, {K / (2 * kGroupSize), 2, p.padded_tokens});
-  } else if (token_scale != nullptr) {
-    p.token_scale = checked<float>("token_scale", *token_scale, {M});
+  Product<T> product(x, weights, channel_scale, bias, out.size(1));
+  product.set_out(out);
+  if (token_scale != nullptr) {
+    product.params.token_scale = checked<float>("token_scale", *token_scale, {product.M});
   }
-  if (channel_scale != nullptr) p.channel_scale = checked<float>("channel_scale", *channel_scale, {N});
-  if (bias != nullptr) p.bias = checked<float>("bias", *bias, {N});
-  p.M = static_cast<int>(M), p.N = static_cast<int>(N);
-  p.channel_blocks = static_cast<int>(blocks);
-  p.packed_k = static_cast<int>(packed_k);
-  p.packed_base = static_cast<int>(blocks * packed_k / kGrid), p.packed_rem = static_cast<int>(blocks * packed_k % kGrid);
-  const int device = x.device().device_id;
-  if (device >= kMaxDevices || workspace_of_device[device] == nullptr) {
-    TVM_FFI_THROW(RuntimeError) << "device " << device << " has no workspace: call init_device(" << device << ") first";
+  if (product.M > 0) dispatch<T, 0>(product.params, product.tokens, product.K, product.stream);
+}
+
+/// `after_silu`: the scales are those that gate_up's GEMM gives.
+void multiply_grouped(const TensorView& x, const TensorView& scales, const TensorView& weights,
+                      const TensorView& channel_scale, const TensorView* bias, const TensorView& out, bool after_silu) {
+  check_rank("out", out, 2);
+  Product<fp8> product(x, weights, &channel_scale, bias, out.size(1));
+  product.set_out(out);
+  product.set_grouped_scales(scales, after_silu ? kSiluGroups : 2);
+  if (product.M == 0) return;
+  if (after_silu && silu_group_size(product.M) == kSiluGroupSize) {
+    static_assert(kMaxSiluGroupedTokens == 32);
+    return dispatch_few<fp8, 32, kSiluGroupSize>(product.params, product.tokens, product.K, product.stream);
   }
-  p.partial = reinterpret_cast<float4*>(workspace_of_device[device]);
-  const cudaStream_t stream = stream_of(out);
-  if (M > 0) dispatch<T, kGrouped>(p, tokens, K, stream);
+  dispatch<fp8, kGroupSize>(product.params, product.tokens, product.K, product.stream);
+}
+
+/// (M, F) of SiLU(gate) * up: bf16, or e4m3 with `scales`, of the type of the tokens. `scratch` (M, 2F) bf16 takes the
+/// product of tokens so many that the kernel does not end in SiLU.
+template <typename T>
+void multiply_silu(const TensorView& x, const TensorView& weights, const TensorView* token_scale,
+                   const TensorView* channel_scale, const TensorView* bias, const TensorView& scratch,
+                   const TensorView& out, const TensorView* scales) {
+  constexpr bool kFp8 = sizeof(T) == 1;
+  constexpr int kMost = kFp8 ? kMaxSiluGroupedTokens : kMaxSiluTokens;
+  check_rank("out", out, 2);
+  const int64_t F = out.size(1);
+  check_multiple("F", F, kFp8 ? 2 * kGroupSize : 32);
+  Product<T> product(x, weights, channel_scale, bias, 2 * F);
+  checked<bf16>("scratch", scratch, {product.M, 2 * F});
+  if (product.M > kMost) {
+    multiply<T>(x, weights, token_scale, channel_scale, bias, scratch);
+    return kFp8 ? silu_mul_grouped(scratch, out, *scales) : silu_mul_interleaved(scratch, out);
+  }
+  GemmParams& p = product.params;
+  p.out = checked<T>("out", out, {product.M, F});
+  if constexpr (kFp8) {
+    p.token_scale = checked<float>("token_scale", *token_scale, {product.M});
+    p.padded_tokens = static_cast<int>(padded_tokens(product.M));
+    p.out_scale = checked<float>("scales", *scales, {F / (2 * kGroupSize), kSiluGroups, p.padded_tokens});
+  }
+  if (product.M > 0) dispatch_few<T, kMost, 0, true>(p, product.tokens, product.K, product.stream);
 }
 
 /// Makes what the GEMMs of a device share. Call once, before any capture; they must then run on one stream at a time.
@@ -470,12 +555,44 @@ void gemm_fp8_bias(TensorView x, TensorView token_scale, TensorView weights, Ten
 
 /// (M, K) e4m3 with grouped scales (K / 256, 2, M rounded up to 8), packed e4m3 with (N,) scales -> (M, N) bf16 or float32.
 void gemm_fp8_grouped(TensorView x, TensorView scales, TensorView weights, TensorView channel_scale, TensorView out) {
-  multiply<fp8, true>(x, weights, &scales, &channel_scale, nullptr, out);
+  multiply_grouped(x, scales, weights, channel_scale, nullptr, out, false);
 }
 
 void gemm_fp8_grouped_bias(TensorView x, TensorView scales, TensorView weights, TensorView channel_scale, TensorView bias,
                            TensorView out) {
-  multiply<fp8, true>(x, weights, &scales, &channel_scale, &bias, out);
+  multiply_grouped(x, scales, weights, channel_scale, &bias, out, false);
+}
+
+/// The same of what `gemm_fp8_silu_mul` gives, with scales (K / 256, 8, M rounded up to 8).
+void gemm_fp8_after_silu(TensorView x, TensorView scales, TensorView weights, TensorView channel_scale, TensorView out) {
+  multiply_grouped(x, scales, weights, channel_scale, nullptr, out, true);
+}
+
+void gemm_fp8_after_silu_bias(TensorView x, TensorView scales, TensorView weights, TensorView channel_scale,
+                              TensorView bias, TensorView out) {
+  multiply_grouped(x, scales, weights, channel_scale, &bias, out, true);
+}
+
+/// (M, K) bf16, packed bf16 with gate and up interleaved (silu.cuh) -> SiLU(gate) * up (M, F) bf16; scratch (M, 2F) bf16.
+void gemm_silu_mul(TensorView x, TensorView weights, TensorView scratch, TensorView out) {
+  multiply_silu<bf16>(x, weights, nullptr, nullptr, nullptr, scratch, out, nullptr);
+}
+
+/// The same with (2F,) float32 added to gate and up, in the order of the weight.
+void gemm_silu_mul_bias(TensorView x, TensorView weights, TensorView bias, TensorView scratch, TensorView out) {
+  multiply_silu<bf16>(x, weights, nullptr, nullptr, &bias, scratch, out, nullptr);
+}
+
+/// (M, K) e4m3 with (M,) scales, packed e4m3 with (2F,) scales -> (M, F) e4m3 with scales (F / 256, 8, M rounded up to 8),
+/// grouped by silu_group_size(M) (grouped_scales.cuh); scratch (M, 2F) bf16.
+void gemm_fp8_silu_mul(TensorView x, TensorView token_scale, TensorView weights, TensorView channel_scale,
+                       TensorView scratch, TensorView out, TensorView scales) {
+  multiply_silu<fp8>(x, weights, &token_scale, &channel_scale, nullptr, scratch, out, &scales);
+}
+
+void gemm_fp8_silu_mul_bias(TensorView x, TensorView token_scale, TensorView weights, TensorView channel_scale,
+                            TensorView bias, TensorView scratch, TensorView out, TensorView scales) {
+  multiply_silu<fp8>(x, weights, &token_scale, &channel_scale, &bias, scratch, out, &scales);
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(init_device, init_device);
@@ -486,6 +603,12 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8, gemm_fp8);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_bias, gemm_fp8_bias);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_grouped, gemm_fp8_grouped);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_grouped_bias, gemm_fp8_grouped_bias);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_after_silu, gemm_fp8_after_silu);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_after_silu_bias, gemm_fp8_after_silu_bias);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_silu_mul, gemm_silu_mul);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_silu_mul_bias, gemm_silu_mul_bias);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_silu_mul, gemm_fp8_silu_mul);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_silu_mul_bias, gemm_fp8_silu_mul_bias);
 
 }  // namespace
 }  // namespace tpserve::cuda

@@ -1,59 +1,82 @@
-// A stage of the GEMM with grouped scales: two groups of 128 e4m3 of K, each with a scale for every token.
+// A stage of the GEMM with grouped scales: 256 e4m3 of K in groups, each with a scale for every token.
 #pragma once
 
 #include "wgmma.cuh"
 
 namespace tpserve::cuda {
 
-template <int kTokens>
+/// `kGroup`: elements of K that share a scale, 128 or 32.
+template <int kTokens, int kGroup>
 struct GroupedStage {
+  static_assert(kGroup == 128 || kGroup == 32);
   static constexpr int kRegisters = kTokens / 2, kVectors = kTokens / 8;
-  static constexpr int kScaleBytes = 2 * kTokens * sizeof(float);
+  static constexpr int kGroups = 256 / kGroup, kProducts = kGroup / 32;  // of a stage, of a group
   // The second group's products run while the first one's are scaled, where that takes long enough to matter.
   static constexpr bool kOverlap = kTokens == 128;
+  static_assert(!kOverlap || kGroups == 2);
+  // Groups whose products run at once, each with sums of its own. More of them would take registers that the kernel after
+  // this one needs to start beside it; memory is slower than the products by far.
+  static constexpr int kFitting = kRegisters <= 16 ? 32 / kRegisters : 2;
+  static constexpr int kAtOnce = kFitting < kGroups ? kFitting : kGroups;
+  static_assert(kGroups % kAtOnce == 0);
 
-  /// sums += product of group 0 x its scales + product of group 1 x its scales; then gives the stage back.
+  /// sums += the product of each group x its scales, group after group; then gives the stage back.
   ///
-  /// `a`, `b`: descriptors of 64 channels and kTokens tokens, a tile of 128 bytes of K for each group. `scales`: (2, padded)
-  /// in shared memory, padded <= kTokens; what a thread reads behind them is of tokens that are not there.
+  /// `a`, `b`: descriptors of 64 channels and kTokens tokens, two tiles of 128 bytes of K. `scales`: (kGroups, padded) in
+  /// shared memory, padded <= kTokens; what a thread reads behind them is of tokens that are not there.
   static __device__ __forceinline__ void add(float (&sums)[kRegisters], uint64_t a, uint64_t b, const float* scales,
                                              int padded, uint64_t* empty) {
     const float2* const mine = reinterpret_cast<const float2*>(scales) + threadIdx.x % 4;  // tokens 2 (lane % 4) and the next
-    float fresh[2][kRegisters];
-    wgmma_fence();
-#pragma unroll
-    for (int g = 0; g < 2; ++g) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        Wgmma<fp8, kTokens>::run(fresh[g], a + g * (8192 / 16) + k * 2, b + g * (kTokens * 8) + k * 2, k != 0);
-      }
-      if (kOverlap || g == 1) wgmma_commit();
-    }
+    float fresh[kAtOnce][kRegisters];
     if constexpr (kOverlap) {
+      wgmma_fence();
+      multiply(fresh[0], a, b, 0);
+      wgmma_commit();
+      multiply(fresh[1], a, b, 1);
+      wgmma_commit();
       wgmma_wait<1>();
       add_scaled(sums, fresh[0], mine);
       wgmma_wait<0>();
       add_scaled(sums, fresh[1], mine + padded / 2);
       give_back(empty);
-    } else {  // the scales are read while the products run, and the stage is free once these end
-      float2 scale[2][kVectors];
+    } else {  // the scales are read while the products run, and the stage is free once the last of these end
+#pragma unroll 1  // unrolled, addresses of all rounds would take registers
+      for (int first = 0; first < kGroups; first += kAtOnce) {
+        wgmma_fence();
 #pragma unroll
-      for (int g = 0; g < 2; ++g) {
+        for (int g = 0; g < kAtOnce; ++g) multiply(fresh[g], a, b, first + g);
+        wgmma_commit();
+        float2 scale[kAtOnce][kVectors];
 #pragma unroll
-        for (int i = 0; i < kVectors; ++i) scale[g][i] = mine[g * padded / 2 + i * 4];
-      }
-      wgmma_wait<0>();
-      keep(fresh[0]), keep(fresh[1]);
-      give_back(empty);
+        for (int g = 0; g < kAtOnce; ++g) {
 #pragma unroll
-      for (int i = 0; i < kRegisters; ++i) {
-        sums[i] = fmaf(fresh[0][i], i % 2 == 0 ? scale[0][i / 4].x : scale[0][i / 4].y, sums[i]);
-        sums[i] = fmaf(fresh[1][i], i % 2 == 0 ? scale[1][i / 4].x : scale[1][i / 4].y, sums[i]);
+          for (int i = 0; i < kVectors; ++i) scale[g][i] = mine[(first + g) * padded / 2 + i * 4];
+        }
+        wgmma_wait<0>();
+#pragma unroll
+        for (int g = 0; g < kAtOnce; ++g) keep(fresh[g]);
+        if (first + kAtOnce == kGroups) give_back(empty);
+#pragma unroll
+        for (int g = 0; g < kAtOnce; ++g) {
+#pragma unroll
+          for (int i = 0; i < kRegisters; ++i) {
+            sums[i] = fmaf(fresh[g][i], i % 2 == 0 ? scale[g][i / 4].x : scale[g][i / 4].y, sums[i]);
+          }
+        }
       }
     }
   }
 
  private:
+  /// fresh = product of a group.
+  static __device__ __forceinline__ void multiply(float (&fresh)[kRegisters], uint64_t a, uint64_t b, int group) {
+#pragma unroll
+    for (int k = 0; k < kProducts; ++k) {
+      const int at = group * kProducts + k, tile = at / 4, step = at % 4 * 2;
+      Wgmma<fp8, kTokens>::run(fresh, a + tile * (8192 / 16) + step, b + tile * (kTokens * 8) + step, k != 0);
+    }
+  }
+
   /// Products are in these registers only from here on.
   static __device__ __forceinline__ void keep(float (&fresh)[kRegisters]) {
 #pragma unroll

@@ -18,9 +18,10 @@ struct GemmParams {
   const float* token_scale;    // e4m3 only: by token, or grouped
   const float* bias;           // or null
   void* out;
+  float* out_scale;  // of SiLU(gate) * up in e4m3, grouped
   float4* partial;
   int M, N;
-  int padded_tokens;                   // of a group of grouped scales
+  int padded_tokens;                   // of a group of grouped scales, taken or given
   int units_of_k;                      // per tile
   int base, rem;                       // units of block c: base + (c < rem)
   int token_tiles, channel_blocks;     // of kTokens tokens, of 64 channels
@@ -77,28 +78,41 @@ struct WeightCursor {
   }
 };
 
+/// What finishes the sums of a thread's two channels, `channel` + lane / 4 and the eighth after it.
+template <bool kByChannel, bool kByToken>
+struct ChannelScales {
+  float scale[2] = {1.0f, 1.0f}, bias[2] = {0.0f, 0.0f};
+
+  __device__ __forceinline__ ChannelScales(const GemmParams& p, int channel) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int at = channel + threadIdx.x % 32 / 4 + h * 8;
+      if (at >= p.N) continue;
+      if (kByChannel) scale[h] = __ldg(p.channel_scale + at);
+      if (p.bias != nullptr) bias[h] = __ldg(p.bias + at);
+    }
+  }
+
+  /// Of tokens `m` and the next: value 2 h + i is of channel h and token m + i.
+  __device__ __forceinline__ void apply(const GemmParams& p, const float* sums, int m, float (&values)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float factor = scale[j / 2];
+      if (kByToken) factor *= m + j % 2 < p.M ? __ldcg(p.token_scale + m + j % 2) : 0.0f;
+      values[j] = kByChannel ? fmaf(sums[j], factor, bias[j / 2]) : sums[j] + bias[j / 2];
+    }
+  }
+};
+
 /// Scales by channel, and by token, and stores a warp's 16 channels x kTokens tokens.
 template <bool kByChannel, bool kByToken, int kTokens>
 __device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token) {
   const int lane = threadIdx.x % 32, column = lane % 4 * 2;
-  float scale[2] = {1.0f, 1.0f}, bias[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int at = channel + lane / 4 + h * 8;
-    if (at >= p.N) continue;
-    if (kByChannel) scale[h] = __ldg(p.channel_scale + at);
-    if (p.bias != nullptr) bias[h] = __ldg(p.bias + at);
-  }
+  const ChannelScales<kByChannel, kByToken> scales(p, channel);
 #pragma unroll
   for (int b = 0; b < kTokens / 8; ++b) {
     float values[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int m = token + b * 8 + column + j % 2;
-      float factor = scale[j / 2];
-      if (kByToken) factor *= m < p.M ? __ldcg(p.token_scale + m) : 0.0f;
-      values[j] = kByChannel ? fmaf(sums[b * 4 + j], factor, bias[j / 2]) : sums[b * 4 + j] + bias[j / 2];
-    }
+    scales.apply(p, sums + b * 4, token + b * 8 + column, values);
     if (p.out_float32) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {

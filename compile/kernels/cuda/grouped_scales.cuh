@@ -1,7 +1,10 @@
 // Scales of e4m3 activations by token and group of 128 elements: (K / 256, 2, padded tokens) float32, so that a GEMM's
 // stage, 256 bytes of K, has those of all tokens in one piece. Of more than kMaxGroupedTokens tokens each has one scale
-// for its whole row, which stands at the token's place in the first group. Plain functions, so that the host's tests run
-// them too.
+// for its whole row, which stands at the token's place in the first group.
+//
+// What gate_up's GEMM gives of few tokens has a scale for each 32 elements, for that is what one of its tiles holds of a
+// token. The tensor of its scales has room for these, (K / 256, 8, padded tokens); of more tokens those of 128 elements
+// stand at its head. Plain functions, so that the host's tests run them too.
 #pragma once
 
 #include <cstdint>
@@ -16,11 +19,19 @@ namespace tpserve::cuda {
 
 constexpr int kGroupSize = 128;
 constexpr int kMaxGroupedTokens = 128;
+constexpr int kSiluGroupSize = 32;
+constexpr int kMaxSiluGroupedTokens = 32;
 
 /// Places of tokens in a group: a piece of two groups is whole 16-byte words.
 TPSERVE_SCALES int64_t padded_tokens(int64_t num_tokens) { return (num_tokens + 7) / 8 * 8; }
 
-/// Where the scale of a token's group stands.
+/// Elements of SiLU(gate) * up that share a scale: by the number of tokens alone, so that the GEMM which takes them knows
+/// what the one before gave.
+TPSERVE_SCALES int silu_group_size(int64_t num_tokens) {
+  return num_tokens <= kMaxSiluGroupedTokens ? kSiluGroupSize : kGroupSize;
+}
+
+/// Where the scale of a token's group stands, of either size.
 TPSERVE_SCALES int64_t scale_at(int64_t group, int64_t token, int64_t num_tokens) {
   return group * padded_tokens(num_tokens) + token;
 }

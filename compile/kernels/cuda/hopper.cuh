@@ -41,6 +41,12 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
+/// kThreads of the block, whole warps, meet at one of its barriers.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void meet() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
 /// A place in a ring of buffers and the parity its barriers are waited for with.
 struct RingPlace {
   int slot = 0;

@@ -6,7 +6,9 @@ import ctypes
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import tvm
 from tvm import relax
@@ -17,7 +19,9 @@ from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.pipeline import build_graph, lower
 
 FP8 = CompileConfig(1, "fp8", "tuned", "cuda", max_model_len=64, max_num_batched_tokens=100, max_num_seqs=4)
-GROUPED = {"attention_grouped", "silu_mul_grouped", "gemm_fp8_grouped"}
+ATTENTION = {"attention_grouped", "gemm_fp8_grouped"}
+SILU = {"gemm_fp8_silu_mul", "gemm_fp8_after_silu"}
+GROUPED = ATTENTION | SILU
 BY_ROW = {"quantize_fp8", "silu_mul_fp8", "gemm_fp8"}
 HEADERS = f"-I{ROOT / 'compile/kernels/cuda'}"
 
@@ -53,24 +57,24 @@ def kernels(config: ModelConfig, tp_size: int = 1) -> set[str]:
 
 def test_activation_and_attention_have_grouped_scales(tmp_path: Path) -> None:
     found = calls(model(tmp_path), FP8)
-    assert [name for name, _ in found[2:10]] == [
-        "gemm_fp8", "rope_append", "attention_grouped", "gemm_fp8_grouped", "add_rms_norm_fp8", "gemm_fp8",
-        "silu_mul_grouped", "gemm_fp8_grouped",
+    assert [name for name, _ in found[2:9]] == [
+        "gemm_fp8", "rope_append", "attention_grouped", "gemm_fp8_grouped", "add_rms_norm_fp8", "gemm_fp8_silu_mul",
+        "gemm_fp8_after_silu",
     ]  # fmt: skip
     outputs = dict(found)
-    for name in ("attention_grouped", "silu_mul_grouped"):
+    for name, groups in (("attention_grouped", 2), ("gemm_fp8_silu_mul", 8)):
         values, scales = outputs[name][-2:]
         assert values == "float8_e4m3fn num_tokens x (512)"
-        assert scales == "float32 (2) x (2) x (num_tokens + T.int64(7)) // T.int64(8) * T.int64(8)"
+        assert scales == f"float32 (2) x ({groups}) x (num_tokens + T.int64(7)) // T.int64(8) * T.int64(8)"
 
 
 @pytest.mark.parametrize(
     ("heads", "head_dim", "ffn", "grouped", "by_row"),
     [
         (4, 128, 512, GROUPED, {"gemm_fp8"}),
-        (4, 64, 512, GROUPED - {"attention_grouped"}, {"gemm_fp8", "quantize_fp8"}),  # a head is no group
-        (1, 128, 512, GROUPED - {"attention_grouped"}, {"gemm_fp8", "quantize_fp8"}),  # half a stage of the GEMM
-        (4, 128, 384, GROUPED - {"silu_mul_grouped"}, {"gemm_fp8", "silu_mul_fp8"}),
+        (4, 64, 512, SILU, {"gemm_fp8", "quantize_fp8"}),  # a head is no group
+        (1, 128, 512, SILU, {"gemm_fp8", "quantize_fp8"}),  # half a stage of the GEMM
+        (4, 128, 384, ATTENTION, {"gemm_fp8", "silu_mul_fp8"}),
         (1, 64, 300, set(), BY_ROW),
     ],
 )
@@ -89,13 +93,49 @@ def test_the_size_is_that_of_the_rank(tmp_path: Path) -> None:
 
 def test_biases_are_added(tmp_path: Path) -> None:
     called = kernels(model(tmp_path, bias=True))
-    assert "gemm_fp8_grouped_bias" in called
-    assert "gemm_fp8_grouped" not in called
+    assert called >= {f"{name}_bias" for name in ("gemm_fp8_grouped", *SILU)}
+    assert not called & {"gemm_fp8_grouped", *SILU}
 
 
 def test_unquantised_weights_have_no_scales(tmp_path: Path) -> None:
     graph = build_graph(model(tmp_path), replace(FP8, quantization="q0bf16"))
     assert not [name for name in graph.externs if "fp8" in name or "grouped" in name]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "ffn", "tp_size", "interleave", "called"),
+    [
+        ("q0bf16", 512, 1, 8, {"gemm_silu_mul"}),
+        ("q0bf16", 480, 1, 8, {"gemm_silu_mul"}),
+        ("q0bf16", 480, 2, 0, {"silu_mul"}),  # 240 on a rank: half of a tile would be missing
+        ("fp8", 512, 2, 8, SILU),
+        ("fp8", 480, 1, 0, {"silu_mul_fp8"}),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_gate_and_up_are_interleaved_where_their_product_ends_in_silu(
+    tmp_path: Path,
+    quantization: Literal["q0bf16", "fp8"],
+    ffn: int,
+    tp_size: int,
+    interleave: int,
+    called: set[str],
+    bias: bool,
+) -> None:
+    config = model(tmp_path, ffn=ffn, bias=bias)
+    graph = build_graph(config, replace(FP8, quantization=quantization, tp_size=tp_size))
+    names = {name.removeprefix("tpserve.cuda.") for name in graph.externs}
+    assert {name for name in names if "silu" in name} == {f"{n}_bias" if bias and "gemm" in n else n for n in called}
+    found = {spec.name.rpartition("gate_up_proj")[2] for spec in graph.params if spec.interleave}
+    parts = {"", ".scale"} if quantization == "fp8" else {""}
+    assert found == (parts | ({".bias"} if bias else set()) if interleave else set())
+    assert {spec.interleave for spec in graph.params} <= {0, interleave}
+
+
+def test_a_cpu_takes_gate_then_up(tmp_path: Path) -> None:
+    graph = build_graph(model(tmp_path), replace(FP8, quantization="q0f32", target="llvm"))
+    assert "tpserve.cpu.silu_mul" in graph.externs
+    assert not any(spec.interleave for spec in graph.params)
 
 
 def test_memory_is_planned_for_the_padded_tokens(tmp_path: Path) -> None:
@@ -117,11 +157,14 @@ def scales(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         "using namespace tpserve::cuda;\n"
         'extern "C" long place(long k, long token, long tokens) { return scale_at(k / kGroupSize, token, tokens); }\n'
         'extern "C" long padded(long tokens) { return padded_tokens(tokens); }\n'
+        'extern "C" long group_place(long k, long token, long tokens) {'
+        " return scale_at(k / silu_group_size(tokens), token, tokens); }\n"
+        'extern "C" int group(long tokens) { return silu_group_size(tokens); }\n'
     )
     command = ["c++", "-std=c++20", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", HEADERS]
     subprocess.run([*command, str(source), "-o", str(folder / "scales.so")], check=True, timeout=60)
     library = ctypes.CDLL(str(folder / "scales.so"))
-    for name in ("place", "padded"):
+    for name in ("place", "padded", "group_place"):
         getattr(library, name).restype = ctypes.c_long
     return library
 
@@ -134,3 +177,15 @@ def test_a_scale_stands_where_the_contract_says(scales: ctypes.CDLL, tokens: int
             # scales[k / 256][k / 128 % 2][token] of (K / 256, 2, padded)
             expected = (k // 256 * 2 + k // 128 % 2) * padded + token
             assert scales.place(ctypes.c_long(k), ctypes.c_long(token), ctypes.c_long(tokens)) == expected
+
+
+def test_silus_groups_are_a_tile_of_few_tokens(scales: ctypes.CDLL) -> None:
+    assert [scales.group(ctypes.c_long(tokens)) for tokens in (1, 32, 33, 128)] == [32, 32, 128, 128]
+    for tokens, groups in ((5, 8), (32, 8), (33, 2), (128, 2)):
+        size, padded = scales.group(ctypes.c_long(tokens)), scales.padded(ctypes.c_long(tokens))
+        room = np.arange(2 * 8 * padded)  # (K / 256, 8, padded) of K = 512; larger groups stand at its head
+        view = room[: 2 * groups * padded].reshape(2, groups, padded)
+        found = [
+            scales.group_place(*map(ctypes.c_long, (k, token, tokens))) for k in range(0, 512, 32) for token in (0, 4)
+        ]
+        assert found == [view[k // 256, k % 256 // size, token] for k in range(0, 512, 32) for token in (0, 4)]

@@ -24,9 +24,10 @@ def manifest(tmp_path: Path) -> Manifest:
     folder = tmp_path / "lib"
     folder.mkdir()
     (folder / "model.so").write_bytes(b"code")
-    manifest = replace(
-        make_manifest(tmp_path / "model", 8), files={"model.so": sha256_file(folder / "model.so")}, compiler={"c": "1"}
-    )
+    made = make_manifest(tmp_path / "model", 8)
+    params = tuple(replace(spec, interleave=8 * (".gate_up_proj" in spec.name)) for spec in made.params)
+    files = {"model.so": sha256_file(folder / "model.so")}
+    manifest = replace(made, files=files, params=params, compiler={"c": "1"})
     manifest.save(folder)
     return manifest
 
@@ -34,6 +35,7 @@ def manifest(tmp_path: Path) -> Manifest:
 def test_what_is_written_is_read(tmp_path: Path, manifest: Manifest) -> None:
     assert Manifest.load(tmp_path / "lib") == manifest
     assert any(None in rank for rank in manifest.splits["q_heads"].ranks), "blocks of zeros make the trip too"
+    assert {spec.interleave for spec in manifest.params} == {0, 8}
     assert manifest.kv.page_bytes == 2 * 1 * 2 * 16 * 16 * 4
 
 

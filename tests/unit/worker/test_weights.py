@@ -17,7 +17,15 @@ from tiny_models import MODELS
 from tpserve.proto.manifest import Manifest, ParamSource, ParamSpec
 from tpserve.worker.checkpoint import Checkpoint
 from tpserve.worker.errors import WeightsError
-from tpserve.worker.weights import dummy_parameters, load_parameters, pack, parts_of, rope_table, scales_of
+from tpserve.worker.weights import (
+    dummy_parameters,
+    load_parameters,
+    pack,
+    parts_of,
+    rope_table,
+    scales_of,
+    shape_of_parts,
+)
 from worker_builders import make_manifest
 
 Array = Any
@@ -295,3 +303,68 @@ def test_scales_of_some_tensors_only_are_refused(folder: Path) -> None:
         scales_of(Checkpoint(folder), manifest, mixed, 0)
     none = ParamSpec("none.scale", (1,), "float32", "channel_scale", (ParamSource("lm_head.weight"),))
     assert scales_of(Checkpoint(folder), manifest, none, 0) is None
+
+
+def interleaved(manifest: Manifest, size: int = 8) -> Manifest:
+    """The same with gate_up as CUDA's GEMM takes it."""
+    params = tuple(replace(spec, interleave=size) if ".gate_up_proj" in spec.name else spec for spec in manifest.params)
+    return replace(manifest, params=params)
+
+
+def in_turns(rows: Array, size: int = 8) -> Array:
+    """Plain indexing: `size` rows of the first half, as many of the second, and so on."""
+    half = len(rows) // 2
+    order = [part * half + i + j for i in range(0, half, size) for part in (0, 1) for j in range(size)]
+    taken: Array = rows[order]
+    return taken
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_rows_of_gate_and_up_are_interleaved(folder: Path, tp_size: int) -> None:
+    """Weights, and biases with them; 300 columns over the ranks leave a last one that has not whole runs of eight."""
+    manifest = make_manifest(folder, tp_size)
+    name = f"{LAYER}.mlp.gate_up_proj"
+    for plain, found in zip(load(manifest, folder), load(interleaved(manifest), folder), strict=True):
+        np.testing.assert_array_equal(unpack(found[name]), in_turns(unpack(plain[name])))
+        np.testing.assert_array_equal(found[f"{name}.bias"], in_turns(plain[f"{name}.bias"]))
+        assert not np.array_equal(found[name], plain[name])
+        for other in plain:
+            if "gate_up_proj" not in other:
+                np.testing.assert_array_equal(found[other], plain[other])
+
+
+@pytest.mark.parametrize("per_tensor", [False, True], ids=["channel", "tensor"])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_stored_weights_and_scales_are_interleaved(folder: Path, tp_size: int, per_tensor: bool) -> None:
+    fp8_folder(folder, per_tensor=per_tensor)
+    manifest = make_manifest(folder, tp_size)
+    checkpoint = Checkpoint(folder)
+    (spec,) = [spec for spec in manifest.params if spec.name == f"{LAYER}.mlp.gate_up_proj"]
+    assert spec.unpacked_shape is not None
+    scale = ParamSpec(f"{spec.name}.scale", spec.unpacked_shape[:1], "float32", "channel_scale", spec.sources)
+    for rank in range(tp_size):
+        plain, turned = (scales_of(checkpoint, manifest, replace(scale, interleave=n), rank) for n in (0, 8))
+        assert plain is not None
+        assert turned is not None
+        assert turned.shape == scale.shape
+        np.testing.assert_array_equal(turned, in_turns(plain))
+        assert len(np.unique(plain)) >= 2, "gate and up differ"
+        rows = []
+        for given in (spec, replace(spec, interleave=8)):
+            codes = np.zeros(shape_of_parts(given), np.uint8)
+            for part in parts_of(checkpoint, manifest, given, rank):
+                height, width = part.values.shape
+                codes[part.row : part.row + height, part.column : part.column + width] = part.values.view(np.uint8)
+                sources = [checkpoint.tensor(source.name) for source in given.sources]
+                assert any(np.shares_memory(part.values, source) for source in sources), "a slice, not a copy"
+            rows.append(codes.reshape(spec.unpacked_shape))
+        np.testing.assert_array_equal(rows[1], in_turns(rows[0]))
+
+
+def test_rows_that_cannot_be_interleaved_are_refused(folder: Path) -> None:
+    manifest = make_manifest(folder, 1)  # 304 rows of gate, 304 of up
+    with pytest.raises(WeightsError, match=r"gate_up_proj: 608 rows are not interleaved by 24: compile again"):
+        load(interleaved(manifest, 24), folder)
+    spec = next(spec for spec in manifest.params if spec.name == f"{LAYER}.self_attn.qkv_proj")
+    with pytest.raises(WeightsError, match=r"qkv_proj: 16 rows from 16 on .* by 5 in halves of 80: compile again"):
+        parts_of(Checkpoint(folder), manifest, replace(spec, interleave=5), 0)

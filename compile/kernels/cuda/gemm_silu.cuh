@@ -1,0 +1,101 @@
+// The end of gate_up's GEMM for few tokens: SiLU(gate) * up of a finished tile, so that no kernel runs between this GEMM
+// and the next. The tile's 64 channels are 32 activations in the order of `silu.cuh`. Both ways of making an activation,
+// this one and the product followed by elementwise.cu's kernels, give the same bits.
+#pragma once
+
+#include "gemm_parts.cuh"
+#include "grouped_scales.cuh"
+#include "silu.cuh"
+
+namespace tpserve::cuda {
+
+/// Of bf16 tokens; of e4m3 tokens those of kMaxSiluGroupedTokens, whose tiles two groups of warps make in turns.
+constexpr int kMaxSiluTokens = 64;
+
+/// (M, N / 2) bf16 from a warp's 16 channels; `activation` is its first of eight, `values` hold kTokens / 4 of a thread.
+template <int kTokens>
+__device__ __forceinline__ void store_bf16(const GemmParams& p, const float (&values)[kTokens / 4], int activation) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int b = 0; b < kTokens / 8; ++b) {  // to pairs of activations of one token
+    const uint32_t pair = transpose_8x8(pack2(values[b * 2], values[b * 2 + 1]));
+    const int m = b * 8 + lane / 4;
+    if (m < p.M) {
+      bf16* const row = static_cast<bf16*>(p.out) + static_cast<int64_t>(m) * (p.N / 2);
+      *reinterpret_cast<uint32_t*>(row + activation + lane % 4 * 2) = pair;
+    }
+  }
+}
+
+/// (M, N / 2) e4m3 and (N / 64, padded tokens) scales: a tile has one group of every token. By the first warp group, whole.
+template <int kTokens>
+__device__ __forceinline__ void store_groups(const GemmParams& p, const float (&values)[kTokens / 4], int tile) {
+  // [tile's parity][warp][token]. A warp that is at its next tile but one has passed that between, whose barrier all warps
+  // reach after they have read this one's: a block's tiles are one after the other.
+  __shared__ float2 largest_of_warp[2][4][kTokens / 2];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float largest[kTokens / 4];  // of a thread's tokens, 8 b + 2 (lane % 4) and the next
+#pragma unroll
+  for (int i = 0; i < kTokens / 4; ++i) {
+    largest[i] = fabsf(values[i]);
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2) {
+      largest[i] = fmaxf(largest[i], __shfl_xor_sync(~0u, largest[i], offset));
+    }
+  }
+  float2(&places)[4][kTokens / 2] = largest_of_warp[tile % 2];
+  if (lane < 4) {
+#pragma unroll
+    for (int b = 0; b < kTokens / 8; ++b) places[warp][b * 4 + lane] = make_float2(largest[b * 2], largest[b * 2 + 1]);
+  }
+  meet<3, 128>();
+#pragma unroll
+  for (int b = 0; b < kTokens / 8; ++b) {
+    float2 most = make_float2(1e-12f, 1e-12f);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const float2 other = places[w][b * 4 + lane % 4];
+      most.x = fmaxf(most.x, other.x), most.y = fmaxf(most.y, other.y);
+    }
+    const uint32_t codes = pack2_fp8(values[b * 2] * (kFp8Max / most.x), values[b * 2 + 1] * (kFp8Max / most.y));
+    const uint32_t pair = transpose_8x8((codes & 0xFF) | (codes & 0xFF00) << 8);  // of activations of one token
+    const int m = b * 8 + lane / 4;
+    if (m < p.M) {
+      fp8* const row = static_cast<fp8*>(p.out) + static_cast<int64_t>(m) * (p.N / 2);
+      *reinterpret_cast<uint16_t*>(row + tile * 32 + warp * 8 + lane % 4 * 2) =
+          static_cast<uint16_t>((pair & 0xFF) | (pair >> 8 & 0xFF00));
+    }
+    if (warp == 0 && lane < 4) {
+      const int first = b * 8 + lane * 2;
+      float* const scale = p.out_scale + static_cast<int64_t>(tile) * p.padded_tokens + first;
+      if (first < p.M) scale[0] = most.x / kFp8Max;
+      if (first + 1 < p.M) scale[1] = most.y / kFp8Max;
+    }
+  }
+}
+
+/// The activations of a finished tile of 64 channels, all of them present: bf16, or e4m3 with grouped scales, as the tokens.
+/// `sums` of the first warp group, which calls it whole.
+template <typename T, int kTokens>
+__device__ __forceinline__ void write_silu(const GemmParams& p, float (&sums)[kTokens / 2], int tile) {
+  constexpr bool kFp8 = sizeof(T) == 1;
+  const int warp = threadIdx.x / 32, column = threadIdx.x % 4 * 2;
+  const ChannelScales<kFp8, kFp8> scales(p, tile * 64 + warp * 16);
+  float activations[kTokens / 4];
+#pragma unroll
+  for (int b = 0; b < kTokens / 8; ++b) {
+    float values[4];
+    scales.apply(p, sums + b * 4, b * 8 + column, values);
+    // Gate and up as the plain product stores them.
+    const uint32_t gate = pack2(values[0], values[1]), up = pack2(values[2], values[3]);
+    activations[b * 2] = silu(low_half(gate)) * low_half(up);
+    activations[b * 2 + 1] = silu(high_half(gate)) * high_half(up);
+  }
+  if constexpr (kFp8) {
+    store_groups<kTokens>(p, activations, tile);
+  } else {
+    store_bf16<kTokens>(p, activations, tile * 32 + warp * 8);
+  }
+}
+
+}  // namespace tpserve::cuda
