@@ -3,8 +3,8 @@
 Regime: `tpserve serve` as a user starts it, random weights, prefix cache off, greedy, ignore_eos; a closed loop of C
 requests for each point, lengths from a file of prompt and output lengths, by the client that measured the peer (a
 module with `warm`, `static_point` and `run_point`). `static` is C equal requests (256 in, 129 out) together: the step.
-Requests of `--fixed-lengths`, 1000/500 say, follow at
-`--fixed-points`. Floor: weights once through memory, 4.70 TB/s on an H200.
+Requests of `--fixed-lengths`, 1000/500 say, follow at `--fixed-points`. `--trace STEPS` adds where so many steps of each
+point went, by their captured sizes. Floor: weights once through memory, 4.70 TB/s on an H200.
 Prints each point and, last, one JSON object; `--append` adds it to the runs of a file.
 
 Run on a host with GPUs: python benchmarks/gpu_server.py --model FOLDER --artifact FOLDER --client CLIENT.py
@@ -20,11 +20,13 @@ import json
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,8 @@ class Server:
         ]
         self.command += ["--max-num-seqs", str(manifest.max_num_seqs)]
         self.command += ["--max-num-batched-tokens", str(manifest.max_num_batched_tokens), *args.flags]
+        if args.trace:
+            self.command += ["--enable-debug"]
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # open as long as the server runs
         started = time.perf_counter()
         self._process = subprocess.Popen(self.command, stdout=self._log, stderr=subprocess.STDOUT)
@@ -103,6 +107,25 @@ class Server:
         found = (line.rpartition(" ") for line in lines if re.match(pattern, line))
         return {name: float(value) for name, _, value in found}
 
+    def steps(self, num_steps: int) -> dict[str, dict[str, float]]:
+        """Return rank 0's next steps by captured size (tokens x sampled rows): how many, and their microseconds."""
+        url = f"http://127.0.0.1:{self.port}/debug/trace?steps={num_steps}&timeout=20"
+        with urllib.request.urlopen(url, timeout=30) as response:
+            events = json.load(response)["traceEvents"]
+        steps = [event for event in events if event.get("cat") == "step" and event["args"]["rank"] == 0]
+        by_bucket: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
+        for step in steps:
+            by_bucket[step["args"]["bucket"]].append((step["dur"], step["args"]["tokens"]))
+        return {
+            bucket: {
+                "steps": len(seen),
+                "median_us": statistics.median(us for us, _ in seen),
+                "total_us": sum(us for us, _ in seen),
+                "mean_tokens": statistics.mean(tokens for _, tokens in seen),
+            }
+            for bucket, seen in sorted(by_bucket.items(), key=lambda item: int(item[0].partition("x")[0]))
+        }
+
     def close(self) -> None:
         """Stop it as Ctrl-C does, by force after a while."""
         self._process.send_signal(signal.SIGINT)
@@ -125,7 +148,12 @@ async def measure(
         if lengths is None:
             point["static"] = await client.static_point(*where, concurrency)
         number = max(args.min_requests, args.requests_per_stream * concurrency)
+        traced = None
+        if args.trace:
+            traced = asyncio.create_task(steps_of(server, args.trace))
         point["run"], _ = await client.run_point(*where, concurrency, args.limit_s, number, lengths)
+        if traced is not None:
+            point["steps"] = await traced
         points.append(point)
         run = point["run"]
         print(
@@ -134,6 +162,12 @@ async def measure(
             flush=True,
         )
     return points
+
+
+async def steps_of(server: Server, num_steps: int) -> dict[str, dict[str, float]]:
+    """Record steps when the requests have been under way for a while."""
+    await asyncio.sleep(1.5)
+    return await asyncio.to_thread(server.steps, num_steps)
 
 
 def fixed(text: str) -> dict[str, Any]:
@@ -154,6 +188,7 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=25.0, help="of one point")
     parser.add_argument("--fixed-lengths", help="PROMPT/OUTPUT tokens of every request of further points")
     parser.add_argument("--fixed-points", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--trace", type=int, default=0, metavar="STEPS", help="of each point, that are recorded")
     parser.add_argument("--bandwidth", type=float, default=4.70, help="TB/s that one kernel reaches on this device")
     parser.add_argument("--commit", default="", help="of the tree that is measured")
     parser.add_argument("--append", type=Path, help="file of results; its `runs` get this one")

@@ -377,6 +377,7 @@ template <typename T, int kGroup>
 void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
   if (p.M <= 64) return dispatch_few<T, 64, kGroup>(p, x, K, stream);
   static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
+  if (p.M <= 96) return run<T, 96, 1, Ring::kWhole, kGroup>(p, x, K, stream);
   if (p.M <= 128) return run<T, 128, 1, Ring::kWhole, kGroup>(p, x, K, stream);
   if (p.M <= 256 && p.channel_blocks <= 128) {
     // Few channels: one tile of all tokens would be shared by so many blocks that adding their sums takes longer than
