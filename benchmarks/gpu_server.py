@@ -3,8 +3,8 @@
 Regime: `tpserve serve` as a user starts it, random weights, prefix cache off, greedy, ignore_eos; a closed loop of C
 requests for each point, lengths from a file of prompt and output lengths, by the client that measured the peer (a
 module with `warm`, `static_point` and `run_point`). `static` is C equal requests (256 in, 129 out) together: the step.
-Requests of `--fixed-lengths`, 1000/500 say, follow at `--fixed-points`. `--trace STEPS` adds where so many steps of each
-point went, by their captured sizes. Floor: weights once through memory, 4.70 TB/s on an H200.
+Requests of `--fixed-lengths`, 1000/500 say, follow at `--fixed-points`. `--trace STEPS` adds where so many steps of
+each point went, by their captured sizes. Floor: weights once through memory, 4.70 TB/s on an H200.
 Prints each point and, last, one JSON object; `--append` adds it to the runs of a file.
 
 Run on a host with GPUs: python benchmarks/gpu_server.py --model FOLDER --artifact FOLDER --client CLIENT.py
