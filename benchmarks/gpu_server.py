@@ -109,8 +109,8 @@ class Server:
 
     def steps(self, num_steps: int) -> dict[str, dict[str, float]]:
         """Return rank 0's next steps by captured size (tokens x sampled rows): how many, and their microseconds."""
-        url = f"http://127.0.0.1:{self.port}/debug/trace?steps={num_steps}&timeout=20"
-        with urllib.request.urlopen(url, timeout=30) as response:
+        url = f"http://127.0.0.1:{self.port}/debug/trace?steps={num_steps}&timeout=6"
+        with urllib.request.urlopen(url, timeout=15) as response:
             events = json.load(response)["traceEvents"]
         steps = [event for event in events if event.get("cat") == "step" and event["args"]["rank"] == 0]
         by_bucket: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
