@@ -9,12 +9,15 @@
 // workspace; the block that started the tile adds them in block order, so sums have one order. An empty slot holds the word
 // 0xffffffff, a NaN that no arithmetic makes: the data is its own flag, and the reader restores it.
 //
+// Tiles go to memory, or for a reduction over ranks straight to where it wants them (push_tile.cuh): with the same bits.
+//
 // One warp fetches; it fills the ring with weights before `pdl_wait`, while the kernel before still runs.
 //
 // Of e4m3 tokens the scales are by token, or grouped (`grouped_scales.cuh`): then the scales of a stage are fetched with
 // its tokens, and the product of each group is scaled before it is added (M <= 128).
 #include <type_traits>
 
+#include "gemm.cuh"
 #include "gemm_grouped.cuh"
 #include "gemm_parts.cuh"
 #include "grouped_scales.cuh"
@@ -34,11 +37,12 @@ uint8_t* workspace_of_device[kMaxDevices] = {};
 enum class Ring { kWhole, kHalf };
 constexpr int kWholeMinStages = 8;  // of a block
 
-template <int kTokens_, int kBlocks_, Ring kRing, bool kGrouped_>
+template <int kTokens_, int kBlocks_, Ring kRing, bool kGrouped_, bool kPush_>
 struct Shape {
   static constexpr int kTokens = kTokens_, kBlocks = kBlocks_;
-  static constexpr bool kGrouped = kGrouped_;
+  static constexpr bool kGrouped = kGrouped_, kPush = kPush_;
   static_assert(!kGrouped || kBlocks == 1);
+  static_assert(!kPush || (kBlocks == 1 && kTokens <= kMaxPushedRows));
   static constexpr int kTilesOfK = 2 / kBlocks;  // 128-byte tiles of K in a stage
   static constexpr int kTokenBytes = kTilesOfK * kTokens * 128;
   static constexpr int kBytes = kStageBytes + kTokenBytes;
@@ -100,7 +104,7 @@ struct UnitCursor {
 /// The warp that fetches; one lane works.
 template <typename T, typename S>
 __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ring, uint64_t* full, uint64_t* empty,
-                        int first, int count) {
+                        PushEpoch* epoch, int first, int count) {
   constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks, kTileK = 128 / sizeof(T);
   const int stage_scales = S::kGrouped ? 2 * p.padded_tokens : 0;  // floats
   const int token_bytes = S::kTokenBytes + stage_scales * 4;       // what a stage brings after pdl_wait
@@ -142,9 +146,14 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
     load_weights(i, S::kPaced ? kStageBytes : kStageBytes + token_bytes);
   }
   pdl_wait();
+  const unsigned calls = S::kPush ? PushEpoch::read(p.push) : 0;
   uint64_t* own = full + S::kStages;
   if (S::kPaced) barrier_expect(own, ahead * token_bytes);
   for (int i = 0; i < ahead; ++i) load_tokens(i, S::kPaced ? own : full + i);
+  if constexpr (S::kPush) {  // only now may the reduction start: it advances the epoch, and waits for no kernel before
+    epoch->hand_over(calls);
+    pdl_launch();
+  }
   RingPlace place;
   for (int i = ahead; i < count; ++i) {
     barrier_wait(empty + place.slot, place.parity);
@@ -165,6 +174,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   constexpr int kEarly = kBlocks == 2 ? 0 : kTokens <= 16 ? 4 : kTokens <= 32 ? 2 : kTokens <= 64 ? 1 : 0;
   extern __shared__ uint8_t memory[];
   __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
+  __shared__ PushEpoch epoch;
   const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
   uint8_t* behind_ring = memory + (ring - shared_address(memory)) + S::kStages * S::kBytes;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cta = blockIdx.x;
@@ -172,13 +182,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x == S::kConsumers * 128) {
     for (int i = 0; i <= S::kStages; ++i) barrier_init(full + i, 1);
     for (int i = 0; i < S::kStages; ++i) barrier_init(empty + i, kBlocks * 4);
+    if constexpr (S::kPush) epoch.init();
     barrier_init_fence();
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-    pdl_launch();
+    if constexpr (!S::kPush) pdl_launch();
   }
   __syncthreads();
   if (warp == S::kConsumers * 4) {
-    if (lane == 0) produce<T, S>(p, &map, ring, full, empty, first, count);
+    if (lane == 0) produce<T, S>(p, &map, ring, full, empty, &epoch, first, count);
     return;
   }
   pdl_wait();
@@ -314,7 +325,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     const int block = kBlocks == 1 ? tile : tile / p.token_tiles * 2 + group;
     const int token = kBlocks == 1 ? 0 : tile % p.token_tiles * kTokens;
-    write_tile<sizeof(T) == 1, sizeof(T) == 1 && !S::kGrouped, kTokens>(p, sums, block * 64 + warp % 4 * 16, token);
+    constexpr bool kByChannel = sizeof(T) == 1, kByToken = kByChannel && !S::kGrouped;
+    const int channel = block * 64 + warp % 4 * 16;
+    if constexpr (S::kPush) {
+      write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, 0, PeerTile(p.push, epoch.wait(), channel, p.M, p.N));
+    } else {
+      write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, token, MemoryTile{p, channel, token});
+    }
   }
 }
 
@@ -336,9 +353,9 @@ __global__ void __launch_bounds__(256)
 
 // --- Host -----------------------------------------------------------------------------------------------------------
 
-template <typename T, int kTokens, int kBlocks, Ring kRing, bool kGrouped = false>
+template <typename T, int kTokens, int kBlocks, Ring kRing, bool kGrouped = false, bool kPush = false>
 void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
-  using S = Shape<kTokens, kBlocks, kRing, kGrouped>;
+  using S = Shape<kTokens, kBlocks, kRing, kGrouped, kPush>;
   const int64_t bytes = K * sizeof(T);
   p.units_of_k = static_cast<int>(kBlocks == 1 ? (bytes + 255) / 256 : (bytes + 127) / 128);
   p.token_tiles = (p.M + kTokens - 1) / kTokens;
@@ -348,17 +365,19 @@ void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
 }
 
 /// Chooses the tile for p.M tokens, as measured: `gpu_kernels.py` on an H200, every tile at every shape of 8B and 70B.
-template <typename T, bool kGrouped>
+/// With kPush p.M is at most kMaxPushedRows.
+template <typename T, bool kGrouped, bool kPush>
 void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
   const auto with_ring = [&](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
-    if (p.packed_base < kWholeMinStages) return run<T, kTokens, 1, Ring::kHalf, kGrouped>(p, x, K, stream);
-    run<T, kTokens, 1, Ring::kWhole, kGrouped>(p, x, K, stream);
+    if (p.packed_base < kWholeMinStages) return run<T, kTokens, 1, Ring::kHalf, kGrouped, kPush>(p, x, K, stream);
+    run<T, kTokens, 1, Ring::kWhole, kGrouped, kPush>(p, x, K, stream);
   };
   if (p.M <= 8) return with_ring(std::integral_constant<int, 8>());
   if (p.M <= 16) return with_ring(std::integral_constant<int, 16>());
   if (p.M <= 32) return with_ring(std::integral_constant<int, 32>());
   if (p.M <= 64) return with_ring(std::integral_constant<int, 64>());
+  static_assert(kMaxPushedRows == 64, "the tiles with a pushed variant");
   static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
   if (p.M <= 128) return run<T, 128, 1, Ring::kWhole, kGrouped>(p, x, K, stream);
   if (p.M <= 256 && p.channel_blocks <= 128) {
@@ -375,7 +394,8 @@ void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
 
 template <typename T, bool kGrouped = false>
 void multiply(const TensorView& x, const TensorView& weights, const TensorView* token_scale,
-              const TensorView* channel_scale, const TensorView* bias, const TensorView& out) {
+              const TensorView* channel_scale, const TensorView* bias, const TensorView& out,
+              const PushTarget* target = nullptr) {
   check_rank("x", x, 2);
   check_rank("out", out, 2);
   const int64_t M = x.size(0), K = x.size(1), N = out.size(1);
@@ -407,7 +427,23 @@ void multiply(const TensorView& x, const TensorView& weights, const TensorView* 
   }
   p.partial = reinterpret_cast<float4*>(workspace_of_device[device]);
   const cudaStream_t stream = stream_of(out);
-  if (M > 0) dispatch<T, kGrouped>(p, tokens, K, stream);
+  if (M == 0) return;
+  if (target == nullptr) return dispatch<T, kGrouped, false>(p, tokens, K, stream);
+  if (M > kMaxPushedRows || p.out_float32) {
+    TVM_FFI_THROW(ValueError) << "out has shape " << shape_text(out) << " and " << (p.out_float32 ? 32 : 16)
+                              << " bits, only bfloat16 of up to " << kMaxPushedRows << " rows is sent to peers";
+  }
+  p.push = *target;
+  dispatch<T, kGrouped, true>(p, tokens, K, stream);
+}
+
+void multiply(const GemmCall& call, const TensorView& out, const PushTarget* target) {
+  const auto pointer = [](const std::optional<TensorView>& t) { return t.has_value() ? &*t : nullptr; };
+  const auto with = [&](auto function) {
+    function(call.x, call.weights, pointer(call.token_scale), pointer(call.channel_scale), pointer(call.bias), out, target);
+  };
+  if (!call.token_scale.has_value()) return with(multiply<bf16>);
+  call.grouped ? with(multiply<fp8, true>) : with(multiply<fp8>);
 }
 
 /// Makes what the GEMMs of a device share. Call once, before any capture; they must then run on one stream at a time.
@@ -477,6 +513,14 @@ void gemm_fp8_grouped_bias(TensorView x, TensorView scales, TensorView weights, 
                            TensorView out) {
   multiply<fp8, true>(x, weights, &scales, &channel_scale, &bias, out);
 }
+
+}  // namespace
+
+void run_gemm(const GemmCall& call, const TensorView& out) { multiply(call, out, nullptr); }
+
+void push_gemm(const GemmCall& call, const TensorView& out, const PushTarget& target) { multiply(call, out, &target); }
+
+namespace {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(init_device, init_device);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_weight, pack_weight);
