@@ -1,6 +1,7 @@
 """Collectives by NCCL, through CuPy: what works between any GPUs, and the plain twin of `push`.
 
-Two kernels and a scratch buffer where `push` has one kernel; taken where ranks cannot map each other's memory.
+A GEMM, a sum and a norm one after the other where `push` overlaps them; taken where ranks cannot map each other's
+memory.
 """
 
 from __future__ import annotations

@@ -37,7 +37,6 @@
 
 namespace tpserve::cuda {
 
-constexpr int kMaxRanks = 8;
 constexpr uint32_t kEmpty = ~0u;
 constexpr int kGatherBlocks = 128;
 

@@ -463,13 +463,12 @@ class PushGroup {
   }
 
   PushTarget push_target(int64_t rows, int64_t hidden) const {
-    PushTarget target{};
-    target.one_shot = is_one_shot(rows, hidden);
-    for (int r = 0; r < world_size_; ++r) target.base[r] = base_[r] + (target.one_shot ? at_.one_shot : at_.two_shot);
+    const bool one_shot = is_one_shot(rows, hidden);
     const auto* control = reinterpret_cast<const Control*>(base_[rank_]);
-    target.epoch = target.one_shot ? &control->one_shot.epoch : &control->two_shot.epoch;
-    target.rank = rank_, target.num_ranks = world_size_;
-    target.row_vectors = static_cast<int>(max_hidden_ / 8);
+    PushTarget target{};
+    for (int r = 0; r < world_size_; ++r) target.base[r] = base_[r] + (one_shot ? at_.one_shot : at_.two_shot);
+    target.epoch = one_shot ? &control->one_shot.epoch : &control->two_shot.epoch;
+    target.rows = PushRows::of(Places{world_size_, static_cast<int>(max_hidden_ / 8)}, one_shot, rank_);
     return target;
   }
 

@@ -28,33 +28,48 @@ TPSERVE_PLACE TileVector gather_vector(int lane, uint32_t low, uint32_t high, Ex
   return upper ? TileVector{{c, d, a, b}} : TileVector{{a, b, c, d}};
 }
 
-/// Where a lane's vectors go.
-struct TileSender {
+/// Where a rank's rows go in the buffers of one kind of call: `Places`, without a division.
+struct PushRows {
   bool one_shot;
   int rank, num_ranks;
-  int token, share;    // token of eight; which of the two lanes with this vector
-  size_t first, step;  // place of the first eight tokens' vector, and from one eight to the next
+  int shift;                     // row t is the (t >> shift)th that its holder gets
+  unsigned source, buffer, row;  // place of the first row in buffer 0, from buffer to buffer, from a holder's row to its next
 
-  /// `vector`: of the row, the tile's first. Ranks are 2, 4 or 8, so eight tokens further on the owner is the same.
-  TPSERVE_PLACE TileSender(const Places& places, bool is_one_shot, int own_rank, unsigned buffer, int lane, int vector)
-      : one_shot(is_one_shot),
-        rank(own_rank),
-        num_ranks(places.num_ranks),
+  /// The group has 2, 4 or 8 ranks.
+  static TPSERVE_PLACE PushRows of(const Places& places, bool one_shot, int rank) {
+    const int shift = one_shot ? 0 : places.num_ranks == 2 ? 1 : places.num_ranks == 4 ? 2 : 3;
+    const size_t source = one_shot ? places.one_shot(0, rank, 0) : places.two_shot(0, rank, 0);
+    const size_t buffer = one_shot ? places.one_shot(1, 0, 0) : places.two_shot(1, 0, 0);
+    return {one_shot, rank, places.num_ranks, shift, static_cast<unsigned>(source), static_cast<unsigned>(buffer),
+            static_cast<unsigned>(places.row_vectors)};
+  }
+};
+
+/// Where a lane's vectors go.
+struct TileSender {
+  PushRows rows;
+  int token, share;      // token of eight; which of the two lanes with this vector
+  unsigned first, step;  // place of the first eight tokens' vector, and from one eight to the next
+
+  /// `vector`: of the row, the tile's first.
+  TPSERVE_PLACE TileSender(const PushRows& all, unsigned buffer, int lane, int vector)
+      : rows(all),
         token(lane / 4),
         share(lane % 4 / 2),
-        first((one_shot ? places.one_shot(buffer, rank, token) : places.two_shot(buffer, rank, token)) + vector + lane % 2),
-        step(one_shot ? places.one_shot(0, 0, 8) : places.two_shot(0, 0, 8)) {}
+        first(rows.source + buffer * rows.buffer + (token >> rows.shift) * rows.row + vector + lane % 2),
+        step((8 >> rows.shift) * rows.row) {}
 
   /// Calls `send(holder, place)` for the ranks that get tokens 8 `eight` and following from this lane, the own one included.
   template <typename Send>
   TPSERVE_PLACE void send(int eight, Send send) const {
-    const size_t place = first + eight * step;
-    if (!one_shot) {
-      if (share == 0) send(token & (num_ranks - 1), place);
+    const unsigned place = first + eight * step;
+    if (!rows.one_shot) {
+      if (share == 0) send(token & (rows.num_ranks - 1), place);
       return;
     }
-    for (int i = 1 + share; i <= num_ranks; i += 2) {  // each rank begins with another peer and ends with itself
-      send((rank + i) & (num_ranks - 1), place);
+#pragma unroll
+    for (int i = 0; i < kMaxRanks; i += 2) {  // each rank begins with another peer and ends with itself
+      if (i + share < rows.num_ranks) send((rows.rank + 1 + i + share) & (rows.num_ranks - 1), place);
     }
   }
 };

@@ -17,6 +17,7 @@
 
 namespace tpserve::cuda {
 
+constexpr int kMaxRanks = 8;
 constexpr int kBuffers = 3;
 constexpr int kPieceRows = 512;    // most rows of one launch; more go in pieces
 constexpr int kOneShotRows = 128;  // most rows that are sent to everybody

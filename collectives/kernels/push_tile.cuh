@@ -10,9 +10,7 @@ namespace tpserve::cuda {
 struct PushTarget {
   uint8_t* base[kMaxRanks];  // of the buffers of the call's kind, in each rank's workspace
   const unsigned* epoch;     // calls of the kind so far, in the own workspace
-  int rank, num_ranks;
-  int row_vectors;  // from row to row in the buffers
-  bool one_shot;
+  PushRows rows;
 };
 
 /// The call's epoch, on its way from the thread that may read it to those that send.
@@ -48,8 +46,7 @@ class PeerTile {
 
   __device__ __forceinline__ PeerTile(const PushTarget& target, unsigned epoch, int channel, int rows, int channels)
       : target_(target),
-        sender_(Places{target.num_ranks, target.row_vectors}, target.one_shot, target.rank, epoch % kBuffers,
-                threadIdx.x % 32, channel / 8),
+        sender_(target.rows, epoch % kBuffers, threadIdx.x % 32, channel / 8),
         rows_(channel / 8 + static_cast<int>(threadIdx.x % 2) < channels / 8 ? rows : 0) {}
 
   /// `pairs`: two words as push_lanes.cuh has them. All lanes of the warp come.
@@ -59,7 +56,7 @@ class PeerTile {
     });
     if (eight * 8 + sender_.token >= rows_) return;
     const uint4 values = sendable(make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
-    sender_.send(eight, [&](int holder, size_t place) {
+    sender_.send(eight, [&](int holder, unsigned place) {
       store_peer(reinterpret_cast<uint4*>(target_.base[holder]) + place, values);
     });
   }

@@ -53,7 +53,7 @@ void vectors_of_lanes(const uint32_t* words, uint32_t* out, int* tokens, int* ve
     });
     for (int i = 0; i < 4; ++i) out[lane * 4 + i] = v.word[i];
     const Places places{2, 100};
-    const TileSender sender(places, true, 0, 0, lane, 6);
+    const TileSender sender(PushRows::of(places, true, 0), 0, lane, 6);
     tokens[lane] = sender.token;
     vectors[lane] = static_cast<int>(sender.first - places.one_shot(0, 0, sender.token));
   }
@@ -66,9 +66,9 @@ int push(int num_ranks, int row_vectors, Memory* ranks, int one_shot, int rank, 
   for (int vector = 0; vector < vectors; vector += 2) {
     for (int lane = 0; lane < 32; ++lane) {
       if (vector + lane % 2 >= vectors) continue;
-      const TileSender sender(places, one_shot, rank, buffer, lane, vector);
+      const TileSender sender(PushRows::of(places, one_shot, rank), buffer, lane, vector);
       for (int eight = 0; eight * 8 + sender.token < rows; ++eight) {
-        sender.send(eight, [&](int holder, size_t place) {
+        sender.send(eight, [&](int holder, unsigned place) {
           taken += put(one_shot ? ranks[holder].one_shot : ranks[holder].two_shot, place, tag);
         });
       }
