@@ -153,7 +153,7 @@ class Call:
         return f"{self._product.kind} {self.rows} x {self._product.hidden}{self._suffix}"
 
     def fused(self, residual: Any = None, outputs: Outputs | None = None) -> None:
-        norm = (residual or self._residual, self._product._norm_tensor, EPS)
+        norm = (self._residual if residual is None else residual, self._product._norm_tensor, EPS)
         outputs = outputs or self.outputs
         name = f"{GEMM_ALL_REDUCE_ADD_RMS_NORM}{self._suffix}"
         self._ranks.call(name, self._product.kind, *self._operands, *norm, outputs.part, *outputs.tensors)
