@@ -20,10 +20,10 @@
 //   - The buffers. A GEMM of call e + 3 pushes after its rank's reduction e + 2 has ended, as the argument above has it: that
 //     needed this rank's part of e + 2, which this rank's GEMM pushed after its reduction e + 1 had ended, and that one freed
 //     the buffer of e. So pushed and other calls may take turns. The own part lies in the own workspace, and is freed too.
-//   - Progress. The GEMM's blocks wait for each other, and all of them run before the reduction's first block starts. It
-//     waits for no reduction but those that ended. The reduction's blocks may fill multiprocessors while they wait, and may
-//     come in several waves: what the first rows wait for are GEMMs that run and, for rows of others, reductions of the same
-//     rows, which start first everywhere. A kernel after the reduction starts when all its blocks run.
+//   - Progress. The GEMM's blocks wait for each other, and all of them run before the reduction's first block starts; for
+//     other ranks they do not wait. The reduction's blocks may fill multiprocessors while they wait, and may come in several
+//     waves: what the first rows wait for are GEMMs that run and, for rows of others, reductions of the same rows, which
+//     start first everywhere. The kernel after the reduction starts when all blocks of that one run.
 //
 // Models may share a workspace, say a target and its draft, within one captured graph and between graphs. The argument
 // above is about calls, not about whose they are: it needs that each rank queues the same calls in the same order on one

@@ -115,11 +115,13 @@ def test_a_late_rank_is_named(kernel_library: Path) -> None:
 
 
 PUSHED_ROWS = [1, 2, 7, 8, 9, 16, 17, 24, 25, 63, 64]
+TWO_SHOT_HIDDEN = 16384
+"""Rows of which fewer than 64 are two-shot with two ranks too."""
 
 
 @two_gpus
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize(("hidden", "size"), [(512, 1024), (4096, 2048), (8192, 7168)])
+@pytest.mark.parametrize(("hidden", "size"), [(512, 1024), (4096, 2048), (8192, 7168), (TWO_SHOT_HIDDEN, 512)])
 def test_a_gemm_that_sends_its_tiles_gives_the_bits_of_one_that_does_not(
     kernel_library: Path, world_size: int, hidden: int, size: int
 ) -> None:
@@ -141,17 +143,17 @@ def test_gemms_before_nccl(kernel_library: Path) -> None:
 
 
 @two_gpus
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_calls_with_and_without_pushing_take_turns(kernel_library: Path, world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "hidden"), [(2, TWO_SHOT_HIDDEN), (4, 4096)])
+def test_calls_with_and_without_pushing_take_turns(kernel_library: Path, world_size: int, hidden: int) -> None:
     arguments = ["--checks", "turns", "--iterations", str(6000 // world_size), "--also-hidden", "576"]
     arguments += rows([1, 3, 8, 20, 64, 65, 130])
-    run_ranks(kernel_library, world_size, "push", 4096, arguments, GEMM_RANKS)
+    run_ranks(kernel_library, world_size, "push", hidden, arguments, GEMM_RANKS)
 
 
 @two_gpus
 def test_two_thousand_calls_of_one_graph(kernel_library: Path) -> None:
-    arguments = ["--checks", "graph", "--iterations", "2000", "--also-hidden", "1024", *rows([1, 4, 24, 66])]
-    results = run_ranks(kernel_library, 2, "push", 4096, arguments, GEMM_RANKS)
+    arguments = ["--checks", "graph", "--iterations", "2000", "--also-hidden", "1024", *rows([1, 4, 40, 66])]
+    results = run_ranks(kernel_library, 2, "push", TWO_SHOT_HIDDEN, arguments, GEMM_RANKS)
     assert results[0]["calls"] >= 1990
 
 
@@ -159,7 +161,7 @@ def test_two_thousand_calls_of_one_graph(kernel_library: Path) -> None:
 @pytest.mark.parametrize("num_rows", [4, 60])
 def test_a_rank_that_does_not_push_is_named(kernel_library: Path, num_rows: int) -> None:
     arguments = ["--checks", "late", "--timeout", "1", *rows([num_rows])]
-    results = run_ranks(kernel_library, 2, "push", 8192, arguments, GEMM_RANKS)
+    results = run_ranks(kernel_library, 2, "push", TWO_SHOT_HIDDEN, arguments, GEMM_RANKS)
     assert results[0]["late"] == 1
     assert 0.9 < results[0]["waited_s"] < 10
     assert results[1]["late"] == -1

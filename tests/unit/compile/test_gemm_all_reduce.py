@@ -86,9 +86,14 @@ def test_no_output_of_a_call_has_memory_of_its_inputs(
     monkeypatch.setattr(pipeline, "_planned_bytes", keep)
     lower(build_graph(model(tmp_path), compile_config).module, tvm.target.Target({"kind": "llvm"}))
     storages: dict[relax.Var, relax.Var] = {}
+    tuples: dict[relax.Var, list[relax.Var]] = {}
     seen = 0
     for binding in (b for block in planned[0].body.blocks for b in block.bindings):
         value = binding.value
+        if isinstance(value, relax.Tuple):
+            tuples[binding.var] = list(value.fields)
+        if isinstance(value, relax.TupleGetItem) and value.tuple_value in tuples:
+            value = tuples[value.tuple_value][value.index]
         if isinstance(value, relax.Var) and value in storages:
             storages[binding.var] = storages[value]
         if not isinstance(value, relax.Call):
