@@ -1,6 +1,7 @@
 """Collectives by NCCL, through CuPy: what works between any GPUs, and the plain twin of `push`.
 
-Two kernels and a scratch buffer where `push` has one kernel; taken where ranks cannot map each other's memory.
+A GEMM, a sum and a norm one after the other where `push` overlaps them; taken where ranks cannot map each other's
+memory.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from cupy.cuda import nccl
 from tpserve.collectives.names import (
     ALL_GATHER,
     ALL_REDUCE,
-    ALL_REDUCE_ADD_RMS_NORM,
-    ALL_REDUCE_ADD_RMS_NORM_FP8,
+    GEMM_ALL_REDUCE_ADD_RMS_NORM,
+    GEMM_ALL_REDUCE_ADD_RMS_NORM_FP8,
 )
 from tpserve.collectives.rendezvous import Rendezvous
 
@@ -47,8 +48,8 @@ class NcclCommunicator:
         self._functions = {
             ALL_REDUCE: self._all_reduce,
             ALL_GATHER: self._all_gather,
-            ALL_REDUCE_ADD_RMS_NORM: self._all_reduce_add_rms_norm,
-            ALL_REDUCE_ADD_RMS_NORM_FP8: self._all_reduce_add_rms_norm_fp8,
+            GEMM_ALL_REDUCE_ADD_RMS_NORM: self._gemm_all_reduce_add_rms_norm,
+            GEMM_ALL_REDUCE_ADD_RMS_NORM_FP8: self._gemm_all_reduce_add_rms_norm_fp8,
         }
 
     def function(self, name: str) -> Any:
@@ -76,19 +77,20 @@ class NcclCommunicator:
         self._communicator.allGather(self._address(x), self._address(parts), x.numel(), nccl.NCCL_FLOAT32, stream)
         self._kernels["join_columns"](parts, out)
 
-    def _all_reduce_add_rms_norm(
-        self, x: Any, residual: Any, weight: Any, eps: float, residual_out: Any, out: Any
-    ) -> None:
-        total = self._scratch_of(tuple(x.shape), "bfloat16")
-        self._all_reduce(x, total)
+    def _gemm_all_reduce_add_rms_norm(self, gemm: str, *args: Any) -> None:
+        *operands, residual, weight, eps, part, residual_out, out = args
+        total = self._multiply_and_sum(gemm, operands, part)
         self._kernels["add_rms_norm"](total, residual, weight, eps, residual_out, out)
 
-    def _all_reduce_add_rms_norm_fp8(
-        self, x: Any, residual: Any, weight: Any, eps: float, residual_out: Any, out: Any, scale: Any
-    ) -> None:
-        total = self._scratch_of(tuple(x.shape), "bfloat16")
-        self._all_reduce(x, total)
+    def _gemm_all_reduce_add_rms_norm_fp8(self, gemm: str, *args: Any) -> None:
+        *operands, residual, weight, eps, part, residual_out, out, scale = args
+        total = self._multiply_and_sum(gemm, operands, part)
         self._kernels["add_rms_norm_fp8"](total, residual, weight, eps, residual_out, out, scale)
+
+    def _multiply_and_sum(self, gemm: str, operands: list[Any], part: Any) -> Any:
+        self._kernels[gemm](*operands, part)
+        self._all_reduce(part, part)
+        return part
 
     def _scratch_of(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Return a buffer that stays where it is, as captured graphs need; made when a shape is first used."""

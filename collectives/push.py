@@ -1,5 +1,7 @@
 """Collectives between the GPUs of one host over peer memory: no library call, no host, one kernel each.
 
+A GEMM before an all-reduce is part of it: with few rows it sends its sums to the peers by itself.
+
 Owns the workspaces that ranks map from one another. The protocol is in kernels/peer.cuh and kernels/push.cu.
 """
 
@@ -13,8 +15,8 @@ import tvm_ffi
 from tpserve.collectives.names import (
     ALL_GATHER,
     ALL_REDUCE,
-    ALL_REDUCE_ADD_RMS_NORM,
-    ALL_REDUCE_ADD_RMS_NORM_FP8,
+    GEMM_ALL_REDUCE_ADD_RMS_NORM,
+    GEMM_ALL_REDUCE_ADD_RMS_NORM_FP8,
 )
 from tpserve.collectives.rendezvous import Rendezvous
 
@@ -91,12 +93,16 @@ class PushCommunicator:
         rendezvous.exchange(b"mapped")  # nobody may send before everybody is there
 
     def function(self, name: str) -> Any:
-        """Return a collective by the last part of its global name, for tests."""
+        """Return a collective by the last part of its global name, for tests.
+
+        `all_reduce_add_rms_norm` and `all_reduce_add_rms_norm_fp8` are what follows a GEMM whose sums go by memory.
+        """
         return self._functions[name.rpartition(".")[2]]
 
     def register(self) -> None:
         """Make this communicator the one that compiled graphs call."""
-        for name in (ALL_REDUCE, ALL_GATHER, ALL_REDUCE_ADD_RMS_NORM, ALL_REDUCE_ADD_RMS_NORM_FP8):
+        fused = (GEMM_ALL_REDUCE_ADD_RMS_NORM, GEMM_ALL_REDUCE_ADD_RMS_NORM_FP8)
+        for name in (ALL_REDUCE, ALL_GATHER, *fused):
             tvm_ffi.register_global_func(name, self.function(name), override=True)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor
 
 from tpserve.compile.config import ModelConfig
-from tpserve.compile.operators import AttentionShape, BatchInputs, GemmInput, GemmWeight, Operators, PagedKV
+from tpserve.compile.operators import AttentionShape, BatchInputs, GemmInput, GemmWeight, Norm, Operators, PagedKV
 from tpserve.compile.sharding import PANEL_ROWS, Sharding
 from tpserve.proto.manifest import ParamSource, ParamSpec
 from tpserve.proto.packing import packed_shape
@@ -74,7 +74,7 @@ class Linear(nn.Module):
         quantized: bool = True,
         interleave: int = 0,
     ) -> None:
-        self._operators = context.operators
+        self._context = context
         self._rows = rows
         self._out_dtype = out_dtype
         quantized = quantized and context.quantized
@@ -96,15 +96,31 @@ class Linear(nn.Module):
     def forward(self, x: GemmInput) -> Tensor:
         """(T, columns) -> (T, rows)."""
         weight = GemmWeight(self.weight, self.scale)
-        return self._operators.gemm(x, weight, self.bias, self._rows, self._out_dtype)
+        return self._context.operators.gemm(x, weight, self.bias, self._rows, self._out_dtype)
+
+    def add_to(
+        self, residual: Tensor, x: GemmInput, norm: nn.Parameter, *, quantize: bool = True
+    ) -> tuple[Tensor, GemmInput]:
+        """(T, rows), (T, columns), (rows,) -> residual + sum over ranks of y, and the RMSNorm of that."""
+        context = self._context
+        return context.operators.gemm_sum_add_rms_norm(
+            x,
+            GemmWeight(self.weight, self.scale),
+            self.bias,
+            residual,
+            Norm(norm, context.config.rms_norm_eps),
+            tp_size=context.sharding.tp_size,
+            quantize=quantize,
+        )
 
     def silu_mul(self, x: GemmInput) -> GemmInput:
         """(T, columns) -> (T, rows / 2): SiLU of the first half of the rows, times the second; may be interleaved."""
-        return self._operators.gemm_silu_mul(x, GemmWeight(self.weight, self.scale), self.bias, self._rows)
+        weight = GemmWeight(self.weight, self.scale)
+        return self._context.operators.gemm_silu_mul(x, weight, self.bias, self._rows)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over paged KV: heads are split, so each rank has a part of the output's sum."""
+    """Grouped-query attention over paged KV: heads are split, so the ranks' outputs are summed."""
 
     def __init__(self, context: GraphContext, prefix: str) -> None:
         config, sharding = context.config, context.sharding
@@ -143,17 +159,19 @@ class Attention(nn.Module):
             self.q_norm = context.vector(f"{prefix}.q_norm.weight", config.head_dim)
             self.k_norm = context.vector(f"{prefix}.k_norm.weight", config.head_dim)
 
-    def forward(self, x: GemmInput, batch: BatchInputs, pages: Tensor) -> Tensor:
-        """(T, H) -> (T, H), a part of the sum over ranks; writes the tokens' K and V to `pages`."""
+    def forward(
+        self, x: GemmInput, batch: BatchInputs, pages: Tensor, residual: Tensor, norm: nn.Parameter
+    ) -> tuple[Tensor, GemmInput]:
+        """(T, H), residual (T, H) -> the residual stream with this layer, and its norm; writes K and V to `pages`."""
         config, operators = self._context.config, self._context.operators
         qk_norm = (self.q_norm, self.k_norm, config.rms_norm_eps) if config.qk_norm else None
         kv = PagedKV(pages, self.kv_scale)
         q = operators.rope_append(self.qkv(x), qk_norm, batch, kv, self._shape)
-        return self.o(operators.attention(q, batch, kv, self._shape))
+        return self.o.add_to(residual, operators.attention(q, batch, kv, self._shape), norm)
 
 
 class MLP(nn.Module):
-    """Gated feed-forward layer: columns of gate and up are split, so each rank has a part of the output's sum."""
+    """Gated feed-forward layer: columns of gate and up are split, so the ranks' outputs are summed."""
 
     def __init__(self, context: GraphContext, prefix: str) -> None:
         config, sharding = context.config, context.sharding
@@ -177,13 +195,15 @@ class MLP(nn.Module):
             bias=(ParamSource(f"{prefix}.down_proj.bias", 0, "once"),) if config.mlp_bias else (),
         )
 
-    def forward(self, x: GemmInput) -> Tensor:
-        """(T, H) -> (T, H), a part of the sum over ranks."""
-        return self.down(self.gate_up.silu_mul(x))
+    def forward(
+        self, x: GemmInput, residual: Tensor, norm: nn.Parameter, *, quantize: bool
+    ) -> tuple[Tensor, GemmInput]:
+        """(T, H), residual (T, H) -> the residual stream with this layer, and its norm, quantised if GEMMs want it."""
+        return self.down.add_to(residual, self.gate_up.silu_mul(x), norm, quantize=quantize)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP with their norms; the caller owns the residual stream."""
+    """Attention and MLP with their norms. Each adds to the residual stream and gives the norm that comes next."""
 
     def __init__(self, context: GraphContext, prefix: str) -> None:
         hidden = context.config.hidden_size

@@ -7,9 +7,11 @@ Shapes: T tokens of the step, R sampled rows, S slots, P pages of a page table, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import tvm
 from tvm import relax, te
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.core import wrap_nested
@@ -82,6 +84,15 @@ class GemmWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMSNorm."""
+
+    weight: Tensor
+    """(H,) float32."""
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class PagedKV:
     """KV pages of one layer."""
 
@@ -110,10 +121,18 @@ class Operators(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> GemmInput:
         """(T, H), (H,) -> (T, H)."""
 
-    def sum_add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, tp_size: int, quantize: bool = True
+    def gemm_sum_add_rms_norm(
+        self,
+        x: GemmInput,
+        weight: GemmWeight,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Norm,
+        *,
+        tp_size: int,
+        quantize: bool = True,
     ) -> tuple[Tensor, GemmInput]:
-        """Return (sum over ranks of x + residual, its norm).
+        """Return (sum over ranks of the GEMM + residual, its norm); residual is (T, H), H the GEMM's output rows.
 
         On several GPUs the first of the two may be whole only in some rows, which the next call takes as they are.
         """
@@ -179,28 +198,44 @@ class TunedOperators:
         self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int, dtype: str | None = None
     ) -> Tensor:
         """See Operators."""
-        suffix = {"row": "", "grouped": "_grouped", "silu": "_after_silu"}[x.scales]
-        name, args = _product(x, weight, bias, suffix)
+        name, args = _gemm_call(x, weight, bias)
         return self._extern(name, args, (x.values.shape[0], rows), dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> GemmInput:
         """See Operators."""
         return self._gemm_input("rms_norm", [x, weight, eps], x.shape)
 
-    def sum_add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, tp_size: int, quantize: bool = True
+    def gemm_sum_add_rms_norm(
+        self,
+        x: GemmInput,
+        weight: GemmWeight,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Norm,
+        *,
+        tp_size: int,
+        quantize: bool = True,
     ) -> tuple[Tensor, GemmInput]:
         """See Operators."""
-        name = f"{self._prefix}add_rms_norm"
+        shape, addends = residual.shape, [residual, norm.weight, norm.eps]
+        sums = (shape, self._dtype)
+        args: list[Tensor | int | float | str]
         if self._target == "cuda" and tp_size > 1:
-            name = "tpserve.all_reduce_add_rms_norm"
+            # One call, since the collective writes its outputs while the GEMM still reads its inputs: memory planning
+            # gives the outputs of one call no memory of its inputs.
+            name, (gemm, operands), scratch = (
+                "tpserve.gemm_all_reduce_add_rms_norm",
+                _gemm_call(x, weight, bias),
+                [sums],
+            )
+            args = [gemm, *operands, *addends]
         else:
-            x = all_reduce(x, tp_size)
-        args = [x, residual, weight, eps]
+            name, scratch = f"{self._prefix}add_rms_norm", []
+            args = [all_reduce(self.gemm(x, weight, bias, int(shape[1])), tp_size), *addends]
         if self._quantize and quantize:
-            total, values, scale = self._call(f"{name}_fp8", args, [(x.shape, self._dtype), *_quantized(x.shape)])
+            *_, total, values, scale = self._call(f"{name}_fp8", args, [*scratch, sums, *_quantized(shape)])
             return total, GemmInput(values, scale)
-        total, normed = self._call(name, args, [(x.shape, self._dtype)] * 2)
+        *_, total, normed = self._call(name, args, [*scratch, sums, sums])
         return total, GemmInput(normed)
 
     def gate_up_interleave(self, intermediate_size: int) -> int:
@@ -213,7 +248,7 @@ class TunedOperators:
         tokens, columns = x.values.shape[0], rows // 2
         if not self.gate_up_interleave(columns):
             return self._gemm_input("silu_mul", [self.gemm(x, weight, bias, rows)], (tokens, columns))
-        name, args = _product(x, weight, bias, "_silu_mul")
+        name, args = _gemm_call(x, weight, bias, "_silu_mul")
         scratch = ((tokens, rows), self._dtype)
         if self._quantize:
             outputs = [scratch, *_grouped(tokens, columns, _SILU_GROUPS)]
@@ -260,7 +295,7 @@ class TunedOperators:
         return self._extern("take_rows", [x, rows], (rows.shape[0], x.shape[1]))
 
     def _extern(
-        self, name: str, args: list[Tensor | int | float], shape: tuple[object, ...], dtype: str | None = None
+        self, name: str, args: Sequence[Tensor | int | float], shape: tuple[object, ...], dtype: str | None = None
     ) -> Tensor:
         return op.extern(self._prefix + name, args, Tensor.placeholder(shape, dtype or self._dtype))
 
@@ -270,25 +305,33 @@ class TunedOperators:
         return GemmInput(*self._call(f"{self._prefix}{name}_fp8", args, _quantized(shape)))
 
     def _call(
-        self, name: str, args: list[Tensor | int | float], outputs: list[tuple[tuple[object, ...], str]]
+        self, name: str, args: Sequence[Tensor | int | float | str], outputs: list[tuple[tuple[object, ...], str]]
     ) -> tuple[Tensor, ...]:
         """Call a function of several outputs, which `op.extern` cannot."""
-        exprs = [arg._expr if isinstance(arg, Tensor) else relax.prim_value(arg) for arg in args]
+        exprs = [_expr(arg) for arg in args]
         types = [Tensor.placeholder(shape, dtype)._expr.ty for shape, dtype in outputs]
         return tuple(wrap_nested(relax.call_dps_packed(name, exprs, out_ty=types), name.rpartition(".")[2]))
+
+
+def _expr(arg: Tensor | int | float | str) -> Any:
+    """Return what a call in the graph takes for an argument."""
+    if isinstance(arg, Tensor):
+        return arg._expr
+    return tvm.ir.StringImm(arg) if isinstance(arg, str) else relax.prim_value(arg)
+
+
+def _gemm_call(x: GemmInput, weight: GemmWeight, bias: Tensor | None, ending: str = "") -> tuple[str, list[Any]]:
+    """Return the name of a GEMM's function, by its operands and what it ends in, and its inputs."""
+    name, args = "gemm", [x.values, weight.values]
+    if x.scale is not None and weight.scale is not None:
+        kind = {"row": "", "grouped": "_grouped", "silu": "_after_silu"}[x.scales]
+        name, args = f"gemm_fp8{kind}", [x.values, x.scale, weight.values, weight.scale]
+    return (f"{name}{ending}", args) if bias is None else (f"{name}{ending}_bias", [*args, bias])
 
 
 def _pages(kv: PagedKV) -> list[Tensor]:
     """Return what a kernel takes of a layer's pages."""
     return [kv.pages] if kv.scale is None else [kv.scale, kv.pages]
-
-
-def _product(x: GemmInput, weight: GemmWeight, bias: Tensor | None, suffix: str) -> tuple[str, list[Any]]:
-    """Return the name of a GEMM's function, and its inputs."""
-    name, args = "gemm", [x.values, weight.values]
-    if x.scale is not None and weight.scale is not None:
-        name, args = "gemm_fp8", [x.values, x.scale, weight.values, weight.scale]
-    return (f"{name}{suffix}", args) if bias is None else (f"{name}{suffix}_bias", [*args, bias])
 
 
 def _quantized(shape: tuple[object, ...]) -> list[tuple[tuple[object, ...], str]]:
@@ -332,12 +375,21 @@ class PortableOperators:
         """See Operators."""
         return GemmInput(op.rms_norm(x, weight, axes=-1, epsilon=eps))
 
-    def sum_add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, tp_size: int, quantize: bool = True
+    def gemm_sum_add_rms_norm(
+        self,
+        x: GemmInput,
+        weight: GemmWeight,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Norm,
+        *,
+        tp_size: int,
+        quantize: bool = True,
     ) -> tuple[Tensor, GemmInput]:
         """See Operators."""
-        total = op.add(all_reduce(x, tp_size), residual)
-        return total, self.rms_norm(total, weight, eps)
+        part = self.gemm(x, weight, bias, int(residual.shape[1]))
+        total = op.add(all_reduce(part, tp_size), residual)
+        return total, self.rms_norm(total, norm.weight, norm.eps)
 
     def gate_up_interleave(self, intermediate_size: int) -> int:
         """See Operators."""

@@ -6,6 +6,25 @@
 // more calls pass before anybody writes there again: a peer that starts call e + 3 has ended e + 2, which needed this rank's
 // part of e + 2, which came after this rank's e + 1 had ended.
 //
+// A call's parts are sent by its reduction, or pushed by the GEMM that makes them (push_tile.cuh), which then is the kernel
+// before the reduction and still runs when that starts. Why this is safe:
+//   - The count of calls. The reduction advances it as soon as all its threads have read it. The GEMM reads it in one thread
+//     of each block, after all kernels before have ended, and only then calls `pdl_launch`; the reduction starts once all
+//     blocks have. So both of them find the same count, and neither finds the one of another call.
+//   - What the reduction reads: the residual stream and what there is to free were written before the GEMM, and are whole
+//     for the same reason. It need not wait for the GEMM to end, since the parts are their own flags.
+//   - What it writes: outputs of one call of a graph, which share no memory with that call's inputs, so none with what the
+//     GEMM still reads. This is why both are one call. Memory of values that were dead before the call may be written: who
+//     read them has ended.
+//   - Its end. It waits for the GEMM before it ends, so whoever waits for its end may reuse the GEMM's input and workspace.
+//   - The buffers. A GEMM of call e + 3 pushes after its rank's reduction e + 2 has ended, as the argument above has it: that
+//     needed this rank's part of e + 2, which this rank's GEMM pushed after its reduction e + 1 had ended, and that one freed
+//     the buffer of e. So pushed and other calls may take turns. The own part lies in the own workspace, and is freed too.
+//   - Progress. The GEMM's blocks wait for each other, and all of them run before the reduction's first block starts; for
+//     other ranks they do not wait. The reduction's blocks may fill multiprocessors while they wait, and may come in several
+//     waves: what the first rows wait for are GEMMs that run and, for rows of others, reductions of the same rows, which
+//     start first everywhere. The kernel after the reduction starts when all blocks of that one run.
+//
 // Models may share a workspace, say a target and its draft, within one captured graph and between graphs. The argument
 // above is about calls, not about whose they are: it needs that each rank queues the same calls in the same order on one
 // stream. All ranks get the same plans and launch the same graphs, in which the order of kernels is fixed, so they do. A
@@ -18,7 +37,6 @@
 
 namespace tpserve::cuda {
 
-constexpr int kMaxRanks = 8;
 constexpr uint32_t kEmpty = ~0u;
 constexpr int kGatherBlocks = 128;
 

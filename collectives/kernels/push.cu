@@ -5,6 +5,9 @@
 // normalises, quantises, and sends the result; a rank's residual stream is then whole only in its own rows, which the
 // next call, of equally many rows, takes as it is.
 //
+// Of up to kMaxPushedRows rows, the GEMM before sends the partial sums itself: the reduction then starts beside it and only
+// waits for data. See peer.cuh for why it may.
+//
 // Rows may be of any size up to the group's largest, call by call: see push_places.cuh.
 //
 // A row is handled by a cluster of eight blocks, a thread has one vector of eight elements. Row statistics go through the
@@ -15,24 +18,30 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
+#include "gemm.cuh"
 #include "peer.cuh"
 #include "row_cluster.cuh"
 
 namespace tpserve::cuda {
 namespace {
 
+using tvm::ffi::Any;
+using tvm::ffi::AnyView;
 using tvm::ffi::Array;
 using tvm::ffi::Function;
 using tvm::ffi::Map;
+using tvm::ffi::PackedArgs;
 using tvm::ffi::String;
 
 constexpr int kMaxThreads = 256;
+constexpr unsigned kNap_ns = 32;  // between looks for the own GEMM's sums; not tuned
 
 enum class Mode { kPlain, kNorm, kQuantize };
 
 struct ReduceParams {
-  const bf16* x;         // (rows, hidden): this rank's partial sums
+  const bf16* x;         // (rows, hidden): this rank's partial sums, unless its GEMM sends them
   const bf16* residual;  // the same shape, unless kPlain
   const float* weight;   // (hidden,)
   bf16* residual_out;
@@ -123,8 +132,18 @@ __device__ __forceinline__ void write(const ReduceParams& p, size_t at, int row,
   }
 }
 
-/// Waits for the vectors of all other ranks; `parts[rank]` is already there.
-template <int kRanks>
+/// Sleeps until this rank's GEMM has sent the warp's first vector, of which `own` is the place: the other ranks' GEMMs end at
+/// about the same time. So while the GEMM runs a warp asks for one vector now and then, and the GEMM keeps the L2's bandwidth.
+__device__ __forceinline__ void await_gemm(const ReduceParams& p, const uint4* own, bool present) {
+  if (present && threadIdx.x % 32 == 0) {
+    Patience patience;
+    while (!has_come(load_peer(own)) && !patience.is_over(control_of(p), p.timeout_ns, p.rank)) __nanosleep(kNap_ns);
+  }
+  __syncwarp();
+}
+
+/// Waits for the ranks' vectors; unless a GEMM has sent them, the own one is already in `parts[0]`.
+template <int kRanks, bool kPushed>
 __device__ __forceinline__ void gather_parts(const ReduceParams& p, const uint4* source, size_t stride, bool present,
                                              uint4 (&parts)[kRanks]) {
   if (!present) return;
@@ -133,15 +152,15 @@ __device__ __forceinline__ void gather_parts(const ReduceParams& p, const uint4*
   while (true) {
     int late = -1;
 #pragma unroll
-    for (int r = 0; r < kRanks; ++r) parts[r] = r == p.rank ? own : load_peer(source + r * stride);
+    for (int r = 0; r < kRanks; ++r) parts[r] = !kPushed && r == p.rank ? own : load_peer(source + r * stride);
 #pragma unroll
     for (int r = 0; r < kRanks; ++r) late = late < 0 && !has_come(parts[r]) ? r : late;
     if (late < 0 || patience.is_over(control_of(p), p.timeout_ns, late)) return;
   }
 }
 
-template <int kRanks, Mode kMode>
-__global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_constant__ ReduceParams p) {
+template <int kRanks, Mode kMode, bool kPushed>
+__device__ __forceinline__ void one_shot(const ReduceParams& p) {
   __shared__ RowStatistics statistics;
   const int row = blockIdx.x / kRowCluster, vector = blockIdx.x % kRowCluster * blockDim.x + threadIdx.x;
   const bool present = vector < p.num_vectors;
@@ -151,19 +170,21 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_cons
     if (present) load_weight(p.weight, vector, weight);
   }
   pdl_launch();
-  pdl_wait();
+  if constexpr (!kPushed) pdl_wait();
   Turn* turn = &control_of(p)->one_shot;
   const unsigned epoch = *static_cast<volatile unsigned*>(&turn->epoch), buffer = epoch % kBuffers;
   const Places places{kRanks, p.row_vectors};
   const size_t at = static_cast<size_t>(row) * p.num_vectors + vector;
   uint4 parts[kRanks] = {}, residual{};
   if (present) {
-    parts[0] = sendable(load_l2(reinterpret_cast<const uint4*>(p.x) + at));
+    if constexpr (!kPushed) parts[0] = sendable(load_l2(reinterpret_cast<const uint4*>(p.x) + at));
     if constexpr (kMode != Mode::kPlain) residual = load_l2(reinterpret_cast<const uint4*>(p.residual) + at);
-    const size_t place = places.one_shot(buffer, p.rank, row) + vector;
+    if constexpr (!kPushed) {
+      const size_t place = places.one_shot(buffer, p.rank, row) + vector;
 #pragma unroll
-    for (int i = 1; i < kRanks; ++i) {  // each rank begins with another peer
-      store_peer(reinterpret_cast<uint4*>(p.base[(p.rank + i) % kRanks] + p.at.one_shot) + place, parts[0]);
+      for (int i = 1; i < kRanks; ++i) {  // each rank begins with another peer
+        store_peer(reinterpret_cast<uint4*>(p.base[(p.rank + i) % kRanks] + p.at.one_shot) + place, parts[0]);
+      }
     }
   }
   const Worker w = worker(row, vector);
@@ -171,18 +192,19 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_cons
   uint4* mine = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.one_shot);
   // While the data fly: free the buffer of the call before. Threads without a vector help, since its rows may be longer.
   const unsigned before = (epoch + 2) % kBuffers;
-  free_one_shot<kRanks>(places, p.rank, before, used_of(turn, before), w, [&](size_t place) {
+  free_one_shot<kRanks>(places, before, used_of(turn, before), w, [&](size_t place) {
     __stcg(mine + place, make_uint4(kEmpty, kEmpty, kEmpty, kEmpty));
   });
+  if constexpr (kPushed) await_gemm(p, mine + places.one_shot(buffer, p.rank, row) + vector, present);
   const size_t stride = places.one_shot(0, 1, 0);  // from source to source
-  gather_parts<kRanks>(p, mine + places.one_shot(buffer, 0, row) + vector, stride, present, parts);
+  gather_parts<kRanks, kPushed>(p, mine + places.one_shot(buffer, 0, row) + vector, stride, present, parts);
   __syncwarp();
   const Finished done = finish<kRanks, kMode>(p, statistics, at, present, parts, residual, weight);
   if (present) write<kMode>(p, at, row, vector, done);
 }
 
-template <int kRanks, Mode kMode>
-__global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_constant__ ReduceParams p) {
+template <int kRanks, Mode kMode, bool kPushed>
+__device__ __forceinline__ void two_shot(const ReduceParams& p) {
   __shared__ RowStatistics statistics;
   const int row = blockIdx.x / kRowCluster, vector = blockIdx.x % kRowCluster * blockDim.x + threadIdx.x;
   const int owner = row % kRanks;
@@ -195,7 +217,7 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
     }
   }
   pdl_launch();
-  pdl_wait();
+  if constexpr (!kPushed) pdl_wait();
   Control* control = control_of(p);
   Turn* turn = &control->two_shot;
   const unsigned epoch = *static_cast<volatile unsigned*>(&turn->epoch), buffer = epoch % kBuffers;
@@ -204,12 +226,15 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
   const size_t rows_place = places.reduced(buffer, row);
   uint4 parts[kRanks] = {}, residual{};
   if (present) {
-    parts[0] = sendable(load_l2(reinterpret_cast<const uint4*>(p.x) + at));
-    if (!own_it) {
-      const size_t place = places.two_shot(buffer, p.rank, row) + vector;
-      store_peer(reinterpret_cast<uint4*>(p.base[owner] + p.at.two_shot) + place, parts[0]);
-    } else if constexpr (kMode != Mode::kPlain) {
-      residual = load_l2(reinterpret_cast<const uint4*>(p.residual) + at);
+    if constexpr (!kPushed) {
+      parts[0] = sendable(load_l2(reinterpret_cast<const uint4*>(p.x) + at));
+      if (!own_it) {
+        const size_t place = places.two_shot(buffer, p.rank, row) + vector;
+        store_peer(reinterpret_cast<uint4*>(p.base[owner] + p.at.two_shot) + place, parts[0]);
+      }
+    }
+    if constexpr (kMode != Mode::kPlain) {
+      if (own_it) residual = load_l2(reinterpret_cast<const uint4*>(p.residual) + at);
     }
   }
   const Worker w = worker(row, vector);
@@ -223,6 +248,11 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
   free_two_shot<kRanks>(
       places, p.rank, before, used_of(turn, before), w, [&](size_t place) { __stcg(slots + place, empty); },
       [&](size_t place) { __stcg(received + place, empty); }, [&](size_t place) { __stcg(scales + place, kEmpty); });
+  if constexpr (kPushed) {
+    // A row of another rank is sent elsewhere: then the first row that stays here, if there is one, tells the same.
+    const unsigned stays = own_it ? row : p.rank;
+    await_gemm(p, slots + places.two_shot(buffer, p.rank, stays) + vector, present && stays < w.rows);
+  }
   if (!own_it) {
     if (!present) return;
     Finished done{};
@@ -247,7 +277,7 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
     return;
   }
   const size_t stride = places.two_shot(0, 1, 0);  // from source to source
-  gather_parts<kRanks>(p, slots + places.two_shot(buffer, 0, row) + vector, stride, present, parts);
+  gather_parts<kRanks, kPushed>(p, slots + places.two_shot(buffer, 0, row) + vector, stride, present, parts);
   __syncwarp();
   Finished done = finish<kRanks, kMode>(p, statistics, at, present, parts, residual, weight);
   if (!present) return;
@@ -269,6 +299,20 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
     }
   }
   write<kMode>(p, at, row, vector, done);
+}
+
+/// kPushed: the kernel before is the GEMM that sends the parts (peer.cuh). It is waited for last, for the end of a kernel
+/// implies the end of all before.
+template <int kRanks, Mode kMode, bool kPushed>
+__global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_constant__ ReduceParams p) {
+  one_shot<kRanks, kMode, kPushed>(p);
+  if constexpr (kPushed) pdl_wait();
+}
+
+template <int kRanks, Mode kMode, bool kPushed>
+__global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_constant__ ReduceParams p) {
+  two_shot<kRanks, kMode, kPushed>(p);
+  if constexpr (kPushed) pdl_wait();
 }
 
 struct GatherParams {
@@ -340,22 +384,23 @@ class PushGroup {
   void all_reduce(const TensorView& x, const TensorView& out) const {
     ReduceParams p = params(x);
     p.out = checked<bf16>("out", out, {x.size(0), x.size(1)});
-    reduce<Mode::kPlain>(p, x.size(0), stream_of(out));
+    reduce<Mode::kPlain, false>(p, x.size(0), stream_of(out));
   }
 
-  void add_rms_norm(const TensorView& x, const TensorView& residual, const TensorView& weight, double eps,
-                    const TensorView& residual_out, const TensorView& out) const {
+  /// `gemm`: if given, x is the scratch memory of its output, (rows, hidden), which few rows never see.
+  void add_rms_norm(const GemmCall* gemm, const TensorView& x, const TensorView& residual, const TensorView& weight,
+                    double eps, const TensorView& residual_out, const TensorView& out) const {
     ReduceParams p = params(x, residual, weight, eps, residual_out);
     p.out = checked<bf16>("out", out, {x.size(0), x.size(1)});
-    reduce<Mode::kNorm>(p, x.size(0), stream_of(out));
+    multiply_and_reduce<Mode::kNorm>(gemm, x, p);
   }
 
-  void add_rms_norm_fp8(const TensorView& x, const TensorView& residual, const TensorView& weight, double eps,
-                        const TensorView& residual_out, const TensorView& out, const TensorView& scale) const {
+  void add_rms_norm_fp8(const GemmCall* gemm, const TensorView& x, const TensorView& residual, const TensorView& weight,
+                        double eps, const TensorView& residual_out, const TensorView& out, const TensorView& scale) const {
     ReduceParams p = params(x, residual, weight, eps, residual_out);
     p.quantized = checked<fp8>("out", out, {x.size(0), x.size(1)});
     p.scale = checked<float>("scale", scale, {x.size(0)});
-    reduce<Mode::kQuantize>(p, x.size(0), stream_of(out));
+    multiply_and_reduce<Mode::kQuantize>(gemm, x, p);
   }
 
   void all_gather(const TensorView& x, const TensorView& out) const {
@@ -412,22 +457,48 @@ class PushGroup {
     return p;
   }
 
+  /// By the rows of the whole call, so that all calls of a model's step agree on who holds its residual stream.
+  bool is_one_shot(int64_t rows, int64_t hidden) const {
+    return rows <= kOneShotRows && rows * hidden * 2 <= one_shot_bytes_;
+  }
+
+  PushTarget push_target(int64_t rows, int64_t hidden) const {
+    const bool one_shot = is_one_shot(rows, hidden);
+    const auto* control = reinterpret_cast<const Control*>(base_[rank_]);
+    PushTarget target{};
+    for (int r = 0; r < world_size_; ++r) target.base[r] = base_[r] + (one_shot ? at_.one_shot : at_.two_shot);
+    target.epoch = one_shot ? &control->one_shot.epoch : &control->two_shot.epoch;
+    target.rows = PushRows::of(Places{world_size_, static_cast<int>(max_hidden_ / 8)}, one_shot, rank_);
+    return target;
+  }
+
   template <Mode kMode>
+  void multiply_and_reduce(const GemmCall* gemm, const TensorView& x, const ReduceParams& p) const {
+    const int64_t rows = x.size(0);
+    const cudaStream_t stream = stream_of(x);
+    if (gemm != nullptr && rows <= kMaxPushedRows) {
+      push_gemm(*gemm, x, push_target(rows, x.size(1)));
+      return reduce<kMode, true>(p, rows, stream);
+    }
+    if (gemm != nullptr) run_gemm(*gemm, x);
+    reduce<kMode, false>(p, rows, stream);
+  }
+
+  template <Mode kMode, bool kPushed>
   void reduce(ReduceParams p, int64_t rows, cudaStream_t stream) const {
-    // By the rows of the whole call, so that all calls of a model's step agree on who holds its residual stream.
     const int64_t hidden = static_cast<int64_t>(p.num_vectors) * 8;
-    const bool one_shot = rows <= kOneShotRows && rows * hidden * 2 <= one_shot_bytes_;
+    const bool one_shot = is_one_shot(rows, hidden);
     while (rows > 0) {
       const int64_t piece = std::min<int64_t>(rows, kPieceRows);
       switch (world_size_) {
         case 2:
-          launch_piece<2, kMode>(p, piece, one_shot, stream);
+          launch_piece<2, kMode, kPushed>(p, piece, one_shot, stream);
           break;
         case 4:
-          launch_piece<4, kMode>(p, piece, one_shot, stream);
+          launch_piece<4, kMode, kPushed>(p, piece, one_shot, stream);
           break;
         default:
-          launch_piece<8, kMode>(p, piece, one_shot, stream);
+          launch_piece<8, kMode, kPushed>(p, piece, one_shot, stream);
       }
       rows -= piece;
       p.x += piece * hidden;
@@ -437,9 +508,9 @@ class PushGroup {
     }
   }
 
-  template <int kRanks, Mode kMode>
+  template <int kRanks, Mode kMode, bool kPushed>
   static void launch_piece(const ReduceParams& p, int64_t rows, bool one_shot, cudaStream_t stream) {
-    const auto kernel = one_shot ? one_shot_kernel<kRanks, kMode> : two_shot_kernel<kRanks, kMode>;
+    const auto kernel = one_shot ? one_shot_kernel<kRanks, kMode, kPushed> : two_shot_kernel<kRanks, kMode, kPushed>;
     launch_rows(kernel, rows, p.num_vectors, stream, p);
   }
 
@@ -477,6 +548,15 @@ void push_clear(int64_t workspace, int64_t world_size, int64_t max_hidden, int64
   check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 
+TensorView tensor(const AnyView& argument) { return argument.cast<TensorView>(); }
+
+/// The GEMM that the first arguments name, and the last `count` arguments.
+std::pair<GemmCall, PackedArgs> split_call(PackedArgs args, int count) {
+  const int own = args.size() - count;
+  if (own < 1) TVM_FFI_THROW(TypeError) << "got " << args.size() << " arguments, expected more than " << count;
+  return {GemmCall::from(args[0].cast<String>(), args.Slice(1, own)), args.Slice(own)};
+}
+
 /// The functions of one rank, for rows of up to `max_hidden`. `workspaces`: addresses by rank, as this process sees them,
 /// each cleared before any call. Calls of up to `one_shot_bytes` send their rows to everybody.
 Map<String, Function> push_create(int64_t rank, Array<int64_t> workspaces, int64_t max_hidden, int64_t gather_bytes,
@@ -489,12 +569,23 @@ Map<String, Function> push_create(int64_t rank, Array<int64_t> workspaces, int64
   out.Set("all_reduce_add_rms_norm",
           Function::FromTyped([group](TensorView x, TensorView residual, TensorView weight, double eps,
                                       TensorView residual_out, TensorView y) {
-            group->add_rms_norm(x, residual, weight, eps, residual_out, y);
+            group->add_rms_norm(nullptr, x, residual, weight, eps, residual_out, y);
           }));
   out.Set("all_reduce_add_rms_norm_fp8",
           Function::FromTyped([group](TensorView x, TensorView residual, TensorView weight, double eps,
                                       TensorView residual_out, TensorView y, TensorView scale) {
-            group->add_rms_norm_fp8(x, residual, weight, eps, residual_out, y, scale);
+            group->add_rms_norm_fp8(nullptr, x, residual, weight, eps, residual_out, y, scale);
+          }));
+  // (name of the GEMM, its arguments without the output, residual, weight, eps, scratch, residual_out, out[, scale])
+  out.Set("gemm_all_reduce_add_rms_norm", Function::FromPacked([group](PackedArgs args, Any*) {
+            const auto [gemm, rest] = split_call(args, 6);
+            group->add_rms_norm(&gemm, tensor(rest[3]), tensor(rest[0]), tensor(rest[1]), rest[2].cast<double>(),
+                                tensor(rest[4]), tensor(rest[5]));
+          }));
+  out.Set("gemm_all_reduce_add_rms_norm_fp8", Function::FromPacked([group](PackedArgs args, Any*) {
+            const auto [gemm, rest] = split_call(args, 7);
+            group->add_rms_norm_fp8(&gemm, tensor(rest[3]), tensor(rest[0]), tensor(rest[1]), rest[2].cast<double>(),
+                                    tensor(rest[4]), tensor(rest[5]), tensor(rest[6]));
           }));
   return out;
 }

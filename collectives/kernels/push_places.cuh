@@ -17,6 +17,7 @@
 
 namespace tpserve::cuda {
 
+constexpr int kMaxRanks = 8;
 constexpr int kBuffers = 3;
 constexpr int kPieceRows = 512;    // most rows of one launch; more go in pieces
 constexpr int kOneShotRows = 128;  // most rows that are sent to everybody
@@ -61,20 +62,19 @@ struct Worker {
   unsigned row, rows, vector, threads;
 };
 
-/// Calls `clear(place)` for this thread's part of what one-shot call `used` has received in `buffer` of rank `rank`.
+/// Calls `clear(place)` for this thread's part of what one-shot call `used` has received in `buffer`. A rank's own part is
+/// there if its GEMM has sent it; else its places are free anyway.
 template <int kRanks, typename Clear>
-TPSERVE_PLACE void free_one_shot(const Places& places, int rank, unsigned buffer, Used used, Worker w, Clear clear) {
+TPSERVE_PLACE void free_one_shot(const Places& places, unsigned buffer, Used used, Worker w, Clear clear) {
   for (unsigned row = w.row; row < used.rows; row += w.rows) {
     for (unsigned v = w.vector; v < used.vectors; v += w.threads) {
 #pragma unroll
-      for (int source = 0; source < kRanks; ++source) {
-        if (source != rank) clear(places.one_shot(buffer, source, row) + v);
-      }
+      for (int source = 0; source < kRanks; ++source) clear(places.one_shot(buffer, source, row) + v);
     }
   }
 }
 
-/// The same of a two-shot call: `clear_part(place)` of rows that the rank reduced, `clear_row(place)` and
+/// The same of a two-shot call: `clear_part(place)` of rows that rank `rank` reduced, `clear_row(place)` and
 /// `clear_scale(place)` of those that it was sent reduced.
 template <int kRanks, typename ClearPart, typename ClearRow, typename ClearScale>
 TPSERVE_PLACE void free_two_shot(const Places& places, int rank, unsigned buffer, Used used, Worker w,
@@ -84,9 +84,7 @@ TPSERVE_PLACE void free_two_shot(const Places& places, int rank, unsigned buffer
     for (unsigned v = w.vector; v < used.vectors; v += w.threads) {
       if (own_it) {
 #pragma unroll
-        for (int source = 0; source < kRanks; ++source) {
-          if (source != rank) clear_part(places.two_shot(buffer, source, row) + v);
-        }
+        for (int source = 0; source < kRanks; ++source) clear_part(places.two_shot(buffer, source, row) + v);
       } else {
         clear_row(places.reduced(buffer, row) + v);
       }

@@ -77,17 +77,14 @@ class LlamaForCausalLM(nn.Module):
         config, operators = self._context.config, self._context.operators
         batch = BatchInputs(positions, token_slots, page_table, self.rope, plan, workspace)
         residual = operators.embed(token_ids, self.embed_tokens)
-        eps, tp_size = config.rms_norm_eps, self._context.sharding.tp_size
-        x = operators.rms_norm(residual, self.layers[0].input_norm, eps)
+        x = operators.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for layer, pages, next_norm in zip(self.layers, kv, next_norms, strict=True):
-            part = layer.attention(x, batch, pages)
-            residual, x = operators.sum_add_rms_norm(part, residual, layer.post_attention_norm, eps, tp_size=tp_size)
-            part = layer.mlp(x)
-            last = next_norm is self.norm
-            residual, x = operators.sum_add_rms_norm(part, residual, next_norm, eps, tp_size=tp_size, quantize=not last)
+            residual, x = layer.attention(x, batch, pages, residual, layer.post_attention_norm)
+            residual, x = layer.mlp(x, residual, next_norm, quantize=next_norm is not self.norm)
         hidden = operators.take_rows(x.values, sample_rows)
         logits = self.lm_head(GemmInput(hidden))
+        tp_size = self._context.sharding.tp_size
         if tp_size > 1:
             logits = all_gather(logits, tp_size)
         return logits, hidden

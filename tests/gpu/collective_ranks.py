@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import cupy
@@ -18,15 +19,16 @@ import tvm_ffi
 from tpserve.collectives.names import (
     ALL_GATHER,
     ALL_REDUCE,
-    ALL_REDUCE_ADD_RMS_NORM,
-    ALL_REDUCE_ADD_RMS_NORM_FP8,
+    GEMM_ALL_REDUCE_ADD_RMS_NORM,
 )
 from tpserve.collectives.nccl import NcclCommunicator
 from tpserve.collectives.push import PushCommunicator
 from tpserve.collectives.rendezvous import Rendezvous, listen
+from tpserve.proto.packing import packed_shape
 from tpserve.worker.library import tvm  # whose tensors have views
 
 EPS = 1e-5
+Check = Callable[["Ranks", argparse.Namespace], dict[str, Any]]
 BANK = 4096 + 64 * 31  # rows of random values that all cases draw from
 
 
@@ -72,17 +74,39 @@ class Ranks:
         self.rendezvous = Rendezvous(
             self.rank, self.world_size, f"127.0.0.1:{args.port}", "secret", timeout_s=120, door=door
         )
-        make: Any = PushCommunicator if args.backend == "push" else NcclCommunicator
-        extra = {"max_hidden_size": self.hidden, "timeout_s": args.timeout} if args.backend == "push" else {}
+        self.is_push = args.backend == "push"
+        make: Any = PushCommunicator if self.is_push else NcclCommunicator
+        extra = {"max_hidden_size": self.hidden, "timeout_s": args.timeout} if self.is_push else {}
         self.group = make(kernels, self.rendezvous, rank=self.rank, world_size=self.world_size, **extra)
         rng = cupy.random.RandomState(11)
         values = rng.standard_normal((self.world_size + 1, BANK, self.hidden), dtype=cupy.float32)
         self.bank = narrow(values)
         self.bank[:, ::7, ::5] = 0x8000  # minus zero
         self.weight = rng.standard_normal(self.hidden, dtype=cupy.float32)
+        self.kernels = kernels
+        kernels["init_device"](args.device)
+        self._identities: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
     def call(self, name: str, *arrays: Any) -> None:
         self.group.function(name)(*arrays)
+
+    def add_rms_norm(self, suffix: str, x: Any, *arrays: Any) -> None:
+        """Sum x over the ranks, add and norm: by NCCL after a GEMM that changes nothing, for it has no call without."""
+        if self.is_push:
+            self.call(f"all_reduce_add_rms_norm{suffix}", x, *arrays)
+            return
+        hidden = x.shape[1]
+        if tuple(x.shape) not in self._identities:
+            one = cupy.eye(hidden, dtype=cupy.uint16) * 0x3F80
+            packed, part = cupy.zeros(packed_shape(hidden, hidden, 2), cupy.uint16), cupy.zeros(x.shape, cupy.uint16)
+            self._identities[tuple(x.shape)] = (tensor(packed, "bfloat16"), tensor(part, "bfloat16"))
+            self.kernels["pack_weight"](tensor(one, "bfloat16"), self._identities[tuple(x.shape)][0])
+            cupy.cuda.get_current_stream().synchronize()
+        weights, part = self._identities[tuple(x.shape)]
+        residual, norm_weight, eps, *outputs = arrays
+        self.call(
+            f"{GEMM_ALL_REDUCE_ADD_RMS_NORM}{suffix}", "gemm", x, weights, residual, norm_weight, eps, part, *outputs
+        )
 
     def reduce(self, case: Case) -> tuple[Any, ...]:
         """Run all three fused and plain sums on poisoned outputs; return bits: sum, total, normed, total8, q, scale."""
@@ -95,9 +119,9 @@ class Ranks:
         weight = tvm_ffi.from_dlpack(case.weight)
         self.call(ALL_REDUCE, x, tensor(plain, "bfloat16"))
         norm = (x, residual, weight, EPS)
-        self.call(ALL_REDUCE_ADD_RMS_NORM, *norm, tensor(total, "bfloat16"), tensor(normed, "bfloat16"))
+        self.add_rms_norm("", *norm, tensor(total, "bfloat16"), tensor(normed, "bfloat16"))
         outputs = (tensor(total8, "bfloat16"), tensor(codes, "float8_e4m3fn"), tvm_ffi.from_dlpack(scale))
-        self.call(ALL_REDUCE_ADD_RMS_NORM_FP8, *norm, *outputs)
+        self.add_rms_norm("_fp8", *norm, *outputs)
         return plain, total, normed, total8, codes, scale
 
     def owns(self, rows: int) -> Any:
@@ -203,7 +227,7 @@ def check_graph(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
 
     def run() -> None:
         for total, normed in tensors:
-            ranks.call(ALL_REDUCE_ADD_RMS_NORM, x, residual, weight, EPS, total, normed)
+            ranks.add_rms_norm("", x, residual, weight, EPS, total, normed)
 
     run()
     stream.synchronize()
@@ -247,7 +271,7 @@ class ModelStep:
 
     def run(self) -> None:
         for pair in self._pairs:
-            self._ranks.call(ALL_REDUCE_ADD_RMS_NORM, *self._norm, *pair)
+            self._ranks.add_rms_norm("", *self._norm, *pair)
         self._ranks.call(ALL_GATHER, *self._gather)
 
     def check(self, when: str, *, exact: bool) -> None:
@@ -288,13 +312,12 @@ def check_models(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
-def check_late(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
-    """The last rank stays away from one call: the others give up by themselves and know whom they waited for."""
-    case = Case(ranks, 4, 0)
+def check_late_word(ranks: Ranks, call: Callable[[], object]) -> dict[str, Any]:
+    """All but the last rank make a call; return whom a rank waited for in vain, if it did, and how long."""
     late = ranks.world_size - 1
     started = time.monotonic()
     if ranks.rank != late:
-        ranks.reduce(case)
+        call()
         cupy.cuda.get_current_stream().synchronize()
     waited = time.monotonic() - started
     word = np.zeros(1, np.int32)
@@ -303,7 +326,13 @@ def check_late(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
     return {"late": int(word[0]) - 1, "waited_s": waited}
 
 
-CHECKS = {
+def check_late(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+    """The last rank stays away from one call: the others give up by themselves and know whom they waited for."""
+    case = Case(ranks, 4, 0)
+    return check_late_word(ranks, lambda: ranks.reduce(case))
+
+
+CHECKS: dict[str, Check] = {
     "sizes": check_sizes,
     "gather": check_gather,
     "soak": check_soak,
@@ -313,8 +342,8 @@ CHECKS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def run(checks: dict[str, Check], parser: argparse.ArgumentParser) -> None:
+    """Be one rank, as the command line says, and print what the checks return."""
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--port", type=int, required=True)
@@ -325,7 +354,7 @@ def main() -> None:
     parser.add_argument(
         "--also-hidden", type=int, nargs="+", default=[], help="smaller sizes of rows on the same group"
     )
-    parser.add_argument("--checks", nargs="+", choices=sorted(CHECKS), required=True)
+    parser.add_argument("--checks", nargs="+", choices=sorted(checks), required=True)
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--timeout", type=float, default=60.0)
@@ -338,7 +367,7 @@ def main() -> None:
         ranks = Ranks(args, module)
         result: dict[str, Any] = {}
         for check in args.checks:
-            result |= CHECKS[check](ranks, args)
+            result |= checks[check](ranks, args)
             stream.synchronize()
         if "late" not in args.checks:
             ranks.group.close()
@@ -348,6 +377,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        run(CHECKS, argparse.ArgumentParser())
     except OSError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 
 from gpu_devices import NUM_DEVICES
 
-SCRIPT = Path(__file__).parent / "collective_ranks.py"
+RANKS = "gpu.collective_ranks"
+GEMM_RANKS = "gpu.gemm_ranks"
 DEADLINE_S = 280
 ROWS = [1, 2, 3, 5, 8, 12, 16, 17, 31, 33, 64, 65, 100, 127, 128, 129, 200, 256, 511, 512, 513, 700]
 two_gpus = pytest.mark.gpu(count=2)
@@ -27,16 +29,20 @@ def free_port() -> int:
 
 
 def run_ranks(
-    library: Path, world_size: int, backend: str, hidden: int, arguments: Sequence[str]
+    library: Path, world_size: int, backend: str, hidden: int, arguments: Sequence[str], module: str = RANKS
 ) -> list[dict[str, Any]]:
     """Run one process a rank; return what each printed. With fewer GPUs than ranks, ranks share them by turns."""
     port = free_port()
     ranks = []
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     for rank in range(world_size):
-        command = [sys.executable, str(SCRIPT), "--rank", str(rank), "--world-size", str(world_size)]
+        command = [sys.executable, "-m", module, "--rank", str(rank), "--world-size", str(world_size)]
         command += ["--port", str(port), "--device", str(rank % NUM_DEVICES), "--kernels", str(library)]
         command += ["--backend", backend, "--hidden", str(hidden), *arguments]
-        ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        ranks.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+        )
     results, failures = [], []
     try:
         for rank, process in enumerate(ranks):
@@ -103,6 +109,59 @@ def test_graphs_replay(kernel_library: Path) -> None:
 @two_gpus
 def test_a_late_rank_is_named(kernel_library: Path) -> None:
     results = run_ranks(kernel_library, 2, "push", 4096, ["--checks", "late", "--timeout", "1"])
+    assert results[0]["late"] == 1
+    assert 0.9 < results[0]["waited_s"] < 10
+    assert results[1]["late"] == -1
+
+
+PUSHED_ROWS = [1, 2, 7, 8, 9, 16, 17, 24, 25, 63, 64]
+TWO_SHOT_HIDDEN = 16384
+"""Rows of which fewer than 64 are two-shot with two ranks too."""
+
+
+@two_gpus
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(("hidden", "size"), [(512, 1024), (4096, 2048), (8192, 7168), (TWO_SHOT_HIDDEN, 512)])
+def test_a_gemm_that_sends_its_tiles_gives_the_bits_of_one_that_does_not(
+    kernel_library: Path, world_size: int, hidden: int, size: int
+) -> None:
+    arguments = ["--checks", "products", "--sizes", str(hidden), str(size), *rows([*PUSHED_ROWS, 65, 130])]
+    results = run_ranks(kernel_library, world_size, "push", hidden, arguments, GEMM_RANKS)
+    assert results[0]["calls"] == 5 * 13 * 2
+
+
+@two_gpus
+def test_channels_need_not_fill_tiles(kernel_library: Path) -> None:
+    arguments = ["--checks", "products", "--sizes", "200", "512", "576", "768", "1000", "256", *rows([1, 5, 17, 64])]
+    run_ranks(kernel_library, 2, "push", 1024, arguments, GEMM_RANKS)
+
+
+@two_gpus
+def test_gemms_before_nccl(kernel_library: Path) -> None:
+    arguments = ["--checks", "products", "--sizes", "4096", "1024", *rows([1, 16, 65])]
+    run_ranks(kernel_library, 2, "nccl", 4096, arguments, GEMM_RANKS)
+
+
+@two_gpus
+@pytest.mark.parametrize(("world_size", "hidden"), [(2, TWO_SHOT_HIDDEN), (4, 4096)])
+def test_calls_with_and_without_pushing_take_turns(kernel_library: Path, world_size: int, hidden: int) -> None:
+    arguments = ["--checks", "turns", "--iterations", str(6000 // world_size), "--also-hidden", "576"]
+    arguments += rows([1, 3, 8, 20, 64, 65, 130])
+    run_ranks(kernel_library, world_size, "push", hidden, arguments, GEMM_RANKS)
+
+
+@two_gpus
+def test_two_thousand_calls_of_one_graph(kernel_library: Path) -> None:
+    arguments = ["--checks", "graph", "--iterations", "2000", "--also-hidden", "1024", *rows([1, 4, 40, 66])]
+    results = run_ranks(kernel_library, 2, "push", TWO_SHOT_HIDDEN, arguments, GEMM_RANKS)
+    assert results[0]["calls"] >= 1990
+
+
+@two_gpus
+@pytest.mark.parametrize("num_rows", [4, 60])
+def test_a_rank_that_does_not_push_is_named(kernel_library: Path, num_rows: int) -> None:
+    arguments = ["--checks", "late", "--timeout", "1", *rows([num_rows])]
+    results = run_ranks(kernel_library, 2, "push", TWO_SHOT_HIDDEN, arguments, GEMM_RANKS)
     assert results[0]["late"] == 1
     assert 0.9 < results[0]["waited_s"] < 10
     assert results[1]["late"] == -1

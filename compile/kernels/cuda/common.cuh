@@ -2,8 +2,8 @@
 //
 // All kernels can be captured in a graph: they allocate nothing, wait for nothing on the host, and read every length,
 // position and table from device memory. All are launched with programmatic stream serialisation: a kernel starts while
-// the one before it drains, and must not touch what others wrote before `pdl_wait()`. Every kernel calls it on every path,
-// for its end must imply the end of all kernels before it.
+// the one before it drains, and must not touch what others wrote before `pdl_wait()` (but a reduction beside its GEMM: peer.cuh).
+// Every kernel calls it on every path, for its end must imply the end of all kernels before it.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -9,6 +9,8 @@
 // workspace; the block that started the tile adds them in block order, so sums have one order. An empty slot holds the word
 // 0xffffffff, a NaN that no arithmetic makes: the data is its own flag, and the reader restores it.
 //
+// Tiles go to memory, or for a reduction over ranks straight to where it wants them (push_tile.cuh): with the same bits.
+//
 // One warp fetches; it fills the ring with weights before `pdl_wait`, while the kernel before still runs.
 //
 // Of e4m3 tokens the scales are by token, or grouped (`grouped_scales.cuh`): then the scales of a stage are fetched with
@@ -18,6 +20,7 @@
 #include <type_traits>
 
 #include "elementwise.cuh"
+#include "gemm.cuh"
 #include "gemm_grouped.cuh"
 #include "gemm_parts.cuh"
 #include "gemm_silu.cuh"
@@ -38,12 +41,16 @@ uint8_t* workspace_of_device[kMaxDevices] = {};
 enum class Ring { kWhole, kHalf };
 constexpr int kWholeMinStages = 8;  // of a block
 
-/// `kGroup_`: elements of K that share a token's scale, 0 for all. `kSilu_`: gives SiLU(gate) * up.
-template <int kTokens_, int kBlocks_, Ring kRing, int kGroup_, bool kSilu_>
+/// What a tile ends in: the output in memory, SiLU(gate) * up, or the ranks' workspaces.
+enum class End { kMemory, kSilu, kPeers };
+
+/// `kGroup_`: elements of K that share a token's scale, 0 for all.
+template <int kTokens_, int kBlocks_, Ring kRing, int kGroup_, End kEnd>
 struct Shape {
   static constexpr int kTokens = kTokens_, kBlocks = kBlocks_, kGroup = kGroup_;
-  static constexpr bool kGrouped = kGroup != 0, kSilu = kSilu_;
-  static_assert((!kGrouped && !kSilu) || kBlocks == 1);
+  static constexpr bool kGrouped = kGroup != 0, kSilu = kEnd == End::kSilu, kPush = kEnd == End::kPeers;
+  static_assert((!kGrouped && kEnd == End::kMemory) || kBlocks == 1);
+  static_assert(!kPush || kTokens <= kMaxPushedRows);
   static constexpr int kTilesOfK = 2 / kBlocks;  // 128-byte tiles of K in a stage
   static constexpr int kTokenBytes = kTilesOfK * kTokens * 128;
   static constexpr int kBytes = kStageBytes + kTokenBytes;
@@ -106,7 +113,7 @@ struct UnitCursor {
 /// The warp that fetches; one lane works.
 template <typename T, typename S>
 __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ring, uint64_t* full, uint64_t* empty,
-                        int first, int count) {
+                        PushEpoch* epoch, int first, int count) {
   constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks, kTileK = 128 / sizeof(T);
   const int stage_scales = S::kGroups * p.padded_tokens;           // floats
   const int token_bytes = S::kTokenBytes + stage_scales * 4;       // what a stage brings after pdl_wait
@@ -148,9 +155,14 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
     load_weights(i, S::kPaced ? kStageBytes : kStageBytes + token_bytes);
   }
   pdl_wait();
+  const unsigned calls = S::kPush ? PushEpoch::read(p.push) : 0;
   uint64_t* own = full + S::kStages;
   if (S::kPaced) barrier_expect(own, ahead * token_bytes);
   for (int i = 0; i < ahead; ++i) load_tokens(i, S::kPaced ? own : full + i);
+  if constexpr (S::kPush) {  // only now may the reduction start: it advances the epoch, and waits for no kernel before
+    epoch->hand_over(calls);
+    pdl_launch();
+  }
   RingPlace place;
   for (int i = ahead; i < count; ++i) {
     barrier_wait(empty + place.slot, place.parity);
@@ -171,6 +183,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   constexpr int kEarly = kBlocks == 2 ? 0 : kTokens <= 16 ? 4 : kTokens <= 32 ? 2 : kTokens <= 64 ? 1 : 0;
   extern __shared__ uint8_t memory[];
   __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
+  __shared__ PushEpoch epoch;
   const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
   uint8_t* behind_ring = memory + (ring - shared_address(memory)) + S::kStages * S::kBytes;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cta = blockIdx.x;
@@ -178,13 +191,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (threadIdx.x == S::kConsumers * 128) {
     for (int i = 0; i <= S::kStages; ++i) barrier_init(full + i, 1);
     for (int i = 0; i < S::kStages; ++i) barrier_init(empty + i, kBlocks * 4);
+    if constexpr (S::kPush) epoch.init();
     barrier_init_fence();
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-    pdl_launch();
+    if constexpr (!S::kPush) pdl_launch();
   }
   __syncthreads();
   if (warp == S::kConsumers * 4) {
-    if (lane == 0) produce<T, S>(p, &map, ring, full, empty, first, count);
+    if (lane == 0) produce<T, S>(p, &map, ring, full, empty, &epoch, first, count);
     return;
   }
   pdl_wait();
@@ -320,10 +334,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     const int block = kBlocks == 1 ? tile : tile / p.token_tiles * 2 + group;
     const int token = kBlocks == 1 ? 0 : tile % p.token_tiles * kTokens;
+    constexpr bool kByChannel = sizeof(T) == 1, kByToken = kByChannel && !S::kGrouped;
+    const int channel = block * 64 + warp % 4 * 16;
     if constexpr (S::kSilu) {
       write_silu<T, kTokens>(p, sums, tile);
+    } else if constexpr (S::kPush) {
+      write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, 0, PeerTile(p.push, epoch.wait(), channel, p.M, p.N));
     } else {
-      write_tile<sizeof(T) == 1, sizeof(T) == 1 && !S::kGrouped, kTokens>(p, sums, block * 64 + warp % 4 * 16, token);
+      write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, token, MemoryTile{p, channel, token});
     }
   }
 }
@@ -346,9 +364,9 @@ __global__ void __launch_bounds__(256)
 
 // --- Host -----------------------------------------------------------------------------------------------------------
 
-template <typename T, int kTokens, int kBlocks, Ring kRing, int kGroup = 0, bool kSilu = false>
+template <typename T, int kTokens, int kBlocks, Ring kRing, int kGroup = 0, End kEnd = End::kMemory>
 void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
-  using S = Shape<kTokens, kBlocks, kRing, kGroup, kSilu>;
+  using S = Shape<kTokens, kBlocks, kRing, kGroup, kEnd>;
   const int64_t bytes = K * sizeof(T);
   p.units_of_k = static_cast<int>(kBlocks == 1 ? (bytes + 255) / 256 : (bytes + 127) / 128);
   p.token_tiles = (p.M + kTokens - 1) / kTokens;
@@ -358,13 +376,13 @@ void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
 }
 
 /// One tile of all tokens, p.M <= kMost of them.
-template <typename T, int kMost, int kGroup = 0, bool kSilu = false>
+template <typename T, int kMost, int kGroup = 0, End kEnd = End::kMemory>
 void dispatch_few(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
   static_assert(kMost == 32 || kMost == 64);
   const auto with_ring = [&](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
-    if (p.packed_base < kWholeMinStages) return run<T, kTokens, 1, Ring::kHalf, kGroup, kSilu>(p, x, K, stream);
-    run<T, kTokens, 1, Ring::kWhole, kGroup, kSilu>(p, x, K, stream);
+    if (p.packed_base < kWholeMinStages) return run<T, kTokens, 1, Ring::kHalf, kGroup, kEnd>(p, x, K, stream);
+    run<T, kTokens, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
   };
   if (p.M <= 8) return with_ring(std::integral_constant<int, 8>());
   if (p.M <= 16) return with_ring(std::integral_constant<int, 16>());
@@ -440,33 +458,53 @@ struct Product {
   }
 };
 
+/// Queues a product; with a target, the one that the ranks get.
+template <int kGroup, typename T>
+void queue(Product<T>& product, const PushTarget* target) {
+  static_assert(kMaxSiluGroupedTokens == 32 && kMaxPushedRows == 64, "the tiles that there are of few tokens");
+  constexpr int kMost = kGroup == kSiluGroupSize ? 32 : 64;
+  GemmParams& p = product.params;
+  if (product.M == 0) return;
+  if (target != nullptr) {
+    if (product.M > kMaxPushedRows || p.out_float32) {
+      TVM_FFI_THROW(ValueError) << "out has " << product.M << " rows of " << (p.out_float32 ? 32 : 16)
+                                << " bits, only bfloat16 of up to " << kMaxPushedRows << " rows is sent to peers";
+    }
+    p.push = *target;
+    return dispatch_few<T, kMost, kGroup, End::kPeers>(p, product.tokens, product.K, product.stream);
+  }
+  if constexpr (kGroup == kSiluGroupSize) {
+    dispatch_few<T, kMost, kGroup>(p, product.tokens, product.K, product.stream);
+  } else {
+    dispatch<T, kGroup>(p, product.tokens, product.K, product.stream);
+  }
+}
+
 constexpr int kSiluGroups = 2 * kGroupSize / kSiluGroupSize;  // of 256 elements
 
 template <typename T>
 void multiply(const TensorView& x, const TensorView& weights, const TensorView* token_scale,
-              const TensorView* channel_scale, const TensorView* bias, const TensorView& out) {
+              const TensorView* channel_scale, const TensorView* bias, const TensorView& out,
+              const PushTarget* target = nullptr) {
   check_rank("out", out, 2);
   Product<T> product(x, weights, channel_scale, bias, out.size(1));
   product.set_out(out);
   if (token_scale != nullptr) {
     product.params.token_scale = checked<float>("token_scale", *token_scale, {product.M});
   }
-  if (product.M > 0) dispatch<T, 0>(product.params, product.tokens, product.K, product.stream);
+  queue<0>(product, target);
 }
 
 /// `after_silu`: the scales are those that gate_up's GEMM gives.
 void multiply_grouped(const TensorView& x, const TensorView& scales, const TensorView& weights,
-                      const TensorView& channel_scale, const TensorView* bias, const TensorView& out, bool after_silu) {
+                      const TensorView& channel_scale, const TensorView* bias, const TensorView& out, bool after_silu,
+                      const PushTarget* target = nullptr) {
   check_rank("out", out, 2);
   Product<fp8> product(x, weights, &channel_scale, bias, out.size(1));
   product.set_out(out);
   product.set_grouped_scales(scales, after_silu ? kSiluGroups : 2);
-  if (product.M == 0) return;
-  if (after_silu && silu_group_size(product.M) == kSiluGroupSize) {
-    static_assert(kMaxSiluGroupedTokens == 32);
-    return dispatch_few<fp8, 32, kSiluGroupSize>(product.params, product.tokens, product.K, product.stream);
-  }
-  dispatch<fp8, kGroupSize>(product.params, product.tokens, product.K, product.stream);
+  if (after_silu && silu_group_size(product.M) == kSiluGroupSize) return queue<kSiluGroupSize>(product, target);
+  queue<kGroupSize>(product, target);
 }
 
 /// (M, F) of SiLU(gate) * up: bf16, or e4m3 with `scales`, of the type of the tokens. `scratch` (M, 2F) bf16 takes the
@@ -493,7 +531,21 @@ void multiply_silu(const TensorView& x, const TensorView& weights, const TensorV
     p.padded_tokens = static_cast<int>(padded_tokens(product.M));
     p.out_scale = checked<float>("scales", *scales, {F / (2 * kGroupSize), kSiluGroups, p.padded_tokens});
   }
-  if (product.M > 0) dispatch_few<T, kMost, 0, true>(p, product.tokens, product.K, product.stream);
+  if (product.M > 0) dispatch_few<T, kMost, 0, End::kSilu>(p, product.tokens, product.K, product.stream);
+}
+
+void multiply(const GemmCall& call, const TensorView& out, const PushTarget* target) {
+  const TensorView* bias = call.bias.has_value() ? &*call.bias : nullptr;
+  switch (call.kind) {
+    case GemmKind::kBf16:
+      return multiply<bf16>(call.x, call.weights, nullptr, nullptr, bias, out, target);
+    case GemmKind::kFp8:
+      return multiply<fp8>(call.x, call.weights, &*call.token_scale, &*call.channel_scale, bias, out, target);
+    default: {
+      const bool after_silu = call.kind == GemmKind::kFp8AfterSilu;
+      multiply_grouped(call.x, *call.token_scale, call.weights, *call.channel_scale, bias, out, after_silu, target);
+    }
+  }
 }
 
 /// Makes what the GEMMs of a device share. Call once, before any capture; they must then run on one stream at a time.
@@ -595,6 +647,14 @@ void gemm_fp8_silu_mul_bias(TensorView x, TensorView token_scale, TensorView wei
                             TensorView bias, TensorView scratch, TensorView out, TensorView scales) {
   multiply_silu<fp8>(x, weights, &token_scale, &channel_scale, &bias, scratch, out, &scales);
 }
+
+}  // namespace
+
+void run_gemm(const GemmCall& call, const TensorView& out) { multiply(call, out, nullptr); }
+
+void push_gemm(const GemmCall& call, const TensorView& out, const PushTarget& target) { multiply(call, out, &target); }
+
+namespace {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(init_device, init_device);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_weight, pack_weight);

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "push_tile.cuh"
 #include "wgmma.cuh"
 
 namespace tpserve::cuda {
@@ -27,6 +28,7 @@ struct GemmParams {
   int token_tiles, channel_blocks;     // of kTokens tokens, of 64 channels
   int packed_k, packed_base, packed_rem;  // stages of K per 64 channels, and their runs
   bool out_float32;
+  PushTarget push;  // of kernels whose tiles go to peers
 };
 
 __device__ __forceinline__ void tensor_copy(uint32_t target, const CUtensorMap* map, int k, int token, uint64_t* barrier) {
@@ -104,31 +106,46 @@ struct ChannelScales {
   }
 };
 
-/// Scales by channel, and by token, and stores a warp's 16 channels x kTokens tokens.
-template <bool kByChannel, bool kByToken, int kTokens>
-__device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token) {
+/// Takes a warp's tile of 16 channels x kTokens tokens, eight tokens at a time, for the output in memory.
+struct MemoryTile {
+  static constexpr bool kToPeers = false;
+  const GemmParams& p;
+  int channel, token;
+
+  /// `pairs`: of token lane / 4 of the eight, channels 2 (lane % 4) and the next, and those eight further on.
+  __device__ __forceinline__ void store(int eight, const uint32_t (&pairs)[2]) const {
+    const int lane = threadIdx.x % 32, m = token + eight * 8 + lane / 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int n = channel + h * 8 + lane % 4 * 2;
+      if (m < p.M && n < p.N) {
+        *reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(m) * p.N + n) = pairs[h];
+      }
+    }
+  }
+};
+
+/// Scales by channel, and by token, and gives a warp's 16 channels x kTokens tokens to `tile`.
+template <bool kByChannel, bool kByToken, int kTokens, typename Tile>
+__device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token,
+                                           const Tile& tile) {
   const int lane = threadIdx.x % 32, column = lane % 4 * 2;
   const ChannelScales<kByChannel, kByToken> scales(p, channel);
 #pragma unroll
   for (int b = 0; b < kTokens / 8; ++b) {
     float values[4];
     scales.apply(p, sums + b * 4, token + b * 8 + column, values);
-    if (p.out_float32) {
+    if (!Tile::kToPeers && p.out_float32) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int m = token + b * 8 + column + j % 2, n = channel + lane / 4 + j / 2 * 8;
         if (m < p.M && n < p.N) static_cast<float*>(p.out)[static_cast<int64_t>(m) * p.N + n] = values[j];
       }
     } else {
-      const int m = token + b * 8 + lane / 4;
+      uint32_t pairs[2];  // of channels of one token
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {  // to pairs of channels of one token
-        const uint32_t pair = transpose_8x8(pack2(values[h * 2], values[h * 2 + 1]));
-        const int n = channel + h * 8 + column;
-        if (m < p.M && n < p.N) {
-          *reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(m) * p.N + n) = pair;
-        }
-      }
+      for (int h = 0; h < 2; ++h) pairs[h] = transpose_8x8(pack2(values[h * 2], values[h * 2 + 1]));
+      tile.store(b, pairs);
     }
   }
 }

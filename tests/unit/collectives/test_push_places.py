@@ -36,6 +36,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @dataclass
 class Call:
     is_one_shot: bool
+    is_pushed: bool
+    """By the GEMM before."""
     rows: int
     vectors: int
     epoch: int
@@ -67,7 +69,8 @@ class Group:
         """What a rank does of a call before it waits."""
         buffer, tag = call.epoch % BUFFERS, self.tags(call, number)[rank]
         sizes = (call.rows, call.vectors)
-        taken = self.call("send", self.memory, int(call.is_one_shot), rank, buffer, *sizes, tag)
+        name = "push" if call.is_pushed else "send"
+        taken = self.call(name, self.memory, int(call.is_one_shot), rank, buffer, *sizes, tag)
         assert taken == 0, f"rank {rank} wrote {taken} places of call {number} that were not free"
         if call.before is not None:
             used = (call.before.rows, call.before.vectors)
@@ -82,7 +85,8 @@ class Group:
         assert taken == 0, f"rank {rank} wrote {taken} reduced places of call {number} that were not free"
 
     def check(self, rank: int, call: Call, number: int, *, reduced: bool) -> None:
-        where = (ctypes.byref(self.memory[rank]), int(call.is_one_shot), rank, call.epoch % BUFFERS)
+        kind = (int(call.is_one_shot), int(call.is_pushed))
+        where = (ctypes.byref(self.memory[rank]), *kind, rank, call.epoch % BUFFERS)
         wrong = self.call("missing", *where, call.rows, call.vectors, int(reduced), self.tags(call, number))
         assert wrong == 0, f"{wrong} places of call {number} on rank {rank} are not those that were sent"
 
@@ -102,7 +106,9 @@ def make_calls(rng: Random, count: int, sizes: list[int]) -> list[Call]:
         for _ in range(rng.randint(1, 5)):  # of one model's step
             is_one_shot = rows * vectors < 2000
             before = last.get(is_one_shot)
-            call = Call(is_one_shot, rows, vectors, 0 if before is None else before.epoch + 1, before)
+            call = Call(
+                is_one_shot, rng.random() < 0.6, rows, vectors, 0 if before is None else before.epoch + 1, before
+            )
             last[is_one_shot] = call
             calls.append(call)
     return calls
@@ -143,10 +149,38 @@ class Ranks:
 def test_models_of_several_sizes_share_the_buffers(places: ctypes.CDLL, num_ranks: int, seed: int) -> None:
     rng = Random(seed)
     calls = make_calls(rng, 60, [600, 264, 9, 1])  # a call of 9 has 256 threads in a row
-    assert {call.is_one_shot for call in calls} == {True, False}
+    assert len({(call.is_one_shot, call.is_pushed) for call in calls}) == 4
     ranks = Ranks(Group(places, num_ranks, 600), calls)
     while min(ranks.ended) < len(calls):
         rank = rng.randrange(num_ranks)
         for _ in range(rng.choice([1, 100])):  # a step, or as far as it gets
             if not ranks.advance(rank):
                 break
+
+
+def test_lanes_exchange_their_words_for_whole_vectors(places: ctypes.CDLL) -> None:
+    """A warp comes with tokens of eight in rows of 16 channels: pairs of channels, the low and the high eight."""
+    tile = np.arange(8 * 8, dtype=np.uint32).reshape(8, 2, 4)  # (token, vector, pair)
+    words = np.ascontiguousarray(np.moveaxis(tile, 1, 2))  # (token, pair, vector): lane 4 token + pair
+    out, tokens, vectors = np.zeros((32, 4), np.uint32), np.zeros(32, np.int32), np.zeros(32, np.int32)
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (words, out, tokens, vectors))
+    places.vectors_of_lanes(*pointers)
+    for lane in range(32):
+        assert out[lane].tolist() == tile[tokens[lane], vectors[lane] - 6].tolist()
+    assert sorted(zip(tokens.tolist(), (vectors - 6).tolist(), strict=True)) == sorted([*np.ndindex(8, 2)] * 2)
+    assert vectors[:4].tolist() == [6, 7, 6, 7]  # neighbouring lanes fill a sector
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+@pytest.mark.parametrize("is_one_shot", [True, False])
+def test_a_gemm_pushes_every_row_once(places: ctypes.CDLL, num_ranks: int, is_one_shot: bool) -> None:
+    for rows, vectors in ((1, 2), (7, 25), (8, 9), (63, 4), (64, 1)):
+        group = Group(places, num_ranks, 30)
+        for rank in range(num_ranks):
+            sent = Call(is_one_shot, True, rows, vectors, 1, None)
+            group.begin(rank, sent, 0)
+        for rank in range(num_ranks):
+            group.check(rank, sent, 0, reduced=False)
+            held = num_ranks * vectors * (rows if is_one_shot else len(range(rank, rows, num_ranks)))
+            where = (ctypes.byref(group.memory[rank]), int(is_one_shot))
+            assert [group.call("taken", *where, buffer) for buffer in range(BUFFERS)] == [0, held, 0]
