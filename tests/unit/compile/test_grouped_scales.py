@@ -16,7 +16,7 @@ from tvm import relax
 from scripts import ROOT
 from tiny_models import MODELS
 from tpserve.compile.config import CompileConfig, ModelConfig
-from tpserve.compile.pipeline import build_graph, lower
+from tpserve.compile.pipeline import Graph, build_graph, lower
 
 FP8 = CompileConfig(1, "fp8", "tuned", "cuda", max_model_len=64, max_num_batched_tokens=100, max_num_seqs=4)
 ATTENTION = {"attention_grouped", "gemm_fp8_grouped"}
@@ -51,8 +51,11 @@ def calls(config: ModelConfig, compile_config: CompileConfig) -> list[tuple[str,
 
 
 def kernels(config: ModelConfig, tp_size: int = 1) -> set[str]:
+    return kernels_of(build_graph(config, replace(FP8, tp_size=tp_size)))
+
+
+def kernels_of(graph: Graph) -> set[str]:
     """Return what is called, or named as the GEMM of a call that does more."""
-    graph = build_graph(config, replace(FP8, tp_size=tp_size))
     names = {name.removeprefix("tpserve.cuda.") for name in graph.externs}
 
     def visit(expr: relax.Expr) -> None:
@@ -132,8 +135,7 @@ def test_gate_and_up_are_interleaved_where_their_product_ends_in_silu(
 ) -> None:
     config = model(tmp_path, ffn=ffn, bias=bias)
     graph = build_graph(config, replace(FP8, quantization=quantization, tp_size=tp_size))
-    names = {name.removeprefix("tpserve.cuda.") for name in graph.externs}
-    assert {name for name in names if "silu" in name} == {f"{n}_bias" if bias and "gemm" in n else n for n in called}
+    assert {name for name in kernels_of(graph) if "silu" in name} == {f"{n}_bias" if bias and "gemm" in n else n for n in called}
     found = {spec.name.rpartition("gate_up_proj")[2] for spec in graph.params if spec.interleave}
     parts = {"", ".scale"} if quantization == "fp8" else {""}
     assert found == (parts | ({".bias"} if bias else set()) if interleave else set())
