@@ -104,15 +104,14 @@ struct DecodeToken {
   /// Issues all loads; nothing waits for them here.
   __device__ void load(const AttentionParams<KV>& p, const Item& item, int head, bool appends) {
     const int lane = threadIdx.x % 32, d = lane % kLanes * 8;
-    const int num_kv = p.kv.num_kv_heads, num_heads = p.group * num_kv;
-    const bf16* row = p.added.qkv + static_cast<int64_t>(item.token) * (num_heads + 2 * num_kv) * kHeadDim + d;
+    const int num_kv = p.kv.num_kv_heads;
+    const bf16* row = p.added.qkv + static_cast<int64_t>(item.token) * (p.group + 2) * num_kv * kHeadDim + d;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int place = pass * kHeads + lane / kLanes;
       parts[pass] = {};
       if (place < p.group + (appends ? 2 : 0)) {
-        const int at = place < p.group ? head * p.group + place : num_heads + (place - p.group) * num_kv + head;
-        parts[pass].template load<kHeadDim>(row + at * kHeadDim);
+        parts[pass].template load<kHeadDim>(row + head_at(place, head, p.group, num_kv) * kHeadDim);
       }
     }
     angles.template load<kHeadDim>(p.added.rope + static_cast<int64_t>(item.position) * kHeadDim + d);

@@ -83,4 +83,10 @@ struct Range {
   TPSERVE_ITEMS bool has_newest(const Item& item) const { return end == item.position + item.count; }
 };
 
+/// Heads of a decoding token that one KV head has, in places: the group's queries, the key, the value. Returns which of
+/// all heads of qkv, (Hq + 2 Hkv) queries, keys and values, stands there.
+TPSERVE_ITEMS int head_at(int place, int kv_head, int group, int num_kv_heads) {
+  return place < group ? kv_head * group + place : place * num_kv_heads + kv_head;
+}
+
 }  // namespace tpserve::cuda

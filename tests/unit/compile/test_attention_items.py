@@ -66,6 +66,21 @@ def test_a_plan_of_decodes_has_room_for_all_that_a_step_can_have(items: Any) -> 
                 assert items.partial_rows(tokens, slots, group) >= min(tokens, slots) * group
 
 
+def check_heads(library: Any) -> None:
+    for group in range(1, 17):
+        for num_kv_heads in (1, 2, 3, 8):
+            queries, keys, values = np.split(
+                np.arange((group + 2) * num_kv_heads), [group * num_kv_heads, (group + 1) * num_kv_heads]
+            )
+            for head in range(num_kv_heads):
+                found = [library.head_of(place, head, group, num_kv_heads) for place in range(group + 2)]
+                assert found == [*queries.reshape(-1, group)[head].tolist(), keys[head], values[head]]
+
+
+def test_a_kv_heads_queries_key_and_value_are_found_in_the_projections(items: Any) -> None:
+    check_heads(items)
+
+
 def check_run(library: Any, count: int, position: int, window: int) -> None:
     found = items_of(library, count, position, window)
     first = max(0, position - window + 1) if window else 0
@@ -91,6 +106,11 @@ def check_runs(library: Any, positions: list[int], counts: list[int], windows: l
                 check_run(library, count, position, window)
 
 
+def check_all(library: Any) -> None:
+    check_runs(library, EDGES[:-1], [1], [0, 300])
+    check_heads(library)
+
+
 EDGES = [0, 1, 15, 16, 17, 63, 64, 65, 510, 511, 512, 513, 1023, 1024, 1025, 16383, 16384, 16385, 32767, 32768, 131071]
 
 
@@ -107,6 +127,8 @@ def test_items_of_a_run_read_each_position_once_and_the_last_appends(items: Any,
         ("constexpr int kChunk = 512", "constexpr int kChunk = 520"),
         ("item.num_splits = (length - 1) / item.chunk", "item.num_splits = length / item.chunk"),
         ("item.split = begin / item.chunk", "item.split = begin / item.chunk / 2"),
+        ("kv_head * group + place", "kv_head * num_kv_heads + place"),
+        ("place * num_kv_heads + kv_head", "place * group + kv_head"),
     ],
 )
 def test_a_wrong_rule_is_noticed(right: str, wrong: str, tmp_path: Path) -> None:
@@ -114,4 +136,4 @@ def test_a_wrong_rule_is_noticed(right: str, wrong: str, tmp_path: Path) -> None
     assert header.count(right) == 1
     library = build(tmp_path, header.replace(right, wrong))
     with pytest.raises(AssertionError):
-        check_runs(library, EDGES[:-1], [1], [0, 300])
+        check_all(library)
