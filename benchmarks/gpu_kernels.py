@@ -157,35 +157,37 @@ def attention(kernels: Any, stream: Any) -> None:
             slots = np.concatenate([np.full(n, i) for i, (_, n) in enumerate(runs)]).astype(np.int32)
             max_pages = -(-int(positions.max() + 1) // page_size)
             table = np.random.default_rng(0).permutation(num_slots * max_pages).astype(np.int32).reshape(num_slots, -1)
-            q = random_bf16((len(slots), num_heads, dim))
-            plan = poisoned((sizes.attention_plan_size(len(slots), num_slots),), np.int32)
-            need = sizes.attention_workspace_size(len(slots), num_slots, num_heads, num_kv_heads, dim)
-            workspace, out = to_device(np.zeros(need, np.float32)), poisoned((len(slots), num_heads * dim), BF16)
             on_device = [to_device(a) for a in (positions, slots, table)]
-            arguments = (*on_device[:2], num_slots, num_heads, num_kv_heads, 0, plan)
-            kernels["attention_plan"](*arguments)
-            tail = (on_device[2], plan, dim**-0.5, 0, workspace, out)
+            rope = DeviceArray(cupy.ones((max_pages * page_size, dim), cupy.float32), np.float32)
+            qkv = random_bf16((len(slots), (num_heads + 2 * num_kv_heads) * dim))
+            q, out = (poisoned((len(slots), num_heads * dim), BF16) for _ in "ab")
+            need = sizes.attention_workspace_size(len(slots), num_slots, num_heads, num_kv_heads, dim)
+            workspace, scales = to_device(np.zeros(need, np.float32)), to_device(np.ones(2, np.float32))
             flops = sum(4.0 * num_heads * dim * (s + n / 2) * n for s, n in runs) if "prompt 2048" in name else 0.0
-            scales = to_device(np.ones(2, np.float32))
-            for kernel, kv, make in (("attention", BF16, random_bf16), ("attention_fp8", FP8, random_fp8)):
-                read = sum(s + n for s, n in runs) * num_kv_heads * dim * 2 * kv.itemsize
-                layers = ROTATED_BYTES // (table.size * page_size * num_kv_heads * dim * 2 * kv.itemsize)
-                shape = (table.size, num_kv_heads, 2, page_size * dim)
-                pages = [make(shape, seed=i) for i in range(max(4, min(32, layers)))]
-                head = (q,) if kv == BF16 else (q, scales)
-                us = timed(stream, [partial(kernels[kernel], *head, layer, *tail) for layer in pages])
-                report(kernel, f"{model} {name}", us, 0 if flops else read, flops)
-                del pages
-                cupy.get_default_memory_pool().free_all_blocks()
-            if name.startswith("decode B=64"):
-                us = timed(stream, [partial(kernels["attention_plan"], *arguments)] * 16)
-                report("attention_plan", f"{model} {name}", us)
+            for decode_only in (False, True) if len(slots) == num_slots else (False,):
+                case = f"{model} {name}{', as decodes' if decode_only else ''}"
+                plan = poisoned((sizes.attention_plan_size(len(slots), num_slots, decode_only),), np.int32)
+                arguments = (*on_device[:2], num_slots, num_heads, num_kv_heads, 0, plan)
+                kernels["attention_plan"](*arguments)
+                tail = (*on_device, rope, plan, dim**-0.5, 0, workspace, q, out)
+                for kernel, kv, make in (("attention", BF16, random_bf16), ("attention_fp8", FP8, random_fp8)):
+                    read = sum(s + n for s, n in runs) * num_kv_heads * dim * 2 * kv.itemsize
+                    layers = ROTATED_BYTES // (table.size * page_size * num_kv_heads * dim * 2 * kv.itemsize)
+                    shape = (table.size, num_kv_heads, 2, page_size * dim)
+                    pages = [make(shape, seed=i) for i in range(max(4, min(32, layers)))]
+                    head = (qkv,) if kv == BF16 else (qkv, scales)
+                    us = timed(stream, [partial(kernels[kernel], *head, layer, *tail) for layer in pages])
+                    report(kernel, case, us, 0 if flops else read, flops)
+                    del pages
+                    cupy.get_default_memory_pool().free_all_blocks()
+                if name.startswith("decode B=64"):
+                    us = timed(stream, [partial(kernels["attention_plan"], *arguments)] * 16)
+                    report("attention_plan", case, us)
 
 
 def small(kernels: Any, stream: Any) -> None:
-    for hidden, ffn, heads, kv in ((4096, 14336, 32, 8), (8192, 7168, 16, 2)):
+    for hidden, ffn in ((4096, 14336), (8192, 7168)):
         weight = DeviceArray(cupy.ones(hidden, cupy.float32), np.float32)
-        rope = DeviceArray(cupy.ones((4096, 128), cupy.float32), np.float32)
         for num_m in (1, 64):
             x, residual = random_bf16((num_m, hidden)), random_bf16((num_m, hidden))
             total, out = poisoned((num_m, hidden), BF16), poisoned((num_m, hidden), BF16)
@@ -193,12 +195,6 @@ def small(kernels: Any, stream: Any) -> None:
             quantised = DeviceArray(q.bits[:, :hidden], FP8)
             gate_up, act = random_bf16((num_m, 2 * ffn)), poisoned((num_m, ffn), BF16)
             act8, grouped = activations(num_m, ffn, FP8)
-            qkv, q_out = random_bf16((num_m, (heads + 2 * kv) * 128)), poisoned((num_m, heads, 128), BF16)
-            pages, pages8 = (poisoned((num_m, kv, 2, 16 * 128), dtype) for dtype in (BF16, FP8))
-            kv_scale = to_device(np.ones(2, np.float32))
-            ids = to_device(np.arange(num_m, dtype=np.int32))
-            table = to_device(np.arange(num_m, dtype=np.int32)[:, None])
-            zeros = to_device(np.zeros(num_m, np.int32))
             add = (x, residual, weight, 1e-5, total)
             cases: dict[str, tuple[Any, ...]] = {
                 "add_rms_norm": (*add, out),
@@ -207,8 +203,6 @@ def small(kernels: Any, stream: Any) -> None:
                 "silu_mul_interleaved": (gate_up, act),
                 "silu_mul_fp8": (gate_up, act8, scale),
                 "silu_mul_grouped": (gate_up, act8, grouped),
-                "rope_append": (qkv, zeros, ids, table, rope, pages, q_out),
-                "rope_append_fp8": (qkv, zeros, ids, table, rope, kv_scale, pages8, q_out),
             }
             for name, arguments in cases.items():
                 us = timed(stream, [partial(kernels[name], *arguments)] * 32)

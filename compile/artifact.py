@@ -116,7 +116,8 @@ def buffer_bytes(config: ModelConfig, compile_config: CompileConfig, sharding: S
     tokens, slots = compile_config.max_num_batched_tokens, compile_config.max_num_seqs
     heads = (sharding.num_q_heads, sharding.num_kv_heads, config.head_dim)
     padded_vocab = sharding.vocab_size * sharding.tp_size
-    total = 4 * sizes.attention_plan_size(tokens, slots) + 4 * sizes.attention_workspace_size(tokens, slots, *heads)
+    total = 4 * sizes.attention_plan_size(tokens, slots, decode_only=False)
+    total += 4 * sizes.attention_workspace_size(tokens, slots, *heads)
     total += sizes.sampler_bytes(slots, compile_config.max_num_rows, config.vocab_size, padded_vocab)
     if sharding.tp_size > 1:
         total += sizes.push_workspace_bytes(sharding.tp_size, config.hidden_size)

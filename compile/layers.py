@@ -166,8 +166,7 @@ class Attention(nn.Module):
         config, operators = self._context.config, self._context.operators
         qk_norm = (self.q_norm, self.k_norm, config.rms_norm_eps) if config.qk_norm else None
         kv = PagedKV(pages, self.kv_scale)
-        q = operators.rope_append(self.qkv(x), qk_norm, batch, kv, self._shape)
-        return self.o.add_to(residual, operators.attention(q, batch, kv, self._shape), norm)
+        return self.o.add_to(residual, operators.attention(self.qkv(x), qk_norm, batch, kv, self._shape), norm)
 
 
 class MLP(nn.Module):

@@ -143,18 +143,18 @@ class Operators(Protocol):
     def gemm_silu_mul(self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int) -> GemmInput:
         """(T, K), packed weight of `rows` = 2F output rows of gate and up, (rows,) -> SiLU(gate) * up, (T, F)."""
 
-    def rope_append(
+    def attention(
         self,
         qkv: Tensor,
         qk_norm: tuple[Tensor, Tensor, float] | None,
         batch: BatchInputs,
         kv: PagedKV,
         shape: AttentionShape,
-    ) -> Tensor:
-        """Rotate q and k, write k and v to the pages; (T, (Hq + 2 Hkv) D) -> q (T, Hq, D)."""
+    ) -> GemmInput:
+        """Rotate q and k, write k and v to the pages, and attend; (T, (Hq + 2 Hkv) D) -> (T, Hq * D).
 
-    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> GemmInput:
-        """(T, Hq, D) -> (T, Hq * D)."""
+        `qk_norm` has the weights, (D,) float32 each, and the epsilon of a norm of each head of q and k before that.
+        """
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """(T, H), (R,) int32 -> (R, H)."""
@@ -257,37 +257,36 @@ class TunedOperators:
         _, values = self._call(f"{self._prefix}{name}", args, [scratch, ((tokens, columns), self._dtype)])
         return GemmInput(values)
 
-    def rope_append(
+    def attention(
         self,
         qkv: Tensor,
         qk_norm: tuple[Tensor, Tensor, float] | None,
         batch: BatchInputs,
         kv: PagedKV,
         shape: AttentionShape,
-    ) -> Tensor:
+    ) -> GemmInput:
         """See Operators."""
-        where = [batch.positions, batch.token_slots, batch.page_table, batch.rope, *_pages(kv)]
-        out = (qkv.shape[0], shape.num_q_heads, shape.head_dim)
-        suffix = "" if kv.scale is None else "_fp8"
-        if qk_norm is None:
-            return self._extern(f"rope_append{suffix}", [qkv, *where], out)
-        return self._extern(f"qk_norm_rope_append{suffix}", [qkv, *qk_norm, *where], out)
-
-    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> GemmInput:
-        """See Operators."""
-        if self._target == "cuda":
-            args = [q, *_pages(kv), batch.page_table, batch.plan, shape.scale, shape.window, batch.workspace]
-        else:
-            args = [q, *_pages(kv), batch.positions, batch.token_slots, batch.page_table, shape.scale, shape.window]
-        name = "attention" if kv.scale is None else "attention_fp8"
-        tokens, columns = q.shape[0], shape.num_q_heads * shape.head_dim
-        if not self._quantize:
-            return GemmInput(self._extern(name, args, (tokens, columns)))
-        if shape.head_dim == _GROUP_SIZE and columns % _STAGE_SIZE == 0:
-            outputs = [((tokens, columns), self._dtype), *_grouped(tokens, columns)]  # the first is scratch
-            _, values, scales = self._call(f"{self._prefix}{name}_grouped", args, outputs)
+        norm = list(qk_norm or ())
+        prefix = "qk_norm_" if norm else ""
+        tokens, columns = qkv.shape[0], shape.num_q_heads * shape.head_dim
+        where = [batch.positions, batch.token_slots, batch.page_table]
+        if self._target == "cpu":
+            heads = (tokens, shape.num_q_heads, shape.head_dim)
+            q = self._extern(f"{prefix}rope_append", [qkv, *norm, *where, batch.rope, kv.pages], heads)
+            args = [q, kv.pages, *where, shape.scale, shape.window]
+            return GemmInput(self._extern("attention", args, (tokens, columns)))
+        name = f"{self._prefix}{prefix}attention"
+        args = [qkv, *norm, kv.pages]
+        if kv.scale is not None:
+            name, args = f"{name}_fp8", [qkv, *norm, kv.scale, kv.pages]
+        args += [*where, batch.rope, batch.plan, shape.scale, shape.window, batch.workspace]
+        rotated = ((tokens, columns), self._dtype)  # queries between two kernels
+        if self._quantize and shape.head_dim == _GROUP_SIZE and columns % _STAGE_SIZE == 0:
+            _, values, scales = self._call(f"{name}_grouped", args, [rotated, *_grouped(tokens, columns)])
             return GemmInput(values, scales, "grouped")
-        x = self._extern(name, args, (tokens, columns))
+        _, x = self._call(name, args, [rotated, ((tokens, columns), self._dtype)])
+        if not self._quantize:
+            return GemmInput(x)
         return GemmInput(*self._call(f"{self._prefix}quantize_fp8", [x], _quantized(x.shape)))
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -327,11 +326,6 @@ def _gemm_call(x: GemmInput, weight: GemmWeight, bias: Tensor | None, ending: st
         kind = {"row": "", "grouped": "_grouped", "silu": "_after_silu"}[x.scales]
         name, args = f"gemm_fp8{kind}", [x.values, x.scale, weight.values, weight.scale]
     return (f"{name}{ending}", args) if bias is None else (f"{name}{ending}_bias", [*args, bias])
-
-
-def _pages(kv: PagedKV) -> list[Tensor]:
-    """Return what a kernel takes of a layer's pages."""
-    return [kv.pages] if kv.scale is None else [kv.scale, kv.pages]
 
 
 def _quantized(shape: tuple[object, ...]) -> list[tuple[tuple[object, ...], str]]:
@@ -400,24 +394,33 @@ class PortableOperators:
         gate, up = op.split(self.gemm(x, weight, bias, rows), 2, axis=-1)
         return GemmInput(op.multiply(op.silu(gate), up))
 
-    def rope_append(
+    def attention(
         self,
         qkv: Tensor,
         qk_norm: tuple[Tensor, Tensor, float] | None,
         batch: BatchInputs,
         kv: PagedKV,
         shape: AttentionShape,
-    ) -> Tensor:
+    ) -> GemmInput:
         """See Operators."""
         if qk_norm is not None:
             qkv = self._norm_heads(qkv, qk_norm, shape)
-        func = portable.rope_append(shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size)
-        return op.tensor_ir_op(
-            func,
+        q = op.tensor_ir_op(
+            portable.rope_append(shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size),
             "rope_append",
             [qkv, batch.positions, batch.token_slots, batch.page_table, batch.rope, kv.pages],
             Tensor.placeholder((qkv.shape[0], shape.num_q_heads, shape.head_dim), "float32"),
         )
+        func = portable.attention(
+            shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size, shape.scale, shape.window
+        )
+        out = op.tensor_ir_op(
+            func,
+            "attention",
+            [q, kv.pages, batch.positions, batch.token_slots, batch.page_table],
+            Tensor.placeholder((qkv.shape[0], shape.num_q_heads * shape.head_dim), "float32"),
+        )
+        return GemmInput(out)
 
     def _norm_heads(self, qkv: Tensor, qk_norm: tuple[Tensor, Tensor, float], shape: AttentionShape) -> Tensor:
         q_weight, k_weight, eps = qk_norm
@@ -427,19 +430,6 @@ class PortableOperators:
         q = op.rms_norm(op.reshape(q, (tokens, shape.num_q_heads, shape.head_dim)), q_weight, axes=-1, epsilon=eps)
         k = op.rms_norm(op.reshape(k, (tokens, shape.num_kv_heads, shape.head_dim)), k_weight, axes=-1, epsilon=eps)
         return op.concat([op.reshape(q, (tokens, q_dim)), op.reshape(k, (tokens, kv_dim)), v], dim=-1)
-
-    def attention(self, q: Tensor, batch: BatchInputs, kv: PagedKV, shape: AttentionShape) -> GemmInput:
-        """See Operators."""
-        func = portable.attention(
-            shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size, shape.scale, shape.window
-        )
-        out = op.tensor_ir_op(
-            func,
-            "attention",
-            [q, kv.pages, batch.positions, batch.token_slots, batch.page_table],
-            Tensor.placeholder((q.shape[0], shape.num_q_heads * shape.head_dim), "float32"),
-        )
-        return GemmInput(out)
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """See Operators."""

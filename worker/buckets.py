@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from tpserve.worker.arrays import Array
 from tpserve.worker.batch import StepArrays
@@ -10,8 +13,8 @@ from tpserve.worker.batch import StepArrays
 # None under 8: GEMMs take eight tokens in the time of one, and a step of one padded to eight measured 4.33 ms where one
 # captured for it alone took 4.49 (8B, benchmarks/README.md).
 _DECODE_BUCKETS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256)
-# Whole tiles of the GEMMs: a tile that is padded takes longer than a whole one, 136 tokens more than 192.
-_MIXED_BUCKETS = (96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+# From 64 on whole tiles of the GEMMs: a tile that is padded takes longer than a whole one, 136 tokens more than 192.
+_MIXED_BUCKETS = (32, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,8 @@ class Bucket:
 
     num_tokens: int
     num_rows: int
+    decode_only: bool = False
+    """Whether each token is its slot's only one, which attention makes use of: no other may run in such a graph."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -41,11 +46,44 @@ class Bucket:
 
 
 def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
-    """Return the buckets, smallest first: pure decodes, where each token is sampled, then mixed steps."""
-    rows = [size for size in _DECODE_BUCKETS if size < max_num_seqs] + [max_num_seqs]
-    tokens = [size for size in _MIXED_BUCKETS if max_num_seqs < size < max_num_batched_tokens]
-    mixed = [Bucket(size, max_num_seqs) for size in [*tokens, max_num_batched_tokens] if size > max_num_seqs]
-    return [Bucket(size, size) for size in rows] + mixed
+    """Return the buckets, smallest first: of decodes, where each token is its slot's only one, and of mixed steps."""
+    decodes = [size for size in _DECODE_BUCKETS if size < max_num_seqs] + [max_num_seqs]
+    mixed = [size for size in _MIXED_BUCKETS if size < max_num_batched_tokens] + [max_num_batched_tokens]
+    buckets = [Bucket(size, size, decode_only=True) for size in decodes]
+    buckets += [Bucket(size, min(size, max_num_seqs)) for size in mixed]
+    return sorted(buckets, key=capture_order)
+
+
+def capture_order(bucket: Bucket) -> tuple[int, bool]:
+    """Return what buckets are sorted by, smallest first; of two with as many tokens, decodes take less time."""
+    return bucket.num_tokens, not bucket.decode_only
+
+
+def smallest(buckets: Sequence[Bucket], arrays: StepArrays) -> int | None:
+    """Return the place of the first bucket that holds a step; None if none does.
+
+    Parameters
+    ----------
+    buckets
+        Smallest first.
+    """
+    num_tokens, num_rows = len(arrays.token_ids), len(arrays.sample_rows)
+    decode_only = is_decode_only(arrays.token_slots)
+    for place, bucket in enumerate(buckets):
+        if bucket.num_tokens >= num_tokens and bucket.num_rows >= num_rows and decode_only >= bucket.decode_only:
+            return place
+    return None
+
+
+def is_decode_only(token_slots: Array) -> bool:
+    """Return whether each token of a step is its slot's only one.
+
+    Parameters
+    ----------
+    token_slots : (T,) int32
+        As the host lays a step out, none padded. What the device makes padding of stays its slot's only token.
+    """
+    return len(token_slots) == 0 or int(np.bincount(token_slots).max()) == 1
 
 
 def fill(bucket: Bucket, arrays: StepArrays, target: Array) -> None:

@@ -27,7 +27,7 @@ from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch, StepArrays
-from tpserve.worker.buckets import fill, make_buckets
+from tpserve.worker.buckets import Bucket, capture_order, fill, make_buckets, smallest
 from tpserve.worker.captured_step import CapturedStep, PendingStep, unowned
 from tpserve.worker.device_draft import check_draft_manifest, draft_rank_config
 from tpserve.worker.device_group import DeviceGroup
@@ -114,7 +114,7 @@ class DeviceRunner:
         self._window = manifest.attention_window
         num_tokens = manifest.max_num_batched_tokens
         floats = self._kernels["attention_workspace_size"](num_tokens, *self._heads, kv.head_dim)
-        self._plan = cupy.zeros(self._plan_words(num_tokens), cupy.int32)
+        self._plan = cupy.zeros(self._plan_words(Bucket(num_tokens, config.max_num_seqs)), cupy.int32)
         self._workspace = tvm_ffi.from_dlpack(cupy.zeros(max(1, floats), cupy.float32))
         buckets = make_buckets(config.max_num_seqs, manifest.max_num_batched_tokens)
         verify_buckets: list[VerifyBucket] = []
@@ -170,10 +170,10 @@ class DeviceRunner:
         The steps, smallest first.
         """
         started = time.perf_counter()
-        steps = sorted(steps, key=lambda step: -step.bucket.num_tokens)
+        steps = sorted(steps, key=lambda step: capture_order(step.bucket), reverse=True)
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             for step in steps:
-                step.plan = tvm_ffi.from_dlpack(self._plan[: self._plan_words(step.bucket.num_tokens)])
+                step.plan = tvm_ffi.from_dlpack(self._plan[: self._plan_words(step.bucket)])
                 step.graph = self._capture_one(partial(self._run, step))
                 if self._speculation is not None and not step.num_draft_tokens:
                     step.prompt_graph = self._capture_one(partial(self._run_draft, step))
@@ -196,7 +196,8 @@ class DeviceRunner:
         """Queue the draft's pass over a step that has run."""
         assert self._speculation is not None
         token_ids, positions, token_slots = step.tensors[:3]
-        self._speculation.compute_prompts(token_ids, positions, token_slots, self._page_table)
+        decode_only = step.bucket.decode_only
+        self._speculation.compute_prompts(token_ids, positions, token_slots, self._page_table, decode_only)
 
     def _capture_forward(self, step: CapturedStep) -> None:
         """Capture a bucket's step up to the logits; nothing runs, and the pool has room from the whole step's capture.
@@ -423,16 +424,19 @@ class DeviceRunner:
         """Make the rank's GPU this thread's: CUDA's current device is a thread's own, and calls come from several."""
         cupy.cuda.Device(self._config.device).use()
 
-    def _plan_words(self, num_tokens: int) -> int:
-        return int(self._kernels["attention_plan_size"](num_tokens, self._config.max_num_seqs))
+    def _plan_words(self, bucket: Bucket) -> int:
+        slots = self._config.max_num_seqs
+        return int(self._kernels["attention_plan_size"](bucket.num_tokens, slots, bucket.decode_only))
 
     def _bucket_for(self, arrays: StepArrays, num_draft_tokens: int) -> CapturedStep:
-        num_tokens, num_rows = len(arrays.token_ids), len(arrays.sample_rows)
-        for step in self._verifying if num_draft_tokens else self._captured:
-            if step.bucket.num_tokens >= num_tokens and step.bucket.num_rows >= num_rows:
-                if step.num_draft_tokens == num_draft_tokens:
-                    return step
-        raise PlanError(f"no bucket holds {num_tokens} tokens of which {num_rows} are sampled")
+        steps = self._captured
+        if num_draft_tokens:
+            steps = [step for step in self._verifying if step.num_draft_tokens == num_draft_tokens]
+        place = smallest([step.bucket for step in steps], arrays)
+        if place is None:
+            num_tokens, num_rows = len(arrays.token_ids), len(arrays.sample_rows)
+            raise PlanError(f"no bucket holds {num_tokens} tokens of which {num_rows} are sampled")
+        return steps[place]
 
     def _update_pages(self, updates: list[tuple[int, int, int]], staging: int) -> None:
         for first in range(0, len(updates), _MAX_PAGE_UPDATES):

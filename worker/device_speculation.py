@@ -54,16 +54,18 @@ class DeviceDraft:
         self._kv = device_pages(kv, config.num_pages)
         self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
         self.max_num_tokens = manifest.max_num_batched_tokens
-        words = kernels["attention_plan_size"](self.max_num_tokens, config.max_num_seqs)
+        words = kernels["attention_plan_size"](self.max_num_tokens, config.max_num_seqs, False)
         # Exchanged once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
         self._plan = tvm_ffi.from_dlpack(cupy.zeros(words, cupy.int32))
         floats = kernels["attention_workspace_size"](self.max_num_tokens, *self._heads, kv.head_dim)
         self._workspace = tvm_ffi.from_dlpack(cupy.zeros(max(1, floats), cupy.float32))
         self._max_num_seqs = config.max_num_seqs
 
-    def forward(self, ids: Any, positions: Any, slots: Any, page_table: Any, rows: Any) -> Any:
-        """Queue a step over (T,) tokens; return the (R, width) logits."""
-        words = self._kernels["attention_plan_size"](ids.shape[0], self._max_num_seqs)
+    def forward(
+        self, ids: Any, positions: Any, slots: Any, page_table: Any, rows: Any, *, decode_only: bool = False
+    ) -> Any:
+        """Queue a step over (T,) tokens, with `decode_only` one of a slot at most; return the (R, width) logits."""
+        words = self._kernels["attention_plan_size"](ids.shape[0], self._max_num_seqs, decode_only)
         plan = self._plan._create_view((words,))
         self._kernels["attention_plan"](positions, slots, *self._heads, self.manifest.attention_window, plan)
         arguments = (ids, positions, slots, page_table, rows, plan, self._workspace, self._kv, self._params)
@@ -174,14 +176,20 @@ class DeviceSpeculation:
                     *self._state, token_slots, stride, index, self._draft.manifest.max_model_len, *where
                 )
                 rows = self._all_rows._create_view((num_slots,))
-                logits = self._draft.forward(ids, positions, slots, page_table, rows)
+                logits = self._draft.forward(ids, positions, slots, page_table, rows, decode_only=True)
                 sample_slots = slots
             sampled = sampler.queue_draft(logits, sample_slots, sample_positions)
             self._kernels["draft_store"](*self._state, token_slots, stride, index, sampled, sample_slots)
 
-    def compute_prompts(self, token_ids: Any, positions: Any, token_slots: Any, page_table: Any) -> None:
-        """Queue the draft's pass over a step that has run, so that it has the KV of prompts too."""
-        self._draft.forward(token_ids, positions, token_slots, page_table, self._all_rows._create_view((1,)))
+    def compute_prompts(
+        self, token_ids: Any, positions: Any, token_slots: Any, page_table: Any, decode_only: bool
+    ) -> None:
+        """Queue the draft's pass over a step that has run, so that it has the KV of prompts too.
+
+        `decode_only`: no slot has several of the tokens.
+        """
+        rows = self._all_rows._create_view((1,))
+        self._draft.forward(token_ids, positions, token_slots, page_table, rows, decode_only=decode_only)
 
     def load(self, num_draft_tokens: int, tensors: Sequence[Any]) -> None:
         """Queue what gives a step's rows their tokens, positions and slots, in place."""

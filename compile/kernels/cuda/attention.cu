@@ -10,9 +10,12 @@
 // Chunks start at multiples of a length that depends on the run's own length alone, so results do not depend on what
 // else is in the batch. A fifth warp announces items and fetches their queries and stages of 64 positions ahead, across
 // items, so that the others never wait for an address.
+//
+// New tokens are turned and appended by a kernel of its own (rope.cu) or, in a step in which each token is its slot's
+// only one, by the fifth warp: between two GEMMs a kernel costs more than what it does. Both give the same bits.
+#include "attention_fetch.cuh"
 #include "attention_splits.cuh"
 #include "elementwise.cuh"
-#include "hopper.cuh"
 
 namespace tpserve::cuda {
 namespace {
@@ -20,87 +23,6 @@ namespace {
 constexpr int kThreads = (kConsumerWarps + 1) * 32;
 
 __device__ __forceinline__ void consumer_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
-
-template <typename KV, int kHeadDim>
-struct Shared {
-  static constexpr int kSliceBytes = Fragments<KV, kHeadDim>::kSliceBytes;
-  static constexpr int kStages = (96 << 10) / (kStageRows / kSliceRows * kSliceBytes);
-  static constexpr int kHeaders = 2;  // items announced ahead
-  alignas(128) uint8_t stage[kStages][kStageRows / kSliceRows * kSliceBytes];
-  alignas(16) uint8_t queries[kHeaders][kDecodeRows * kHeadDim * 2];  // of decode items
-  float added[2][kHeadDim / 4 * 32];  // sums of two warps, eight rows
-  float top[kConsumerWarps][kDecodeRows], sum[kConsumerWarps][kDecodeRows];
-  Item item[kHeaders];
-  int head[kHeaders];
-  uint64_t full[kStages], empty[kStages];
-  uint64_t header_full[kHeaders], header_empty[kHeaders];
-};
-
-/// Announces an item to the consumers, with its queries if it is for decoding.
-template <typename KV, int kHeadDim>
-__device__ void announce(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
-                         RingPlace& header) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t token_bytes = p.group * kHeadDim * 2;
-  const bool decode = item.kind == kDecode;
-  if (lane == 0) {
-    barrier_wait(&shared.header_empty[header.slot], header.parity ^ 1);
-    shared.item[header.slot] = item;
-    shared.head[header.slot] = head;
-    barrier_expect(&shared.header_full[header.slot], decode ? item.count * token_bytes : 0);
-  }
-  __syncwarp();
-  if (decode && lane < item.count) {
-    const int64_t row = static_cast<int64_t>(item.token + lane) * p.kv.num_kv_heads * p.group + head * p.group;
-    bulk_copy(shared_address(shared.queries[header.slot]) + lane * token_bytes, p.q + row * kHeadDim, token_bytes,
-              &shared.header_full[header.slot]);
-  }
-  header.advance(Shared<KV, kHeadDim>::kHeaders);
-}
-
-template <typename KV, int kHeadDim>
-__device__ void fetch_item(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
-                           RingPlace& place) {
-  using S = Shared<KV, kHeadDim>;
-  using P = typename Fragments<KV, kHeadDim>::P;
-  const int lane = threadIdx.x % 32;
-  const Range range(item, p.window);
-  const int first_slice = range.begin / kSliceRows, last_slice = (range.end - 1) / kSliceRows;
-  const int slices_per_page = p.kv.page_size / kSliceRows;
-  const int32_t* table = p.kv.table + static_cast<int64_t>(item.slot) * p.kv.pages_per_slot;
-  int known = -32, page_of_lane = 0;  // pages of slices [known, known + 32)
-  for (int stage = range.first_stage(); stage <= range.last_stage(); ++stage) {
-    const int slice = stage * (kStageRows / kSliceRows);
-    if (slice + 3 >= known + 32) {
-      known = slice;
-      page_of_lane = __ldcg(table + min(known + lane, last_slice) / slices_per_page);
-    }
-    const int mine = slice + lane % 4;
-    const bool wanted = lane < 4 && mine >= first_slice && mine <= last_slice;
-    const int page = __shfl_sync(~0u, page_of_lane, mine - known);
-    const int count = __popc(__ballot_sync(~0u, wanted));
-    if (lane == 0) {
-      barrier_wait(&shared.empty[place.slot], place.parity ^ 1);
-      barrier_expect(&shared.full[place.slot], count * S::kSliceBytes);
-    }
-    __syncwarp();
-    if (wanted) {
-      const char* source = reinterpret_cast<const char*>(p.kv.template keys<kHeadDim>(page, head));
-      const uint32_t target = shared_address(shared.stage[place.slot]) + lane * S::kSliceBytes;
-      if (slices_per_page == 1) {
-        bulk_copy(target, source, S::kSliceBytes, &shared.full[place.slot]);
-      } else {
-        source += mine % slices_per_page * P::kSliceBytes;
-#pragma unroll
-        for (int panel = 0; panel < 2 * P::kCount; ++panel) {  // of keys, then of values
-          const int64_t at = static_cast<int64_t>(panel) * p.kv.page_size * P::kRowBytes;
-          bulk_copy(target + panel * P::kSliceBytes, source + at, P::kSliceBytes, &shared.full[place.slot]);
-        }
-      }
-    }
-    place.advance(S::kStages);
-  }
-}
 
 /// Adds the four warps' sums, (w + w2) + (w1 + w3) whichever warp w `role` 0 is; the result is in that warp.
 template <typename KV, int kHeadDim>
@@ -230,12 +152,12 @@ __device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int 
   }
 }
 
-template <typename KV, int kHeadDim, Out kOut>
+/// `kDecodeOnly`: of a step in which each token is its slot's only one; it appends them on the way.
+template <typename KV, int kHeadDim, Out kOut, bool kDecodeOnly>
 __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_constant__ AttentionParams<KV> p) {
   using S = Shared<KV, kHeadDim>;
   extern __shared__ __align__(1024) uint8_t memory[];
   S& shared = *reinterpret_cast<S*>(memory);
-  const int warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], kConsumerWarps);
@@ -247,28 +169,10 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_con
   }
   pdl_launch();
   __syncthreads();
+  if (threadIdx.x / 32 == kConsumerWarps) return fetch_items<KV, kHeadDim, kDecodeOnly>(p, shared);
   pdl_wait();
-  const int num_heads = p.kv.num_kv_heads;
+  const int num_items = (__ldcg(p.plan) + __ldcg(p.plan + 1)) * p.kv.num_kv_heads;
   RingPlace place, header;
-  if (warp == kConsumerWarps) {
-    // The first item is read along with the counts, as if there were decode items only.
-    Item next = load_item(p.layout.decode(p.plan) + min(static_cast<int>(blockIdx.x) / num_heads, p.layout.max_decode - 1));
-    const int num_wide = __ldcg(p.plan) * num_heads, num_items = num_wide + __ldcg(p.plan + 1) * num_heads;
-    const auto at = [&](int i) {
-      const bool wide = i < num_wide;
-      return (wide ? p.layout.wide(p.plan) : p.layout.decode(p.plan)) + (wide ? i : i - num_wide) / num_heads;
-    };
-    if (num_wide > 0 && blockIdx.x < num_items) next = load_item(at(blockIdx.x));
-    for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-      const Item item = next;
-      if (i + static_cast<int>(gridDim.x) < num_items) next = load_item(at(i + gridDim.x));
-      const int head = (i < num_wide ? i : i - num_wide) % num_heads;
-      announce(p, shared, item, head, header);
-      if (item.kind != kPadding) fetch_item<KV, kHeadDim>(p, shared, item, head, place);
-    }
-    return;
-  }
-  const int num_items = (__ldcg(p.plan) + __ldcg(p.plan + 1)) * num_heads;
   Rows<KV, kHeadDim> rows;
   int finisher = 0;
   for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
@@ -281,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_con
     header.advance(S::kHeaders);
     if (item.kind == kPadding) {
       write_zeros<KV, kHeadDim, kOut>(p, item, head);
-    } else if (item.kind == kDecode) {
+    } else if (kDecodeOnly || item.kind == kDecode) {
       consume_decode<KV, kHeadDim, kOut>(p, shared, item, head, finisher, place, rows);
       finisher = (finisher + 1) % kConsumerWarps;
     } else {
@@ -290,9 +194,10 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_con
   }
 }
 
-/// Words of the plan of a step with up to T tokens of S slots.
-int64_t attention_plan_size(int64_t num_tokens, int64_t num_slots) {
-  return PlanLayout(static_cast<int>(num_tokens), static_cast<int>(num_slots)).size();
+/// Words of the plan of a step with T tokens of S slots: of any such step, or of one in which each token is its slot's only
+/// one.
+int64_t attention_plan_size(int64_t num_tokens, int64_t num_slots, bool decode_only) {
+  return PlanLayout(static_cast<int>(num_tokens), static_cast<int>(num_slots), decode_only).size();
 }
 
 /// float32 elements of workspace that `attention` needs for T tokens of S slots.
@@ -302,31 +207,53 @@ int64_t attention_workspace_size(int64_t num_tokens, int64_t num_slots, int64_t 
   return num_arrivals(num_slots, num_kv_heads) + rows * kMaxSplits * num_kv_heads * (head_dim + 4);
 }
 
-/// (T,) positions and slots -> the plan that `attention` of every layer of this step takes.
+void check_heads(int64_t num_heads, int64_t num_kv_heads) {
+  if (num_kv_heads < 1 || num_heads < 1 || num_heads % num_kv_heads != 0 || num_heads / num_kv_heads > kDecodeRows) {
+    TVM_FFI_THROW(ValueError) << num_heads << " query heads over " << num_kv_heads
+                              << " KV heads: expected groups of 1 to " << kDecodeRows;
+  }
+}
+
+/// (T,) positions and slots -> the plan that `attention` of every layer of this step takes. The plan's size says whether
+/// it is one of decodes alone; then no two tokens may have the same slot, and those with slot -1 may be anywhere.
 void attention_plan(TensorView positions, TensorView token_slots, int64_t num_slots, int64_t num_heads,
                     int64_t num_kv_heads, int64_t window, TensorView plan) {
   check_rank("positions", positions, 1);
   const int64_t num_tokens = positions.size(0);
   const int32_t* position = checked<int32_t>("positions", positions, {num_tokens});
   const int32_t* slot = checked<int32_t>("token_slots", token_slots, {num_tokens});
-  if (num_kv_heads < 1 || num_heads % num_kv_heads != 0 || num_heads / num_kv_heads > kDecodeRows) {
-    TVM_FFI_THROW(ValueError) << num_heads << " query heads over " << num_kv_heads
-                              << " KV heads: expected groups of 1 to " << kDecodeRows;
-  }
+  check_heads(num_heads, num_kv_heads);
   if (num_tokens > kMaxPlanTokens) {
     TVM_FFI_THROW(ValueError) << num_tokens << " tokens in a step, at most " << kMaxPlanTokens << " are supported";
   }
   if (window < 0) TVM_FFI_THROW(ValueError) << "window is " << window << ", expected 0 (none) or more";
-  int32_t* words = checked<int32_t>("plan", plan, {attention_plan_size(num_tokens, num_slots)});
-  launch(plan_kernel, 1, kPlanThreads, 0, stream_of(plan), position, slot, static_cast<int>(num_tokens),
-         static_cast<int>(num_slots), static_cast<int>(num_heads / num_kv_heads), static_cast<int>(window), words);
+  const PlanLayout layout = layout_of(plan, num_tokens, num_slots);
+  int32_t* words = checked<int32_t>("plan", plan, {layout.size()});
+  launch(layout.decode_only() ? decode_plan_kernel : plan_kernel, 1, kPlanThreads, 0, stream_of(plan), position, slot,
+         static_cast<int>(num_tokens), static_cast<int>(num_slots), static_cast<int>(num_heads / num_kv_heads),
+         static_cast<int>(window), layout, words);
 }
+
+/// What every variant takes, besides scales of pages and a norm.
+struct Inputs {
+  const TensorView &qkv, &kv_layer, &positions, &token_slots, &page_table, &rope, &plan;
+  double scale;
+  int64_t window;
+  const TensorView &workspace, &q;
+};
+
+/// Norm weights of queries and keys with their epsilon, or none.
+struct HeadNorm {
+  const TensorView* q_weight = nullptr;
+  const TensorView* k_weight = nullptr;
+  double eps = 0.0;
+};
 
 /// Where a step's output goes: `out`, or `quantized` and `scales`.
 struct Output {
   const TensorView* out;
-  const TensorView* quantized;
-  const TensorView* scales;
+  const TensorView* quantized = nullptr;
+  const TensorView* scales = nullptr;
 };
 
 template <typename KV, int kHeadDim, Out kOut>
@@ -335,87 +262,146 @@ void run(const AttentionParams<KV>& p, int device, cudaStream_t stream) {
   check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "SM count");
   const int64_t max_items = (static_cast<int64_t>(p.layout.max_wide) + p.layout.max_decode) * p.kv.num_kv_heads;
   const dim3 grid(static_cast<unsigned>(max_items < 2 * num_sms ? max_items : 2 * num_sms));
-  launch(attention_kernel<KV, kHeadDim, kOut>, grid, kThreads, sizeof(Shared<KV, kHeadDim>), stream, p);
+  const auto kernel = p.layout.decode_only() ? attention_kernel<KV, kHeadDim, kOut, true>
+                                             : attention_kernel<KV, kHeadDim, kOut, false>;
+  launch(kernel, grid, kThreads, sizeof(Shared<KV, kHeadDim>), stream, p);
 }
 
 template <typename KV>
-void attend(const TensorView& q, KVScales<KV> kv_scales, const TensorView& kv_layer, const TensorView& page_table,
-            const TensorView& plan, double scale, int64_t window, const TensorView& workspace, const Output& output) {
-  check_rank("q", q, 3);
-  check_rank("workspace", workspace, 1);
-  const int64_t num_tokens = q.size(0), num_heads = q.size(1), dim = q.size(2);
-  const PagedKV<KV> kv = PagedKV<KV>::from(kv_scales, kv_layer, page_table, dim);
-  if (num_heads % kv.num_kv_heads != 0) {
-    TVM_FFI_THROW(ValueError) << num_heads << " query heads cannot be shared by " << kv.num_kv_heads << " KV heads";
-  }
-  const PlanLayout layout(static_cast<int>(num_tokens), kv.num_slots);
+void attend(const Inputs& in, const HeadNorm& norm, KVScales<KV> kv_scales, const Output& output) {
+  check_rank("q", in.q, 2);
+  check_rank("rope", in.rope, 2);
+  check_rank("workspace", in.workspace, 1);
+  const int64_t num_tokens = in.q.size(0), dim = in.rope.size(1);
+  const PagedKV<KV> kv = PagedKV<KV>::from(kv_scales, in.kv_layer, in.page_table, dim);
+  const int64_t num_heads = in.q.size(1) / dim;
+  check_heads(num_heads, kv.num_kv_heads);
   const int64_t need = attention_workspace_size(num_tokens, kv.num_slots, num_heads, kv.num_kv_heads, dim);
-  if (workspace.size(0) < need) {
-    TVM_FFI_THROW(ValueError) << "workspace has " << workspace.size(0) << " elements, expected at least " << need;
+  if (in.workspace.size(0) < need) {
+    TVM_FFI_THROW(ValueError) << "workspace has " << in.workspace.size(0) << " elements, expected at least " << need;
   }
+  NewTokens added{};
+  added.qkv = checked<bf16>("qkv", in.qkv, {num_tokens, (num_heads + 2 * kv.num_kv_heads) * dim});
+  added.rope = checked<float>("rope", in.rope, {-1, dim});
+  added.eps = static_cast<float>(norm.eps);
+  if (norm.q_weight != nullptr) {
+    added.q_weight = checked<float>("q_weight", *norm.q_weight, {dim});
+    added.k_weight = checked<float>("k_weight", *norm.k_weight, {dim});
+  }
+  const int32_t* positions = checked<int32_t>("positions", in.positions, {num_tokens});
+  const int32_t* slots = checked<int32_t>("token_slots", in.token_slots, {num_tokens});
+  bf16* q = checked<bf16>("q", in.q, {num_tokens, num_heads * dim});
+  const PlanLayout layout = layout_of(in.plan, num_tokens, kv.num_slots);
   AttentionParams<KV> p{.layout = layout};
-  p.q = checked<bf16>("q", q, {num_tokens, num_heads, dim});
+  p.added = added;
+  p.q = q;
   p.kv = kv;
-  p.plan = checked<int32_t>("plan", plan, {layout.size()});
-  float* floats = checked<float>("workspace", workspace, {-1});
+  p.plan = checked<int32_t>("plan", in.plan, {layout.size()});
+  float* floats = checked<float>("workspace", in.workspace, {-1});
   p.arrivals = reinterpret_cast<int32_t*>(floats);
   p.partial = floats + num_arrivals(kv.num_slots, kv.num_kv_heads);
   p.num_tokens = static_cast<int>(num_tokens);
   p.group = static_cast<int>(num_heads / kv.num_kv_heads);
-  p.window = static_cast<int>(window);
-  p.scale_log2 = static_cast<float>(scale * 1.4426950408889634);
-  const int device = q.device().device_id;
-  const cudaStream_t stream = stream_of(q);
-  if (output.out != nullptr) {
+  p.window = static_cast<int>(in.window);
+  p.scale_log2 = static_cast<float>(in.scale * 1.4426950408889634);
+  const bool is_grouped = output.out == nullptr;
+  if (is_grouped) {
+    check_multiple("the query heads", num_heads, 2);
+    p.quantized = checked<fp8>("out", *output.quantized, {num_tokens, num_heads * dim});
+    p.scales = checked<float>("scales", *output.scales, {num_heads / 2, 2, padded_tokens(num_tokens)});
+  } else {
     p.out = checked<bf16>("out", *output.out, {num_tokens, num_heads * dim});
-    return dim == 128 ? run<KV, 128, Out::kBf16>(p, device, stream) : run<KV, 64, Out::kBf16>(p, device, stream);
   }
-  check_multiple("the query heads", num_heads, 2);
-  p.quantized = checked<fp8>("out", *output.quantized, {num_tokens, num_heads * dim});
-  p.scales = checked<float>("scales", *output.scales, {num_heads / 2, 2, padded_tokens(num_tokens)});
-  run<KV, 128, Out::kGrouped>(p, device, stream);
+  const int device = in.q.device().device_id;
+  const cudaStream_t stream = stream_of(in.q);
+  if (!layout.decode_only()) {
+    append<KV>({added, kv, positions, slots, q, p.num_tokens, static_cast<int>(num_heads)}, dim, stream);
+  }
+  if (is_grouped) return run<KV, 128, Out::kGrouped>(p, device, stream);
+  return dim == 128 ? run<KV, 128, Out::kBf16>(p, device, stream) : run<KV, 64, Out::kBf16>(p, device, stream);
 }
 
-/// As `attend`, with e4m3 out; `scratch` is (T, Hq * D) bf16, for more tokens than have grouped scales.
+/// As `attend`, with e4m3 out. More tokens than have grouped scales go through `q` in bfloat16: a token's output of a head
+/// is written when its queries have been read, by the last of its items.
 template <typename KV>
-void attend_grouped(const TensorView& q, KVScales<KV> kv_scales, const TensorView& kv_layer,
-                    const TensorView& page_table, const TensorView& plan, double scale, int64_t window,
-                    const TensorView& workspace, const TensorView& scratch, const TensorView& out,
+void attend_grouped(const Inputs& in, const HeadNorm& norm, KVScales<KV> kv_scales, const TensorView& out,
                     const TensorView& scales) {
-  check_rank("q", q, 3);
-  if (q.size(2) != kGroupSize) {
-    TVM_FFI_THROW(ValueError) << "heads of " << q.size(2) << " dimensions, grouped scales are for " << kGroupSize;
+  check_rank("q", in.q, 2);
+  check_rank("rope", in.rope, 2);
+  if (in.rope.size(1) != kGroupSize) {
+    TVM_FFI_THROW(ValueError) << "heads of " << in.rope.size(1) << " dimensions, grouped scales are for " << kGroupSize;
   }
-  const bool grouped = q.size(0) <= kMaxGroupedTokens;
-  const Output output = grouped ? Output{nullptr, &out, &scales} : Output{&scratch, nullptr, nullptr};
-  attend<KV>(q, kv_scales, kv_layer, page_table, plan, scale, window, workspace, output);
-  if (!grouped) quantize_fp8_grouped(scratch, out, scales);
+  if (in.q.size(0) <= kMaxGroupedTokens) return attend<KV>(in, norm, kv_scales, {nullptr, &out, &scales});
+  attend<KV>(in, norm, kv_scales, {&in.q});
+  quantize_fp8_grouped(in.q, out, scales);
 }
 
-/// (T, Hq, D) bf16 -> (T, Hq * D) bf16. Tokens with slot -1 give zeros. The workspace's first words (`num_arrivals`) must
-/// be zero when it is first used, and are so afterwards.
-void attention(TensorView q, TensorView kv_layer, TensorView page_table, TensorView plan, double scale, int64_t window,
-               TensorView workspace, TensorView out) {
-  attend<bf16>(q, {}, kv_layer, page_table, plan, scale, window, workspace, {&out, nullptr, nullptr});
+/// (T, (Hq + 2 Hkv) D) bf16 -> (T, Hq D) bf16: turns queries and keys, appends keys and values to their pages, and attends.
+/// `q` is (T, Hq D) bf16, for the turned queries of steps that do not only decode. Tokens with slot -1 append nothing and
+/// give zeros. The workspace's first words (`num_arrivals`) must be zero when it is first used, and are so afterwards.
+void attention(TensorView qkv, TensorView kv_layer, TensorView positions, TensorView token_slots, TensorView page_table,
+               TensorView rope, TensorView plan, double scale, int64_t window, TensorView workspace, TensorView q,
+               TensorView out) {
+  attend<bf16>({qkv, kv_layer, positions, token_slots, page_table, rope, plan, scale, window, workspace, q}, {}, {},
+               {&out});
 }
 
 /// The same over e4m3 pages; `kv_scale` is (2,) float32, of keys and of values.
-void attention_fp8(TensorView q, TensorView kv_scale, TensorView kv_layer, TensorView page_table, TensorView plan,
-                   double scale, int64_t window, TensorView workspace, TensorView out) {
-  attend<fp8>(q, scales_from(kv_scale), kv_layer, page_table, plan, scale, window, workspace, {&out, nullptr, nullptr});
+void attention_fp8(TensorView qkv, TensorView kv_scale, TensorView kv_layer, TensorView positions,
+                   TensorView token_slots, TensorView page_table, TensorView rope, TensorView plan, double scale,
+                   int64_t window, TensorView workspace, TensorView q, TensorView out) {
+  attend<fp8>({qkv, kv_layer, positions, token_slots, page_table, rope, plan, scale, window, workspace, q}, {},
+              scales_from(kv_scale), {&out});
 }
 
 /// As `attention`, giving e4m3 with grouped scales; heads of 128.
-void attention_grouped(TensorView q, TensorView kv_layer, TensorView page_table, TensorView plan, double scale,
-                       int64_t window, TensorView workspace, TensorView scratch, TensorView out, TensorView scales) {
-  attend_grouped<bf16>(q, {}, kv_layer, page_table, plan, scale, window, workspace, scratch, out, scales);
+void attention_grouped(TensorView qkv, TensorView kv_layer, TensorView positions, TensorView token_slots,
+                       TensorView page_table, TensorView rope, TensorView plan, double scale, int64_t window,
+                       TensorView workspace, TensorView q, TensorView out, TensorView scales) {
+  attend_grouped<bf16>({qkv, kv_layer, positions, token_slots, page_table, rope, plan, scale, window, workspace, q}, {},
+                       {}, out, scales);
 }
 
-void attention_fp8_grouped(TensorView q, TensorView kv_scale, TensorView kv_layer, TensorView page_table,
-                           TensorView plan, double scale, int64_t window, TensorView workspace, TensorView scratch,
-                           TensorView out, TensorView scales) {
-  attend_grouped<fp8>(q, scales_from(kv_scale), kv_layer, page_table, plan, scale, window, workspace, scratch, out,
-                      scales);
+void attention_fp8_grouped(TensorView qkv, TensorView kv_scale, TensorView kv_layer, TensorView positions,
+                           TensorView token_slots, TensorView page_table, TensorView rope, TensorView plan,
+                           double scale, int64_t window, TensorView workspace, TensorView q, TensorView out,
+                           TensorView scales) {
+  attend_grouped<fp8>({qkv, kv_layer, positions, token_slots, page_table, rope, plan, scale, window, workspace, q}, {},
+                      scales_from(kv_scale), out, scales);
+}
+
+/// The same with a norm of each head of queries and keys; its weights are (D,) float32.
+void qk_norm_attention(TensorView qkv, TensorView q_weight, TensorView k_weight, double eps, TensorView kv_layer,
+                       TensorView positions, TensorView token_slots, TensorView page_table, TensorView rope,
+                       TensorView plan, double scale, int64_t window, TensorView workspace, TensorView q,
+                       TensorView out) {
+  attend<bf16>({qkv, kv_layer, positions, token_slots, page_table, rope, plan, scale, window, workspace, q},
+               {&q_weight, &k_weight, eps}, {}, {&out});
+}
+
+void qk_norm_attention_fp8(TensorView qkv, TensorView q_weight, TensorView k_weight, double eps, TensorView kv_scale,
+                           TensorView kv_layer, TensorView positions, TensorView token_slots, TensorView page_table,
+                           TensorView rope, TensorView plan, double scale, int64_t window, TensorView workspace,
+                           TensorView q, TensorView out) {
+  attend<fp8>({qkv, kv_layer, positions, token_slots, page_table, rope, plan, scale, window, workspace, q},
+              {&q_weight, &k_weight, eps}, scales_from(kv_scale), {&out});
+}
+
+void qk_norm_attention_grouped(TensorView qkv, TensorView q_weight, TensorView k_weight, double eps,
+                               TensorView kv_layer, TensorView positions, TensorView token_slots,
+                               TensorView page_table, TensorView rope, TensorView plan, double scale, int64_t window,
+                               TensorView workspace, TensorView q, TensorView out, TensorView scales) {
+  attend_grouped<bf16>({qkv, kv_layer, positions, token_slots, page_table, rope, plan, scale, window, workspace, q},
+                       {&q_weight, &k_weight, eps}, {}, out, scales);
+}
+
+void qk_norm_attention_fp8_grouped(TensorView qkv, TensorView q_weight, TensorView k_weight, double eps,
+                                   TensorView kv_scale, TensorView kv_layer, TensorView positions,
+                                   TensorView token_slots, TensorView page_table, TensorView rope, TensorView plan,
+                                   double scale, int64_t window, TensorView workspace, TensorView q, TensorView out,
+                                   TensorView scales) {
+  attend_grouped<fp8>({qkv, kv_layer, positions, token_slots, page_table, rope, plan, scale, window, workspace, q},
+                      {&q_weight, &k_weight, eps}, scales_from(kv_scale), out, scales);
 }
 
 template <typename S>
@@ -430,6 +416,10 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_fp8, attention_fp8);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_grouped, attention_grouped);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_fp8_grouped, attention_fp8_grouped);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(qk_norm_attention, qk_norm_attention);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(qk_norm_attention_fp8, qk_norm_attention_fp8);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(qk_norm_attention_grouped, qk_norm_attention_grouped);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(qk_norm_attention_fp8_grouped, qk_norm_attention_fp8_grouped);
 
 }  // namespace
 }  // namespace tpserve::cuda

@@ -1,39 +1,15 @@
-// How a step's attention is cut into items: found once, taken by every layer. attention.cu says what items are.
+// The kernel that finds a step's attention items: once, for all layers.
 #pragma once
 
+#include "attention_items.cuh"
 #include "kv.cuh"
 
 namespace tpserve::cuda {
 
 constexpr int kConsumerWarps = 4;
 constexpr int kTileRows = 16 * kConsumerWarps;
-constexpr int kDecodeRows = 16;
-constexpr int kChunk = 512;     // positions of a decode item, doubled until kMaxSplits chunks are enough
-constexpr int kMaxSplits = 32;
 constexpr int kPlanThreads = 1024;
 constexpr int kMaxPlanTokens = 32768;
-
-enum Kind : int { kPrefill = 0, kDecode = 1, kPadding = 2 };
-
-struct alignas(16) Item {
-  int token, count, kind, slot;                 // tokens [token, token + count)
-  int position, split, num_splits, first_row;   // of the first token; decode: chunk, chunks, first row of partial sums
-  int chunk, unused[3];                         // decode: positions of a chunk
-};
-static_assert(sizeof(Item) == 48);
-
-/// How the plan's int32 words are used. Mirrored by `attention_plan_size` in sizes.py.
-struct PlanLayout {
-  int max_wide, max_decode;
-  __host__ __device__ PlanLayout(int tokens, int slots)
-      : max_wide(tokens), max_decode((tokens < slots ? tokens : slots) * kMaxSplits) {}
-  __host__ __device__ int64_t size() const {
-    return 16 + 12ll * (static_cast<int64_t>(max_wide) + max_decode);
-  }
-  // words 0 and 1: number of wide (prefill, padding) and of decode items
-  __device__ Item* wide(int32_t* plan) const { return reinterpret_cast<Item*>(plan + 16); }
-  __device__ Item* decode(int32_t* plan) const { return wide(plan) + max_wide; }
-};
 
 __device__ __forceinline__ Item load_item(const Item* source) {
   Item item;
@@ -44,29 +20,44 @@ __device__ __forceinline__ Item load_item(const Item* source) {
   return item;
 }
 
-/// Rows of partial sums: tokens of decode runs times heads of a group.
-__host__ __device__ inline int64_t max_partial_rows(int64_t tokens, int64_t slots, int64_t group) {
-  const int64_t per_slot = kDecodeRows / group;
-  return (tokens < slots * per_slot ? tokens : slots * per_slot) * group;
+/// Which of the two plans of T tokens of S slots a tensor is, by its size.
+inline PlanLayout layout_of(const TensorView& plan, int64_t num_tokens, int64_t num_slots) {
+  check_rank("plan", plan, 1);
+  const PlanLayout any(static_cast<int>(num_tokens), static_cast<int>(num_slots), false);
+  const PlanLayout decodes(static_cast<int>(num_tokens), static_cast<int>(num_slots), true);
+  if (plan.size(0) != any.size() && plan.size(0) != decodes.size()) {
+    TVM_FFI_THROW(ValueError) << "plan has " << plan.size(0) << " words, expected " << any.size() << " or, of one token a "
+                              << "slot, " << decodes.size() << ": as attention_plan_size gives for " << num_tokens
+                              << " tokens of " << num_slots << " slots";
+  }
+  return plan.size(0) == any.size() ? any : decodes;
 }
 
-/// Counts of chunks that are done, at the workspace's start: as many for any number of tokens, since steps of all sizes
-/// share the workspace and each leaves them at zero.
-__host__ __device__ inline int64_t num_arrivals(int64_t slots, int64_t num_kv_heads) {
-  return slots * kDecodeRows * num_kv_heads;
-}
+/// Room for decode items and rows of partial sums, handed out as threads ask.
+struct DecodeRoom {
+  int num_items, num_runs, num_rows;
+
+  /// Puts a run's items. A slot with two runs would need more room than there is: such a batch is wrong, and loses its
+  /// last runs.
+  __device__ void put(Item item, int rows, int max_runs, int max_rows, Item* items) {
+    item.first_row = atomicAdd(&num_rows, rows);
+    if (item.first_row + rows > max_rows || atomicAdd(&num_runs, 1) >= max_runs) return;
+    const int at = atomicAdd(&num_items, item.num_splits);
+    for (int i = 0; i < item.num_splits; ++i, ++item.split) items[at + i] = item;
+  }
+};
 
 static __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group, int window,
-                int32_t* plan) {
+                PlanLayout layout, int32_t* plan) {
   __shared__ uint32_t starts[kMaxPlanTokens / 32 + 1];  // bit t: a run starts at token t
-  __shared__ int num_wide, num_decode, num_runs, num_rows;
+  __shared__ int num_wide;
+  __shared__ DecodeRoom room;
   pdl_launch();
   pdl_wait();
-  const PlanLayout layout(num_tokens, num_slots);
   const int max_rows = static_cast<int>(max_partial_rows(num_tokens, num_slots, group));
   const int max_runs = min(num_tokens, num_slots);
-  if (threadIdx.x == 0) num_wide = num_decode = num_runs = num_rows = 0;
+  if (threadIdx.x == 0) num_wide = 0, room = {};
   for (int t = threadIdx.x; t < (num_tokens / 32 + 1) * 32; t += kPlanThreads) {
     bool start = t >= num_tokens || t == 0;
     if (!start) {
@@ -84,9 +75,9 @@ static __global__ void __launch_bounds__(kPlanThreads)
     uint32_t later = starts[word] & ~0u << (t + 1) % 32;
     while (later == 0) later = starts[++word];
     const int count = word * 32 + __ffs(later) - 1 - t;
-    Item item{t, count, kPrefill, __ldcg(slots + t), __ldcg(positions + t), 0, 1, 0, 0, {}};
-    if (item.slot < 0 || count * group > kDecodeRows) {
-      if (item.slot < 0) item.kind = kPadding;
+    const int slot = __ldcg(slots + t), position = __ldcg(positions + t);
+    if (slot < 0 || count * group > kDecodeRows) {
+      const Item item{t, count, slot < 0 ? kPadding : kPrefill, slot, position, 0, 1, 0, 0, {}};
       const int tiles = (count + tile_tokens - 1) / tile_tokens;
       const int at = atomicAdd(&num_wide, tiles);
       for (int i = 0; i < tiles; ++i) {  // the last first: they take longest
@@ -98,24 +89,33 @@ static __global__ void __launch_bounds__(kPlanThreads)
       }
       continue;
     }
-    item.kind = kDecode;
-    const int length = item.position + count;
-    item.chunk = kChunk;
-    while ((length + item.chunk - 1) / item.chunk > kMaxSplits) item.chunk *= 2;
-    const int begin = window > 0 ? max(0, item.position - window + 1) : 0;
-    const int first = begin / item.chunk, last = (length - 1) / item.chunk;
-    item.num_splits = last - first + 1;
-    item.first_row = atomicAdd(&num_rows, count * group);
-    // A slot with two runs would need more room than there is: such a batch is wrong, and loses its last runs.
-    if (item.first_row + count * group > max_rows || atomicAdd(&num_runs, 1) >= max_runs) continue;
-    const int at = atomicAdd(&num_decode, item.num_splits);
-    for (int i = 0; i < item.num_splits; ++i) {
-      item.split = first + i;
-      layout.decode(plan)[at + i] = item;
+    room.put(decode_item(t, count, slot, position, window), count * group, max_runs, max_rows, layout.decode(plan));
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) plan[0] = num_wide, plan[1] = room.num_items;
+}
+
+/// Of a step in which each token is its slot's only one: there are no runs to look for.
+static __global__ void __launch_bounds__(kPlanThreads)
+    decode_plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group,
+                       int window, PlanLayout layout, int32_t* plan) {
+  __shared__ DecodeRoom room;
+  pdl_launch();
+  pdl_wait();
+  const int max_rows = static_cast<int>(max_partial_rows(num_tokens, num_slots, group));
+  const int max_runs = min(num_tokens, num_slots);
+  if (threadIdx.x == 0) room = {};
+  __syncthreads();
+  for (int t = threadIdx.x; t < num_tokens; t += kPlanThreads) {
+    const int slot = __ldcg(slots + t), position = __ldcg(positions + t);
+    if (slot < 0) {
+      layout.decode(plan)[atomicAdd(&room.num_items, 1)] = {t, 1, kPadding, slot, position, 0, 1, 0, 0, {}};
+    } else {
+      room.put(decode_item(t, 1, slot, position, window), group, max_runs, max_rows, layout.decode(plan));
     }
   }
   __syncthreads();
-  if (threadIdx.x == 0) plan[0] = num_wide, plan[1] = num_decode;
+  if (threadIdx.x == 0) plan[0] = 0, plan[1] = room.num_items;
 }
 
 }  // namespace tpserve::cuda

@@ -6,14 +6,14 @@
 #include "attention_fragments.cuh"
 #include "attention_plan.cuh"
 #include "grouped_scales.cuh"
+#include "rope.cuh"
 
 namespace tpserve::cuda {
 
-constexpr int kStageRows = 64;  // positions of a stage of the ring
-
 template <typename KV>
 struct AttentionParams {
-  const bf16* q;
+  NewTokens added;  // of a step that only decodes
+  const bf16* q;    // of any other
   PagedKV<KV> kv;
   int32_t* plan;
   int32_t* arrivals;  // by first row of partial sums and KV head: chunks that are done
@@ -64,21 +64,6 @@ __device__ __forceinline__ float store_scale(const AttentionParams<KV>& p, int t
   if (writes) p.scales[scale_at(query_head, token, p.num_tokens)] = largest / kFp8Max;
   return kFp8Max / largest;
 }
-
-/// Positions an item reads, and those of its stages: multiples of 64, so sums have one order.
-struct Range {
-  int begin, end;  // [begin, end)
-  __device__ Range(const Item& item, int window) {
-    begin = window > 0 ? max(0, item.position - window + 1) : 0;
-    end = item.position + item.count;
-    if (item.kind == kDecode) {
-      begin = max(begin, item.split * item.chunk);
-      end = min(end, (item.split + 1) * item.chunk);
-    }
-  }
-  __device__ int first_stage() const { return begin / kStageRows; }
-  __device__ int last_stage() const { return (end - 1) / kStageRows; }
-};
 
 /// Online softmax state of a warp's sixteen rows; a thread has rows lane / 4 and lane / 4 + 8.
 template <typename KV, int kHeadDim>

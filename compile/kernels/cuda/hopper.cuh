@@ -56,6 +56,9 @@ struct RingPlace {
   }
 };
 
+/// What this thread has written can be read by bulk copies, its own and those of threads that it syncs with afterwards.
+__device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 /// Copies `bytes` (a multiple of 16) and reports them to the barrier.
 __device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),

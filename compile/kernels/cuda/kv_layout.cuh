@@ -61,7 +61,7 @@ TPSERVE_LAYOUT uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector)
 }
 
 /// Which of its two words a thread gives to its partner, who has the other eight dimensions of a chunk.
-TPSERVE_LAYOUT uint32_t word_for_partner(const uint32_t (&words)[2], bool upper) { return words[upper ? 0 : 1]; }
+TPSERVE_LAYOUT uint32_t word_for_partner(const uint32_t (&words)[2], bool upper) { return upper ? words[0] : words[1]; }
 
 /// Half a chunk of e4m3, in its stored order.
 ///

@@ -6,9 +6,13 @@ _MAX_SPLITS = 32
 _DECODE_ROWS = 16
 
 
-def attention_plan_size(num_tokens: int, num_slots: int) -> int:
-    """Return the int32 words of the plan of a step with `num_tokens` tokens (the bucket's) of `num_slots` slots."""
-    return 16 + 12 * (num_tokens + min(num_tokens, num_slots) * _MAX_SPLITS)
+def attention_plan_size(num_tokens: int, num_slots: int, decode_only: bool) -> int:
+    """Return the int32 words of the plan of a step with `num_tokens` tokens (the bucket's) of `num_slots` slots.
+
+    With `decode_only` each token is its slot's only one. The two sizes differ, and tell the kernels which plan it is.
+    """
+    most = min(num_tokens, num_slots)
+    return 16 + 12 * (most * _MAX_SPLITS + (num_tokens - most if decode_only else num_tokens))
 
 
 def attention_workspace_size(num_tokens: int, num_slots: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:

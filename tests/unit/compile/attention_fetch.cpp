@@ -1,0 +1,153 @@
+// The fifth warp of attention's blocks, and the kernel that appends any tokens, on the host, for test_attention_fetch.py.
+#include <atomic>
+
+#include "attention_fetch.cuh"
+#include "rope.cu"
+
+using namespace tpserve::cuda;
+
+namespace {
+
+struct Case {
+  int num_tokens, num_heads, num_kv_heads, page_size, num_slots, pages_per_slot, window;
+  const int32_t *positions, *slots, *table;
+  const uint16_t* qkv;
+  const float *rope, *q_weight, *k_weight, *scales;
+  void* pages;
+  uint16_t* q;     // (T, Hq, D)
+  int32_t* times;  // (T, Hkv): how often queries of a token came
+  int num_blocks;
+};
+
+template <typename KV>
+PagedKV<KV> pages_of(const Case& c) {
+  PagedKV<KV> kv{};
+  if constexpr (std::is_same_v<KV, fp8>) kv.scales = c.scales;
+  kv.data = static_cast<KV*>(c.pages), kv.table = c.table;
+  kv.num_kv_heads = c.num_kv_heads, kv.page_size = c.page_size;
+  kv.num_slots = c.num_slots, kv.pages_per_slot = c.pages_per_slot;
+  return kv;
+}
+
+NewTokens tokens_of(const Case& c) {
+  return {reinterpret_cast<const bf16*>(c.qkv), c.q_weight, c.k_weight, c.rope, 1e-6f};
+}
+
+/// What the four consuming warps got of an item.
+struct Got {
+  Item item;
+  int head;
+  std::vector<uint8_t> queries;
+  std::vector<std::vector<uint8_t>> stages;
+};
+
+/// The consumers' part of the barriers; they are slow now and then.
+template <typename KV, int kHeadDim>
+void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int block, int num_blocks, std::vector<Got>& got) {
+  using S = Shared<KV, kHeadDim>;
+  const int num_items = (p.plan[0] + p.plan[1]) * p.kv.num_kv_heads;
+  RingPlace place, header;
+  for (int i = block; i < num_items; i += num_blocks) {
+    barrier_wait(&shared.header_full[header.slot], header.parity);
+    Got& mine = got.emplace_back();
+    mine.item = shared.item[header.slot], mine.head = shared.head[header.slot];
+    mine.queries.assign(shared.queries[header.slot], shared.queries[header.slot] + p.group * kHeadDim * 2);
+    if (i % 3 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    for (int w = 0; w < kConsumerWarps; ++w) barrier_arrive(&shared.header_empty[header.slot]);
+    header.advance(S::kHeaders);
+    if (mine.item.kind == kPadding) continue;
+    const Range range(mine.item, p.window);
+    for (int stage = range.first_stage(); stage <= range.last_stage(); ++stage) {
+      barrier_wait(&shared.full[place.slot], place.parity);
+      mine.stages.emplace_back(shared.stage[place.slot], shared.stage[place.slot] + sizeof(shared.stage[0]));
+      for (int w = 0; w < kConsumerWarps; ++w) barrier_arrive(&shared.empty[place.slot]);
+      place.advance(S::kStages);
+    }
+  }
+}
+
+/// Whether the stages are the pages' slices, as the pages are in the end.
+template <typename KV, int kHeadDim>
+bool has_slices(const AttentionParams<KV>& p, const Got& got) {
+  using P = Panels<sizeof(KV), kHeadDim>;
+  constexpr int kSliceBytes = Shared<KV, kHeadDim>::kSliceBytes;
+  const Range range(got.item, p.window);
+  for (int slice = range.begin / kSliceRows; slice <= (range.end - 1) / kSliceRows; ++slice) {
+    const int first = slice * kSliceRows, stage = first / kStageRows - range.first_stage();
+    const uint8_t* found = got.stages.at(stage).data() + slice % (kStageRows / kSliceRows) * kSliceBytes;
+    const int page = p.kv.table[got.item.slot * p.kv.pages_per_slot + first / p.kv.page_size];
+    const auto* keys = reinterpret_cast<const uint8_t*>(p.kv.template keys<kHeadDim>(page, got.head));
+    for (int panel = 0; panel < 2 * P::kCount; ++panel) {
+      const uint8_t* rows = keys + panel * p.kv.page_size * P::kRowBytes + first % p.kv.page_size * P::kRowBytes;
+      if (std::memcmp(found + panel * P::kSliceBytes, rows, P::kSliceBytes) != 0) return false;
+    }
+  }
+  return true;
+}
+
+template <typename KV, int kHeadDim>
+int fetch(const Case& c) {
+  const PlanLayout layout(c.num_tokens, c.num_slots, true);
+  std::vector<int32_t> storage(layout.size() + 4, -1);
+  AttentionParams<KV> p{.layout = layout};
+  p.plan = reinterpret_cast<int32_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) / 16 * 16);
+  p.added = tokens_of(c), p.kv = pages_of<KV>(c);
+  p.num_tokens = c.num_tokens, p.group = c.num_heads / c.num_kv_heads, p.window = c.window;
+  run_block(dim3(), dim3(0), 0, (c.num_tokens / 32 + 1) * 32, [&] {
+    decode_plan_kernel(c.positions, c.slots, c.num_tokens, c.num_slots, p.group, c.window, layout, p.plan);
+  });
+  std::atomic<int> num_bad = 0;
+  gave_up = false;
+  std::vector<Got> got;
+  for (int block = 0; block < c.num_blocks; ++block) {
+    auto shared = std::make_unique<Shared<KV, kHeadDim>>();
+    using S = Shared<KV, kHeadDim>;
+    shared_base = reinterpret_cast<uint8_t*>(shared.get());
+    for (int i = 0; i < S::kStages; ++i) {
+      barrier_init(&shared->full[i], 1), barrier_init(&shared->empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < S::kHeaders; ++i) {
+      barrier_init(&shared->header_full[i], 1), barrier_init(&shared->header_empty[i], kConsumerWarps);
+    }
+    std::thread consumer([&] { consume(p, *shared, block, c.num_blocks, got); });
+    run_block(dim3(c.num_blocks), dim3(block), kConsumerWarps * 32, 32, [&] {
+      fetch_items<KV, kHeadDim, true>(p, *shared);
+      num_bad += static_cast<int>(!pending_stores.empty());  // never fenced
+    });
+    consumer.join();
+  }
+  for (const Got& each : got) {
+    if (gave_up) break;
+    const int64_t row = static_cast<int64_t>(each.item.token) * c.num_heads + each.head * p.group;
+    if (each.item.kind == kPadding) {
+      num_bad += c.slots[each.item.token] >= 0;
+      continue;
+    }
+    num_bad += !has_slices<KV, kHeadDim>(p, each);
+    uint16_t* target = c.q + row * kHeadDim;
+    int32_t& times = c.times[each.item.token * c.num_kv_heads + each.head];
+    if (times++ > 0 && std::memcmp(target, each.queries.data(), each.queries.size()) != 0) ++num_bad;
+    std::memcpy(target, each.queries.data(), each.queries.size());
+  }
+  return num_bad + gave_up;
+}
+
+template <typename KV>
+void append_all(const Case& c, int head_dim) {
+  append<KV>({tokens_of(c), pages_of<KV>(c), c.positions, c.slots, reinterpret_cast<bf16*>(c.q), c.num_tokens, c.num_heads},
+             head_dim, nullptr);
+}
+
+}  // namespace
+
+extern "C" {
+/// Runs the blocks of a step that only decodes, one after the other; returns how much was not as it should be.
+int fetch_decodes(const Case* c, int head_dim, int is_fp8) {
+  if (is_fp8) return head_dim == 128 ? fetch<fp8, 128>(*c) : fetch<fp8, 64>(*c);
+  return head_dim == 128 ? fetch<bf16, 128>(*c) : fetch<bf16, 64>(*c);
+}
+
+void append_tokens(const Case* c, int head_dim, int is_fp8) {
+  is_fp8 ? append_all<fp8>(*c, head_dim) : append_all<bf16>(*c, head_dim);
+}
+}

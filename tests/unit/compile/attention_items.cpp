@@ -1,0 +1,27 @@
+// Plans and items of attention on the host, for test_attention_items.py.
+#include "attention_items.cuh"
+
+using namespace tpserve::cuda;
+
+extern "C" {
+long plan_size(int tokens, int slots, int decode_only) { return PlanLayout(tokens, slots, decode_only != 0).size(); }
+
+int decode_room(int tokens, int slots, int decode_only) {
+  return PlanLayout(tokens, slots, decode_only != 0).max_decode;
+}
+
+int head_of(int place, int kv_head, int group, int num_kv_heads) { return head_at(place, kv_head, group, num_kv_heads); }
+
+long partial_rows(long tokens, long slots, long group) { return max_partial_rows(tokens, slots, group); }
+
+/// (num_splits, 7) of a run: split, chunk, begin, end, first and last stage, whether it has the newest position.
+int items_of(int count, int position, int window, int* out) {
+  Item item = decode_item(0, count, 0, position, window);
+  for (int i = 0; i < item.num_splits; ++i, ++item.split, out += 7) {
+    const Range range(item, window);
+    out[0] = item.split, out[1] = item.chunk, out[2] = range.begin, out[3] = range.end;
+    out[4] = range.first_stage(), out[5] = range.last_stage(), out[6] = range.has_newest(item);
+  }
+  return item.num_splits;
+}
+}

@@ -1,0 +1,208 @@
+"""The warp that fetches for attention in a step that only decodes, run on the host by 32 threads.
+
+It turns queries, appends keys and values and copies pages, through modelled barriers, bulk copies and proxies. What it
+gives is compared with float64, and bit for bit with the kernel that appends any tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from scripts import ROOT
+
+KERNELS = ROOT / "compile/kernels/cuda"
+HEADERS = ["attention_fetch.cuh", "attention_rows.cuh", "attention_fragments.cuh", "attention_items.cuh"]
+HEADERS += ["attention_plan.cuh", "kv.cuh", "kv_layout.cuh", "rope.cuh", "rope.cu", "grouped_scales.cuh"]
+BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
+SCALES = np.array([0.037, 0.021], np.float32)
+STARTS = [0, 1, 15, 16, 17, 63, 64, 127, 128, 255, 256, 257, 510, 511, 512, 513, 700, 1023, 1024, 1100]
+MAX_LEN = 1152
+Array = npt.NDArray[Any]
+
+
+class Case(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("num_tokens", "num_heads", "num_kv_heads", "page_size", "num_slots")),
+        *((name, ctypes.c_int) for name in ("pages_per_slot", "window")),
+        *((name, ctypes.c_void_p) for name in ("positions", "slots", "table", "qkv", "rope", "q_weight", "k_weight")),
+        *((name, ctypes.c_void_p) for name in ("scales", "pages", "q", "times")),
+        ("num_blocks", ctypes.c_int),
+    ]
+
+
+def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None) -> ctypes.CDLL:
+    """Compile the kernels' headers for the host, some of them with a text replaced."""
+    for name in HEADERS:
+        text = (KERNELS / name).read_text()
+        if changes and name in changes:
+            right, wrong = changes[name]
+            assert text.count(right) == 1
+            text = text.replace(right, wrong)
+        (folder / name).write_text(text)
+    for name in ("common.cuh", "hopper.cuh", "cuda_fp16.h"):
+        (folder / name).write_text('#include "cuda_on_host.h"\n')
+    for name in ("cuda_on_host.h", "attention_fetch.cpp"):
+        shutil.copy(Path(__file__).with_name(name), folder)
+    command = ["c++", "-std=c++20", "-O1", "-Wall", "-Werror", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    command += ["-Wno-sign-compare", "-Wno-unused-function"]
+    command += ["-pthread", "-shared", "-fPIC", f"-I{folder}", str(folder / "attention_fetch.cpp")]
+    subprocess.run([*command, "-o", str(folder / "fetch.so")], check=True, timeout=120)
+    return ctypes.CDLL(str(folder / "fetch.so"))
+
+
+@pytest.fixture(scope="module")
+def warp(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(tmp_path_factory.mktemp("fetch"))
+
+
+def aligned(array: Array) -> Array:
+    """Copy to an address that is a multiple of 16."""
+    raw = np.empty(array.nbytes + 16, np.uint8)
+    begin = -raw.ctypes.data % 16
+    copy: Array = raw[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def page_offsets(page_size: int, dim: int, kv: Any, *, is_value: bool) -> Array:
+    """Return (page_size, dim): place of each element in the keys or values of a page and head, see kv_layout.cuh."""
+    row, d = np.mgrid[:page_size, :dim]
+    if kv == BF16:
+        places: Array = (d // 64 * page_size + row) * 64 + ((d // 8 % 8) ^ (row % 8)) * 8 + d % 8
+        return places
+    swizzle = row % 8 if dim == 128 else row // 2 % 4
+    i = d % 16
+    byte = i % 8 * 2 + i // 8 if is_value else i % 8 // 2 * 4 + i // 8 * 2 + i % 2
+    places = row * dim + (d // 16 ^ swizzle) * 16 + byte
+    return places
+
+
+class Step:
+    """A decoding step of random projections, over pages of random bits and NaN."""
+
+    def __init__(
+        self, heads: tuple[int, int, int], kv: Any, *, norm: bool = False, page_size: int = 16, window: int = 0
+    ) -> None:
+        self.num_heads, self.num_kv_heads, self.dim = heads
+        self.kv, self.page_size, self.window = kv, page_size, window
+        random = np.random.default_rng(sum(heads))
+        self.slots = aligned(np.array([-1, *random.permutation(len(STARTS)), -1, -1], np.int32))
+        self.positions = aligned(np.array([STARTS[slot] if slot >= 0 else 0 for slot in self.slots], np.int32))
+        pages_per_slot = MAX_LEN // page_size
+        table = random.permutation(len(STARTS) * pages_per_slot).reshape(len(STARTS), -1)
+        self.table = aligned(table.astype(np.int32))
+        num_tokens, width = len(self.slots), self.num_heads + 2 * self.num_kv_heads
+        self.qkv = aligned(random.standard_normal((num_tokens, width, self.dim)).astype(BF16))
+        turns = np.outer(np.arange(MAX_LEN), 1e4 ** (-np.arange(0, self.dim, 2) / self.dim))
+        self.rope = aligned(np.concatenate([np.cos(turns), np.sin(turns)], axis=1).astype(np.float32))
+        self.weights = aligned(random.uniform(0.5, 1.5, (2, self.dim)).astype(np.float32)) if norm else None
+        shape = (table.size, self.num_kv_heads, 2, page_size * self.dim * kv.itemsize)
+        self.before = random.integers(0, 256, shape, np.uint8)
+
+    def run(self, library: Any, *, fused: bool, num_blocks: int = 3) -> tuple[Array, Array]:
+        """Return queries and the bytes of the pages, by the fetching warp or by the kernel that appends any tokens."""
+        pages = aligned(self.before)
+        q = aligned(np.full((len(self.slots), self.num_heads, self.dim), 0xFFFF, np.uint16))
+        times = np.zeros((len(self.slots), self.num_kv_heads), np.int32)
+        weights = [0, 0] if self.weights is None else [row.ctypes.data for row in self.weights]
+        sizes = (len(self.slots), self.num_heads, self.num_kv_heads, self.page_size, *self.table.shape, self.window)
+        arrays = [array.ctypes.data for array in (self.positions, self.slots, self.table, self.qkv, self.rope)]
+        arrays += [*weights, *(array.ctypes.data for array in (SCALES, pages, q, times))]
+        case = Case(*sizes, *arrays, num_blocks)
+        if fused:
+            assert library.fetch_decodes(ctypes.byref(case), self.dim, int(self.kv == FP8)) == 0
+            num_chunks = [self.num_chunks(position) for position in self.positions]
+            expected = np.where(self.slots >= 0, num_chunks, 0)
+            assert (times == expected[:, None]).all()
+        else:
+            library.append_tokens(ctypes.byref(case), self.dim, int(self.kv == FP8))
+        return q.view(BF16), pages
+
+    def num_chunks(self, position: int) -> int:
+        first = max(0, position - self.window + 1) if self.window else 0
+        return int(position) // 512 - first // 512 + 1
+
+    def check(self, q: Array, pages: Array) -> None:
+        """Compare with float64."""
+        values = self.qkv.astype(np.float64)
+        parts = np.split(values, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
+        if self.weights is not None:
+            for part, weight in zip(parts, self.weights, strict=False):
+                part *= weight / np.sqrt((part**2).mean(-1, keepdims=True) + 1e-6)
+        cosines, sines = np.split(self.rope[self.positions][:, None].astype(np.float64), 2, axis=-1)
+        for part in parts[:2]:
+            a, b = np.split(part.copy(), 2, axis=-1)
+            part[...] = np.concatenate([a * cosines - b * sines, b * cosines + a * sines], axis=-1)
+        present = self.slots >= 0
+        np.testing.assert_allclose(q[present].astype(np.float64), parts[0][present], rtol=2**-8, atol=1e-4)
+        after = self.before.view(self.kv).copy()
+        found = pages.view(self.kv)
+        for t in np.flatnonzero(present):
+            position = self.positions[t]
+            page, row = self.table[self.slots[t], position // self.page_size], position % self.page_size
+            for which in (0, 1):
+                places = page_offsets(self.page_size, self.dim, self.kv, is_value=which == 1)[row]
+                stored, expected = found[page, :, which][:, places], parts[1 + which][t]
+                if self.kv == FP8:
+                    expected = expected / np.float64(SCALES[which])
+                    tolerance = {"rtol": 2**-4 * 1.01, "atol": 2**-10 * 1.01}
+                else:
+                    tolerance = {"rtol": 2**-8, "atol": 1e-4}
+                np.testing.assert_allclose(stored.astype(np.float64), expected, **tolerance)
+                after[page, :, which, places] = found[page, :, which, places]
+        np.testing.assert_array_equal(after.view(np.uint8), pages)  # nothing else was written
+
+
+HEADS = [(8, 1, 128), (16, 1, 128), (8, 2, 128), (3, 3, 128), (16, 1, 64), (8, 1, 64), (14, 2, 64), (2, 2, 64)]
+
+
+@pytest.mark.parametrize("kv", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_decodes_token_is_turned_and_appended(warp: ctypes.CDLL, heads: tuple[int, int, int], kv: Any) -> None:
+    norm = heads[0] in (16, 3, 14)
+    step = Step(heads, kv, norm=norm, page_size=64 if heads[1] == 2 else 16)
+    q, pages = step.run(warp, fused=True)
+    step.check(q, pages)
+    plain_q, plain_pages = step.run(warp, fused=False)
+    present = step.slots >= 0
+    assert (plain_pages == pages).all()
+    assert (plain_q[present].view(np.uint16) == q[present].view(np.uint16)).all()
+
+
+@pytest.mark.parametrize("kv", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("window", [1, 20, 64, 600])
+def test_a_window_leaves_stages_out(warp: ctypes.CDLL, window: int, kv: Any) -> None:
+    step = Step((8, 2, 128), kv, window=window)
+    step.check(*step.run(warp, fused=True))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 100])
+def test_any_number_of_blocks_shares_the_items(warp: ctypes.CDLL, num_blocks: int) -> None:
+    step = Step((4, 1, 128), BF16)
+    step.check(*step.run(warp, fused=True, num_blocks=num_blocks))
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("attention_fetch.cuh", "async_proxy_fence();", ""),
+        ("attention_fetch.cuh", "fetch.end - (appends ? 1 : 0)", "fetch.end"),
+        ("attention_fetch.cuh", "if (place >= p.group && place < num_places)", "if (place > p.group)"),
+        ("rope.cuh", "__fmaf_rn(y, angles.first[i], __fmul_rn", "__fmaf_rn(y, angles.first[i], -__fmul_rn"),
+        ("attention_fetch.cuh", "kind == HeadKind::kQuery ? q_weight.first[i]", "true ? q_weight.first[i]"),
+    ],
+)
+def test_a_wrong_rule_is_noticed(name: str, right: str, wrong: str, tmp_path: Path) -> None:
+    step = Step((8, 1, 128), BF16, norm=True)
+    library = build(tmp_path, {name: (right, wrong)})
+    with pytest.raises(AssertionError):
+        step.check(*step.run(library, fused=True))
