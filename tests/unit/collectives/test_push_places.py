@@ -66,12 +66,16 @@ class Group:
         return int(getattr(self.library, name)(self.num_ranks, self.row_vectors, *arguments) or 0)
 
     def begin(self, rank: int, call: Call, number: int) -> None:
-        """What a rank does of a call before it waits."""
+        """Send a rank's part of a call."""
         buffer, tag = call.epoch % BUFFERS, self.tags(call, number)[rank]
         sizes = (call.rows, call.vectors)
         name = "push" if call.is_pushed else "send"
         taken = self.call(name, self.memory, int(call.is_one_shot), rank, buffer, *sizes, tag)
         assert taken == 0, f"rank {rank} wrote {taken} places of call {number} that were not free"
+
+    def free(self, rank: int, call: Call) -> None:
+        """Free what the call before used: by a kernel after the one that sends, if that is a GEMM."""
+        sizes = (call.rows, call.vectors)
         if call.before is not None:
             used = (call.before.rows, call.before.vectors)
             where = (ctypes.byref(self.memory[rank]), int(call.is_one_shot), rank, (call.epoch - 1) % BUFFERS)
@@ -115,11 +119,11 @@ def make_calls(rng: Random, count: int, sizes: list[int]) -> list[Call]:
 
 
 class Ranks:
-    """How far each rank is: calls that it has begun, reduced its rows of, and ended."""
+    """How far each rank is: calls that it has begun, freed the one before, reduced its rows of, and ended."""
 
     def __init__(self, group: Group, calls: list[Call]) -> None:
         self._group, self._calls = group, calls
-        self._begun, self._reduced, self.ended = ([0] * group.num_ranks for _ in range(3))
+        self._begun, self._freed, self._reduced, self.ended = ([0] * group.num_ranks for _ in range(4))
 
     def advance(self, rank: int) -> bool:
         """Do what a rank does next, unless it waits for another."""
@@ -130,6 +134,9 @@ class Ranks:
         if self._begun[rank] == number:
             self._group.begin(rank, call, number)
             self._begun[rank] += 1
+        elif self._freed[rank] == number:
+            self._group.free(rank, call)
+            self._freed[rank] += 1
         elif min(self._begun) <= number:
             return False
         elif self._reduced[rank] == number:
