@@ -1,4 +1,4 @@
-// The fifth warp of attention's blocks, and the kernel that appends any tokens, on the host, for test_attention_fetch.py.
+// The fifth warp of attention's blocks and the kernel that appends any tokens, on the host; for test_attention_fetch.py.
 #include <atomic>
 
 #include "attention_fetch.cuh"
@@ -43,7 +43,8 @@ struct Got {
 
 /// The consumers' part of the barriers; they are slow now and then.
 template <typename KV, int kHeadDim>
-void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int block, int num_blocks, std::vector<Got>& got) {
+void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int block, int num_blocks,
+             std::vector<Got>& got) {
   using S = Shared<KV, kHeadDim>;
   const int num_items = (p.plan[0] + p.plan[1]) * p.kv.num_kv_heads;
   RingPlace place, header;
@@ -134,8 +135,8 @@ int fetch(const Case& c) {
 
 template <typename KV>
 void append_all(const Case& c, int head_dim) {
-  append<KV>({tokens_of(c), pages_of<KV>(c), c.positions, c.slots, reinterpret_cast<bf16*>(c.q), c.num_tokens, c.num_heads},
-             head_dim, nullptr);
+  bf16* q = reinterpret_cast<bf16*>(c.q);
+  append<KV>({tokens_of(c), pages_of<KV>(c), c.positions, c.slots, q, c.num_tokens, c.num_heads}, head_dim, nullptr);
 }
 
 }  // namespace
