@@ -1,4 +1,4 @@
-// The fifth warp of attention's blocks, and the kernel that appends any tokens, on the host, for test_attention_fetch.py.
+// The fifth warp of attention's blocks, and the kernel that appends any tokens, on the host.
 #include <atomic>
 
 #include "attention_fetch.cuh"
@@ -43,7 +43,8 @@ struct Got {
 
 /// The consumers' part of the barriers; they are slow now and then.
 template <typename KV, int kHeadDim>
-void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int block, int num_blocks, std::vector<Got>& got) {
+void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int block, int num_blocks,
+             std::vector<Got>& got) {
   using S = Shared<KV, kHeadDim>;
   const int num_items = (p.plan[0] + p.plan[1]) * p.kv.num_kv_heads;
   RingPlace place, header;
@@ -85,16 +86,26 @@ bool has_slices(const AttentionParams<KV>& p, const Got& got) {
   return true;
 }
 
+template <typename KV>
+void append_all(const Case& c, int head_dim) {
+  bf16* q = reinterpret_cast<bf16*>(c.q);
+  append<KV>({tokens_of(c), pages_of<KV>(c), c.positions, c.slots, q, c.num_tokens, c.num_heads}, head_dim, nullptr);
+}
+
+/// Runs the blocks of a step one after the other: by a plan of decodes or, behind the kernel that appends, by any step's.
+/// Returns how much was not as it should be.
 template <typename KV, int kHeadDim>
-int fetch(const Case& c) {
-  const PlanLayout layout(c.num_tokens, c.num_slots, true);
+int fetch(const Case& c, bool decode_only) {
+  if (!decode_only) append_all<KV>(c, kHeadDim);
+  const PlanLayout layout(c.num_tokens, c.num_slots, decode_only);
   std::vector<int32_t> storage(layout.size() + 4, -1);
   AttentionParams<KV> p{.layout = layout};
   p.plan = reinterpret_cast<int32_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) / 16 * 16);
-  p.added = tokens_of(c), p.kv = pages_of<KV>(c);
+  p.added = tokens_of(c), p.kv = pages_of<KV>(c), p.q = reinterpret_cast<const bf16*>(c.q);
   p.num_tokens = c.num_tokens, p.group = c.num_heads / c.num_kv_heads, p.window = c.window;
   run_block(dim3(), dim3(0), 0, (c.num_tokens / 32 + 1) * 32, [&] {
-    decode_plan_kernel(c.positions, c.slots, c.num_tokens, c.num_slots, p.group, c.window, layout, p.plan);
+    const auto kernel = decode_only ? decode_plan_kernel : plan_kernel;
+    kernel(c.positions, c.slots, c.num_tokens, c.num_slots, p.group, c.window, layout, p.plan);
   });
   std::atomic<int> num_bad = 0;
   gave_up = false;
@@ -111,7 +122,7 @@ int fetch(const Case& c) {
     }
     std::thread consumer([&] { consume(p, *shared, block, c.num_blocks, got); });
     run_block(dim3(c.num_blocks), dim3(block), kConsumerWarps * 32, 32, [&] {
-      fetch_items<KV, kHeadDim, true>(p, *shared);
+      decode_only ? fetch_items<KV, kHeadDim, true>(p, *shared) : fetch_items<KV, kHeadDim, false>(p, *shared);
       num_bad += static_cast<int>(!pending_stores.empty());  // never fenced
     });
     consumer.join();
@@ -120,34 +131,23 @@ int fetch(const Case& c) {
     if (gave_up) break;
     const int64_t row = static_cast<int64_t>(each.item.token) * c.num_heads + each.head * p.group;
     if (each.item.kind == kPadding) {
-      num_bad += c.slots[each.item.token] >= 0;
+      for (int i = 0; i < each.item.count; ++i) num_bad += c.slots[each.item.token + i] >= 0;
       continue;
     }
     num_bad += !has_slices<KV, kHeadDim>(p, each);
     uint16_t* target = c.q + row * kHeadDim;
     int32_t& times = c.times[each.item.token * c.num_kv_heads + each.head];
-    if (times++ > 0 && std::memcmp(target, each.queries.data(), each.queries.size()) != 0) ++num_bad;
+    const bool known = times++ > 0 || !decode_only;
+    if (known && std::memcmp(target, each.queries.data(), each.queries.size()) != 0) ++num_bad;
     std::memcpy(target, each.queries.data(), each.queries.size());
   }
   return num_bad + gave_up;
 }
 
-template <typename KV>
-void append_all(const Case& c, int head_dim) {
-  append<KV>({tokens_of(c), pages_of<KV>(c), c.positions, c.slots, reinterpret_cast<bf16*>(c.q), c.num_tokens, c.num_heads},
-             head_dim, nullptr);
-}
-
 }  // namespace
 
-extern "C" {
-/// Runs the blocks of a step that only decodes, one after the other; returns how much was not as it should be.
-int fetch_decodes(const Case* c, int head_dim, int is_fp8) {
-  if (is_fp8) return head_dim == 128 ? fetch<fp8, 128>(*c) : fetch<fp8, 64>(*c);
-  return head_dim == 128 ? fetch<bf16, 128>(*c) : fetch<bf16, 64>(*c);
-}
-
-void append_tokens(const Case* c, int head_dim, int is_fp8) {
-  is_fp8 ? append_all<fp8>(*c, head_dim) : append_all<bf16>(*c, head_dim);
-}
+extern "C" int fetch_step(const Case* c, int head_dim, int is_fp8, int decode_only) {
+  const bool d = decode_only != 0;
+  if (is_fp8) return head_dim == 128 ? fetch<fp8, 128>(*c, d) : fetch<fp8, 64>(*c, d);
+  return head_dim == 128 ? fetch<bf16, 128>(*c, d) : fetch<bf16, 64>(*c, d);
 }

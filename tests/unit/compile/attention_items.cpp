@@ -10,7 +10,9 @@ int decode_room(int tokens, int slots, int decode_only) {
   return PlanLayout(tokens, slots, decode_only != 0).max_decode;
 }
 
-int head_of(int place, int kv_head, int group, int num_kv_heads) { return head_at(place, kv_head, group, num_kv_heads); }
+int head_of(int place, int kv_head, int group, int num_kv_heads) {
+  return head_at(place, kv_head, group, num_kv_heads);
+}
 
 long partial_rows(long tokens, long slots, long group) { return max_partial_rows(tokens, slots, group); }
 

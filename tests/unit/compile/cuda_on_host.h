@@ -1,6 +1,6 @@
-// What kernels take of CUDA, run by threads of the host: a warp is 32 of them, which meet at its shuffles. Stands in for
-// common.cuh and hopper.cuh in tests. Barriers in shared memory, bulk copies and the proxies' order are modelled: what a
-// thread stores with `__stcg` is seen by bulk copies only after that thread's `async_proxy_fence`.
+// What kernels take of CUDA, run by threads of the host: a warp is 32 of them, which meet at its shuffles. Stands in
+// for common.cuh and hopper.cuh in tests. Barriers in shared memory, bulk copies and the proxies' order are modelled:
+// what a thread stores with `__stcg` is seen by bulk copies only after that thread's `async_proxy_fence`.
 #pragma once
 
 #include <atomic>
@@ -63,7 +63,9 @@ T exchanged(T value, int from) {
   return value;
 }
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int offset) { return exchanged(value, static_cast<int>(threadIdx.x % 32) ^ offset); }
+T __shfl_xor_sync(unsigned, T value, int offset) {
+  return exchanged(value, static_cast<int>(threadIdx.x % 32) ^ offset);
+}
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) { return exchanged(value, lane & 31); }
 inline uint32_t __ballot_sync(unsigned, bool value) {
@@ -222,7 +224,9 @@ inline void barrier_wait(uint64_t* at, uint32_t parity) {
   barrier_changed.notify_all();
 }
 
-inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - shared_base); }
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - shared_base);
+}
 inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint64_t* at) {
   if (bytes % 16 != 0 || target % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) gave_up = true;
   {

@@ -108,8 +108,8 @@ class Step:
         shape = (table.size, self.num_kv_heads, 2, page_size * self.dim * kv.itemsize)
         self.before = random.integers(0, 256, shape, np.uint8)
 
-    def run(self, library: Any, *, fused: bool, num_blocks: int = 3) -> tuple[Array, Array]:
-        """Return queries and the bytes of the pages, by the fetching warp or by the kernel that appends any tokens."""
+    def run(self, library: Any, *, fused: bool = True, num_blocks: int = 3) -> tuple[Array, Array]:
+        """Return queries and the bytes of pages, turned and appended by the fetching warp or a kernel before it."""
         pages = aligned(self.before)
         q = aligned(np.full((len(self.slots), self.num_heads, self.dim), 0xFFFF, np.uint16))
         times = np.zeros((len(self.slots), self.num_kv_heads), np.int32)
@@ -118,13 +118,9 @@ class Step:
         arrays = [array.ctypes.data for array in (self.positions, self.slots, self.table, self.qkv, self.rope)]
         arrays += [*weights, *(array.ctypes.data for array in (SCALES, pages, q, times))]
         case = Case(*sizes, *arrays, num_blocks)
-        if fused:
-            assert library.fetch_decodes(ctypes.byref(case), self.dim, int(self.kv == FP8)) == 0
-            num_chunks = [self.num_chunks(position) for position in self.positions]
-            expected = np.where(self.slots >= 0, num_chunks, 0)
-            assert (times == expected[:, None]).all()
-        else:
-            library.append_tokens(ctypes.byref(case), self.dim, int(self.kv == FP8))
+        assert library.fetch_step(ctypes.byref(case), self.dim, int(self.kv == FP8), int(fused)) == 0
+        num_chunks = [self.num_chunks(position) for position in self.positions]
+        assert (times == np.where(self.slots >= 0, num_chunks, 0)[:, None]).all()
         return q.view(BF16), pages
 
     def num_chunks(self, position: int) -> int:
@@ -152,12 +148,11 @@ class Step:
             for which in (0, 1):
                 places = page_offsets(self.page_size, self.dim, self.kv, is_value=which == 1)[row]
                 stored, expected = found[page, :, which][:, places], parts[1 + which][t]
+                rtol, atol = 2**-8, 1e-4
                 if self.kv == FP8:
                     expected = expected / np.float64(SCALES[which])
-                    tolerance = {"rtol": 2**-4 * 1.01, "atol": 2**-10 * 1.01}
-                else:
-                    tolerance = {"rtol": 2**-8, "atol": 1e-4}
-                np.testing.assert_allclose(stored.astype(np.float64), expected, **tolerance)
+                    rtol, atol = 2**-4 * 1.01, 2**-10 * 1.01
+                np.testing.assert_allclose(stored.astype(np.float64), expected, rtol=rtol, atol=atol)
                 after[page, :, which, places] = found[page, :, which, places]
         np.testing.assert_array_equal(after.view(np.uint8), pages)  # nothing else was written
 
@@ -170,7 +165,7 @@ HEADS = [(8, 1, 128), (16, 1, 128), (8, 2, 128), (3, 3, 128), (16, 1, 64), (8, 1
 def test_a_decodes_token_is_turned_and_appended(warp: ctypes.CDLL, heads: tuple[int, int, int], kv: Any) -> None:
     norm = heads[0] in (16, 3, 14)
     step = Step(heads, kv, norm=norm, page_size=64 if heads[1] == 2 else 16)
-    q, pages = step.run(warp, fused=True)
+    q, pages = step.run(warp)
     step.check(q, pages)
     plain_q, plain_pages = step.run(warp, fused=False)
     present = step.slots >= 0
@@ -182,13 +177,13 @@ def test_a_decodes_token_is_turned_and_appended(warp: ctypes.CDLL, heads: tuple[
 @pytest.mark.parametrize("window", [1, 20, 64, 600])
 def test_a_window_leaves_stages_out(warp: ctypes.CDLL, window: int, kv: Any) -> None:
     step = Step((8, 2, 128), kv, window=window)
-    step.check(*step.run(warp, fused=True))
+    step.check(*step.run(warp))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 100])
 def test_any_number_of_blocks_shares_the_items(warp: ctypes.CDLL, num_blocks: int) -> None:
     step = Step((4, 1, 128), BF16)
-    step.check(*step.run(warp, fused=True, num_blocks=num_blocks))
+    step.check(*step.run(warp, num_blocks=num_blocks))
 
 
 @pytest.mark.parametrize(
@@ -205,4 +200,4 @@ def test_a_wrong_rule_is_noticed(name: str, right: str, wrong: str, tmp_path: Pa
     step = Step((8, 1, 128), BF16, norm=True)
     library = build(tmp_path, {name: (right, wrong)})
     with pytest.raises(AssertionError):
-        step.check(*step.run(library, fused=True))
+        step.check(*step.run(library))
