@@ -217,10 +217,10 @@ class _Cycle:
         self._lengths = lengths
         self._next = 0
 
-    def choose(self, num_decoding: int) -> int:
+    def choose(self, num_decoding: int, num_drafting: int) -> int:
         self._next += 1
         return self._lengths[(self._next - 1) % len(self._lengths)]
 
-    def observe(self, result: object, num_draft_tokens: int) -> None: ...
+    def observe(self, result: object, num_draft_tokens: int, num_drafting: int) -> None: ...
 
     def forget(self, slot: int) -> None: ...
