@@ -2,6 +2,7 @@
 
 The best length is the one with the most tokens for the time: sum over sequences of 1 + r + r^2 + ... + r^K, with r the
 running accept rate of each, over the time that a step of this batch size takes with K draft tokens. Both are measured.
+A sequence that may not be drafted for counts as one token.
 A length that was never tried at a batch size is tried a few times; while none pays, that is repeated ever more rarely,
 so that what it costs stays under `_TRIAL_SHARE`.
 """
@@ -98,13 +99,16 @@ class AdaptiveLength:
     """Whether the proposer often has nothing."""
     _share: float = 1.0
     """Running share of the draft tokens asked for that there were, if they are sparse."""
+    _drafting: float = 1.0
+    """Share of the decoding sequences that may be drafted for, in the step to choose for."""
     _sizes: dict[int, _Size] = field(default_factory=dict)
     _rates: dict[int, _Rate] = field(default_factory=dict)
     """By slot."""
     _overall: _Rate = field(default_factory=_Rate)
 
-    def choose(self, num_decoding: int) -> int:
+    def choose(self, num_decoding: int, num_drafting: int) -> int:
         """See DraftLength."""
+        self._drafting = num_drafting / num_decoding
         size = self._size_of(num_decoding)
         if size.trial is None:
             size.trial = self._next_trial(size)
@@ -125,7 +129,7 @@ class AdaptiveLength:
                 size.length, size.num_stayed = 0, 0
         return size.length
 
-    def observe(self, result: StepResult, num_draft_tokens: int) -> None:
+    def observe(self, result: StepResult, num_draft_tokens: int, num_drafting: int) -> None:
         """See DraftLength."""
         if not result.slots:
             return
@@ -140,7 +144,9 @@ class AdaptiveLength:
         num_running = sum(count > 0 for count in counts)
         if result.num_tokens != num_running + sum(drafted):
             return  # prompts ran beside
-        share = sum(drafted) / (num_draft_tokens * num_running) if num_draft_tokens and num_running else 1.0
+        # Only those that speculate may be at their end.
+        most = num_draft_tokens * (num_drafting - (len(counts) - num_running))
+        share = sum(drafted) / most if most > 0 else 1.0
         if self.are_sparse:
             self._share += (share - self._share) * _SHARE_WEIGHT if num_draft_tokens else 0.0
         elif share < _MIN_SHARE:
@@ -213,4 +219,4 @@ class AdaptiveLength:
             (rate.accepted + _PRIOR_WEIGHT * overall) / (rate.compared + _PRIOR_WEIGHT) for rate in self._rates.values()
         ] or [overall]
         accepted = sum(sum(rate**position for position in range(1, length + 1)) for rate in rates) / len(rates)
-        return 1.0 + self._share * accepted
+        return 1.0 + self._drafting * self._share * accepted

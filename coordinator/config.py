@@ -41,7 +41,8 @@ class SchedulerConfig:
     """How many of them a step takes, see `draft_length`."""
     drafts_on_device: bool = False
     """Whether draft tokens are compared where grammars and penalties are not followed, and not beside prompts, as on a
-    GPU: then sequences that have one of them decode plainly, and so do steps that may take in prompts."""
+    GPU: then a sequence that has one of them gets one token a step, beside the others' drafts, and a step that may take
+    in prompts drafts for nobody."""
     drafts_are_sparse: bool = False
     """Whether the proposer has nothing for most sequences, as one that looks tokens up."""
 

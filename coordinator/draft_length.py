@@ -18,11 +18,17 @@ _MLC_TABLE = ((10, 4), (20, 3), (30, 2))
 class DraftLength(Protocol):
     """A rule for the draft tokens of the next step."""
 
-    def choose(self, num_decoding: int) -> int:
-        """Return the draft tokens for a step that decodes so many sequences."""
+    def choose(self, num_decoding: int, num_drafting: int) -> int:
+        """Return the draft tokens for a step that decodes so many sequences.
 
-    def observe(self, result: StepResult, num_draft_tokens: int) -> None:
-        """Learn from a step that was planned with so many draft tokens."""
+        Parameters
+        ----------
+        num_drafting
+            Of them, how many may be drafted for, one or more: the others get one token in a step whatever is chosen.
+        """
+
+    def observe(self, result: StepResult, num_draft_tokens: int, num_drafting: int) -> None:
+        """Learn from a step that was planned with so many draft tokens, for so many of its decoding sequences."""
 
     def forget(self, slot: int) -> None:
         """Note that a slot has another sequence now."""
@@ -34,11 +40,11 @@ class FixedLength:
     def __init__(self, num_draft_tokens: int) -> None:
         self._num_draft_tokens = num_draft_tokens
 
-    def choose(self, num_decoding: int) -> int:
+    def choose(self, num_decoding: int, num_drafting: int) -> int:
         """See DraftLength."""
         return self._num_draft_tokens
 
-    def observe(self, result: StepResult, num_draft_tokens: int) -> None:
+    def observe(self, result: StepResult, num_draft_tokens: int, num_drafting: int) -> None:
         """See DraftLength."""
 
     def forget(self, slot: int) -> None:
@@ -52,12 +58,12 @@ class TableLength:
         self._most = max_num_draft_tokens
         self._max_num_seqs = max_num_seqs
 
-    def choose(self, num_decoding: int) -> int:
+    def choose(self, num_decoding: int, num_drafting: int) -> int:
         """See DraftLength."""
         length = next((length for below, length in _MLC_TABLE if num_decoding < below), 0)
         return min(length, self._most) if num_decoding * (length + 1) <= self._max_num_seqs else 0
 
-    def observe(self, result: StepResult, num_draft_tokens: int) -> None:
+    def observe(self, result: StepResult, num_draft_tokens: int, num_drafting: int) -> None:
         """See DraftLength."""
 
     def forget(self, slot: int) -> None:

@@ -84,12 +84,14 @@ class Scheduler:
         if config.max_num_draft_tokens:
             self._progress = BoundedProgress(config.page_size)
             self._draft_length = make_draft_length(config)
-        self._planned_lengths: deque[int] = deque()
-        """Draft tokens of the steps in flight, with speculation."""
+        self._planned_drafts: deque[tuple[int, int]] = deque()
+        """With speculation, of each step in flight: its draft tokens, and how many sequences they are for."""
         self._next_step = 1
         self._last_result = 0
         self._next_order = 0
         self._num_decoding = 0
+        self._num_drafting = 0
+        """Of the decoding sequences, those that may be drafted for."""
         self._num_queued = 0
         self._num_query_tokens = 0
         self._num_hit_tokens = 0
@@ -160,6 +162,8 @@ class Scheduler:
         check_sequences(
             self._groups.values(), self._waiting, self._prefilling, running, self._num_decoding, self._num_queued
         )
+        num_drafting = sum(s.speculates for s in running if s.status is SequenceStatus.DECODING)
+        assert num_drafting == self._num_drafting, f"{self._num_drafting} counted as drafting, {num_drafting} are"
         self._progress.check_integrity(self._num_decoding)
 
     def take_started(self) -> list[tuple[int, int]]:
@@ -221,11 +225,11 @@ class Scheduler:
         self._slots.reset()
         self._pages = self._make_pages()
         self._progress.clear()
-        self._planned_lengths.clear()
+        self._planned_drafts.clear()
         self._running.clear()
         self._prefilling.clear()
         self._waiting.clear()
-        self._num_decoding = 0
+        self._num_decoding = self._num_drafting = 0
         self._last_result = self._next_step - 1
         for group in self._groups.values():
             group.prompt_leader = None
@@ -251,6 +255,8 @@ class Scheduler:
         step = self._next_step
         num_draft_tokens = self._choose_draft_length()
         appended = self._grow_page_tables(step, num_draft_tokens)
+        if not self._num_drafting:
+            num_draft_tokens = 0  # those whom they were for have just been preempted
         num_decoding = self._num_decoding
         budget = self._config.max_num_batched_tokens - num_decoding * (1 + num_draft_tokens)
         touched: list[Sequence] = []
@@ -270,7 +276,7 @@ class Scheduler:
         self._slots.open_step(step, num_decoding + sum(chunk.sample for chunk in chunks))
         self._progress.plan(step, num_draft_tokens)
         if self._draft_length is not None:
-            self._planned_lengths.append(num_draft_tokens)
+            self._planned_drafts.append((num_draft_tokens, self._num_drafting))
         # From here on things count for the next plan: what this one computes may be shared, and who ends here leaves.
         for sequence in touched:
             self._after_chunk(sequence, step)
@@ -282,17 +288,18 @@ class Scheduler:
     def _choose_draft_length(self) -> int:
         """Return the draft tokens of the next step: what the rule says, as far as the token budget goes.
 
-        Half of the budget is kept for prompts while there are any.
+        Half of the budget is kept for prompts while there are any. Sequences that may not be drafted for get one token
+        in the same step; where there are no others, it is a plain one.
         """
-        if self._draft_length is None or not self._num_decoding:
+        if self._draft_length is None or not self._num_drafting:
             return 0
         budget = self._config.max_num_batched_tokens
         if self._prefilling or (self._waiting and self._admission_open and self._slots.num_free):
             if self._config.drafts_on_device:
                 return 0
             budget //= 2
-        most = budget // self._num_decoding - 1
-        return max(0, min(self._draft_length.choose(self._num_decoding), most))
+        most = budget // self._num_decoding - 1  # on a device, each decoding slot has as many rows
+        return max(0, min(self._draft_length.choose(self._num_decoding, self._num_drafting), most))
 
     def _grow_page_tables(self, step: int, num_draft_tokens: int) -> list[tuple[int, int]]:
         """Give pages to each decoding sequence that may write past its page table in this step.
@@ -346,6 +353,7 @@ class Scheduler:
         if sequence.num_computed_tokens == len(sequence.tokens):
             self._prefilling.remove(sequence)
             self._num_decoding += 1
+            self._num_drafting += sequence.speculates
             sequence.status = SequenceStatus.DECODING
             self._progress.begin(sequence, step)
 
@@ -449,6 +457,7 @@ class Scheduler:
         self._running.remove(sequence)
         if sequence.status is SequenceStatus.DECODING:
             self._num_decoding -= 1
+            self._num_drafting -= sequence.speculates
             self._progress.leave(sequence)
         else:
             self._prefilling.remove(sequence)
@@ -491,7 +500,7 @@ class Scheduler:
         sequences = self._slots.close_step(result)
         self._last_result = result.step_id
         if self._draft_length is not None:
-            self._draft_length.observe(result, self._planned_lengths.popleft())
+            self._draft_length.observe(result, *self._planned_drafts.popleft())
         logprobs, failures = result.logprobs, result.failures
         finished, progress = SequenceStatus.FINISHED, self._progress
         events: list[TokenEvent] = []

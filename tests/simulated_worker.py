@@ -136,11 +136,7 @@ class SimulatedWorker:
             )
             work.append(_Work(chunk.slot, chunk.start, chunk.token_ids))
         if self.config.drafts_on_device:
-            require(not (plan.num_draft_tokens and plan.chunks), "draft tokens are verified beside prompts")
-            require(
-                not any(added.max_len and added.sampling.needs_output_history for added in plan.added_slots),
-                "a sequence with penalties speculates",
-            )
+            self._check_device(plan)
         num_tokens = sum(item.num_tokens for item in work)
         require(num_tokens <= self.config.max_num_batched_tokens, f"{num_tokens} tokens in one step")
         require(num_tokens > 0 or bool(full), "a step without tokens")
@@ -155,6 +151,20 @@ class SimulatedWorker:
             if item.slot not in unsampled:
                 tokens[item.slot] = self._sample(item, digest)
         return self._result(plan, tokens, {item.slot: item.num_draft_tokens for item in work})
+
+    def _check_device(self, plan: StepPlan) -> None:
+        """Require what a GPU does."""
+        for added in plan.added_slots:
+            plain = added.sampling.needs_output_history or added.grammar is not None
+            require(not (plain and added.max_len), f"slot {added.slot} speculates with penalties or a grammar")
+        if not plan.num_draft_tokens:
+            return
+        require(not plan.chunks, "draft tokens are verified beside prompts")
+        decoding = [slot for slot in self.slots.values() if slot.last_token is not None]
+        # Those that do not speculate, and those at their end, have padded rows.
+        num_rows = len(decoding) * (1 + plan.num_draft_tokens)
+        require(num_rows <= self.config.max_num_batched_tokens, f"{num_rows} rows in one step")
+        require(any(slot.max_len for slot in decoding), "draft tokens for nobody")
 
     def _decode(self, plan: StepPlan, number: int, slot: _Slot) -> _Work:
         """What a decoding slot runs; how many of its draft tokens are right is up to chance."""
@@ -177,7 +187,8 @@ class SimulatedWorker:
             require(added.slot not in self.slots, f"slot {added.slot} is taken")
             require(0 <= added.slot < self.config.max_num_seqs, f"slot {added.slot} does not exist")
             require(
-                added.sampling.needs_output_history or not added.output_token_ids, "output history nobody asked for"
+                added.sampling.needs_output_history or added.grammar is not None or not added.output_token_ids,
+                "output history nobody asked for",
             )
             require(
                 not added.max_len or len(added.prefix_token_ids) % self.config.page_size == 0,

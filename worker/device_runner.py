@@ -293,7 +293,7 @@ class DeviceRunner:
             )
             rows = self._grammars.rows(slots)
             if self._speculation is not None and drafts:
-                self._speculation.catch_up(step.tensors[2], step.num_slots, drafts, self._page_table)
+                self._speculation.catch_up(slots, step.tensors[2], step.num_slots, drafts, self._page_table)
             failures, mask_us = self._launch(step, rows, staging)
             self._constrained = (rows, len(arrays.sample_slots), staging, 1 + drafts)
             self._sampler.fetch(len(arrays.sample_slots), arrays.sample_slots, staging, self._stream)
@@ -309,7 +309,7 @@ class DeviceRunner:
                 if plan.chunks:  # behind the result: no first token waits for it
                     step.prompt_graph.launch(self._stream)
                 else:
-                    self._speculation.plain_step()
+                    self._speculation.plain_step(slots)
         if not drafts:
             self._batch.commit(arrays, None)
         return PendingStep(self, plan, staging, slots, len(arrays.token_ids), step.bucket, failures, mask_us, hidden)

@@ -23,6 +23,7 @@ from tpserve.worker.arrays import Array
 from tpserve.worker.device_kv_cache import device_pages
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
+from tpserve.worker.draft_lag import DraftLag
 from tpserve.worker.library import Library
 
 logger = logging.getLogger(__name__)
@@ -117,28 +118,36 @@ class DeviceSpeculation:
         windows = cupy.arange(max_num_seqs, dtype=cupy.int32) * DEVICE_DRAFT_WINDOW + (DEVICE_DRAFT_WINDOW - 1)
         self._window_rows = tvm_ffi.from_dlpack(windows)
         self._all_rows = tvm_ffi.from_dlpack(cupy.arange(max_num_seqs, dtype=cupy.int32))
-        self._num_behind = 0
-        """Most tokens of a slot that the draft has not computed since it last drafted."""
+        self._lag = DraftLag(max_num_seqs)
 
     # ---- between steps
 
     def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
-        """Take what is known of sequences that enter slots, in order with the steps on `stream`."""
+        """Take what is known of sequences that enter slots, in order with the steps on `stream`.
+
+        One with a `max_len` of 0 may not be drafted for: all its rows but the first are padding, to the draft, the
+        model and both samplings. So a step gives it one token, by its own penalties or mask.
+        """
+        self._lag.add(added_slots)
         for added in added_slots:
             self._max_len[added.slot : added.slot + 1].set(np.asarray([added.max_len], np.int32), stream)
             if added.prefix_token_ids:
                 prefix = np.asarray(added.prefix_token_ids, np.int32)
                 self._tokens[added.slot, : len(prefix)].set(prefix, stream)
 
-    def catch_up(self, token_slots: Any, num_slots: int, num_draft_tokens: int, page_table: Any) -> None:
+    def catch_up(
+        self, decoding: Array, token_slots: Any, num_slots: int, num_draft_tokens: int, page_table: Any
+    ) -> None:
         """Before a round, let the draft compute what plain steps have left out; not captured, since it is rare.
 
         Parameters
         ----------
+        decoding : (B,) int32
+            The slots that decode.
         token_slots : (num_slots * (1 + num_draft_tokens),) int32 tensor
             As the step is laid out.
         """
-        behind, self._num_behind = self._num_behind, 0
+        behind = self._lag.take(decoding)
         if behind <= DEVICE_DRAFT_WINDOW - 2:
             return
         size = max(1, self._draft.max_num_tokens // num_slots)
@@ -148,9 +157,9 @@ class DeviceSpeculation:
         for begin in reversed(passes):  # the earliest tokens first
             self._run_window(token_slots, stride, num_slots, size, begin, page_table, one)
 
-    def plain_step(self) -> None:
-        """Note that the slots move on without the draft."""
-        self._num_behind += 1
+    def plain_step(self, decoding: Array) -> None:
+        """Note that slots, (B,) int32, move on without the draft."""
+        self._lag.plain_step(decoding)
 
     # ---- within a captured step
 

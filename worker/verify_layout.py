@@ -33,10 +33,12 @@ class VerifyBucket:
 
 
 def make_verify_buckets(max_num_seqs: int, max_num_tokens: int, max_num_draft_tokens: int) -> list[VerifyBucket]:
-    """Return the buckets that fit in `max_num_tokens`, smallest first."""
-    batches = [size for size in _BATCHES if size < max_num_seqs] + [max_num_seqs]
-    found = [VerifyBucket(size, drafts) for size in batches for drafts in range(1, max_num_draft_tokens + 1)]
-    return [each for each in found if each.bucket.num_tokens <= max_num_tokens]
+    """Return the buckets, smallest first: one of them holds whatever fits in `max_num_tokens`."""
+    found = []
+    for drafts in range(1, max_num_draft_tokens + 1):
+        most = min(max_num_seqs, max_num_tokens // (1 + drafts))
+        found += [VerifyBucket(size, drafts) for size in (*_BATCHES, most) if size < most or size == most > 0]
+    return sorted(set(found), key=lambda each: (each.num_slots, each.num_draft_tokens))
 
 
 def lay_out_verify(decoding: Array, num_draft_tokens: int) -> StepArrays:

@@ -7,7 +7,9 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import cupy
 import numpy as np
@@ -74,7 +76,7 @@ def test_rows_are_those_of_the_host(host: ctypes.CDLL, kernels: Callable[[str], 
     both = Both(
         tokens=ints(0, 100, NUM_SLOTS, WIDTH),
         num_tokens=ints(1, WIDTH - MOST - 1, NUM_SLOTS),
-        max_len=ints(0, WIDTH, NUM_SLOTS),
+        max_len=ints(0, WIDTH, NUM_SLOTS) * (rng.random(NUM_SLOTS) < 0.7).astype(np.int32),
         draft_tokens=ints(-1, 3, NUM_SLOTS, MOST),
         ids=np.tile(-1 - np.arange(width, dtype=np.int32), batch),
         positions=np.zeros(rows, np.int32),
@@ -149,10 +151,14 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=CASES)
-def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroup]:
-    """SmolLM2 in bfloat16 with itself as its draft."""
-    tp_size, draft_tp_size, collectives = request.param
+@contextmanager
+def speculating(
+    tmp_path_factory: pytest.TempPathFactory,
+    tp_size: int,
+    draft_tp_size: int,
+    collectives: Literal["auto", "push", "nccl"],
+) -> Iterator[tuple[RankGroup, Path]]:
+    """Ranks of SmolLM2 in bfloat16 with itself as its draft, and its folder."""
     model, target = folders(tmp_path_factory, tp_size, ("q0bf16", "auto"), MOST)
     draft_model, draft = folders(tmp_path_factory, draft_tp_size, ("q0bf16", "auto"))
     speculation = Speculation(
@@ -171,9 +177,15 @@ def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             speculation=speculation,
             start_timeout_s=600.0,
         ) as ranks:
-            yield ranks
+            yield ranks, model
     finally:
         processes.close()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroup]:
+    with speculating(tmp_path_factory, *request.param) as (ranks, _):
+        yield ranks
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 3, MOST])
@@ -201,7 +213,7 @@ def test_switching_between_plain_and_verified_steps_changes_no_text(
     texts = []
     for lengths in ([0], [3], [0] * 9 + [2] * 3):
         scheduler = make_scheduler(MOST)
-        scheduler._draft_length = _Cycle(lengths)
+        scheduler._draft_length = Cycle(lengths)
         prompt = tuple(goldens[0]["prompt_token_ids"])
         scheduler.add_request(Request(1, prompt, SamplingParams(temperature=0.7, seed=5), 80))
         texts.append([token for event in run_scheduler(group, scheduler) for token in event.token_ids])
@@ -210,17 +222,17 @@ def test_switching_between_plain_and_verified_steps_changes_no_text(
     assert min(same) > 20
 
 
-class _Cycle:
+class Cycle:
     """A rule that goes round."""
 
     def __init__(self, lengths: list[int]) -> None:
         self._lengths = lengths
         self._next = 0
 
-    def choose(self, num_decoding: int) -> int:
+    def choose(self, num_decoding: int, num_drafting: int) -> int:
         self._next += 1
         return self._lengths[(self._next - 1) % len(self._lengths)]
 
-    def observe(self, result: object, num_draft_tokens: int) -> None: ...
+    def observe(self, result: object, num_draft_tokens: int, num_drafting: int) -> None: ...
 
     def forget(self, slot: int) -> None: ...

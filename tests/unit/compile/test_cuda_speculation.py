@@ -1,7 +1,8 @@
 """What the GPU's kernels do in speculating steps, row by row on the host, against sequences decoded one by one.
 
 KV is simulated: each position holds the token that was run there. A row samples a function of all tokens that it sees,
-so a text is right only if every token, position and slot was.
+so a text is right only if every token, position and slot was. Sequences that may not be drafted for have penalties:
+what they sample hangs on how often their slot has been sampled, too.
 """
 
 from __future__ import annotations
@@ -53,16 +54,16 @@ def sample(tokens: list[int], salt: int = 0) -> int:
     return blake2b(bytes([salt, *tokens]), digest_size=1).digest()[0] % VOCAB
 
 
-def plain(prompt: list[int], max_len: int) -> list[int]:
+def plain(prompt: list[int], max_len: int, *, penalised: bool) -> list[int]:
     tokens = list(prompt)
     while len(tokens) < max_len:
-        tokens.append(sample(tokens))
+        tokens.append(sample(tokens, salt=len(tokens) - len(prompt) if penalised else 0))
     return tokens
 
 
 @dataclass
 class Device:
-    """The slots' state and simulated KV of target and draft."""
+    """The slots' state, simulated KV of target and draft, and of penalised slots how many tokens were counted."""
 
     library: Any
     tokens: Ints = field(default_factory=lambda: ints(NUM_SLOTS, WIDTH))
@@ -71,6 +72,7 @@ class Device:
     draft_tokens: Ints = field(default_factory=lambda: ints(NUM_SLOTS, MOST))
     kv: Ints = field(default_factory=lambda: ints(NUM_SLOTS, WIDTH))
     draft_kv: Ints = field(default_factory=lambda: ints(NUM_SLOTS, WIDTH))
+    num_counted: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         arrays = (self.tokens, self.num_tokens, self.max_len, self.draft_tokens)
@@ -85,6 +87,24 @@ class Device:
         for token, position, slot in zip(ids.tolist(), positions.tolist(), slots.tolist(), strict=True):
             if slot >= 0:
                 kv[slot, position] = token
+
+    def enter(self, slot: int, state: Running) -> None:
+        """Take a sequence whose first `num_run` tokens are in the prefix cache."""
+        self.max_len[slot] = state.max_len if state.speculates else 0
+        self.num_counted.pop(slot, None)
+        if not state.speculates:
+            self.num_counted[slot] = 0
+        for array in (self.kv, self.draft_kv, self.tokens):
+            array[slot] = -7
+            if state.speculates or array is not self.tokens:  # nobody sends the tokens of hits otherwise
+                array[slot, : state.num_run] = state.prompt[: state.num_run]
+
+    def sample(self, slot: int, position: int) -> int:
+        """Sample behind a position, as the model does."""
+        salt = self.num_counted.get(slot, 0)
+        if slot in self.num_counted:
+            self.num_counted[slot] += 1
+        return sample(self.kv[slot, : position + 1].tolist(), salt)
 
     def draft(self, decode_slots: Ints, num_drafts: int, wrong: float, random: Random, draft_max_len: int) -> None:
         batch = len(decode_slots)
@@ -104,6 +124,7 @@ class Device:
             sampled = ints(batch)
             for b in range(batch):
                 if sample_slots[b] >= 0:
+                    assert sample_slots[b] not in self.num_counted, "a draft's token would be counted"
                     seen = self.draft_kv[sample_slots[b], : sample_positions[b]].tolist()
                     assert seen == self._true(int(sample_slots[b]), int(sample_positions[b])), "the draft's KV is stale"
                     sampled[b] = sample(seen, salt=int(random.random() < wrong))
@@ -134,13 +155,14 @@ def test_texts_are_those_of_plain_decoding(rows: ctypes.CDLL, seed: int) -> None
     decoding: list[int] = []
     finished = 0
     counts_seen: set[tuple[int, int]] = set()
+    beside = False
     for _ in range(400):
         for slot in set(range(NUM_SLOTS)) - running.keys():
             prompt = [random.randrange(VOCAB) for _ in range(random.randint(1, 20))]
             max_len = len(prompt) + random.randint(1, 40)
-            running[slot] = Running(prompt, max_len, random.random() < 0.8)
-            device.max_len[slot] = max_len if running[slot].speculates else 0
-            device.kv[slot] = device.draft_kv[slot] = -7
+            num_cached = random.choice([0, random.randrange(len(prompt))])
+            running[slot] = Running(prompt, max_len, random.random() < 0.6, num_cached)
+            device.enter(slot, running[slot])
         num_drafts = random.randint(0, MOST)
         decode_slots = np.asarray([*decoding, *[-1] * random.randint(0, 2)], np.int32)  # padded to a bucket
         chunks = []
@@ -181,7 +203,9 @@ def test_texts_are_those_of_plain_decoding(rows: ctypes.CDLL, seed: int) -> None
         sampled = ints(len(rows_))
         for r, row in enumerate(rows_):
             if sample_slots_[r] >= 0:
-                sampled[r] = sample(device.kv[slots_[row], : positions_[row] + 1].tolist())
+                assert sample_slots_[r] == slots_[row]
+                assert sample_positions_[r] == positions_[row] + 1
+                sampled[r] = device.sample(int(slots_[row]), int(positions_[row]))
         num_groups = batch + len(sampled_chunks)
         counts, drafted = ints(num_groups), ints(num_groups)
         outputs = (sampled, sample_slots_, sample_positions_, counts, drafted)
@@ -197,6 +221,7 @@ def test_texts_are_those_of_plain_decoding(rows: ctypes.CDLL, seed: int) -> None
             counts_seen.add((int(counts[group]), int(drafted[group])))
             assert counts[group] <= drafted[group] + 1 <= num_drafts + 1
             assert drafted[group] == 0 or state.speculates
+            beside |= num_drafts > 0 and not state.speculates and bool(drafted.any())
         decoding += sampled_chunks
         for slot in list(decoding):
             state = running[slot]
@@ -204,13 +229,15 @@ def test_texts_are_those_of_plain_decoding(rows: ctypes.CDLL, seed: int) -> None
             assert length <= state.max_len
             # One that is full may stay for a while, and gives nothing.
             if length == state.max_len and (not state.speculates or random.random() < 0.5):
-                assert state.prompt + state.output == plain(state.prompt, state.max_len)
+                expected = plain(state.prompt, state.max_len, penalised=not state.speculates)
+                assert state.prompt + state.output == expected
                 decoding.remove(slot)
                 del running[slot]
                 finished += 1
     assert finished > 30
     assert {(count, drafted) for drafted in range(MOST + 1) for count in range(1, drafted + 2)} <= counts_seen
     assert (0, 0) in counts_seen
+    assert beside, "nobody decoded plainly beside verified drafts"
 
 
 @pytest.mark.parametrize(
@@ -221,6 +248,10 @@ def test_texts_are_those_of_plain_decoding(rows: ctypes.CDLL, seed: int) -> None
         ("position = last + index", "position = last + index + 1"),
         ("count < num_drafts && count < room", "count < num_drafts"),
         ("at = count - behind - window + w", "at = count - behind - window + w - 1"),
+        # Of those who may not be drafted for.
+        ("fresh(s.max_len + slot) > 0 && !is_full(s, slot)", "!is_full(s, slot)"),
+        ("sample_slots[r] = fresh(slots + t);", ""),
+        ("fresh(sample_slots + row + verified + 1) >= 0", "true"),
     ],
 )
 def test_a_wrong_rule_is_noticed(right: str, wrong: str, tmp_path: Path) -> None:

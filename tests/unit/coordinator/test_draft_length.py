@@ -25,6 +25,8 @@ class Machine:
     noise: float = 0.02
     coverage: float = 1.0
     """Share of sequences for which something is proposed."""
+    num_plain: int = 0
+    """Sequences that may not be drafted for."""
     random: Random = field(default_factory=lambda: Random(1))
     num_tokens: int = 0
     total_us: float = 0.0
@@ -34,14 +36,15 @@ class Machine:
         """Take steps, each planned two ahead of its result as in the engine."""
         pending: list[int] = []
         for _ in range(num_steps):
-            pending.append(rule.choose(batch))
+            pending.append(rule.choose(batch, batch - self.num_plain))
             if len(pending) == 2:
                 self._step(rule, batch, pending.pop(0))
 
     def _step(self, rule: DraftLength, batch: int, length: int) -> None:
         drafted, counts = [], []
-        for _ in range(batch):
-            drafted.append(length if self.random.random() < self.coverage else 0)
+        for number in range(batch):
+            speculates = number >= self.num_plain and self.random.random() < self.coverage
+            drafted.append(length if speculates else 0)
             accepted = 0
             while accepted < drafted[-1] and self.random.random() < self.rate:
                 accepted += 1
@@ -62,7 +65,7 @@ class Machine:
             num_tokens=batch + sum(drafted),
             step_us=int(step_us),
         )
-        rule.observe(result, length)
+        rule.observe(result, length, batch - self.num_plain)
 
     def speed(self) -> float:
         """Tokens for a microsecond."""
@@ -78,7 +81,8 @@ def best_speed(machine: Machine, batch: int) -> tuple[float, float]:
     """The best fixed length's tokens for a microsecond, and those of plain decoding."""
 
     def speed(length: int) -> float:
-        tokens = 1 + machine.coverage * sum(machine.rate**position for position in range(1, length + 1))
+        share = machine.coverage * (batch - machine.num_plain) / batch
+        tokens = 1 + share * sum(machine.rate**position for position in range(1, length + 1))
         return batch * tokens / machine.step_us(batch, length)
 
     return max(speed(length) for length in range(MOST + 1)), speed(0)
@@ -144,15 +148,61 @@ def test_lookups_that_seldom_find_something_are_worth_their_cost_or_not() -> Non
     assert dear.speed() >= 0.98 * best_speed(dear, 4)[1]
 
 
+@pytest.mark.parametrize("num_plain", [1, 4, 7])
+def test_those_who_may_not_be_drafted_for_keep_nobody_from_it(num_plain: int) -> None:
+    machine = Machine(memory_bound, 0.8, num_plain=num_plain)
+    rule = AdaptiveLength(MOST)
+    machine.run(rule, 8, 500)
+    machine.num_tokens, machine.total_us = 0, 0.0
+    machine.run(rule, 8, 1000)
+    best, _ = best_speed(machine, 8)
+    assert machine.speed() >= 0.95 * best
+    assert num_plain == 7 or machine.chosen[-1] > 0
+    # What was learned of a mix holds for others of its size.
+    machine.num_plain = 0
+    machine.run(rule, 8, 100)
+    machine.num_tokens, machine.total_us = 0, 0.0
+    machine.run(rule, 8, 200)
+    assert machine.speed() >= 0.95 * best_speed(machine, 8)[0]
+
+
+def test_drafts_for_one_of_many_do_not_slow_the_others() -> None:
+    """Each draft token is a tenth of a step: one sequence of 32 that takes them all is not worth it."""
+    machine = Machine(memory_bound, 0.9, num_plain=31)
+    rule = AdaptiveLength(MOST)
+    machine.run(rule, 32, 500)
+    assert machine.speed() >= 0.98 * best_speed(machine, 32)[1]
+    assert machine.chosen[-1] == 0
+
+
+def test_slots_at_their_end_are_no_sign_that_the_draft_catches_up() -> None:
+    """Two decode plainly, one drafts and one that might has all its tokens."""
+    rule = AdaptiveLength(MOST)
+    for length in (*[0] * 4, *[1] * 4):
+        drafted = (0, 0, length, 0)
+        result = StepResult(
+            1,
+            slots=(0, 1, 2, 3),
+            token_ids=(0,) * (3 + length),
+            counts=(1, 1, 1 + length, 0),
+            drafted=drafted,
+            num_tokens=3 + length,
+            step_us=5000,
+        )
+        rule.observe(result, length, 2)
+    # Both lengths are timed: a token more for the same time is taken at once.
+    assert [rule.choose(3, 1) for _ in range(40)][-1] > 0
+
+
 def test_steps_in_which_the_draft_catches_up_are_not_held_against_it() -> None:
     rule = AdaptiveLength(MOST)
     machine = Machine(memory_bound, 0.8)
     machine.run(rule, 4, 8)
-    while rule.choose(4) == 0:
+    while rule.choose(4, 4) == 0:
         machine.run(rule, 4, 2)
     for _ in range(10):  # long steps that draft nothing yet
-        length = rule.choose(4)
-        rule.observe(StepResult(1, slots=(0, 1, 2, 3), token_ids=(0,) * 4, num_tokens=4, step_us=90_000), length)
+        length = rule.choose(4, 4)
+        rule.observe(StepResult(1, slots=(0, 1, 2, 3), token_ids=(0,) * 4, num_tokens=4, step_us=90_000), length, 4)
     machine.run(rule, 4, 100)
     assert machine.chosen[-1] >= 3
 
@@ -161,12 +211,13 @@ def test_steps_in_which_the_draft_catches_up_are_not_held_against_it() -> None:
     ("num_decoding", "expected"), [(1, 4), (9, 4), (10, 3), (19, 3), (20, 2), (29, 2), (30, 0), (64, 0)]
 )
 def test_the_table_is_that_of_mlc(num_decoding: int, expected: int) -> None:
-    assert TableLength(8, 128).choose(num_decoding) == expected
+    assert TableLength(8, 128).choose(num_decoding, num_decoding) == expected
+    assert TableLength(8, 128).choose(num_decoding, 1) == expected
     # No more tokens than slots, and no more than the library takes.
-    assert TableLength(8, num_decoding * 2).choose(num_decoding) == 0
-    assert TableLength(2, 128).choose(num_decoding) == min(2, expected)
+    assert TableLength(8, num_decoding * 2).choose(num_decoding, num_decoding) == 0
+    assert TableLength(2, 128).choose(num_decoding, num_decoding) == min(2, expected)
 
 
 def test_each_rule_has_its_name() -> None:
     config = make_config(max_num_draft_tokens=3)
-    assert make_draft_length(config).choose(1000) == 3
+    assert make_draft_length(config).choose(1000, 1000) == 3

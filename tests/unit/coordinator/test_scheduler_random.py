@@ -11,7 +11,9 @@ from builders import Loop, make_config
 from simulated_worker import VOCAB_SIZE, expected_output
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.request import QueueFull, Request, RequestInvalid
-from tpserve.proto.messages import SamplingParams
+from tpserve.proto.messages import Grammar, GrammarKind, SamplingParams
+
+ANYTHING = Grammar(GrammarKind.REGEX, ".*", (VOCAB_SIZE - 1,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Scenario:
     num_steps: int = 1500
     num_prefixes: int = 0
     """Prompts start with one of that many common prefixes."""
+    grammar: float = 0.0
+    """Probability that a request has a grammar, which the simulated worker does not follow."""
     preempts: bool = False
     """Whether the run is rough enough to preempt; checked, so that the scenario stays worth its name."""
 
@@ -59,6 +63,14 @@ SCENARIOS = {
     "speculation_on_device": Scenario(
         make_config(max_num_draft_tokens=3, num_pages=20, drafts_on_device=True), max_n=2, abort=0.02, preempts=True
     ),
+    "speculation_on_device_beside_grammars": Scenario(
+        make_config(max_num_draft_tokens=4, max_in_flight_steps=3, num_pages=30, drafts_on_device=True),
+        arrival=0.1,
+        group_loss=0.005,
+        grammar=0.3,
+        num_prefixes=2,
+        preempts=True,
+    ),
     "speculation_group_losses": Scenario(
         make_config(max_num_draft_tokens=2, num_pages=24), group_loss=0.02, max_n=3, num_prefixes=2, abort=0.02
     ),
@@ -83,9 +95,9 @@ def random_request(random: Random, request_id: int, scenario: Scenario, prefixes
         num_logprobs=random.choice([None, 0]),
     )
     max_tokens = random.choice([1, 2, 8, 30, 100])
-    return Request(
-        request_id, tuple(prefix + tail), sampling, max_tokens, random.randint(1, scenario.max_n), frozenset(stops)
-    )
+    n = random.randint(1, scenario.max_n)
+    grammar = ANYTHING if random.random() < scenario.grammar else None
+    return Request(request_id, tuple(prefix + tail), sampling, max_tokens, n, frozenset(stops), grammar)
 
 
 @pytest.mark.parametrize("seed", range(3))

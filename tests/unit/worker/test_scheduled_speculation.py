@@ -48,6 +48,7 @@ def serve(
     *,
     ahead: int = 2,
     num_pages: int = 64,
+    drafts_on_device: bool = False,
     aborts: dict[int, int] | None = None,
     lose_after: int | None = None,
 ) -> Outcome:
@@ -55,6 +56,8 @@ def serve(
 
     Parameters
     ----------
+    drafts_on_device
+        Plan as for a GPU.
     aborts
         By request id, the tokens after which its client goes.
     lose_after
@@ -70,6 +73,7 @@ def serve(
             num_pages,
             max_in_flight_steps=ahead,
             max_num_draft_tokens=0 if config.speculation is None else MOST,
+            drafts_on_device=drafts_on_device,
         )
     )
     for request in requests:
@@ -162,6 +166,21 @@ def test_answers_are_those_of_plain_decoding_when_pages_are_few(speculating: Ran
     assert outcome.num_preemptions > 0
     assert outcome.num_hits > 16
     assert_same(expected, outcome)
+
+
+@pytest.mark.parametrize("num_pages", [64, 9])
+def test_answers_are_those_of_plain_decoding_where_only_some_are_drafted_for(
+    pairs: Pairs, expected: Outcome, num_pages: int
+) -> None:
+    """As a GPU's steps are planned: penalties and grammars decode plainly beside the others' drafts."""
+    outcome = serve(pairs.config(0.1), requests_of_all_kinds(1), num_pages=num_pages, drafts_on_device=True)
+    assert_same(expected, outcome)
+    beside = 0
+    for result in outcome.results:
+        if any(result.drafted):
+            beside += any(count and not drafted for count, drafted in zip(result.counts, result.drafted, strict=True))
+    assert beside > 10
+    assert (outcome.num_preemptions > 0) == (num_pages == 9)
 
 
 def test_aborts_and_a_lost_rank_leave_other_answers_alone(speculating: RankConfig, expected: Outcome) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tpserve.worker.buckets import fill
 from tpserve.worker.verify_layout import VerifyBucket, lay_out_verify, make_verify_buckets, read_groups
@@ -26,6 +27,19 @@ def test_there_is_a_bucket_for_each_length_as_far_as_tokens_go() -> None:
     assert VerifyBucket(6, 2) in buckets  # 18 tokens
     assert VerifyBucket(6, 3) not in buckets  # 24
     assert all(each.bucket.num_tokens <= 20 for each in buckets)
+    assert len(set(buckets)) == len(buckets)
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "max_num_tokens", "most"), [(6, 20, 3), (256, 512, 5), (40, 64, 8), (8, 9, 8), (5, 100, 4)]
+)
+def test_whatever_fits_has_a_bucket(max_num_seqs: int, max_num_tokens: int, most: int) -> None:
+    """Where a batch of a usual size does not fit, a smaller one may still: 130 slots of two draft tokens in 512."""
+    buckets = make_verify_buckets(max_num_seqs, max_num_tokens, most)
+    for drafts in range(1, most + 1):
+        sizes = [each.num_slots for each in buckets if each.num_draft_tokens == drafts]
+        largest = min(max_num_seqs, max_num_tokens // (1 + drafts))
+        assert max(sizes, default=0) == largest
 
 
 def test_what_a_group_gave_are_its_first_rows() -> None:

@@ -1,0 +1,56 @@
+"""How far a draft is behind: what it must compute before a round, and no more."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tpserve.proto.messages import SamplingParams, SlotAdd
+from tpserve.worker.draft_lag import DraftLag
+
+SAMPLING = SamplingParams()
+
+
+def slots(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.asarray(numbers, np.int32)
+
+
+def make_lag(*max_len: int) -> DraftLag:
+    lag = DraftLag(8)
+    lag.add([SlotAdd(slot, SAMPLING, (), max_len=most) for slot, most in enumerate(max_len)])
+    return lag
+
+
+def test_the_slot_that_is_furthest_behind_counts_and_only_once() -> None:
+    lag = make_lag(50, 50, 50)
+    for _ in range(3):
+        lag.plain_step(slots(0, 1))
+    lag.plain_step(slots(0, 1, 2))
+    assert lag.take(slots(2)) == 1
+    assert lag.take(slots(2, 0)) == 4
+    assert lag.take(slots(0, 2)) == 0
+    assert lag.take(slots(1)) == 4
+
+
+def test_who_does_not_speculate_is_never_behind() -> None:
+    """Or a prompt after a thousand steps of a grammar would have the draft compute a thousand tokens for nobody."""
+    lag = make_lag(0, 0)
+    for _ in range(1000):
+        lag.plain_step(slots(0, 1))
+    lag.add([SlotAdd(2, SAMPLING, (), max_len=50)])
+    lag.plain_step(slots(0, 1, 2))
+    assert lag.take(slots(0, 1, 2)) == 1
+
+
+def test_a_slot_begins_anew_with_its_next_sequence() -> None:
+    lag = make_lag(50, 0)
+    for _ in range(5):
+        lag.plain_step(slots(0, 1))
+    lag.add([SlotAdd(0, SAMPLING, (), max_len=0), SlotAdd(1, SAMPLING, (), max_len=50)])
+    for _ in range(2):
+        lag.plain_step(slots(0, 1))
+    assert lag.take(slots(0)) == 0
+    assert lag.take(slots(1)) == 2
+
+
+def test_nobody_is_behind_where_nothing_decodes() -> None:
+    assert make_lag(50).take(slots()) == 0
