@@ -162,7 +162,7 @@ def attention(kernels: Any, stream: Any) -> None:
             qkv = random_bf16((len(slots), (num_heads + 2 * num_kv_heads) * dim))
             q, out = (poisoned((len(slots), num_heads * dim), BF16) for _ in "ab")
             need = sizes.attention_workspace_size(len(slots), num_slots, num_heads, num_kv_heads, dim)
-            workspace, scales = to_device(np.zeros(need, np.float32)), to_device(np.ones(2, np.float32))
+            workspace, scales = poisoned((need,), np.float32), to_device(np.ones(2, np.float32))
             flops = sum(4.0 * num_heads * dim * (s + n / 2) * n for s, n in runs) if "prompt 2048" in name else 0.0
             for decode_only in (False, True) if len(slots) == num_slots else (False,):
                 case = f"{model} {name}{', as decodes' if decode_only else ''}"

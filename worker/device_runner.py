@@ -31,7 +31,7 @@ from tpserve.worker.buckets import Bucket, capture_order, fill, make_buckets, sm
 from tpserve.worker.captured_step import CapturedStep, PendingStep, unowned
 from tpserve.worker.device_draft import check_draft_manifest, draft_rank_config
 from tpserve.worker.device_group import DeviceGroup
-from tpserve.worker.device_kv_cache import device_pages
+from tpserve.worker.device_kv_cache import attention_workspace, device_pages
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_speculation import DeviceDraft, DeviceSpeculation
 from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
@@ -115,7 +115,7 @@ class DeviceRunner:
         num_tokens = manifest.max_num_batched_tokens
         floats = self._kernels["attention_workspace_size"](num_tokens, *self._heads, kv.head_dim)
         self._plan = cupy.zeros(self._plan_words(Bucket(num_tokens, config.max_num_seqs)), cupy.int32)
-        self._workspace = tvm_ffi.from_dlpack(cupy.zeros(max(1, floats), cupy.float32))
+        self._workspace = attention_workspace(floats)
         buckets = make_buckets(config.max_num_seqs, manifest.max_num_batched_tokens)
         verify_buckets: list[VerifyBucket] = []
         if self._speculation is not None:

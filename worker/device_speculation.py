@@ -20,7 +20,7 @@ from tpserve.proto.messages import SlotAdd
 from tpserve.proto.rank import RankConfig
 from tpserve.proto.speculation import DEVICE_DRAFT_WINDOW, Speculation
 from tpserve.worker.arrays import Array
-from tpserve.worker.device_kv_cache import device_pages
+from tpserve.worker.device_kv_cache import attention_workspace, device_pages
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
 from tpserve.worker.draft_lag import DraftLag
@@ -59,7 +59,7 @@ class DeviceDraft:
         # Exchanged once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
         self._plan = tvm_ffi.from_dlpack(cupy.zeros(words, cupy.int32))
         floats = kernels["attention_workspace_size"](self.max_num_tokens, *self._heads, kv.head_dim)
-        self._workspace = tvm_ffi.from_dlpack(cupy.zeros(max(1, floats), cupy.float32))
+        self._workspace = attention_workspace(floats)
         self._max_num_seqs = config.max_num_seqs
 
     def forward(

@@ -241,7 +241,7 @@ def run(
     assert plan.shape[0] == kernels("attention_plan_size")(num_tokens, num_slots, decode_only)
     need = sizes.attention_workspace_size(num_tokens, num_slots, num_heads, num_kv_heads, dim)
     assert need == kernels("attention_workspace_size")(num_tokens, num_slots, num_heads, num_kv_heads, dim)
-    workspace = zero_arrivals(poisoned((need,), np.float32), num_slots, num_kv_heads)
+    workspace = poisoned((need,), np.float32)  # all bits set: empty, as the kernels leave it
     kernels("attention_plan")(positions, slots, num_slots, num_heads, num_kv_heads, window, plan)
     name = "attention" if tokens.norms is None else "qk_norm_attention"
     if state.scales is not None:
@@ -260,13 +260,7 @@ def run(
             workspace, q, out, *([] if out_scales is None else [out_scales]),
         )  # fmt: skip
         cupy.cuda.get_current_stream().synchronize()
-        assert not bool(workspace.bits[: sizes.attention_arrivals(num_slots, num_kv_heads)].any())
+        assert bool((workspace.bits == 0xFFFFFFFF).all())
         found.append(Attended(out, out_scales, q, pages.bits.copy()))
     assert found[0].same_as(found[1])
     return found[0]
-
-
-def zero_arrivals(workspace: DeviceArray, num_slots: int, num_kv_heads: int) -> DeviceArray:
-    """As the kernels want a new workspace, and leave it."""
-    workspace.bits[: sizes.attention_arrivals(num_slots, num_kv_heads)] = 0
-    return workspace

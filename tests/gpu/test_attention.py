@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gpu.device import BF16, FP8, DeviceArray, poisoned, random_bf16, relative_error, to_device
-from gpu.paged import Attended, Batch, Kernels, NewTokens, Paged, attend, reference, run, zero_arrivals
+from gpu.paged import Attended, Batch, Kernels, NewTokens, Paged, attend, reference, run
 from tpserve.compile.kernels.cuda import sizes
 
 pytestmark = pytest.mark.gpu
@@ -198,7 +198,7 @@ def test_a_token_does_not_depend_on_its_batch(kernels: Kernels, kv: Any) -> None
 
 
 def test_pages_and_plans_that_do_not_fit_are_refused(kernels: Kernels) -> None:
-    workspace = zero_arrivals(poisoned((sizes.attention_workspace_size(1, 1, 4, 1, 128),), np.float32), 1, 1)
+    workspace = poisoned((sizes.attention_workspace_size(1, 1, 4, 1, 128),), np.float32)
     wide, narrow = (Paged.make([1], 16, 1, 128, 16, kv) for kv in (BF16, FP8))
     scales, one = (to_device(np.ones(count, np.float32)) for count in (2, 1))
     zero, rope = to_device(np.zeros(1, np.int32)), to_device(np.ones((16, 128), np.float32))

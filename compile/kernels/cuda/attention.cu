@@ -5,7 +5,7 @@
 // group) pairs; attention_rows.cuh has what a warp does with them, over pages of bfloat16 or e4m3.
 //   decode item:  a run of at most 16 rows and one chunk of its positions. All four warps have the same rows; each takes
 //                 sixteen of the 64 positions of a stage, and the four sums are added. Where a run has several chunks, the
-//                 warp that ends the last of them adds all partial sums, in the order of positions.
+//                 item of the last adds the others' sums to its own (attention_splits.cuh).
 //   prefill item: up to 64 rows over all their positions; each warp has sixteen rows.
 // Chunks start at multiples of a length that depends on the run's own length alone, so results do not depend on what
 // else is in the batch. A fifth warp announces items and fetches their queries and stages of 64 positions ahead, across
@@ -102,11 +102,9 @@ __device__ void consume_decode(const AttentionParams<KV>& p, Shared<KV, kHeadDim
   }
   // Chunks of a window start above zero; partial sums are kept by their order.
   const int begin = p.window > 0 ? max(0, item.position - p.window + 1) : 0;
-  store_partial(p, item, head, item.split - begin / item.chunk, rows);
-  if (!ends_last(p, item, head)) return;
-  for (int first = 0; first < item.count * p.group; first += kBatch) {
-    add_splits<KV, kHeadDim, kOut>(p, item, head, first);
-  }
+  const int split = item.split - begin / item.chunk;
+  store_partial(p, item, head, split, rows);
+  if (split + 1 == item.num_splits) add_splits<KV, kHeadDim, kOut>(p, item, head);
 }
 
 template <typename KV, int kHeadDim, Out kOut>
@@ -204,7 +202,7 @@ int64_t attention_plan_size(int64_t num_tokens, int64_t num_slots, bool decode_o
 int64_t attention_workspace_size(int64_t num_tokens, int64_t num_slots, int64_t num_heads, int64_t num_kv_heads,
                                  int64_t head_dim) {
   const int64_t rows = max_partial_rows(num_tokens, num_slots, num_heads / num_kv_heads);
-  return num_arrivals(num_slots, num_kv_heads) + rows * kMaxSplits * num_kv_heads * (head_dim + 4);
+  return rows * kMaxSplits * num_kv_heads * (head_dim + 4);
 }
 
 void check_heads(int64_t num_heads, int64_t num_kv_heads) {
@@ -298,8 +296,7 @@ void attend(const Inputs& in, const HeadNorm& norm, KVScales<KV> kv_scales, cons
   p.kv = kv;
   p.plan = checked<int32_t>("plan", in.plan, {layout.size()});
   float* floats = checked<float>("workspace", in.workspace, {-1});
-  p.arrivals = reinterpret_cast<int32_t*>(floats);
-  p.partial = floats + num_arrivals(kv.num_slots, kv.num_kv_heads);
+  p.partial = floats;
   p.num_tokens = static_cast<int>(num_tokens);
   p.group = static_cast<int>(num_heads / kv.num_kv_heads);
   p.window = static_cast<int>(in.window);
@@ -338,7 +335,7 @@ void attend_grouped(const Inputs& in, const HeadNorm& norm, KVScales<KV> kv_scal
 
 /// (T, (Hq + 2 Hkv) D) bf16 -> (T, Hq D) bf16: turns queries and keys, appends keys and values to their pages, and attends.
 /// `q` is (T, Hq D) bf16, for the turned queries of steps that do not only decode. Tokens with slot -1 append nothing and
-/// give zeros. The workspace's first words (`num_arrivals`) must be zero when it is first used, and are so afterwards.
+/// give zeros. The workspace must be empty (slots.cuh) when it is first used, and is so afterwards.
 void attention(TensorView qkv, TensorView kv_layer, TensorView positions, TensorView token_slots, TensorView page_table,
                TensorView rope, TensorView plan, double scale, int64_t window, TensorView workspace, TensorView q,
                TensorView out) {

@@ -13,7 +13,10 @@
 namespace tpserve::cuda {
 
 constexpr int kDecodeRows = 16;
-constexpr int kChunk = 512;  // positions of a decode item, doubled until kMaxSplits chunks are enough
+// Positions of a decode item. A short run is one chunk; a longer one must be cut anyway, and then into pieces for as many
+// blocks as its sums are worth, doubled until kMaxSplits chunks are enough.
+constexpr int kChunk = 512, kShortChunk = 256;
+constexpr int kShortSplits = 8;  // most of the shorter ones
 constexpr int kMaxSplits = 32;
 constexpr int kStageRows = 64;  // positions fetched together
 
@@ -49,15 +52,12 @@ TPSERVE_ITEMS int64_t max_partial_rows(int64_t tokens, int64_t slots, int64_t gr
   return (tokens < slots * per_slot ? tokens : slots * per_slot) * group;
 }
 
-/// Counts of chunks that are done, at the workspace's start: as many for any number of tokens, since steps of all sizes
-/// share the workspace and each leaves them at zero.
-TPSERVE_ITEMS int64_t num_arrivals(int64_t slots, int64_t num_kv_heads) { return slots * kDecodeRows * num_kv_heads; }
-
 /// The first item of a run that decodes; the others differ in `split`, each one more than the one before. Chunks start at
 /// multiples of a length that depends on the run's own length alone.
 TPSERVE_ITEMS Item decode_item(int token, int count, int slot, int position, int window) {
   Item item{token, count, kDecode, slot, position, 0, 1, 0, kChunk, {}};
   const int length = position + count;
+  if (length > kChunk && length <= kShortSplits * kShortChunk) item.chunk = kShortChunk;
   while ((length + item.chunk - 1) / item.chunk > kMaxSplits) item.chunk *= 2;
   const int begin = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
   item.split = begin / item.chunk;

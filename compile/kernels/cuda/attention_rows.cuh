@@ -16,8 +16,7 @@ struct AttentionParams {
   const bf16* q;    // of any other
   PagedKV<KV> kv;
   int32_t* plan;
-  int32_t* arrivals;  // by first row of partial sums and KV head: chunks that are done
-  float* partial;
+  float* partial;  // places of slots.cuh
   bf16* out;       // or, with a scale for each token and head:
   fp8* quantized;
   float* scales;
@@ -63,6 +62,37 @@ __device__ __forceinline__ float store_scale(const AttentionParams<KV>& p, int t
   largest = fmaxf(largest, 1e-12f);
   if (writes) p.scales[scale_at(query_head, token, p.num_tokens)] = largest / kFp8Max;
   return kFp8Max / largest;
+}
+
+/// Writes a row of an item from its first token on; `values(i)` are a thread's, of dimensions 8 n + 2 (lane % 4) and the next
+/// for i = 2 n and 2 n + 1, `sum` is that of weights. The four lanes of a row go the same way, and no others shuffle with them.
+template <typename KV, int kHeadDim, Out kOut, typename Values>
+__device__ __forceinline__ void write_row(const AttentionParams<KV>& p, int first_token, int head, int row,
+                                          const Values& values, float sum) {
+  const int lane = threadIdx.x % 32;
+  const int token = first_token + row / p.group, query_head = head * p.group + row % p.group;
+  const int64_t at = out_at<kHeadDim>(p, token, query_head) + lane % 4 * 2;
+  const float inverse = value_scale(p) / sum;
+  if constexpr (kOut == Out::kBf16) {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      *reinterpret_cast<uint32_t*>(p.out + at + n * 8) =
+          pack2(values(n * 2) * inverse, values(n * 2 + 1) * inverse);
+    }
+  } else {
+    const uint32_t lanes = 0xFu << lane / 4 * 4;
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 4; ++i) largest = fmaxf(largest, fabsf(values(i)));
+    largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, 2));
+    const float factor = inverse * store_scale(p, token, query_head, largest * inverse, lane % 4 == 0);
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      *reinterpret_cast<uint16_t*>(p.quantized + at + n * 8) =
+          static_cast<uint16_t>(pack4_fp8(values(n * 2) * factor, values(n * 2 + 1) * factor, 0.0f, 0.0f));
+    }
+  }
 }
 
 /// Online softmax state of a warp's sixteen rows; a thread has rows lane / 4 and lane / 4 + 8.
@@ -211,36 +241,12 @@ struct Rows {
 
   template <Out kOut>
   __device__ void write(const AttentionParams<KV>& p, const Item& item, int head, int first_row) const {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = first_row + lane / 4 + h * 8;
-      // The four lanes of a row go the same way, and no others shuffle with them.
+      const int row = first_row + threadIdx.x % 32 / 4 + h * 8;
       if (row >= item.count * p.group) continue;
-      const int token = item.token + row / p.group, query_head = head * p.group + row % p.group;
-      const int64_t at = out_at<kHeadDim>(p, token, query_head) + lane % 4 * 2;
-      const float inverse = value_scale(p) / sum[h];
-      if constexpr (kOut == Out::kBf16) {
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          *reinterpret_cast<uint32_t*>(p.out + at + n * 8) = pack2(out[n][h * 2] * inverse, out[n][h * 2 + 1] * inverse);
-        }
-      } else {
-        const uint32_t lanes = 0xFu << lane / 4 * 4;
-        float largest = 0.0f;
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          largest = fmaxf(largest, fmaxf(fabsf(out[n][h * 2]), fabsf(out[n][h * 2 + 1])));
-        }
-        largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, 2));
-        const float factor = inverse * store_scale(p, token, query_head, largest * inverse, lane % 4 == 0);
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          *reinterpret_cast<uint16_t*>(p.quantized + at + n * 8) =
-              static_cast<uint16_t>(pack4_fp8(out[n][h * 2] * factor, out[n][h * 2 + 1] * factor, 0.0f, 0.0f));
-        }
-      }
+      const auto values = [&](int i) { return out[i / 2][h * 2 + i % 2]; };
+      write_row<KV, kHeadDim, kOut>(p, item.token, head, row, values, sum[h]);
     }
   }
 };

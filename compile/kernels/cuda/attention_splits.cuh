@@ -1,133 +1,106 @@
-// Runs whose positions are cut into chunks: partial sums, and who adds them: the warp that ends the last chunk.
+// Runs whose positions are cut into chunks. Their items leave sums in places of their own (slots.cuh), and that of
+// the last chunk adds them, in the order of positions.
+//
+// Why the last may wait for the others: it comes after them in the plan, blocks take items in the plan's order, and all of
+// a kernel's blocks run before one of the next kernel does. So of all items that are not done, the first waits for none.
 #pragma once
 
-#include "attention_rows.cuh"
+#include "attention_fetch.cuh"
+#include "slots.cuh"
 
 namespace tpserve::cuda {
 
-/// Partial sums of one (row, split, KV head): head_dim values, then the top score and the sum of weights.
+/// Place of one (row, split, KV head): head_dim sums, then the top score and the sum of weights.
 template <typename KV, int kHeadDim>
-__device__ __forceinline__ int64_t partial_at(const AttentionParams<KV>& p, int row, int split, int head) {
-  return ((static_cast<int64_t>(row) * kMaxSplits + split) * p.kv.num_kv_heads + head) * (kHeadDim + 4);
+__device__ __forceinline__ float4* partial_of(const AttentionParams<KV>& p, int first_row, int row, int split, int head) {
+  const int64_t place = (static_cast<int64_t>(first_row + row) * kMaxSplits + split) * p.kv.num_kv_heads + head;
+  return reinterpret_cast<float4*>(p.partial + place * (kHeadDim + 4));
 }
 
+/// A thread's part of a row's partial sums, on its way: its values, then the row's state.
+template <int kHeadDim>
+struct Arriving {
+  static constexpr int kValues = kHeadDim / 16;
+  uint4 word[kValues + 1];
+
+  __device__ __forceinline__ void load(const float4* place) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) word[j] = load_slot(place + j * 4 + lane % 4);
+    word[kValues] = load_slot(place + kHeadDim / 4);
+  }
+  __device__ __forceinline__ bool has_come() const {
+    bool all = true;
+#pragma unroll
+    for (int j = 0; j <= kValues; ++j) all = all && !is_empty(word[j]);
+    return all;
+  }
+  /// After all four lanes of the row have taken its state.
+  static __device__ __forceinline__ void empty(float4* place) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) empty_slot(place + j * 4 + lane % 4);
+    if (lane % 4 == 0) empty_slot(place + kHeadDim / 4);
+  }
+};
+
 template <typename KV, int kHeadDim>
-__device__ void store_partial(const AttentionParams<KV>& p, const Item& item, int head, int split,
-                              const Rows<KV, kHeadDim>& rows) {
+__device__ __forceinline__ void store_partial(const AttentionParams<KV>& p, const Item& item, int head, int split,
+                                              const Rows<KV, kHeadDim>& rows) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = lane / 4 + h * 8;
     if (row >= item.count * p.group) continue;
-    float* target = p.partial + partial_at<KV, kHeadDim>(p, item.first_row + row, split, head);
+    float4* target = partial_of<KV, kHeadDim>(p, item.first_row, row, split, head);
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      __stcg(reinterpret_cast<float2*>(target + n * 8 + lane % 4 * 2),
-             make_float2(rows.out[n][h * 2], rows.out[n][h * 2 + 1]));
+    for (int n = 0; n < kHeadDim / 8; n += 2) {
+      store_slot(target + n * 2 + lane % 4, rows.out[n][h * 2], rows.out[n][h * 2 + 1], rows.out[n + 1][h * 2],
+                 rows.out[n + 1][h * 2 + 1]);
     }
-    if (lane % 4 == 0) {
-      __stcg(reinterpret_cast<float2*>(target + kHeadDim), make_float2(rows.top[h], rows.sum[h]));
-    }
+    if (lane % 4 == 0) store_slot(target + kHeadDim / 4, rows.top[h], rows.sum[h], 0.0f, 0.0f);
   }
 }
 
-/// Tells the warp that ends the last of a run's chunks for a KV head, when all partial sums are there to be read. The
-/// count is then zero again, for the next layer.
-template <typename KV>
-__device__ __forceinline__ bool ends_last(const AttentionParams<KV>& p, const Item& item, int head) {
-  int32_t* arrivals = p.arrivals + item.first_row * p.kv.num_kv_heads + head;
-  __threadfence();  // each lane's sums before the count
-  __syncwarp();
-  int before = 0;
-  if (threadIdx.x % 32 == 0) before = atomicAdd(arrivals, 1);
-  if (__shfl_sync(~0u, before, 0) != item.num_splits - 1) return false;
-  if (threadIdx.x % 32 == 0) *arrivals = 0;
-  __threadfence();  // the count before the others' sums
-  return true;
-}
-
-constexpr int kBatch = 4;
-
-/// Adds the chunks of up to four rows of a run in order; all loads of four chunks are in flight together. Not inlined: it
-/// is rare, and its registers would be missing in the products.
+/// Adds the sums of a run's chunks and writes its rows; by the warp that has stored those of the last. Not inlined: it is
+/// rare, and its registers would be missing in the products.
 template <typename KV, int kHeadDim, Out kOut>
-__device__ __noinline__ void add_splits(const AttentionParams<KV>& p, const Item& item, int head, int first) {
-  constexpr int kValues = kHeadDim / 32;
-  const int lane = threadIdx.x % 32, num_rows = item.count * p.group;
-  const int64_t stride = static_cast<int64_t>(p.kv.num_kv_heads) * (kHeadDim + 4);
-  const float* source[kBatch];
-  float2 state[kBatch];
-  float values[kBatch][kValues] = {};
+__device__ __noinline__ void add_splits(const AttentionParams<KV>& p, const Item& item, int head) {
+  using A = Arriving<kHeadDim>;
+  const int lane = threadIdx.x % 32, num_rows = item.count * p.group, num_splits = item.num_splits;
+  const int first_row = item.first_row, first_token = item.token;
+  const float scale = ScoreScale<KV>(p).of(p);
+#pragma unroll 1
+  for (int h = 0; h * 8 < num_rows; ++h) {
+    const int row = lane / 4 + h * 8;
+    const bool present = row < num_rows;
+    float top = -INFINITY, sum = 0.0f, values[kHeadDim / 4] = {};
+    A next;
+    if (present) next.load(partial_of<KV, kHeadDim>(p, first_row, row, 0, head));
+#pragma unroll 1
+    for (int split = 0; split < num_splits; ++split) {
+      A now = next;
+      float4* place = partial_of<KV, kHeadDim>(p, first_row, present ? row : 0, split, head);
+      if (present) {
+        if (split + 1 < num_splits) next.load(partial_of<KV, kHeadDim>(p, first_row, row, split + 1, head));
+        while (!now.has_come()) now.load(place);
+      }
+      __syncwarp();
+      if (!present) continue;
+      A::empty(place);
+      const float other_top = __uint_as_float(now.word[A::kValues].x), other_sum = __uint_as_float(now.word[A::kValues].y);
+      const float best = fmaxf(top, other_top), shift = best == -INFINITY ? 0.0f : best * scale;
+      const float own = exp2f(top * scale - shift), other = exp2f(other_top * scale - shift);
+      top = best, sum = sum * own + other_sum * other;
 #pragma unroll
-  for (int r = 0; r < kBatch; ++r) {
-    source[r] = p.partial + partial_at<KV, kHeadDim>(p, item.first_row + min(first + r, num_rows - 1), 0, head);
-    state[r] = make_float2(-INFINITY, 0.0f);
-    if (lane < item.num_splits) {
-      state[r] = __ldcg(reinterpret_cast<const float2*>(source[r] + lane * stride + kHeadDim));
-    }
-  }
-  float factor[kBatch], total[kBatch];
-  for (int s = 0; s < item.num_splits; s += kBatch) {
-    float loaded[kBatch][kBatch][kValues];
+      for (int j = 0; j < A::kValues; ++j) {
+        const uint4 v = now.word[j];
+        const float more[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t at = min(s + i, item.num_splits - 1) * stride + lane * kValues;
-#pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
-        if constexpr (kValues == 4) {
-          const float4 v = __ldcg(reinterpret_cast<const float4*>(source[r] + at));
-          loaded[i][r][0] = v.x, loaded[i][r][1] = v.y, loaded[i][r][2] = v.z, loaded[i][r][3] = v.w;
-        } else {
-          const float2 v = __ldcg(reinterpret_cast<const float2*>(source[r] + at));
-          loaded[i][r][0] = v.x, loaded[i][r][1] = v.y;
-        }
+        for (int i = 0; i < 4; ++i) values[j * 4 + i] = values[j * 4 + i] * own + more[i] * other;
       }
     }
-    if (s == 0) {
-      const ScoreScale<KV> scale(p);
-#pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
-        float best = state[r].x;
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, offset));
-        factor[r] = state[r].x == -INFINITY ? 0.0f : exp2f((state[r].x - best) * scale.of(p));
-        total[r] = state[r].y * factor[r];
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) total[r] += __shfl_xor_sync(~0u, total[r], offset);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
-        const float f = s + i < item.num_splits ? __shfl_sync(~0u, factor[r], s + i) : 0.0f;
-#pragma unroll
-        for (int v = 0; v < kValues; ++v) values[r][v] = fmaf(loaded[i][r][v], f, values[r][v]);
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kBatch; ++r) {
-    const int row = first + r;
-    if (row >= num_rows) break;
-    const int token = item.token + row / p.group, query_head = head * p.group + row % p.group;
-    const int64_t at = out_at<kHeadDim>(p, token, query_head) + lane * kValues;
-    const float inverse = value_scale(p) / total[r];
-    if constexpr (kOut == Out::kBf16) {
-#pragma unroll
-      for (int v = 0; v < kValues; v += 2) {
-        *reinterpret_cast<uint32_t*>(p.out + at + v) = pack2(values[r][v] * inverse, values[r][v + 1] * inverse);
-      }
-    } else {
-      static_assert(kValues == 4);
-      const float(&f)[kValues] = values[r];
-      float largest = fmaxf(fmaxf(fabsf(f[0]), fabsf(f[1])), fmaxf(fabsf(f[2]), fabsf(f[3])));
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
-      const float factor = inverse * store_scale(p, token, query_head, largest * inverse, lane == 0);
-      *reinterpret_cast<uint32_t*>(p.quantized + at) =
-          pack4_fp8(f[0] * factor, f[1] * factor, f[2] * factor, f[3] * factor);
-    }
+    if (present) write_row<KV, kHeadDim, kOut>(p, first_token, head, row, [&](int i) { return values[i]; }, sum);
   }
 }
 

@@ -302,8 +302,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (!started_here) {
 #pragma unroll
       for (int b = 0; b < kVectors; ++b) {
-        store_slot(slot + b * 128, make_uint4(__float_as_uint(sums[b * 4]), __float_as_uint(sums[b * 4 + 1]),
-                                              __float_as_uint(sums[b * 4 + 2]), __float_as_uint(sums[b * 4 + 3])));
+        store_slot(slot + b * 128, sums[b * 4], sums[b * 4 + 1], sums[b * 4 + 2], sums[b * 4 + 3]);
       }
       continue;
     }

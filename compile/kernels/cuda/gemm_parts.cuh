@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "push_tile.cuh"
+#include "slots.cuh"
 #include "wgmma.cuh"
 
 namespace tpserve::cuda {
@@ -38,22 +39,6 @@ __device__ __forceinline__ void tensor_copy(uint32_t target, const CUtensorMap* 
       "l"(map), "r"(k), "r"(token), "r"(shared_address(barrier))
       : "memory");
 }
-
-__device__ __forceinline__ uint4 load_slot(const float4* p) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_slot(float4* p, uint4 v) {
-  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
-__device__ __forceinline__ bool is_empty(uint4 v) { return v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u; }
 
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   uint32_t r;
@@ -161,7 +146,7 @@ __device__ __forceinline__ int sharers_of(const GemmParams& p, int cta, int cove
 template <int kRegisters>
 __device__ __forceinline__ void add_partial(float (&sums)[kRegisters], int b, uint4 v, float4* place) {
   while (is_empty(v)) v = load_slot(place);
-  store_slot(place, make_uint4(~0u, ~0u, ~0u, ~0u));
+  empty_slot(place);
   sums[b * 4] += __uint_as_float(v.x), sums[b * 4 + 1] += __uint_as_float(v.y);
   sums[b * 4 + 2] += __uint_as_float(v.z), sums[b * 4 + 3] += __uint_as_float(v.w);
 }

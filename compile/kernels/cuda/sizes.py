@@ -16,15 +16,13 @@ def attention_plan_size(num_tokens: int, num_slots: int, decode_only: bool) -> i
 
 
 def attention_workspace_size(num_tokens: int, num_slots: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
-    """Return the float32 elements of the workspace that all layers share, for `num_heads` query heads of the rank."""
+    """Return the float32 elements of the workspace that all layers share, for `num_heads` query heads of the rank.
+
+    All bits are set before its first use: places for partial sums that are empty. The kernels leave it so.
+    """
     group = num_heads // num_kv_heads
     rows = min(num_tokens, num_slots * (_DECODE_ROWS // group)) * group
-    return attention_arrivals(num_slots, num_kv_heads) + rows * _MAX_SPLITS * num_kv_heads * (head_dim + 4)
-
-
-def attention_arrivals(num_slots: int, num_kv_heads: int) -> int:
-    """Return the words at the workspace's start that must be zero before its first use; the kernels leave them so."""
-    return num_slots * _DECODE_ROWS * num_kv_heads
+    return rows * _MAX_SPLITS * num_kv_heads * (head_dim + 4)
 
 
 def push_workspace_bytes(world_size: int, hidden_size: int) -> int:

@@ -125,7 +125,8 @@ class Step:
 
     def num_chunks(self, position: int) -> int:
         first = max(0, position - self.window + 1) if self.window else 0
-        return int(position) // 512 - first // 512 + 1
+        chunk = 256 if 512 < position + 1 <= 2048 else 512
+        return int(position) // chunk - first // chunk + 1
 
     def check(self, q: Array, pages: Array) -> None:
         """Compare with float64."""
