@@ -182,3 +182,9 @@ MODELS: dict[str, TinyModel] = {
         _model("qwen3_5q_5kv", "qwen3", 64, 5, 5, head_dim=32, use_sliding_window=False, rms_norm_eps=1e-6),
     )
 }
+
+WIDE = _model(
+    "llama_8q_4kv_wide", "llama", 1024, 8, 4, head_dim=128, vocab_size=2048, num_hidden_layers=3,
+    max_position_embeddings=2048,
+)  # fmt: skip
+"""Sizes for which GPUs have their fastest kernels, at TP=1, 2 and 4: heads of 128, groups of scales that are whole."""
