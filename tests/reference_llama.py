@@ -27,19 +27,19 @@ def log_probs(config: dict[str, Any], weights: dict[str, Array], token_ids: list
 
     def norm(x: Array, name: str) -> Array:
         scale = np.sqrt(np.mean(np.square(x, dtype=np.float64), -1, keepdims=True) + eps).astype(np.float32)
-        out: Array = x / scale * weights[f"{name}.weight"]
+        out: Array = (x / scale * weights[f"{name}.weight"]).astype(np.float32)
         return out
 
     def linear(x: Array, name: str) -> Array:
-        out: Array = x @ weights[f"{name}.weight"].T
+        out: Array = (x @ weights[f"{name}.weight"].T).astype(np.float32)
         return out
 
     def rotate(x: Array) -> Array:
         first, second = np.split(x, 2, -1)
-        out: Array = x * cos + np.concatenate([-second, first], -1) * sin
+        out: Array = (x * cos + np.concatenate([-second, first], -1) * sin).astype(np.float32)
         return out
 
-    hidden = weights["model.embed_tokens.weight"][token_ids]
+    hidden: Array = weights["model.embed_tokens.weight"][token_ids]
     future = np.triu(np.full((num_tokens, num_tokens), -np.inf, np.float32), 1)
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
@@ -51,12 +51,12 @@ def log_probs(config: dict[str, Any], weights: dict[str, Array], token_ids: list
             kv_head = head // (num_heads // num_kv_heads)
             scores = q[:, head] @ k[:, kv_head].T * np.float32(head_dim**-0.5) + future
             scores = np.exp(scores - scores.max(-1, keepdims=True))
-            heads.append(scores @ v[:, kv_head] / scores.sum(-1, keepdims=True))
+            heads.append((scores @ v[:, kv_head] / scores.sum(-1, keepdims=True)).astype(np.float32))
         hidden = hidden + linear(np.concatenate(heads, -1), f"{name}.self_attn.o_proj")
         x = norm(hidden, f"{name}.post_attention_layernorm")
         gate, up = linear(x, f"{name}.mlp.gate_proj"), linear(x, f"{name}.mlp.up_proj")
         hidden = hidden + linear(gate / (1 + np.exp(-gate)) * up, f"{name}.mlp.down_proj")
-    logits = linear(norm(hidden, "model.norm"), "lm_head").astype(np.float64)
+    logits: npt.NDArray[np.float64] = linear(norm(hidden, "model.norm"), "lm_head").astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
     out: npt.NDArray[np.float64] = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return out
