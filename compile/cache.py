@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
-from errno import EDQUOT, ENOSPC
+from errno import EDQUOT, EEXIST, ENOSPC, ENOTEMPTY
 from pathlib import Path
 
 from tpserve.compile.errors import CacheError
@@ -107,13 +107,23 @@ def cached_folder(kind: str, key: str, policy: CachePolicy, build: Callable[[Pat
             # Moved aside first: removing takes many steps, and nobody must find the folder between them.
             with suppress(FileNotFoundError):
                 folder.rename(old)
-        try:
-            fresh.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else: another process built the same folder first
-                raise
+        _put(fresh, folder)
     finally:
         for left in (fresh, old):
             if left.is_dir():
                 shutil.rmtree(left)
     return folder
+
+
+def _put(fresh: Path, folder: Path) -> None:
+    """Give a folder its name, unless another process has put the same one there first."""
+    while True:
+        try:
+            fresh.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (EEXIST, ENOTEMPTY):
+                raise
+            if folder.is_dir():
+                return
+            # One that builds it again has just moved it aside.

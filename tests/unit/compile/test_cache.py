@@ -157,6 +157,27 @@ def test_builds_that_meet_leave_one_whole_folder(home: Path, policy: CachePolicy
     assert {path.name: path.read_text() for path in (home / "lib" / KEY).iterdir()} == {"a": expected, "b": expected}
 
 
+def test_a_folder_moved_aside_while_another_is_put_there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two build it again: one finds the other's folder in its way, and then gone."""
+    rename = Path.rename
+    moved = home / "moved"
+
+    def in_the_way(self: Path, target: Path) -> Path:
+        if target == home / "lib" / KEY and not moved.exists():
+            target.mkdir()
+            (target / "a").write_text("the other's")
+            try:
+                return rename(self, target)
+            finally:
+                rename(target, moved)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", in_the_way)
+    folder = cached_folder("lib", KEY, CachePolicy.REDO, Builder("new"))
+    assert moved.is_dir(), "it was in the way"
+    assert (folder / "a").read_text() == "new"
+
+
 def test_replacing_never_shows_a_half_removed_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at any moment of a REDO, the folder is whole or absent."""
     folder = cached_folder("lib", KEY, CachePolicy.ON, Builder("old"))

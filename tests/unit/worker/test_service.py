@@ -21,6 +21,9 @@ from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import COORDINATOR_TLS_NAME, TlsIdentity, rank_tls_name
 from tpserve.worker.service import DoneStep, serve
 
+DEADLINE_S = 30.0
+"""Of any wait; only a hang meets it."""
+
 
 class Idle:
     """Does nothing at once."""
@@ -43,12 +46,12 @@ def door(token: str | None, tls: TlsIdentity | None = None) -> Iterator[tuple[st
 @pytest.mark.parametrize("token", [None, "secret"])
 async def test_the_coordinator_is_let_in(token: str | None) -> None:
     with door(token) as (address, ended):
-        group = WorkerGroup([address], 5.0, on_lost=lambda: None, token=token)
+        group = WorkerGroup([address], DEADLINE_S, on_lost=lambda: None, token=token)
         await group.send(StepPlan(1))
         assert (await group.next_result()).step_id == 1
         assert not ended.is_set()
         await group.close()
-        assert ended.wait(5), "that the coordinator has left"
+        assert ended.wait(DEADLINE_S), "that the coordinator has left"
 
 
 @pytest.mark.parametrize("shown", [None, "guess", ""])
@@ -58,10 +61,10 @@ async def test_others_are_not(shown: str | None) -> None:
             metadata = () if shown is None else (("authorization", f"Bearer {shown}"),)
             untyped: Any = channel  # its stubs want serialisers
             with pytest.raises(grpc.RpcError) as raised:
-                list(untyped.stream_stream("/tpserve.Worker/Execute")(iter([]), metadata=metadata, timeout=5))
+                list(untyped.stream_stream("/tpserve.Worker/Execute")(iter([]), metadata=metadata, timeout=DEADLINE_S))
             assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert not ended.is_set(), "a stranger ended the rank"
-        group = WorkerGroup([address], 5.0, on_lost=lambda: None, token="secret")
+        group = WorkerGroup([address], DEADLINE_S, on_lost=lambda: None, token="secret")
         await group.send(StepPlan(1))
         assert (await group.next_result()).step_id == 1
         await group.close()
@@ -69,7 +72,7 @@ async def test_others_are_not(shown: str | None) -> None:
 
 async def test_a_group_whose_token_is_wrong_is_lost_with_the_reason() -> None:
     with door("secret") as (address, _):
-        group = WorkerGroup([address], 5.0, on_lost=lambda: None, token="other", nodes=["host-b"])
+        group = WorkerGroup([address], DEADLINE_S, on_lost=lambda: None, token="other", nodes=["host-b"])
         await group.send(StepPlan(1))
         with pytest.raises(RankLost, match=r"^rank 0 on host-b: .*takes plans of its own coordinator alone"):
             await group.next_result()
@@ -92,7 +95,7 @@ class Members:
 
 async def lost_because(address: str, token: str, tls: TlsIdentity | None) -> str:
     """Return why a coordinator that comes with these loses the group."""
-    group = WorkerGroup([address], 5.0, on_lost=lambda: None, token=token, tls=tls)
+    group = WorkerGroup([address], DEADLINE_S, on_lost=lambda: None, token=token, tls=tls)
     await group.send(StepPlan(1))
     with pytest.raises(RankLost) as raised:
         await group.next_result()
@@ -103,12 +106,12 @@ async def lost_because(address: str, token: str, tls: TlsIdentity | None) -> str
 async def test_within_tls_the_coordinator_is_let_in() -> None:
     members = Members.make()
     with door("secret", members.rank_0) as (address, ended):
-        group = WorkerGroup([address], 5.0, on_lost=lambda: None, token="secret", tls=members.coordinator)
+        group = WorkerGroup([address], DEADLINE_S, on_lost=lambda: None, token="secret", tls=members.coordinator)
         for step in (1, 2):
             await group.send(StepPlan(step))
             assert (await group.next_result()).step_id == step
         await group.close()
-        assert ended.wait(5), "that the coordinator has left"
+        assert ended.wait(DEADLINE_S), "that the coordinator has left"
 
 
 async def test_within_tls_nobody_else_is() -> None:
@@ -130,7 +133,7 @@ async def test_within_tls_nobody_else_is() -> None:
         with grpc.secure_channel(address, credentials, options=options) as channel:
             untyped: Any = channel
             with pytest.raises(grpc.RpcError) as raised:  # without a certificate
-                list(untyped.stream_stream("/tpserve.Worker/Execute")(iter([]), timeout=5))
+                list(untyped.stream_stream("/tpserve.Worker/Execute")(iter([]), timeout=DEADLINE_S))
             assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
     with door("secret", members.rank_1) as (address, _):
         assert "Hostname Verification Check failed" in await lost_because(address, "secret", members.coordinator)
