@@ -73,6 +73,7 @@ class Way:
 
 WAYS = [
     Way("plain"),
+    Way("K=0"),  # plain decoding again, in the replica that has a proposer: what two replicas differ by anyway
     *(Way(f"K={k}", "fixed", k) for k in range(1, MOST + 1)),
     Way("auto", "auto", MOST),
     # As in a server that has run for a while: what steps cost is known, what these requests accept is not.
