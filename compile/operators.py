@@ -223,11 +223,8 @@ class TunedOperators:
         if self._target == "cuda" and tp_size > 1:
             # One call, since the collective writes its outputs while the GEMM still reads its inputs: memory planning
             # gives the outputs of one call no memory of its inputs.
-            name, (gemm, operands), scratch = (
-                "tpserve.gemm_all_reduce_add_rms_norm",
-                _gemm_call(x, weight, bias),
-                [sums],
-            )
+            gemm, operands = _gemm_call(x, weight, bias)
+            name, scratch = "tpserve.gemm_all_reduce_add_rms_norm", [sums]
             args = [gemm, *operands, *addends]
         else:
             name, scratch = f"{self._prefix}add_rms_norm", []

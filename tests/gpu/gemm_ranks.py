@@ -32,7 +32,7 @@ from gpu.collective_ranks import (
 from tpserve.collectives.names import GEMM_ALL_REDUCE_ADD_RMS_NORM
 from tpserve.proto.packing import packed_shape
 
-KINDS = ("gemm", "gemm_bias", "gemm_fp8", "gemm_fp8_grouped", "gemm_fp8_grouped_bias")
+KINDS = ("gemm", "gemm_bias", "gemm_fp8", "gemm_fp8_grouped", "gemm_fp8_grouped_bias", "gemm_fp8_after_silu")
 MOST_PUSHED = 64
 POISON = 0xABCD
 
@@ -68,7 +68,8 @@ class Product:
 
     def __init__(self, ranks: Ranks, kind: str, hidden: int, size: int, most: int) -> None:
         self._ranks, self.kind, self.hidden, self._size = ranks, kind, hidden, size
-        self._is_fp8, self._is_grouped = "fp8" in kind, "grouped" in kind
+        self._is_fp8, self._after_silu = "fp8" in kind, "after_silu" in kind
+        self._is_grouped = self._after_silu or "grouped" in kind
         rng = cupy.random.RandomState(3)
         self.residual = narrow(rng.standard_normal((most, hidden), dtype=cupy.float32))
         self._norm = rng.standard_normal(hidden, dtype=cupy.float32)
@@ -77,7 +78,7 @@ class Product:
         self._x = [self._random((most, size), 1.0, 10 + r) for r in range(ranks.world_size)]
         # Of a token: scales of its groups, of which the first is the row's where a GEMM takes one.
         self._scales = [
-            (10.0 ** cupy.random.RandomState(50 + r).uniform(-1, 1, (size // 128, most))).astype(cupy.float32)
+            (10.0 ** cupy.random.RandomState(50 + r).uniform(-1, 1, (size // 32, most))).astype(cupy.float32)
             for r in range(ranks.world_size)
         ]
         weight = self._random((hidden, size), size**-0.5, 100 + ranks.rank)
@@ -101,13 +102,17 @@ class Product:
         """What the GEMM takes: for each row, or grouped with NaN for tokens that are not there."""
         if not self._is_grouped:
             return cupy.ascontiguousarray(self._scales[rank][0, :rows])
-        padded = -(-rows // 8) * 8
-        given = cupy.full((self._size // 128, padded), cupy.nan, cupy.float32)
+        padded, groups = -(-rows // 8) * 8, self._size // self._group_size(rows)
+        given = cupy.full((self._size // 256, 8 if self._after_silu else 2, padded), cupy.nan, cupy.float32)
         if rows > 128:  # one for each row
             given.reshape(-1)[:rows] = self._scales[rank][0, :rows]
-        else:
-            given[:, :rows] = self._scales[rank][:, :rows]
-        return given.reshape(self._size // 256, 2, padded)
+        else:  # at the head, where there is room for more
+            given.reshape(-1, padded)[:groups, :rows] = self._scales[rank][:groups, :rows]
+        return given
+
+    def _group_size(self, rows: int) -> int:
+        """Elements of K with a scale of their own, as grouped_scales.cuh has it."""
+        return 32 if self._after_silu and rows <= 32 else 128
 
     def operands(self, rows: int) -> list[Any]:
         """Of this rank's GEMM."""
@@ -126,7 +131,8 @@ class Product:
             if self._is_fp8:
                 scales = self._scales[rank][:, :rows].T.astype(cupy.float64)
                 by_row = not self._is_grouped or rows > 128
-                scales = scales[:, :1] if by_row else cupy.repeat(scales, 128, axis=1)
+                group = self._group_size(rows)
+                scales = scales[:, :1] if by_row else cupy.repeat(scales[:, : self._size // group], group, axis=1)
                 product = (decode(self._x[rank][:rows]) * scales) @ decode(weight).T
                 total += product * self._channels.astype(cupy.float64)
             else:

@@ -1,0 +1,340 @@
+// out (M, N) = x (M, K) w^T for bfloat16 or e4m3 operands, any M, with weights packed by `packing.py`.
+//
+// Swapped operands: weights are wgmma's A (64 channels), tokens its B, so that few tokens waste nothing. One kernel:
+//   kBlocks 1 (M <= 128): a unit of work is one packed stage, 64 channels x 256 bytes of K, against all tokens.
+//   kBlocks 2 (M > 128):  a unit is 128 channels x 128 bytes of K against 96 to 256 tokens; each warp group has 64 channels.
+// Units in the order (channels, tokens, K) are dealt to kGrid blocks in equal contiguous runs (stream-K). For kBlocks 1 the
+// packed order is the order in which the grid reads: unit i of block c is stage i * kGrid + c, so all blocks together read
+// one contiguous span at a time. A run that starts inside a tile leaves float32 partial sums in its block's slot of the
+// workspace; the block that started the tile adds them in block order, so sums have one order. Slots are their own flags
+// (slots.cuh).
+//
+// Tiles go to memory, or for a reduction over ranks straight to where it wants them (push_tile.cuh): with the same bits.
+//
+// One warp fetches; it fills the ring with weights before `pdl_wait`, while the kernel before still runs.
+//
+// Of e4m3 tokens the scales are by token, or grouped (`grouped_scales.cuh`): then the scales of a stage are fetched with
+// its tokens, and the product of each group is scaled before it is added (M <= 128).
+//
+// gate_up's product can end in SiLU(gate) * up (`gemm_silu.cuh`): in the kernel itself for few tokens.
+#pragma once
+
+#include "gemm.cuh"
+#include "gemm_grouped.cuh"
+#include "gemm_parts.cuh"
+#include "gemm_silu.cuh"
+
+namespace tpserve::cuda {
+
+/// What fits in a multiprocessor's shared memory, and in half of it. As measured in decode steps (benchmarks/README.md):
+///   whole: the next kernels but small ones wait until this one's block ends, but then the next GEMM fetches twice as much
+///     while they run. 70B TP=4 with 16 tokens: 8.46 -> 7.41 ms.
+///   half: two GEMMs overlap. Better for the shortest, whose weights a ring holds anyway: beside attention's blocks there
+///     is room for no more.
+enum class Ring { kWhole, kHalf };
+
+/// What a tile ends in: the output in memory, SiLU(gate) * up, or the ranks' workspaces.
+enum class End { kMemory, kSilu, kPeers };
+
+/// `kGroup_`: elements of K that share a token's scale, 0 for all.
+template <int kTokens_, int kBlocks_, Ring kRing, int kGroup_, End kEnd>
+struct Shape {
+  static constexpr int kTokens = kTokens_, kBlocks = kBlocks_, kGroup = kGroup_;
+  static constexpr bool kGrouped = kGroup != 0, kSilu = kEnd == End::kSilu, kPush = kEnd == End::kPeers;
+  static_assert((!kGrouped && kEnd == End::kMemory) || kBlocks == 1);
+  static_assert(!kPush || kTokens <= kMaxPushedRows);
+  static constexpr int kTilesOfK = 2 / kBlocks;  // 128-byte tiles of K in a stage
+  static constexpr int kTokenBytes = kTilesOfK * kTokens * 128;
+  static constexpr int kBytes = kStageBytes + kTokenBytes;
+  static constexpr int kConsumers = kBlocks == 2 || kTokens <= 32 ? 2 : 1;
+  static constexpr int kThreads = kConsumers * 128 + 32;
+  static constexpr bool kAlternate = kBlocks == 1 && kConsumers == 2;  // warp groups take turns with the stages
+  // Small kernels between two GEMMs need some kilobytes beside a whole ring.
+  static constexpr int kBudget = (kRing == Ring::kHalf ? 110 : kTokens <= 32 ? 222 : 200) * 1024;
+  static constexpr int kExtra = kAlternate ? kTokens * 256 : 0;
+  static constexpr int kFitting = (kBudget - kExtra) / kBytes;
+  static constexpr int kMostStages = kRing == Ring::kWhole && kTokens <= 32 ? 12 : 6;
+  static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
+  static constexpr int kGroups = 256 / (kGrouped ? kGroup : 512);  // of a stage, 0 without
+  static constexpr int kScaleBytes = kGroups * kTokens * sizeof(float);           // of a stage, behind the ring
+  static constexpr int kSharedBytes = kStages * (kBytes + kScaleBytes) + kExtra + 1024;
+  // With few tokens the ring of weights is filled at a measured pace and the first activations have their own barrier.
+  static constexpr bool kPaced = kTokens == 8;
+  static constexpr int kPace = 3;
+};
+
+#define TPSERVE_BAR(op, id, count) asm volatile("bar." op " " #id ", " #count ";" ::: "memory")
+
+/// Where the units of a block's run are, one after the other.
+template <int kTokens, int kBlocks>
+struct UnitCursor {
+  int k, token = 0, block = 0;  // unit within its tile, first token, first 64 channels
+  WeightCursor weights[kBlocks];
+
+  __device__ __forceinline__ UnitCursor(const GemmParams& p, int unit) {
+    k = unit % p.units_of_k;
+    if constexpr (kBlocks > 1) {
+      const int tile = unit / p.units_of_k;
+      token = tile % p.token_tiles * kTokens, block = tile / p.token_tiles * kBlocks;
+      start_tile(p);
+    }
+  }
+  __device__ __forceinline__ void start_tile(const GemmParams& p) {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) weights[i].start(p, min(block + i, p.channel_blocks - 1) * p.packed_k + k / 2);
+  }
+  __device__ __forceinline__ void advance(const GemmParams& p) {
+    if (++k < p.units_of_k) {
+      if constexpr (kBlocks > 1) {
+        if (k % 2 == 0) {
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i) weights[i].advance(p);
+        }
+      }
+      return;
+    }
+    k = 0;
+    if constexpr (kBlocks > 1) {
+      token += kTokens;
+      if (token >= p.token_tiles * kTokens) token = 0, block += kBlocks;
+      start_tile(p);
+    }
+  }
+};
+
+/// The warp that fetches; one lane works.
+template <typename T, typename S>
+__device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ring, uint64_t* full, uint64_t* empty,
+                        PushEpoch* epoch, int first, int count) {
+  constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks, kTileK = 128 / sizeof(T);
+  const int stage_scales = S::kGroups * p.padded_tokens;           // floats
+  const int token_bytes = S::kTokenBytes + stage_scales * 4;       // what a stage brings after pdl_wait
+  const uint64_t once = evict_first_policy();
+  const int ahead = count < S::kStages ? count : S::kStages;
+  const uint8_t* source = p.weights + static_cast<size_t>(blockIdx.x) * kStageBytes;
+  UnitCursor<kTokens, kBlocks> weights(p, first), tokens = weights;
+  const auto load_weights = [&](int slot, int bytes) {
+    const uint32_t target = ring + slot * S::kBytes;
+    if constexpr (kBlocks == 1) {
+      barrier_expect(full + slot, bytes);
+      bulk_copy_once(target, source, kStageBytes, full + slot, once);
+      source += static_cast<size_t>(kGrid) * kStageBytes;
+    } else {
+      const int present = p.channel_blocks - weights.block < 2 ? 1 : 2;
+      barrier_expect(full + slot, bytes - (2 - present) * kTileBytes);
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        if (i >= present) break;
+        bulk_copy(target + i * kTileBytes, weights.weights[i].address(p, weights.k % 2), kTileBytes, full + slot);
+      }
+      weights.advance(p);
+    }
+  };
+  const auto load_tokens = [&](int slot, uint64_t* barrier) {
+    const uint32_t target = ring + slot * S::kBytes + kStageBytes;
+#pragma unroll
+    for (int i = 0; i < S::kTilesOfK; ++i) {
+      tensor_copy(target + i * kTokens * 128, map, (tokens.k * S::kTilesOfK + i) * kTileK, tokens.token, barrier);
+    }
+    if constexpr (S::kGrouped) {
+      bulk_copy(ring + S::kStages * S::kBytes + S::kExtra + slot * S::kScaleBytes, p.token_scale + tokens.k * stage_scales,
+                stage_scales * 4, barrier);
+    }
+    tokens.advance(p);
+  };
+  for (int i = 0; i < ahead; ++i) {
+    if (S::kPaced && i >= S::kPace) barrier_wait(full + i - S::kPace, 0);
+    load_weights(i, S::kPaced ? kStageBytes : kStageBytes + token_bytes);
+  }
+  pdl_wait();
+  const unsigned calls = S::kPush ? PushEpoch::read(p.push) : 0;
+  uint64_t* own = full + S::kStages;
+  if (S::kPaced) barrier_expect(own, ahead * token_bytes);
+  for (int i = 0; i < ahead; ++i) load_tokens(i, S::kPaced ? own : full + i);
+  if constexpr (S::kPush) {  // only now may the reduction start: it advances the epoch, and waits for no kernel before
+    epoch->hand_over(calls);
+    pdl_launch();
+  }
+  RingPlace place;
+  for (int i = ahead; i < count; ++i) {
+    barrier_wait(empty + place.slot, place.parity);
+    load_weights(place.slot, kStageBytes + token_bytes);
+    load_tokens(place.slot, full + place.slot);
+    place.advance(S::kStages);
+  }
+}
+
+template <typename T, typename S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    gemm_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ GemmParams p) {
+  constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks;
+  // fp8 products are summed by the tensor cores with few bits; while registers allow it, sums of 256 of K are promoted.
+  // So are those of groups that take turns: products under a condition would be serialised by the compiler otherwise.
+  constexpr bool kPromote = S::kAlternate || (sizeof(T) == 1 && kBlocks == 1);
+  constexpr int kRegisters = kTokens / 2, kVectors = kTokens / 8;
+  constexpr int kEarly = kBlocks == 2 ? 0 : kTokens <= 16 ? 4 : kTokens <= 32 ? 2 : kTokens <= 64 ? 1 : 0;
+  extern __shared__ uint8_t memory[];
+  __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
+  __shared__ PushEpoch epoch;
+  const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
+  uint8_t* behind_ring = memory + (ring - shared_address(memory)) + S::kStages * S::kBytes;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cta = blockIdx.x;
+  const int first = p.base * cta + min(cta, p.rem), count = p.base + (cta < p.rem);
+  if (threadIdx.x == S::kConsumers * 128) {
+    for (int i = 0; i <= S::kStages; ++i) barrier_init(full + i, 1);
+    for (int i = 0; i < S::kStages; ++i) barrier_init(empty + i, kBlocks * 4);
+    if constexpr (S::kPush) epoch.init();
+    barrier_init_fence();
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+    if constexpr (!S::kPush) pdl_launch();
+  }
+  __syncthreads();
+  if (warp == S::kConsumers * 4) {
+    if (lane == 0) produce<T, S>(p, &map, ring, full, empty, &epoch, first, count);
+    return;
+  }
+  pdl_wait();
+  const int group = __shfl_sync(~0u, warp / 4, 0), thread = threadIdx.x % 128;
+  const int block_of_group = kBlocks == 2 ? group : 0;
+  const bool writer = kBlocks == 2 || group == 0;
+  constexpr int kSlot = kBlocks * kVectors * 128;  // float4 of a block's partial sums
+  float4* slot = p.partial + static_cast<size_t>(cta) * kSlot + block_of_group * kVectors * 128 + thread;
+  if (S::kPaced && count > 0) barrier_wait(full + S::kStages, 0);
+  const int end = first + count;
+  RingPlace place;
+  for (int unit = first, tile = first / p.units_of_k; unit < end; ++tile) {
+    const bool started_here = unit == tile * p.units_of_k;
+    const int tile_end = (tile + 1) * p.units_of_k, stop = min(end, tile_end);
+    const bool more_segments = stop < end, first_segment = unit == first;
+    float sums[kRegisters];
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) sums[i] = 0.0f;
+    int held = -1;  // slot of a product still running
+    const int sharers = started_here && stop < tile_end ? sharers_of(p, cta, stop, tile_end) : 0;
+    uint4 early[kEarly > 0 ? kEarly : 1][kVectors];  // partial sums asked for before the last product, for they are mostly there
+    const auto load_early = [&](int from) {
+#pragma unroll
+      for (int j = 0; j < kEarly; ++j) {
+#pragma unroll
+        for (int b = 0; b < kVectors; ++b) {
+          if (from + j <= sharers) early[j][b] = load_slot(slot + static_cast<size_t>(from + j) * kSlot + b * 128);
+        }
+      }
+    };
+    for (; unit < stop; ++unit) {
+      if (kEarly > 0 && writer && unit == stop - 1) load_early(1);
+      if (!S::kAlternate || place.slot % 2 == group) {  // a slot always belongs to the same group: phases stay apart
+        barrier_wait(full + place.slot, place.parity);
+        const uint32_t stage = ring + place.slot * S::kBytes;
+        const uint64_t a = matrix_descriptor(stage + block_of_group * kTileBytes);
+        const uint64_t b = matrix_descriptor(stage + kStageBytes);
+        if constexpr (S::kGrouped) {
+          const float* scales = reinterpret_cast<const float*>(behind_ring + S::kExtra + place.slot * S::kScaleBytes);
+          GroupedStage<kTokens, S::kGroup>::add(sums, a, b, scales, p.padded_tokens, empty + place.slot);
+        } else if constexpr (kPromote) {
+          float fresh[kRegisters];
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < S::kTilesOfK * 4; ++k) {
+            Wgmma<T, kTokens>::run(fresh, a + k / 4 * (kTileBytes / 16) + k % 4 * 2,
+                                   b + k / 4 * (kTokens * 8) + k % 4 * 2, k != 0);
+          }
+          wgmma_commit();
+          wgmma_wait<0>();
+#pragma unroll
+          for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(fresh[i])::"memory");
+          if (lane == 0) barrier_arrive(empty + place.slot);
+#pragma unroll
+          for (int i = 0; i < kRegisters; ++i) sums[i] += fresh[i];
+        } else {
+#pragma unroll
+          for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < S::kTilesOfK * 4; ++k) {
+            Wgmma<T, kTokens>::run(sums, a + k / 4 * (kTileBytes / 16) + k % 4 * 2,
+                                   b + k / 4 * (kTokens * 8) + k % 4 * 2, 1);
+          }
+          wgmma_commit();
+          if constexpr (kBlocks == 1) {  // bound by memory: the slot matters more than the tensor cores' idle time
+            wgmma_wait<0>();
+#pragma unroll
+            for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+            if (lane == 0) barrier_arrive(empty + place.slot);
+          } else {
+            wgmma_wait<1>();
+            if (held >= 0 && lane == 0) barrier_arrive(empty + held);
+            held = place.slot;
+          }
+        }
+      }
+      place.advance(S::kStages);
+    }
+    if constexpr (!kPromote) {
+      wgmma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+      if (held >= 0 && lane == 0) barrier_arrive(empty + held);
+    }
+    if constexpr (S::kAlternate) {  // add the two groups' halves
+      float* half = reinterpret_cast<float*>(behind_ring) + thread;
+      if (group == 1) {
+        if (!first_segment) TPSERVE_BAR("sync", 2, 256);
+#pragma unroll
+        for (int i = 0; i < kRegisters; ++i) half[i * 128] = sums[i];
+        TPSERVE_BAR("arrive", 1, 256);
+      } else {
+        TPSERVE_BAR("sync", 1, 256);
+#pragma unroll
+        for (int i = 0; i < kRegisters; ++i) sums[i] += half[i * 128];
+        if (more_segments) TPSERVE_BAR("arrive", 2, 256);
+      }
+    }
+    if (!writer) continue;
+    if (!started_here) {
+#pragma unroll
+      for (int b = 0; b < kVectors; ++b) {
+        store_slot(slot + b * 128, sums[b * 4], sums[b * 4 + 1], sums[b * 4 + 2], sums[b * 4 + 3]);
+      }
+      continue;
+    }
+    for (int c = 1; c <= sharers; c += kEarly > 0 ? kEarly : 1) {  // partial sums of the blocks after this one
+      if constexpr (kEarly > 0) {
+        if (c > 1) load_early(c);
+#pragma unroll
+        for (int j = 0; j < kEarly; ++j) {
+          if (c + j > sharers) break;
+#pragma unroll
+          for (int b = 0; b < kVectors; ++b) {
+            add_partial(sums, b, early[j][b], slot + static_cast<size_t>(c + j) * kSlot + b * 128);
+          }
+        }
+      } else {
+        constexpr int kBatch = kVectors <= 16 ? kVectors : 4;
+#pragma unroll
+        for (int b = 0; b < kVectors; b += kBatch) {
+          uint4 v[kBatch];
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) v[i] = load_slot(slot + static_cast<size_t>(c) * kSlot + (b + i) * 128);
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            add_partial(sums, b + i, v[i], slot + static_cast<size_t>(c) * kSlot + (b + i) * 128);
+          }
+        }
+      }
+    }
+    const int block = kBlocks == 1 ? tile : tile / p.token_tiles * 2 + group;
+    const int token = kBlocks == 1 ? 0 : tile % p.token_tiles * kTokens;
+    constexpr bool kByChannel = sizeof(T) == 1, kByToken = kByChannel && !S::kGrouped;
+    const int channel = block * 64 + warp % 4 * 16;
+    if constexpr (S::kSilu) {
+      write_silu<T, kTokens>(p, sums, tile);
+    } else if constexpr (S::kPush) {
+      write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, 0, PeerTile(p.push, epoch.wait(), channel, p.M, p.N));
+    } else {
+      write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, token, MemoryTile{p, channel, token});
+    }
+  }
+}
+
+}  // namespace tpserve::cuda
