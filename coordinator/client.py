@@ -15,7 +15,7 @@ import grpc.aio
 from tpserve.coordinator.errors import RankLost
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.pb import worker_pb2
-from tpserve.proto.rank import TlsIdentity, rank_tls_name
+from tpserve.proto.rank import LET_IN, TlsIdentity, rank_tls_name
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class WorkerGroup:
         self._channels = [_open_channel(address, rank, tls) for rank, address in enumerate(addresses)]
         # Plans are serialised once and sent as bytes to every rank.
         self._calls: list[Any] = [_open_stream(channel, token) for channel in self._channels]
+        self._let_in = [False] * len(addresses)
         self._readers = [asyncio.create_task(self._read(rank)) for rank in range(len(addresses))]
         self._watchdog = asyncio.create_task(self._watch())
         self._gave_up: dict[int, str] = {}
@@ -121,11 +122,25 @@ class WorkerGroup:
         data = plan.to_pb().SerializeToString()
         self._sent_at[plan.step_id] = time.monotonic()
         for rank, call in enumerate(self._calls):
+            if not self._let_in[rank] and not await self._wait_to_be_let_in(rank):
+                return
             try:
                 await call.write(data)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-                self._lose(self._loss(rank, f"does not take step {plan.step_id} ({_cause(error)})"))
-                return
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return  # the stream has ended: its reader says why
+
+    async def _wait_to_be_let_in(self, rank: int) -> bool:
+        """Wait for a rank's first word; False: it refuses the stream or is late, which the group's tasks tell.
+
+        A write to a rank that refuses would put "Internal error from Core" in the place of its reason
+        (grpc/grpc#36066).
+        """
+        try:
+            async with asyncio.timeout(self._step_timeout_s):
+                self._let_in[rank] = LET_IN in await self._calls[rank].initial_metadata()
+        except TimeoutError:
+            logger.warning("rank %s has not let the coordinator in", self.ranks[rank].name)
+        return self._let_in[rank]
 
     async def next_result(self) -> StepResult:
         """Wait for rank 0's next result.
@@ -152,9 +167,9 @@ class WorkerGroup:
     def least_advanced(self) -> RankState:
         """Return the rank that is the suspect while a step is late: in a collective the others wait for it.
 
-        If all stand at the same step, rank 0 stands for the group.
+        If all stand at the same step, rank 0 stands for the group, or the first that has not let the coordinator in.
         """
-        return min(self.ranks, key=lambda state: state.last_step)
+        return min(self.ranks, key=lambda state: (self._let_in[state.rank], state.last_step))
 
     async def close(self) -> None:
         """End the streams."""

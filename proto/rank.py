@@ -20,6 +20,9 @@ def rank_name(rank: int, tp_size: int) -> str:
     return str(rank) if rank < tp_size else f"draft {rank - tp_size}"
 
 
+LET_IN = "tpserve-rank"
+"""Key of the metadata that a rank answers first with, when it takes a coordinator's stream of plans: its number."""
+
 COORDINATOR_TLS_NAME = "coordinator.tpserve"
 """In the coordinator's certificate, see `TlsIdentity`."""
 

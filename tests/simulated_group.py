@@ -21,7 +21,7 @@ from tpserve.coordinator.scheduler import Scheduler
 from tpserve.coordinator.tracing import Tracing
 from tpserve.proto.messages import CollectiveUse, SamplingParams, StepPlan
 from tpserve.proto.pb import worker_pb2, worker_pb2_grpc
-from tpserve.proto.rank import RankAddress, RankConfig
+from tpserve.proto.rank import LET_IN, RankAddress, RankConfig
 
 STEP_US = 2000
 BUCKET_TOKENS = 16
@@ -46,6 +46,7 @@ class SimulatedRank(worker_pb2_grpc.WorkerServicer):
     async def Execute(
         self, request_iterator: AsyncIterator[worker_pb2.StepPlan], context: Any
     ) -> AsyncIterator[worker_pb2.StepResult]:
+        await context.send_initial_metadata(((LET_IN, str(self._rank)),))
         async for pb in request_iterator:
             plan = StepPlan.from_pb(pb)
             started_us = time.time_ns() // 1000

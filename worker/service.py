@@ -15,7 +15,7 @@ import grpc
 
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.pb import worker_pb2, worker_pb2_grpc
-from tpserve.proto.rank import COORDINATOR_TLS_NAME, TlsIdentity
+from tpserve.proto.rank import COORDINATOR_TLS_NAME, LET_IN, TlsIdentity
 from tpserve.worker.group_tls import server_credentials
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     grpc.StatusCode.UNAUTHENTICATED,
                     f"this rank takes plans of its coordinator alone, not of {b', '.join(names).decode()}",
                 )
+        context.send_initial_metadata(((LET_IN, str(self._rank)),))
         if self._on_end is not None:
             context.add_callback(self._on_end)
         submitted: queue.SimpleQueue[tuple[int, PendingResult | Exception] | None] = queue.SimpleQueue()

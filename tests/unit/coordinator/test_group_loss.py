@@ -20,14 +20,15 @@ from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.messages import FinishReason, SamplingParams, StepPlan, StepResult
 from tpserve.proto.pb import worker_pb2, worker_pb2_grpc
-from tpserve.proto.rank import RankAddress, RankConfig
+from tpserve.proto.rank import LET_IN, RankAddress, RankConfig
 
 NAMES = ("0", "1", "draft 0")
+BUSY = "with another coordinator"
 TIMED_OUT = "TimeoutError: rank waited 4 s in all_reduce, call 7"
 
 
 class FakeRank(worker_pb2_grpc.WorkerServicer):
-    """Answers each plan with the same error, or with nothing."""
+    """Answers each plan with the same error, or with nothing; one whose error is `BUSY` takes no stream either."""
 
     def __init__(self, error: str | None) -> None:
         self._error = error
@@ -35,6 +36,9 @@ class FakeRank(worker_pb2_grpc.WorkerServicer):
     async def Execute(
         self, request_iterator: AsyncIterator[worker_pb2.StepPlan], context: Any
     ) -> AsyncIterator[worker_pb2.StepResult]:
+        if self._error == BUSY:
+            await asyncio.sleep(60)
+        await context.send_initial_metadata(((LET_IN, "0"),))
         async for plan in request_iterator:
             if self._error is not None:
                 yield StepResult(plan.step_id, 0, error=self._error).to_pb()
@@ -99,6 +103,17 @@ async def test_a_draft_that_waits_waits_for_its_own(errors: tuple[str | None, ..
         finally:
             await group.close()
     assert raised.value.name == lost
+
+
+async def test_a_rank_that_takes_no_stream_is_named_at_the_deadline() -> None:
+    async with ranks(None, BUSY) as addresses:
+        group = WorkerGroup(addresses, 1.0, on_lost=lambda: None)
+        try:
+            await asyncio.wait_for(group.send(StepPlan(1)), 10)
+            with pytest.raises(RankLost, match=r"^rank 1: missed the 1 s deadline of step 1"):
+                await asyncio.wait_for(group.next_result(), 10)
+        finally:
+            await group.close()
 
 
 async def test_a_stall_is_told_when_it_begins() -> None:
