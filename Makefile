@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 TP ?= 2
 
-.PHONY: serve observe test quick lint types unit unit-doors unit-engine integration soak test-gpu goldens proto clean help
+.PHONY: serve observe test quick lint types unit unit-doors unit-engine integration integration-doors \
+  integration-engine integration-faults soak test-gpu goldens proto clean help
 
 help:               ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -41,8 +42,24 @@ unit-doors: $(VENV)/.dev   ## those of the doors, the benchmark and the deployme
 unit-engine: $(VENV)/.dev   ## all others
 	$(BIN)/pytest tests/unit $(UNIT_DOORS:%=--ignore=%)
 
+# Two of these at once, too: they wait more than they compute. Those of faults have deadlines and run alone.
 integration: $(VENV)/.dev   ## tests of the real server with the demo model
-	TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest -p no:hypothesispytest tests/integration
+	$(BIN)/python deploy/fetch_demo_model.py
+	$(MAKE) --jobs=2 --output-sync=target integration-doors integration-engine
+	$(MAKE) integration-faults
+
+INTEGRATION := TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest -p no:hypothesispytest
+INTEGRATION_FAULTS := $(addprefix tests/integration/test_,faults.py hosts.py killed_processes.py)
+INTEGRATION_ENGINE := $(addprefix tests/integration/test_,dedicated_draft.py lifecycle.py observability.py speculation.py start_failures.py)
+
+integration-doors: $(VENV)/.dev   ## those of the doors, the router, exact answers and the benchmark
+	$(INTEGRATION) tests/integration $(patsubst %,--ignore=%,$(INTEGRATION_ENGINE) $(INTEGRATION_FAULTS))
+
+integration-engine: $(VENV)/.dev   ## those of starting, ending, speculation and what is observed
+	$(INTEGRATION) $(INTEGRATION_ENGINE)
+
+integration-faults: $(VENV)/.dev   ## those that kill, stop and cut off processes
+	$(INTEGRATION) $(INTEGRATION_FAULTS)
 
 soak: $(VENV)/.dev   ## 50 kills of a rank under load: no answer may be lost (5 minutes)
 	PYTHONPATH=tests:deploy/python $(BIN)/python benchmarks/kill_soak.py \

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -48,9 +49,14 @@ def until(probe: Callable[[], T], *, within_s: float, what: str) -> T:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        port: int = bound.getsockname()[1]
-        return port
+    """Return a port that nobody listens on, below those that systems give to outgoing connections and to `port 0`.
+
+    One of those may be gone again before a server has started.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("none of 100 ports is free")
 
 
 def environment(mark: str, changes: Mapping[str, str] = {}) -> dict[str, str]:
