@@ -324,8 +324,8 @@ class CompileConfig:
             )
         if self.target == "llvm" and self.kernels == "tuned" and self.kv_cache_dtype == "fp8":
             raise ModelConfigError(
-                "KV pages of a CPU's tuned kernels are float32, not fp8: use --device cuda, --kernels portable (slow, the "
-                "same numbers as on a GPU), or --kv-cache-dtype auto"
+                "KV pages of a CPU's tuned kernels are float32, not fp8: use --device cuda, --kernels portable (slow, "
+                "the same numbers as on a GPU), or --kv-cache-dtype auto"
             )
 
     @property

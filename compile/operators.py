@@ -361,7 +361,7 @@ class PortableOperators:
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         """See Operators."""
-        return op.take(table, ids, axis=0).astype(self._dtype)
+        return self._stored(op.take(table, ids, axis=0).astype("float32"))
 
     def gemm(
         self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int, dtype: str | None = None
@@ -372,7 +372,7 @@ class PortableOperators:
         else:
             args = [x.values, x.scale, weight.values, weight.scale]
             out = op.tensor_expr_op(portable_gemm.gemm_fp8, "gemm_fp8_panel16", args)
-        return (out if bias is None else op.add(out, bias)).astype(dtype or self._dtype)
+        return self._stored(out if bias is None else op.add(out, bias), dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> GemmInput:
         """See Operators."""
@@ -391,7 +391,7 @@ class PortableOperators:
     ) -> tuple[Tensor, GemmInput]:
         """See Operators."""
         part = self.gemm(x, weight, bias, int(residual.shape[1])).astype("float32")
-        total = op.add(all_reduce(part, tp_size), residual.astype("float32")).astype(self._dtype)
+        total = self._stored(op.add(all_reduce(part, tp_size), residual.astype("float32")))
         return total, self._normed(total, norm.weight, norm.eps, quantize=self._quantize and quantize)
 
     def gate_up_interleave(self, intermediate_size: int) -> int:
@@ -403,7 +403,7 @@ class PortableOperators:
         gate, up = op.split(self.gemm(x, weight, bias, rows).astype("float32"), 2, axis=-1)
         out = op.multiply(op.silu(gate), up)
         if not self._quantize:
-            return GemmInput(out.astype(self._dtype))
+            return GemmInput(self._stored(out))
         return self._quantized(out, "silu" if rows // 2 % _STAGE_SIZE == 0 else "row")
 
     def attention(
@@ -435,10 +435,10 @@ class PortableOperators:
             Tensor.placeholder((tokens, columns), "float32"),
         )
         if not self._quantize:
-            return GemmInput(out.astype(self._dtype))
+            return GemmInput(self._stored(out))
         if shape.head_dim == _GROUP_SIZE and columns % _STAGE_SIZE == 0:
             return self._quantized(out, "grouped")
-        return self._quantized(out.astype(self._dtype).astype("float32"), "row")
+        return self._quantized(self._stored(out).astype("float32"), "row")
 
     def _norm_heads(self, qkv: Tensor, qk_norm: tuple[Tensor, Tensor, float], shape: AttentionShape) -> Tensor:
         q_weight, k_weight, eps = qk_norm
@@ -455,7 +455,12 @@ class PortableOperators:
 
     def _normed(self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool) -> GemmInput:
         out = op.rms_norm(x.astype("float32"), weight, axes=-1, epsilon=eps)
-        return self._quantized(out, "row") if quantize else GemmInput(out.astype(self._dtype))
+        return self._quantized(out, "row") if quantize else GemmInput(self._stored(out))
+
+    def _stored(self, x: Tensor, dtype: str | None = None) -> Tensor:
+        """Round (T, N) float32 to the type of activations, or to `dtype`."""
+        dtype = dtype or self._dtype
+        return x if dtype == "float32" else op.tensor_expr_op(portable_gemm.narrow, "narrow", [x, dtype])
 
     def _quantized(self, x: Tensor, scales: Literal["row", "grouped", "silu"]) -> GemmInput:
         """(T, K) float32 -> e4m3."""

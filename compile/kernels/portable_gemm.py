@@ -14,7 +14,14 @@ import tvm
 from tvm import te
 from tvm.script import tirx as T
 
-from tpserve.compile.kernels.portable_numbers import E4M3, E4M3_MAX, SMALLEST_LARGEST, narrowed, widened
+from tpserve.compile.kernels.portable_numbers import (
+    E4M3,
+    E4M3_MAX,
+    SMALLEST_LARGEST,
+    narrowed,
+    rounded_to_bfloat16,
+    widened,
+)
 
 GROUP_SIZE = 128
 """Elements of an e4m3 row that have a scale of their own."""
@@ -57,7 +64,8 @@ def quantize(columns: int, scales: Scales) -> tvm.tirx.PrimFunc:
                     largest[0] = T.float32(SMALLEST_LARGEST)
                     for k in T.serial(_group_size(columns, scales, num_tokens)):
                         value[0] = _given(x[t, g * _group_size(columns, scales, num_tokens) + k], scales, num_tokens)
-                        largest[0] = T.max(largest[0], T.fabs(value[0]))
+                        value[0] = T.fabs(value[0])
+                        largest[0] = T.Select(value[0] > largest[0], value[0], largest[0])  # skips NaN
                     for k in T.serial(_group_size(columns, scales, num_tokens)):
                         value[0] = _given(x[t, g * _group_size(columns, scales, num_tokens) + k], scales, num_tokens)
                         value[0] = value[0] * (T.float32(E4M3_MAX) / largest[0])
@@ -83,8 +91,12 @@ def _group_size(columns: int, scales: Scales, num_tokens):
 def _given(value, scales: Scales, num_tokens):
     if scales != "grouped":
         return value
-    rounded = value.astype("bfloat16").astype("float32")
-    return T.if_then_else(num_tokens <= MAX_GROUPED_TOKENS, value, rounded)
+    return T.if_then_else(num_tokens <= MAX_GROUPED_TOKENS, value, rounded_to_bfloat16(value))
+
+
+def narrow(x: te.Tensor, dtype: str) -> te.Tensor:
+    """(T, N) float32 -> (T, N), rounded."""
+    return te.compute(x.shape, lambda m, n: narrowed(x[m, n], dtype), name="narrowed")
 
 
 def gemm(x: te.Tensor, weight: te.Tensor) -> te.Tensor:

@@ -38,8 +38,10 @@ def narrowed(value: Expr, dtype: str) -> Expr:
 
     e4m3 is clipped to +-448 first; NaN stays NaN. `value` stands several times in the result: give a variable.
     """
-    if dtype != E4M3:
-        return value.astype(dtype)
+    if dtype == "float32":
+        return value
+    if dtype == "bfloat16":
+        return rounded_to_bfloat16(value).astype(dtype)
     bits = tirx.reinterpret("uint32", value)
     magnitude_bits = bits & _bits(0x7FFFFFFF)
     largest_bits = _bits(0x43E00000)  # of 448; bits of magnitudes are ordered as the magnitudes are
@@ -54,6 +56,19 @@ def narrowed(value: Expr, dtype: str) -> Expr:
     code = tirx.Select(magnitude_bits > _bits(0x7F800000), _bits(0x7F), code)
     sign = (bits >> _bits(24)) & _bits(0x80)
     return tirx.reinterpret(E4M3, (code | sign).astype("uint8"))
+
+
+def rounded_to_bfloat16(value: Expr) -> Expr:
+    """Return a float32 value as the nearest of bfloat16, still as float32.
+
+    TVM computes in float32 what is bfloat16 within a function, and drops casts there and back: a cast alone rounds only
+    where a function ends.
+    """
+    bits = tirx.reinterpret("uint32", value)
+    even = (bits >> _bits(16)) & _bits(1)
+    rounded = tirx.reinterpret("float32", (bits + _bits(0x7FFF) + even) & _bits(0xFFFF0000))
+    # Of a NaN whose payload is cut off an infinity would stay.
+    return tirx.Select((bits & _bits(0x7FFFFFFF)) > _bits(0x7F800000), _float(float("nan")), rounded)
 
 
 def _bits(value: int) -> Expr:
