@@ -179,7 +179,7 @@ def check(case: Case, runs: Runs) -> None:
             wanted = exact.astype(case.page_type)
             distance = np.abs(stored.view(bits).astype(int) - wanted.view(bits).astype(int))
             assert distance.max() <= (1 if case.qk_norm else 0)  # a norm's float32 may be on a tie's other side
-            apart += np.count_nonzero(distance)
+            apart += int(np.count_nonzero(distance))
     assert apart <= 1e-3 * 2 * k.size
     written = np.unique([pages.table[slot, position // PAGE] for slot, position in zip(slots, positions, strict=True)])
     others = np.setdiff1d(np.arange(len(before)), written)

@@ -176,7 +176,8 @@ def test_the_norm_sees_the_residual_stream_as_it_is_stored(quantize: bool) -> No
     assert relative_error(normed(total, scale), normed(exact_sum, scale)) > 1e-4, "unrounded sums would not be seen"
     assert len(quantized) == (2 if quantize else 0)
     if quantized:
-        check_quantized(*quantized, normed(total, scale), hidden)
+        codes, scales = quantized
+        check_quantized(codes, scales, normed(total, scale), hidden)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 32, 33, 128, 129])
