@@ -48,7 +48,7 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype",
         choices=KV_CACHE_DTYPES,
         default="auto",
-        help="auto: bfloat16 on a GPU, float32 on a CPU; fp8 (also fp8_e4m3): half the memory, on GPUs",
+        help="auto: bfloat16 on a GPU, float32 on a CPU; fp8 (also fp8_e4m3): half the memory, on GPUs or portable",
     )
     parser.add_argument(
         "--kernels",
