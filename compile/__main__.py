@@ -48,9 +48,14 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype",
         choices=KV_CACHE_DTYPES,
         default="auto",
-        help="auto: bfloat16 on a GPU, float32 on a CPU; fp8 (also fp8_e4m3): half the memory, on GPUs",
+        help="auto: bfloat16 on a GPU, float32 on a CPU; fp8 (also fp8_e4m3): half the memory, on GPUs or portable",
     )
-    parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
+    parser.add_argument(
+        "--kernels",
+        choices=["tuned", "portable"],
+        default="tuned",
+        help="portable: TVM's, slow, for a CPU; with q0bf16 and fp8 they compute what a GPU does, KV pages included",
+    )
     parser.add_argument("--max-model-len", type=int, help="longest sequence, prompt and output, in tokens")
     parser.add_argument(
         "--cut-model-len", action="store_true", help="where --max-model-len is more than the model's positions: those"
@@ -89,8 +94,6 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
             quantization = "fp8"
         else:
             quantization = "q0bf16" if _TARGETS[args.device] == "cuda" else stored_quantization(model_dir)
-    if args.kv_cache_dtype == "bfloat16" and _TARGETS[args.device] == "llvm":
-        raise CompileError("--kv-cache-dtype bfloat16: KV pages on a CPU are float32; use auto, or --device cuda")
     compile_config = CompileConfig(
         tp_size=args.tp,
         quantization=quantization,
@@ -102,6 +105,11 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
         max_num_draft_tokens=args.max_num_draft_tokens,
         kv_cache_dtype="fp8" if args.kv_cache_dtype.startswith("fp8") else "auto",
     )
+    if args.kv_cache_dtype == "bfloat16" and compile_config.page_dtype != "bfloat16":
+        raise CompileError(
+            f"--kv-cache-dtype bfloat16: KV pages of {args.kernels} kernels for {quantization} on a CPU are "
+            f"{compile_config.page_dtype}; use auto, --device cuda, or --kernels portable --quantization q0bf16"
+        )
     compile_config.check_model(config)
     artifact = build_artifact(config, compile_config, policy)
     return {"model_dir": str(model_dir), "artifact_dir": str(artifact)}

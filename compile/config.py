@@ -288,7 +288,7 @@ class CompileConfig:
     kernels: Literal["tuned", "portable"]
     """tuned: the target's own kernels; portable: TVM's for every operator."""
     target: Literal["llvm", "cuda"]
-    """llvm: this machine's CPU, float32 activations; cuda: sm_90a, bfloat16 activations."""
+    """llvm: this machine's CPU; cuda: sm_90a. See `activation_dtype`."""
     max_model_len: int
     """Longest sequence, prompt and output, in tokens."""
     max_num_batched_tokens: int
@@ -317,18 +317,22 @@ class CompileConfig:
                 f"target cuda has tuned kernels for q0bf16 and fp8 only, not {self.kernels} for {self.quantization}: "
                 "use --kernels tuned --quantization q0bf16 or fp8"
             )
-        if self.target == "llvm" and self.quantization == "fp8":
-            raise ModelConfigError("fp8 needs a GPU: use --device cuda, or --quantization q0bf16")
-        if self.target == "llvm" and self.kv_cache_dtype == "fp8":
+        if self.target == "llvm" and self.kernels == "tuned" and self.quantization == "fp8":
             raise ModelConfigError(
-                "KV pages on a CPU are float32, --kv-cache-dtype fp8 needs a GPU: use --device cuda, or "
-                "--kv-cache-dtype auto"
+                "a CPU's tuned kernels have no fp8 weights: use --device cuda, --kernels portable (slow, the same "
+                "numbers as on a GPU), or --quantization q0bf16"
+            )
+        if self.target == "llvm" and self.kernels == "tuned" and self.kv_cache_dtype == "fp8":
+            raise ModelConfigError(
+                "KV pages of a CPU's tuned kernels are float32, not fp8: use --device cuda, --kernels portable (slow, "
+                "the same numbers as on a GPU), or --kv-cache-dtype auto"
             )
 
     @property
     def activation_dtype(self) -> str:
-        """Of activations."""
-        return "bfloat16" if self.target == "cuda" else "float32"
+        """Of activations: portable kernels compute as a GPU does, a CPU's tuned ones in float32 whatever is stored."""
+        in_bf16 = self.target == "cuda" or (self.kernels == "portable" and self.quantization != "q0f32")
+        return "bfloat16" if in_bf16 else "float32"
 
     @property
     def page_dtype(self) -> str:
@@ -351,5 +355,5 @@ class CompileConfig:
         if model.stored_fp8 and self.quantization != "fp8":
             raise ModelConfigError(
                 f"the checkpoint's weights are fp8, --quantization {self.quantization} cannot read them: "
-                "use --quantization fp8 on --device cuda"
+                "use --quantization fp8 on --device cuda, or on a CPU with --kernels portable"
             )

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import tvm
-from tvm import relax, te
+from tvm import relax
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.core import wrap_nested
 
-from tpserve.compile.kernels import portable
+from tpserve.compile.kernels import portable, portable_gemm
 from tpserve.proto.packing import CHANNELS, INTERLEAVE
 
 _GROUP_SIZE = 128
@@ -71,7 +72,8 @@ class GemmInput:
     scale: Tensor | None = None
     """For e4m3, float32: a value is its stored value times a scale."""
     scales: Literal["row", "grouped", "silu"] = "row"
-    """(T,), one for each row; grouped, see `_grouped`: of 128 elements, or those that `gemm_silu_mul` gives."""
+    """(T,), one for each row; grouped, see `_grouped`: of 128 elements, or those that `gemm_silu_mul` gives. Portable
+    kernels have (T, places) of any kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,31 +342,41 @@ def _grouped(tokens: Any, columns: int, groups: int = 2) -> list[tuple[tuple[obj
 
 
 class PortableOperators:
-    """TVM for everything: the twin that tuned kernels are compared with, and the start of any new target."""
+    """TVM for everything: the twin that tuned kernels are compared with, and the start of any new target.
+
+    With bfloat16 activations or e4m3 rows it computes what the kernels of a GPU do, rounding where they do. The twin of
+    sampling is `worker.reference_sampler`.
+
+    Parameters
+    ----------
+    dtype
+        Of activations: float32 or bfloat16. Arithmetic and sums over ranks are float32.
+    quantize
+        Whether GEMMs take e4m3 rows; see `portable_gemm.quantize` for their scales.
+    """
+
+    def __init__(self, dtype: str = "float32", *, quantize: bool = False) -> None:
+        self._dtype = dtype
+        self._quantize = quantize
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         """See Operators."""
-        return op.take(table, ids, axis=0).astype("float32")
+        return self._stored(op.take(table, ids, axis=0).astype("float32"))
 
     def gemm(
         self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int, dtype: str | None = None
     ) -> Tensor:
         """See Operators."""
-
-        def compute(x: te.Tensor, w: te.Tensor) -> te.Tensor:
-            k = te.reduce_axis((0, w.shape[1]), "k")
-            return te.compute(
-                (x.shape[0], w.shape[0] * w.shape[2]),
-                lambda m, n: te.sum(x[m, k] * w[n // w.shape[2], k, n % w.shape[2]].astype("float32"), axis=k),
-                name="gemm",
-            )
-
-        out = op.tensor_expr_op(compute, "gemm_panel16", [x.values, weight.values])
-        return out if bias is None else op.add(out, bias)
+        if x.scale is None or weight.scale is None:
+            out = op.tensor_expr_op(portable_gemm.gemm, "gemm_panel16", [x.values, weight.values])
+        else:
+            args = [x.values, x.scale, weight.values, weight.scale]
+            out = op.tensor_expr_op(portable_gemm.gemm_fp8, "gemm_fp8_panel16", args)
+        return self._stored(out if bias is None else op.add(out, bias), dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> GemmInput:
         """See Operators."""
-        return GemmInput(op.rms_norm(x, weight, axes=-1, epsilon=eps))
+        return self._normed(x, weight, eps, quantize=self._quantize)
 
     def gemm_sum_add_rms_norm(
         self,
@@ -378,9 +390,9 @@ class PortableOperators:
         quantize: bool = True,
     ) -> tuple[Tensor, GemmInput]:
         """See Operators."""
-        part = self.gemm(x, weight, bias, int(residual.shape[1]))
-        total = op.add(all_reduce(part, tp_size), residual)
-        return total, self.rms_norm(total, norm.weight, norm.eps)
+        part = self.gemm(x, weight, bias, int(residual.shape[1])).astype("float32")
+        total = self._stored(op.add(all_reduce(part, tp_size), residual.astype("float32")))
+        return total, self._normed(total, norm.weight, norm.eps, quantize=self._quantize and quantize)
 
     def gate_up_interleave(self, intermediate_size: int) -> int:
         """See Operators."""
@@ -388,8 +400,11 @@ class PortableOperators:
 
     def gemm_silu_mul(self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int) -> GemmInput:
         """See Operators."""
-        gate, up = op.split(self.gemm(x, weight, bias, rows), 2, axis=-1)
-        return GemmInput(op.multiply(op.silu(gate), up))
+        gate, up = op.split(self.gemm(x, weight, bias, rows).astype("float32"), 2, axis=-1)
+        out = op.multiply(op.silu(gate), up)
+        if not self._quantize:
+            return GemmInput(self._stored(out))
+        return self._quantized(out, "silu" if rows // 2 % _STAGE_SIZE == 0 else "row")
 
     def attention(
         self,
@@ -400,24 +415,30 @@ class PortableOperators:
         shape: AttentionShape,
     ) -> GemmInput:
         """See Operators."""
+        qkv = qkv.astype("float32")
         if qk_norm is not None:
             qkv = self._norm_heads(qkv, qk_norm, shape)
+        tokens, columns = qkv.shape[0], shape.num_q_heads * shape.head_dim
+        kv_scale = Tensor.from_const(np.ones(2, np.float32)) if kv.scale is None else kv.scale
+        heads = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size)
+        types = (self._dtype, str(kv.pages.dtype))
         q = op.tensor_ir_op(
-            portable.rope_append(shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size),
+            portable.rope_append(*heads, *types),
             "rope_append",
-            [qkv, batch.positions, batch.token_slots, batch.page_table, batch.rope, kv.pages],
-            Tensor.placeholder((qkv.shape[0], shape.num_q_heads, shape.head_dim), "float32"),
-        )
-        func = portable.attention(
-            shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size, shape.scale, shape.window
+            [qkv, batch.positions, batch.token_slots, batch.page_table, batch.rope, kv_scale, kv.pages],
+            Tensor.placeholder((tokens, shape.num_q_heads, shape.head_dim), self._dtype),
         )
         out = op.tensor_ir_op(
-            func,
+            portable.attention(*heads, shape.scale, shape.window, *types),
             "attention",
-            [q, kv.pages, batch.positions, batch.token_slots, batch.page_table],
-            Tensor.placeholder((qkv.shape[0], shape.num_q_heads * shape.head_dim), "float32"),
+            [q, kv_scale, kv.pages, batch.positions, batch.token_slots, batch.page_table],
+            Tensor.placeholder((tokens, columns), "float32"),
         )
-        return GemmInput(out)
+        if not self._quantize:
+            return GemmInput(self._stored(out))
+        if shape.head_dim == _GROUP_SIZE and columns % _STAGE_SIZE == 0:
+            return self._quantized(out, "grouped")
+        return self._quantized(self._stored(out).astype("float32"), "row")
 
     def _norm_heads(self, qkv: Tensor, qk_norm: tuple[Tensor, Tensor, float], shape: AttentionShape) -> Tensor:
         q_weight, k_weight, eps = qk_norm
@@ -431,3 +452,26 @@ class PortableOperators:
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """See Operators."""
         return op.take(x, rows, axis=0)
+
+    def _normed(self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool) -> GemmInput:
+        out = op.rms_norm(x.astype("float32"), weight, axes=-1, epsilon=eps)
+        return self._quantized(out, "row") if quantize else GemmInput(self._stored(out))
+
+    def _stored(self, x: Tensor, dtype: str | None = None) -> Tensor:
+        """Round (T, N) float32 to the type of activations, or to `dtype`."""
+        dtype = dtype or self._dtype
+        return x if dtype == "float32" else op.tensor_expr_op(portable_gemm.narrow, "narrow", [x, dtype])
+
+    def _quantized(self, x: Tensor, scales: Literal["row", "grouped", "silu"]) -> GemmInput:
+        """(T, K) float32 -> e4m3."""
+        tokens, columns = x.shape[0], int(x.shape[1])
+        values, scale = op.tensor_ir_op(
+            portable_gemm.quantize(columns, scales),
+            f"quantize_{scales}",
+            [x],
+            [
+                Tensor.placeholder((tokens, columns), "float8_e4m3fn"),
+                Tensor.placeholder((tokens, columns // portable_gemm.scale_size(columns, scales)), "float32"),
+            ],
+        )
+        return GemmInput(values, scale, scales)

@@ -37,7 +37,7 @@ def build_graph(config: ModelConfig, compile_config: CompileConfig) -> Graph:
     on_gpu = compile_config.target == "cuda"
     dtype = compile_config.activation_dtype
     quantized = compile_config.quantization == "fp8"
-    operators: Operators = PortableOperators()
+    operators: Operators = PortableOperators(dtype, quantize=quantized)
     if compile_config.kernels == "tuned":
         operators = TunedOperators("cuda" if on_gpu else "cpu", dtype, quantize=quantized)
     context = GraphContext(

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype",
         choices=["auto", "bfloat16", "fp8", "fp8_e4m3"],
         default="auto",
-        help="auto: bfloat16 on a GPU, float32 on a CPU; fp8 (also fp8_e4m3): half the memory, on GPUs",
+        help="auto: bfloat16 on a GPU, float32 on a CPU; fp8 (also fp8_e4m3): half the memory, on GPUs or portable",
     )
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-num-seqs", type=_positive, help="sequences that run at once (default: by mode)")

@@ -34,8 +34,23 @@ def _aligned(allocate: Callable[..., Array], shape: tuple[int, ...], dtype: np.d
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+_BITS: dict[Any, Any] = {np.dtype(ml_dtypes.bfloat16): np.uint16, np.dtype(ml_dtypes.float8_e4m3fn): np.uint8}
+"""As what numpy exports types that DLPack has and numpy's export has not."""
+
+
 def as_tensor(array: Array) -> Any:
     """Return a TVM tensor over the same memory; writes through either are seen by both."""
-    if array.dtype == ml_dtypes.bfloat16:  # DLPack has it, numpy's export does not
-        return tvm_ffi.from_dlpack(array.view(np.uint16))._create_view(array.shape, dtype="bfloat16")
-    return tvm_ffi.from_dlpack(array)
+    bits = _BITS.get(array.dtype)
+    if bits is None:
+        return tvm_ffi.from_dlpack(array)
+    return tvm_ffi.from_dlpack(array.view(bits))._create_view(array.shape, dtype=array.dtype.name)
+
+
+def as_array(tensor: Any) -> Array:
+    """Return a TVM tensor's memory on the host as an array, of any type that `as_tensor` takes."""
+    name = str(tensor.dtype)
+    for dtype, bits in _BITS.items():
+        if dtype.name == name:
+            view = tensor._create_view(tensor.shape, dtype=np.dtype(bits).name)
+            return np.from_dlpack(view).view(dtype)
+    return np.from_dlpack(tensor)

@@ -21,9 +21,15 @@ from tpserve.proto.manifest import Manifest, ParamSpec
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array
 from tpserve.worker.checkpoint import Checkpoint
-from tpserve.worker.errors import WeightsError
 from tpserve.worker.kv_scales import kv_scales_of
-from tpserve.worker.weights import copy_values, parts_of, rope_table, scales_of, shape_of_parts
+from tpserve.worker.quantize import require_scaled, scale_spec
+from tpserve.worker.weights import (
+    copy_values,
+    parts_of,
+    rope_table,
+    scales_of,
+    shape_of_parts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +125,10 @@ class _Loader:
         """Return a weight's e4m3 rows and their scales: as they are stored, or quantised by each channel's largest."""
         shape = spec.unpacked_shape
         assert shape is not None
-        stored = scales_of(self._checkpoint, self._manifest, _scale_spec(spec), self._rank)
+        stored = scales_of(self._checkpoint, self._manifest, scale_spec(spec), self._rank)
         if stored is not None:
             return self._rows(spec, spec.dtype), as_device_tensor(cupy.asarray(stored), "float32")
-        if any(self._checkpoint.tensor(source.name).dtype == ml_dtypes.float8_e4m3fn for source in spec.sources):
-            raise WeightsError(f"{spec.sources[0].name} is stored as e4m3, but the checkpoint has no scale of it")
+        require_scaled(self._checkpoint, spec)
         rows = self._rows(spec, "bfloat16")
         values = as_device_tensor(cupy.empty(shape, np.uint8), spec.dtype)
         scale = as_device_tensor(cupy.empty(shape[:1], np.float32), "float32")
@@ -176,18 +181,6 @@ class _Uploader:
                 self._stream.ptr,
             )
             event.record(self._stream)
-
-
-def _scale_spec(spec: ParamSpec) -> ParamSpec:
-    assert spec.unpacked_shape is not None
-    return ParamSpec(
-        f"{spec.name}.scale",
-        spec.unpacked_shape[:1],
-        "float32",
-        "channel_scale",
-        spec.sources,
-        interleave=spec.interleave,
-    )
 
 
 def random_parameter(manifest: Manifest, spec: ParamSpec, rank: int) -> Any:

@@ -1,6 +1,8 @@
 """The sampling rules in plain numpy, float64, one row at a time: what the sampling kernels must do.
 
-Owns the rules' meaning. Slow on purpose; only tests use it.
+Owns the rules' meaning. It is the portable twin of sampling, of which TVM's kernels have none: a library of portable
+kernels samples with the CPU's tuned one. Tests compare both tuned kernels with it:
+`tests/unit/compile/test_cpu_sampler.py` and `tests/gpu/test_sample.py`. Slow on purpose; only tests use it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 from tpserve.collectives.cpu import CollectiveStats
 from tpserve.proto.messages import CollectiveUse, StepPlan, StepResult, TokenLogprobs
 from tpserve.proto.rank import RankConfig
-from tpserve.worker.arrays import Array
+from tpserve.worker.arrays import Array, as_array
 from tpserve.worker.batch import Batch, DraftTokens, StepArrays
 from tpserve.worker.draft_link import TargetEnd
 from tpserve.worker.errors import PlanError
@@ -226,7 +226,8 @@ class Runner:
         """Add a row of the final norm for a slot that asked for its."""
         if slot not in self._hidden_slots:
             return logprobs
-        return replace(logprobs, hidden=np.from_dlpack(self._hidden)[row].tobytes())  # (R, hidden_size) float32
+        hidden = as_array(self._hidden)[row].astype(np.float32)  # of (R, hidden_size)
+        return replace(logprobs, hidden=hidden.tobytes())
 
     def _collective_totals(self) -> dict[str, CollectiveStats]:
         """Return totals of the model and its draft together, by kind."""

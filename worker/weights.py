@@ -19,8 +19,16 @@ from tpserve.proto.manifest import Manifest, ParamSource, ParamSpec
 from tpserve.worker.arrays import Array, aligned_empty
 from tpserve.worker.checkpoint import Checkpoint
 from tpserve.worker.errors import WeightsError
+from tpserve.worker.kv_scales import kv_scales_of
+from tpserve.worker.quantize import E4M3_MAX, quantize_rows, require_scaled, scale_spec
 
-_DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+_DTYPES: dict[str, Any] = {
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+}
+_DUMMY_FP8_RANGE = 64.0
+"""Of random e4m3 weights: standard normal values times it are stored, so that hardly any is clipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,31 +125,68 @@ def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[
         If a tensor is missing or its shape does not give the parameter's.
     """
     checkpoint = Checkpoint(model_dir)
+    scale: Array | None = None  # of the e4m3 weight just loaded
     for spec in manifest.params:
         if spec.layout == "rope_table":
             yield rope_table(manifest)
-            continue
-        rows = np.zeros(shape_of_parts(spec), _DTYPES[spec.dtype])
-        for part in parts_of(checkpoint, manifest, spec, rank):
-            copy_values(rows[_place(part)], part.values)
-        yield pack(spec, rows.reshape(spec.unpacked_shape or spec.shape))
+        elif spec.layout == "kv_scale":
+            yield _aligned_copy(kv_scales_of(checkpoint, spec))
+        elif spec.layout == "channel_scale":
+            assert scale is not None, f"{spec.name} follows no e4m3 weight"
+            yield _aligned_copy(scale)
+            scale = None
+        elif spec.dtype == "float8_e4m3fn":
+            rows, scale = _load_fp8(checkpoint, manifest, spec, rank)
+            yield pack(spec, rows)
+        else:
+            yield pack(spec, _load_rows(checkpoint, manifest, spec, rank, spec.dtype))
+
+
+def _load_rows(checkpoint: Checkpoint, manifest: Manifest, spec: ParamSpec, rank: int, dtype: str) -> Array:
+    rows = np.zeros(shape_of_parts(spec), _DTYPES[dtype])
+    for part in parts_of(checkpoint, manifest, spec, rank):
+        copy_values(rows[_place(part)], part.values)
+    return rows.reshape(spec.unpacked_shape or spec.shape)
+
+
+def _load_fp8(checkpoint: Checkpoint, manifest: Manifest, spec: ParamSpec, rank: int) -> tuple[Array, Array]:
+    """Return a weight's e4m3 rows and their scales: as they are stored, or quantised by each channel's largest."""
+    stored = scales_of(checkpoint, manifest, scale_spec(spec), rank)
+    if stored is not None:
+        return _load_rows(checkpoint, manifest, spec, rank, spec.dtype), stored
+    require_scaled(checkpoint, spec)
+    # By way of bfloat16, as on a GPU: both hold the same codes.
+    return quantize_rows(_load_rows(checkpoint, manifest, spec, rank, "bfloat16"))
+
+
+def _aligned_copy(values: Array) -> Array:
+    out = aligned_empty(values.shape, values.dtype)
+    out[...] = values
+    return out
 
 
 def dummy_parameters(manifest: Manifest, rank: int) -> Iterator[Array]:
     """Yield seeded random parameters, scaled so that activations stay finite; norms are ones, biases zeros."""
+    columns = 0
     for spec in manifest.params:
         if spec.layout == "rope_table":
             yield rope_table(manifest)
         elif len(spec.shape) == 1:
             vector = aligned_empty(spec.shape, _DTYPES[spec.dtype])
             vector.fill(0.0 if spec.name.endswith(".bias") else 1.0)
+            if spec.layout == "channel_scale":  # of the weight just before
+                vector.fill(columns**-0.5 / _DUMMY_FP8_RANGE)
             yield vector
         else:
             # Replicated parameters must be the same on every rank.
             split = any(source.split for source in spec.sources)
             rng = np.random.default_rng([zlib.crc32(spec.name.encode()), rank if split else 0])
             columns = spec.shape[1]
-            values = rng.standard_normal(spec.shape, dtype=np.float32) * np.float32(columns**-0.5)
+            is_fp8 = spec.dtype == "float8_e4m3fn"
+            values = rng.standard_normal(spec.shape, dtype=np.float32)
+            values *= np.float32(_DUMMY_FP8_RANGE if is_fp8 else columns**-0.5)
+            if is_fp8:
+                values.clip(-E4M3_MAX, E4M3_MAX, out=values)
             out = aligned_empty(spec.shape, _DTYPES[spec.dtype])
             out[...] = values
             yield out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 
 _COMMANDS = {
@@ -30,6 +31,13 @@ def main(argv: list[str] | None = None) -> int:
         add_router_arguments(router)
         return router_main(parser.parse_args(args))
     if args[:1] in (["compile"], ["convert"]):
+        if importlib.util.find_spec("tpserve.compile") is None:
+            remedy = "make the bundle with --with-compiler, or compile elsewhere and give serve --model-lib"
+            print(
+                f"tpserve {args[0]}: error: this installation only serves, the compiler is not in it: {remedy}",
+                file=sys.stderr,
+            )
+            return 1
         from tpserve.compile.__main__ import main as compile_main
 
         return compile_main(args)

@@ -180,8 +180,9 @@ def test_rope_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
         ({"max_num_seqs": -1}, "max_num_seqs is -1, expected at least 1"),
         ({"page_size": 32}, "page_size 32 is not supported by the kernels, only 16"),
         ({"target": "cuda", "quantization": "q0f32"}, "target cuda has tuned kernels for q0bf16 and fp8 only"),
-        ({"target": "llvm", "quantization": "fp8"}, "fp8 needs a GPU: use --device cuda, or --quantization q0bf16"),
-        ({"kv_cache_dtype": "fp8"}, "pages on a CPU are float32, --kv-cache-dtype fp8 needs a GPU: use --device cuda"),
+        ({"target": "cuda", "kernels": "portable", "quantization": "fp8"}, "not portable for fp8: use --kernels tuned"),
+        ({"quantization": "fp8"}, "a CPU's tuned kernels have no fp8 weights: use --device cuda, --kernels portable"),
+        ({"kv_cache_dtype": "fp8"}, "tuned kernels are float32, not fp8: use --device cuda, --kernels portable"),
     ],
 )
 def test_compile_settings_are_checked(changes: dict[str, Any], message: str) -> None:
@@ -225,5 +226,6 @@ def test_checkpoints_of_stored_fp8_are_compiled_as_such_and_as_nothing_else(
     assert model.stored_fp8
     fp8 = CompileConfig(2, "fp8", "tuned", "cuda", max_model_len=64, max_num_batched_tokens=64, max_num_seqs=4)
     fp8.check_model(model)
+    replace(fp8, target="llvm", kernels="portable").check_model(model)
     with pytest.raises(ModelConfigError, match="weights are fp8, --quantization q0bf16 cannot read them"):
         replace(fp8, quantization="q0bf16").check_model(model)

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from rank_group import Artifacts
+from reference_llama import to_bfloat16
 from tiny_models import MODELS
 from tpserve.proto.messages import PromptChunk, SamplingParams, SlotAdd, StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.runner import Runner
 
 
-@pytest.mark.parametrize("kernels", ["tuned", "portable"])
-def test_logits_come_from_the_row(tmp_path: Path, artifacts: Artifacts, kernels: str) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "quantization"),
+    [("tuned", "q0f32"), ("portable", "q0f32"), ("portable", "q0bf16"), ("portable", "fp8")],
+)
+def test_logits_come_from_the_row(
+    tmp_path: Path,
+    artifacts: Artifacts,
+    kernels: Literal["tuned", "portable"],
+    quantization: Literal["q0f32", "q0bf16", "fp8"],
+) -> None:
+    """A row is float32 whatever the type of activations."""
     model = MODELS["llama_9q_3kv_tied"]
     model.write(tmp_path)
     config = RankConfig(
         rank=0,
         tp_size=1,
         model_dir=tmp_path,
-        artifact_dir=artifacts.build(tmp_path, 1, kernels=kernels),  # type: ignore[arg-type]  # one of its literals
+        artifact_dir=artifacts.build(tmp_path, 1, kernels=kernels, quantization=quantization),
         load_format="auto",
         num_pages=8,
         max_num_seqs=4,
@@ -49,6 +60,8 @@ def test_logits_come_from_the_row(tmp_path: Path, artifacts: Artifacts, kernels:
     wire = StepResult.from_pb(result.to_pb())  # as the coordinator gets it
     row = np.frombuffer(wire.logprobs[1][0].hidden, "<f4")
     embedding = model.weights()["model.embed_tokens.weight"]
+    if quantization != "q0f32":
+        embedding = to_bfloat16(embedding)
     assert row.shape == (embedding.shape[1],)
     logits = embedding @ row
     logprobs = logits - np.log(np.exp(logits).sum())

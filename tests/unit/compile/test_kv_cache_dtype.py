@@ -31,6 +31,11 @@ def read(folder: Path, name: str = "llama_4q_2kv") -> ModelConfig:
 def test_pages_have_the_type_of_activations_or_e4m3() -> None:
     assert (AUTO.page_dtype, FP8.page_dtype) == ("bfloat16", "float8_e4m3fn")
     assert replace(AUTO, target="llvm").page_dtype == "float32"
+    portable = replace(AUTO, target="llvm", kernels="portable")
+    assert (portable.activation_dtype, portable.page_dtype) == ("bfloat16", "bfloat16")
+    assert replace(portable, kv_cache_dtype="fp8").page_dtype == "float8_e4m3fn"
+    assert replace(portable, quantization="fp8").activation_dtype == "bfloat16"
+    assert replace(portable, quantization="q0f32").page_dtype == "float32"
 
 
 @pytest.mark.parametrize(("name", "prefix"), [("llama_4q_2kv", ""), ("qwen3_5q_5kv", "qk_norm_")])
@@ -80,16 +85,43 @@ def test_the_flag_reaches_the_compiler(
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("flags", "said"),
     [
-        ("fp8", "KV pages on a CPU are float32, --kv-cache-dtype fp8 needs a GPU: use --device cuda, or"),
-        ("bfloat16", "--kv-cache-dtype bfloat16: KV pages on a CPU are float32; use auto, or --device cuda"),
+        (["fp8"], "KV pages of a CPU's tuned kernels are float32, not fp8: use --device cuda, --kernels portable"),
+        (
+            ["bfloat16"],
+            "KV pages of tuned kernels for q0f32 on a CPU are float32; use auto, --device cuda, or --kernels",
+        ),
+        (["bfloat16", "--quantization", "q0bf16"], "KV pages of tuned kernels for q0bf16 on a CPU are float32;"),
+        (["bfloat16", "--kernels", "portable"], "KV pages of portable kernels for q0f32 on a CPU are float32;"),
     ],
 )
-def test_a_cpu_keeps_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str, said: str) -> None:
+def test_a_cpu_refuses_pages_that_its_kernels_lack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
     read(tmp_path)
-    assert command.main(["compile", str(tmp_path), "--kv-cache-dtype", value]) == 1
+    assert command.main(["compile", str(tmp_path), "--kv-cache-dtype", *flags]) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "expected"),
+    [("auto", "fp8", "bfloat16"), ("bfloat16", "q0bf16", "bfloat16"), ("fp8", "q0f32", "float8_e4m3fn")],
+)
+def test_portable_kernels_of_a_cpu_take_a_gpus_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, quantization: str, expected: str
+) -> None:
+    read(tmp_path)
+    built: list[CompileConfig] = []
+
+    def build(model: ModelConfig, config: CompileConfig, policy: CachePolicy) -> Path:
+        built.append(config)
+        return tmp_path
+
+    monkeypatch.setattr(command, "build_artifact", build)
+    flags = ["--kernels", "portable", "--quantization", quantization, "--kv-cache-dtype", dtype]
+    assert command.main(["compile", str(tmp_path), *flags]) == 0
+    assert [config.page_dtype for config in built] == [expected]
 
 
 def test_serve_gives_the_flag_to_the_compiler_of_the_model_but_not_of_its_draft(
