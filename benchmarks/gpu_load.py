@@ -70,7 +70,7 @@ def write_checkpoint(folder: Path, shapes: dict[str, tuple[int, ...]]) -> int:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     codes = np.random.default_rng(0).integers(0, 1 << 16, BLOCK_BYTES // 2, np.uint16)
-    block = memoryview((codes & 0xBFFF).view(np.uint8))  # without the exponent's first bit: finite and small
+    block = (codes & 0xBFFF).tobytes()  # without the exponent's first bit: finite and small
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for start in range(0, end, BLOCK_BYTES):
@@ -130,7 +130,8 @@ def load(artifact: Path, model_dir: Path, rank: int, tp_size: int, rounds: int) 
 
 
 def _num_bytes(param: Any) -> int:
-    return math.prod(param.shape) * {"bfloat16": 2, "float32": 4}.get(str(param.dtype), 1)
+    itemsize = {"bfloat16": 2, "float32": 4}.get(str(param.dtype), 1)
+    return itemsize * math.prod(int(size) for size in param.shape)
 
 
 def main() -> None:
