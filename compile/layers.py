@@ -120,9 +120,15 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over paged KV: heads are split, so the ranks' outputs are summed."""
+    """Grouped-query attention over paged KV: heads are split, so the ranks' outputs are summed.
 
-    def __init__(self, context: GraphContext, prefix: str) -> None:
+    Parameters
+    ----------
+    columns : int or None
+        Of its input, if not the hidden size.
+    """
+
+    def __init__(self, context: GraphContext, prefix: str, columns: int | None = None) -> None:
         config, sharding = context.config, context.sharding
         self._context = context
         self._shape = AttentionShape(
@@ -138,7 +144,7 @@ class Attention(nn.Module):
             f"{prefix}.qkv_proj",
             tuple(ParamSource(f"{prefix}.{part}_proj.weight", 0, split) for part, split in heads.items()),
             rows=(sharding.num_q_heads + 2 * sharding.num_kv_heads) * config.head_dim,
-            columns=config.hidden_size,
+            columns=columns or config.hidden_size,
             bias=tuple(ParamSource(f"{prefix}.{part}_proj.bias", 0, split) for part, split in heads.items())
             if config.qkv_bias
             else (),
