@@ -55,7 +55,10 @@ class TinyHead:
     def token_ids(self) -> npt.NDArray[np.int64]:
         """The target's id of each of its tokens, in ascending order."""
         rng = np.random.default_rng([self.seed, 1])
-        return np.sort(rng.choice(self.target.config["vocab_size"], self.draft_vocab_size, replace=False))
+        drawn: npt.NDArray[np.int64] = rng.choice(
+            self.target.config["vocab_size"], self.draft_vocab_size, replace=False
+        )
+        return np.sort(drawn)
 
     def weights(self) -> dict[str, npt.NDArray[Any]]:
         """All tensors of the checkpoint, those that say the same twice included."""
@@ -64,10 +67,12 @@ class TinyHead:
         q_dim, kv_dim = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
 
         def linear(rows: int, columns: int, gain: float = 1.0) -> npt.NDArray[np.float32]:
-            return rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain * columns**-0.5)
+            drawn: npt.NDArray[np.float32] = rng.standard_normal((rows, columns), dtype=np.float32)
+            drawn *= np.float32(gain * columns**-0.5)
+            return drawn
 
         def norm() -> npt.NDArray[np.float32]:
-            return 1 + np.float32(0.2) * rng.standard_normal(hidden, dtype=np.float32)
+            return np.float32(1) + np.float32(0.2) * rng.standard_normal(hidden, dtype=np.float32)
 
         out: dict[str, npt.NDArray[Any]] = {
             "fc.weight": linear(hidden, 3 * self.target.config["hidden_size"]),
@@ -127,7 +132,7 @@ class MarkovHead(TinyHead):
 
     @property
     def config(self) -> dict[str, Any]:
-        return TinyHead.config.fget(self) | {"norm_before_residual": True}  # type: ignore[attr-defined]  # a property
+        return TinyHead(self.target, self.draft_vocab_size).config | {"norm_before_residual": True}
 
     def weights(self) -> dict[str, npt.NDArray[Any]]:
         out = TinyHead.weights(self)

@@ -38,15 +38,16 @@ def build_pair(
     tp_size: int = 1,
     head_tokens: int = 40,
     head_len: int = 256,
-    **written: npt.NDArray[Any],
 ) -> RankConfig:
-    """Write and compile a target and its head, with `written` in place of the head's own tensors; return the first
-    rank's configuration. A step of the head takes `head_tokens`: catching up may take several."""
+    """Write and compile a target and its head; return the first rank's configuration.
+
+    A step of the head takes `head_tokens`: catching up may take several.
+    """
     target_dir, head_dir = folder / "target", folder / "head"
     if not target_dir.exists():
         head.target.write(target_dir)
         write_byte_tokenizer(target_dir)
-    head.write(head_dir, **written)
+    head.write(head_dir)
     config = ModelConfig.from_hf(target_dir)
     read = EagleHeadConfig.from_hf(head_dir, config)
     large = CompileConfig(

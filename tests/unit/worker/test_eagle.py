@@ -68,7 +68,7 @@ def test_draft_logits_are_the_references(runner: Any, seed: int) -> None:
     assert len(made) > 150
     assert silent == 0
     assert not head_of(runner)._is_lost.any()
-    check_proposals(made, reference_of(HEAD))
+    check_proposals(random.Random(seed).sample(made, 150), reference_of(HEAD))
     # It was not always easy: rejected tokens, and several in a round.
     assert sum(len(proposal.drafted) for proposal in made) > 400
     assert any(count > 1 for result in driver.results for count in result.counts)
