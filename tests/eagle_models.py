@@ -55,9 +55,8 @@ class TinyHead:
     def token_ids(self) -> npt.NDArray[np.int64]:
         """The target's id of each of its tokens, in ascending order."""
         rng = np.random.default_rng([self.seed, 1])
-        drawn: npt.NDArray[np.int64] = rng.choice(
-            self.target.config["vocab_size"], self.draft_vocab_size, replace=False
-        )
+        vocab_size: int = self.target.config["vocab_size"]
+        drawn: npt.NDArray[np.int64] = rng.choice(vocab_size, self.draft_vocab_size, replace=False)
         return np.sort(drawn)
 
     def weights(self) -> dict[str, npt.NDArray[Any]]:
@@ -116,7 +115,9 @@ class MarkovTarget(TinyModel):
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 values *= np.float32(1e-3)
         vocab, hidden = out["model.embed_tokens.weight"].shape
-        successor = np.random.default_rng([self.seed, 2]).permutation(vocab)
+        # Special tokens of the byte tokenizer follow none but themselves, so that no text ends soon.
+        others = np.random.default_rng([self.seed, 2]).permutation(np.arange(3, vocab))
+        successor = np.concatenate([np.arange(3), others])
         out["lm_head.weight"] = np.empty((vocab, hidden), np.float32)
         out["lm_head.weight"][successor] = out["model.embed_tokens.weight"]
         return out
