@@ -127,6 +127,8 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
     if quantization == "auto":
         if config.stored_fp8:
             quantization = "fp8"
+        elif head is not None and config is head.layer:  # it takes the target's embedding as that is stored
+            quantization = stored_quantization(_resolve(args.target_model, args))
         else:
             quantization = "q0bf16" if _TARGETS[args.device] == "cuda" else stored_quantization(model_dir)
     if args.kv_cache_dtype == "bfloat16" and _TARGETS[args.device] == "llvm":

@@ -71,7 +71,8 @@ class TinyHead:
             return drawn
 
         def norm() -> npt.NDArray[np.float32]:
-            return np.float32(1) + np.float32(0.2) * rng.standard_normal(hidden, dtype=np.float32)
+            drawn: npt.NDArray[np.float32] = 1 + np.float32(0.2) * rng.standard_normal(hidden, dtype=np.float32)
+            return drawn
 
         out: dict[str, npt.NDArray[Any]] = {
             "fc.weight": linear(hidden, 3 * self.target.config["hidden_size"]),
