@@ -175,15 +175,17 @@ class EagleHead:
         self._is_lost[slots[~whole & (firsts < self._max_len)]] = True
         taken = whole & ~self._is_lost[slots] & (ends > firsts)
         is_long = taken & (ends - self._num_computed[slots] > self._ring_size)
-        for group in np.flatnonzero(taken & ~is_long):
-            self._leave_aside(int(slots[group]), int(firsts[group]), int(ends[group]), rows[starts[group] :])
+        few = np.flatnonzero(taken & ~is_long)
+        self._leave_aside(slots[few], firsts[few], ends[few], rows, starts[few])
         if is_long.any() or (self._num_rows - self._num_computed > HEAD_PENDING_ROWS).any():
             everywhere = np.arange(len(self._num_rows), dtype=np.int32)
             up_to = self._num_rows - 1
             up_to[slots[is_long]] += 1  # the token behind is the first of this step
             self._catch_up(everywhere, up_to)
         for group in np.flatnonzero(is_long):
-            self._compute_long(int(slots[group]), int(firsts[group]), int(ends[group]), rows[starts[group] :])
+            self._compute_long(
+                int(slots[group]), int(firsts[group]), rows[starts[group] :][: ends[group] - firsts[group]]
+            )
 
     def settle(self, slots: Array) -> None:
         """Nothing is kept of a round: what it computed of draft tokens is written over."""
@@ -209,26 +211,30 @@ class EagleHead:
         self._num_rows[slot] = self._num_computed[slot] = first
         self._num_valid[slot] = num_hits
 
-    def _leave_aside(self, slot: int, first: int, end: int, rows: Array) -> None:
-        """Keep the rows of positions `first` to `end`."""
-        self._ring[slot, np.arange(first, end) % self._ring_size] = rows[: end - first]
-        self._num_rows[slot] = end
+    def _leave_aside(self, slots: Array, firsts: Array, ends: Array, rows: Array, starts: Array) -> None:
+        """Keep, of each slot, the rows of positions from first to end, which stand in `rows` from its start on."""
+        token_slots, positions, _ = _spread(slots, firsts, ends)
+        sources = np.repeat(starts - firsts, ends - firsts) + positions
+        self._ring[token_slots, positions % self._ring_size] = rows[sources]
+        self._num_rows[slots] = ends
 
-    def _compute_long(self, slot: int, first: int, end: int, rows: Array) -> None:
-        """Compute the pairs of positions `first` to `end` from their rows, but for the last one."""
-        for begin in range(first, end - 1, self._max_num_tokens):
-            stop = min(end - 1, begin + self._max_num_tokens)
+    def _compute_long(self, slot: int, first: int, rows: Array) -> None:
+        """Compute the pairs of a slot's rows, which are of positions from `first` on, but for the last one."""
+        last = first + len(rows) - 1
+        for begin in range(first, last, self._max_num_tokens):
+            stop = min(last, begin + self._max_num_tokens)
             positions = np.arange(begin, stop, dtype=np.int32)
             self._rows[: stop - begin] = rows[begin - first : stop - first]
             self._forward_rows(positions, np.full(stop - begin, slot, np.int32), _NO_ROWS)
-        self._num_computed[slot] = end - 1
-        self._note_valid(np.asarray([slot], np.int32))
-        self._leave_aside(slot, end - 1, end, rows[end - 1 - first :])
+        self._num_computed[slot] = last
+        self._note_valid(np.asarray([slot]))
+        self._ring[slot, last % self._ring_size] = rows[-1]
+        self._num_rows[slot] = last + 1
 
     def _catch_up(self, slots: Array, ends: Array) -> None:
         """Compute pairs whose rows were left aside, of each slot up to a position."""
         slots, ends = slots[ends > self._num_computed[slots]], ends[ends > self._num_computed[slots]]
-        token_slots, positions, _ = self._pairs(slots, ends)
+        token_slots, positions, _ = _spread(slots, self._num_computed[slots], ends)
         for begin in range(0, len(positions), self._max_num_tokens):
             part = slice(begin, begin + self._max_num_tokens)
             self._gather(token_slots[part], positions[part])
@@ -240,27 +246,19 @@ class EagleHead:
         """Compute all that was left aside of slots; return logits and rows behind their last tokens."""
         if (self._num_rows[slots] - self._num_computed[slots]).sum() > self._max_num_tokens:
             self._catch_up(slots, self._num_rows[slots] - 1)
-        token_slots, positions, lasts = self._pairs(slots, self._num_rows[slots])
+        token_slots, positions, lasts = _spread(slots, self._num_computed[slots], self._num_rows[slots])
         self._gather(token_slots, positions)
         out = self._forward_rows(positions, token_slots, lasts)
         self._num_computed[slots] = self._num_rows[slots]
         self._note_valid(slots)
         return out
 
-    def _pairs(self, slots: Array, ends: Array) -> tuple[Array, Array, Array]:
-        """Return slot and position of each pair that slots lack up to `ends`, and the place of each slot's last."""
-        amounts = ends - self._num_computed[slots]
-        stops = np.cumsum(amounts)
-        row = np.repeat(np.arange(len(slots)), amounts)
-        token_slots = slots[row]
-        offset = np.arange(len(row)) - (stops - amounts)[row]
-        return token_slots, (self._num_computed[token_slots] + offset).astype(np.int32), stops - 1
-
     def _note_valid(self, slots: Array) -> None:
         """Note the pages that are whole now."""
         num_valid = self._num_computed[slots] // self._page_size
-        for slot, before, now in zip(slots, self._num_valid[slots], num_valid, strict=True):
-            self._valid[self._batch.page_table[slot, before:now]] = True
+        for row in np.flatnonzero(num_valid > self._num_valid[slots]):
+            slot = slots[row]
+            self._valid[self._batch.page_table[slot, self._num_valid[slot] : num_valid[row]]] = True
         self._num_valid[slots] = num_valid
 
     # ---- the head
@@ -298,6 +296,22 @@ class EagleHead:
         placed = self._target_logits[: len(slots)]
         placed[:, self._token_ids_of] = own
         return self._sampler.sample(as_tensor(placed), slots, positions)[0]
+
+
+def _spread(slots: Array, firsts: Array, ends: Array) -> tuple[Array, Array, Array]:
+    """Return all positions of slots from first to end, slot by slot.
+
+    Returns
+    -------
+    slots, positions : (T,) int32
+    lasts : (B,) int64
+        Where each slot's last stands among them.
+    """
+    amounts = ends - firsts
+    stops = np.cumsum(amounts)
+    offset = np.arange(int(amounts.sum())) - np.repeat(stops - amounts, amounts)
+    positions = (np.repeat(firsts, amounts) + offset).astype(np.int32)
+    return np.repeat(slots, amounts), positions, stops - 1
 
 
 def _take(rows: Any, kept: Array) -> Any:
