@@ -169,10 +169,18 @@ class Attention(nn.Module):
         self, x: GemmInput, batch: BatchInputs, pages: Tensor, residual: Tensor, norm: nn.Parameter
     ) -> tuple[Tensor, GemmInput]:
         """(T, H), residual (T, H) -> the residual stream with this layer, and its norm; writes K and V to `pages`."""
-        config, operators = self._context.config, self._context.operators
-        qk_norm = (self.q_norm, self.k_norm, config.rms_norm_eps) if config.qk_norm else None
         kv = PagedKV(pages, self.kv_scale)
-        return self.o.add_to(residual, operators.attention(self.qkv(x), qk_norm, batch, kv, self._shape), norm)
+        out = self._context.operators.attention(self.qkv(x), self._qk_norm(), batch, kv, self._shape)
+        return self.o.add_to(residual, out, norm)
+
+    def append(self, x: GemmInput, batch: BatchInputs, pages: Tensor) -> Tensor:
+        """(T, H) -> rotated queries, (T, Hq, D); writes K and V to `pages`, and attends to nothing."""
+        kv = PagedKV(pages, self.kv_scale)
+        return self._context.operators.append(self.qkv(x), self._qk_norm(), batch, kv, self._shape)
+
+    def _qk_norm(self) -> tuple[nn.Parameter, nn.Parameter, float] | None:
+        config = self._context.config
+        return (self.q_norm, self.k_norm, config.rms_norm_eps) if config.qk_norm else None
 
 
 class MLP(nn.Module):

@@ -156,6 +156,16 @@ class Operators(Protocol):
         `qk_norm` has the weights, (D,) float32 each, and the epsilon of a norm of each head of q and k before that.
         """
 
+    def append(
+        self,
+        qkv: Tensor,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        batch: BatchInputs,
+        kv: PagedKV,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """Do as `attention`, but attend to nothing: return the rotated queries, (T, Hq, D). On CPUs alone."""
+
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """(T, H), (R,) int32 -> (R, H)."""
 
@@ -268,8 +278,7 @@ class TunedOperators:
         tokens, columns = qkv.shape[0], shape.num_q_heads * shape.head_dim
         where = [batch.positions, batch.token_slots, batch.page_table]
         if self._target == "cpu":
-            heads = (tokens, shape.num_q_heads, shape.head_dim)
-            q = self._extern(f"{prefix}rope_append", [qkv, *norm, *where, batch.rope, kv.pages], heads)
+            q = self.append(qkv, qk_norm, batch, kv, shape)
             args = [q, kv.pages, *where, shape.scale, shape.window]
             return GemmInput(self._extern("attention", args, (tokens, columns)))
         name = f"{self._prefix}{prefix}attention"
@@ -285,6 +294,21 @@ class TunedOperators:
         if not self._quantize:
             return GemmInput(x)
         return GemmInput(*self._call(f"{self._prefix}quantize_fp8", [x], _quantized(x.shape)))
+
+    def append(
+        self,
+        qkv: Tensor,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        batch: BatchInputs,
+        kv: PagedKV,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """See Operators."""
+        assert self._target == "cpu", "on a GPU, attention itself writes to the pages"
+        norm = list(qk_norm or ())
+        args = [qkv, *norm, batch.positions, batch.token_slots, batch.page_table, batch.rope, kv.pages]
+        heads = (qkv.shape[0], shape.num_q_heads, shape.head_dim)
+        return self._extern(f"{'qk_norm_' if norm else ''}rope_append", args, heads)
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """See Operators."""
@@ -400,14 +424,7 @@ class PortableOperators:
         shape: AttentionShape,
     ) -> GemmInput:
         """See Operators."""
-        if qk_norm is not None:
-            qkv = self._norm_heads(qkv, qk_norm, shape)
-        q = op.tensor_ir_op(
-            portable.rope_append(shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size),
-            "rope_append",
-            [qkv, batch.positions, batch.token_slots, batch.page_table, batch.rope, kv.pages],
-            Tensor.placeholder((qkv.shape[0], shape.num_q_heads, shape.head_dim), "float32"),
-        )
+        q = self.append(qkv, qk_norm, batch, kv, shape)
         func = portable.attention(
             shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size, shape.scale, shape.window
         )
@@ -418,6 +435,25 @@ class PortableOperators:
             Tensor.placeholder((qkv.shape[0], shape.num_q_heads * shape.head_dim), "float32"),
         )
         return GemmInput(out)
+
+    def append(
+        self,
+        qkv: Tensor,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        batch: BatchInputs,
+        kv: PagedKV,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """See Operators."""
+        if qk_norm is not None:
+            qkv = self._norm_heads(qkv, qk_norm, shape)
+        q: Tensor = op.tensor_ir_op(
+            portable.rope_append(shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size),
+            "rope_append",
+            [qkv, batch.positions, batch.token_slots, batch.page_table, batch.rope, kv.pages],
+            Tensor.placeholder((qkv.shape[0], shape.num_q_heads, shape.head_dim), "float32"),
+        )
+        return q
 
     def _norm_heads(self, qkv: Tensor, qk_norm: tuple[Tensor, Tensor, float], shape: AttentionShape) -> Tensor:
         q_weight, k_weight, eps = qk_norm

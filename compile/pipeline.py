@@ -44,7 +44,7 @@ def build_graph(config: ModelConfig, compile_config: CompileConfig) -> Graph:
 
 
 def build_head_graph(head: EagleHeadConfig, compile_config: CompileConfig) -> Graph:
-    """Write an EAGLE-3 head in relax: functions `project` and `step` (see `Eagle3Head`)."""
+    """Write an EAGLE-3 head in relax: functions `project`, `append` and `step` (see `Eagle3Head`)."""
     context = _context(head.layer, shard_head(head.layer, compile_config.tp_size), compile_config)
     dtype = compile_config.activation_dtype
     step = _batch_spec(context, compile_config)
@@ -52,7 +52,8 @@ def build_head_graph(head: EagleHeadConfig, compile_config: CompileConfig) -> Gr
     step |= {"hidden": spec.Tensor(["num_tokens", head.layer.hidden_size], dtype), "kv": kv}
     project = {"rows": spec.Tensor(["num_tokens", head.num_row_values], dtype)}
     model = Eagle3Head(context, head, compile_config.max_model_len)
-    return _export(model, {"project": project, "step": step}, context, compile_config)
+    append = {name: step[name] for name in ("token_ids", "positions", "token_slots", "page_table", "hidden", "kv")}
+    return _export(model, {"project": project, "append": append, "step": step}, context, compile_config)
 
 
 def _context(config: ModelConfig, sharding: Sharding, compile_config: CompileConfig) -> GraphContext:

@@ -163,7 +163,7 @@ class Manifest:
     """Layers before which `step` takes the residual stream of all its tokens, side by side, as a third output; empty:
     it has no such output. Of a head: those that it was trained on."""
     head: HeadFacts | None = None
-    """If this is an EAGLE-3 head, whose functions are `project` and `step` (see `Eagle3Head`)."""
+    """If this is an EAGLE-3 head, whose functions are `project`, `append` and `step` (see `Eagle3Head`)."""
     format_version: int = FORMAT_VERSION
 
     def save(self, folder: Path) -> None:

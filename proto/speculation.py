@@ -20,7 +20,7 @@ DEVICE_DRAFT_WINDOW = 4
 left out, and two of plain steps that were planned before the draft was asked again."""
 HEAD_PENDING_ROWS = 16
 """Hidden rows of a sequence that an EAGLE-3 head leaves aside at most before it computes their keys and values: then
-one forward of the head is shared by as many plain steps."""
+one pass of its projections is shared by as many plain steps."""
 MAX_DRAFT_TOKENS = 8
 """More are never worth their verification at the accept rates of real drafts."""
 

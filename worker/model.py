@@ -153,10 +153,16 @@ class HeadModel(LoadedModel):
         """
         super().__init__(config, progress, target=target)
         self._project = self._library.function("project")
+        self._append = self._library.function("append")
 
     def project(self, rows: Array) -> Any:
         """(T, 3 * target's hidden size) float32, aligned -> tensor (T, hidden_size) float32; see `Eagle3Head`."""
         return self._project(as_tensor(rows), self._params)
+
+    def append(self, token_ids: Array, positions: Array, token_slots: Array, page_table: Array, hidden: Any) -> None:
+        """Write keys and values of pairs, and compute nothing else; each argument as in `step`."""
+        inputs = map(as_tensor, (token_ids, positions, token_slots, page_table))
+        self._append(*inputs, hidden, self._kv.layers, self._params)
 
     def step(
         self,

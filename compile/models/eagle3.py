@@ -70,6 +70,27 @@ class Eagle3Head(nn.Module):
         # Where ranks do not divide the hidden size, the last ones have rows of zeros behind it.
         return out if out.shape[1] == hidden else op.split(out, [hidden], axis=-1)[0]
 
+    def append(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        token_slots: Tensor,
+        page_table: Tensor,
+        hidden: Tensor,
+        kv: list[Tensor],
+    ) -> Tensor:
+        """Write K and V of pairs to the pages, and compute nothing else; each argument as in `step`.
+
+        Returns
+        -------
+        (T, query heads, head size) float32
+            The rotated queries, which nobody needs.
+        """
+        nothing = positions  # attention has no plan and no workspace on a CPU
+        batch = BatchInputs(positions, token_slots, page_table, self.rope, nothing, nothing)
+        both, _ = self._normed(token_ids, hidden)
+        return self.attention.append(GemmInput(both), batch, kv[0])
+
     def step(
         self,
         token_ids: Tensor,
@@ -104,14 +125,9 @@ class Eagle3Head(nn.Module):
         rows : (R, hidden size), in the type of activations
             The residual stream, before the norm: in place of the target's rows of `token_ids`.
         """
-        config, operators = self._context.config, self._context.operators
+        operators = self._context.operators
         batch = BatchInputs(positions, token_slots, page_table, self.rope, plan, workspace)
-        embedding = operators.embed(token_ids, self.embed_tokens)
-        normed = operators.rms_norm(hidden, self.hidden_norm, config.rms_norm_eps).values
-        both = op.concat(
-            [operators.rms_norm(embedding, self.input_norm, config.rms_norm_eps).values, normed],
-            dim=-1,
-        )
+        both, normed = self._normed(token_ids, hidden)
         residual = normed if self._norm_before_residual else hidden
         residual, x = self.attention(GemmInput(both), batch, kv[0], residual, self.post_attention_norm)
         residual, x = self.mlp(x, residual, self.norm, quantize=False)
@@ -120,3 +136,10 @@ class Eagle3Head(nn.Module):
         if tp_size > 1:
             logits = all_gather(logits, tp_size)
         return logits, operators.take_rows(residual, sample_rows)
+
+    def _normed(self, token_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the layer's input, (T, 2 * hidden size), and its half that is of the rows."""
+        eps, operators = self._context.config.rms_norm_eps, self._context.operators
+        embedding = operators.embed(token_ids, self.embed_tokens)
+        normed = operators.rms_norm(hidden, self.hidden_norm, eps).values
+        return op.concat([operators.rms_norm(embedding, self.input_norm, eps).values, normed], dim=-1), normed

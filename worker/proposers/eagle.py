@@ -10,8 +10,8 @@ rows, which the target computes once. Of each slot
 with n tokens, the last of which the target has only sampled. A round computes what was left aside, up to the last row,
 whose logits give the first draft token, and goes on from the rows that the head itself returns. Whatever it wrote
 behind `num_rows` is void then: rows of the tokens that the target accepts come with the step, and take their places.
-So a rejection moves a number, and a step that drafts nothing costs the copies of its rows, but for one forward in
-`HEAD_PENDING_ROWS` steps. The rows of a long chunk of a prompt are computed in its step.
+So a rejection moves a number, and a step that drafts nothing costs the copies of its rows, but for one pass
+of the head's projections in `HEAD_PENDING_ROWS` steps. The rows of a long chunk of a prompt are computed in its step.
 
 The last row always stays aside outside a round: which token is behind it is not known, or else its logits are wanted.
 With it, the last pair of a page waits for the first token of the next page. That is why the coordinator's prefix cache
@@ -34,8 +34,6 @@ from tpserve.worker.arrays import Array, aligned_empty, as_tensor
 from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.model import HeadModel
 from tpserve.worker.sampler import Sampler
-
-_NO_ROWS = aligned_empty((0,), np.int32)
 
 
 class EagleHead:
@@ -225,7 +223,7 @@ class EagleHead:
             stop = min(last, begin + self._max_num_tokens)
             positions = np.arange(begin, stop, dtype=np.int32)
             self._rows[: stop - begin] = rows[begin - first : stop - first]
-            self._forward_rows(positions, np.full(stop - begin, slot, np.int32), _NO_ROWS)
+            self._append(positions, np.full(stop - begin, slot, np.int32))
         self._num_computed[slot] = last
         self._note_valid(np.asarray([slot]))
         self._ring[slot, last % self._ring_size] = rows[-1]
@@ -238,7 +236,7 @@ class EagleHead:
         for begin in range(0, len(positions), self._max_num_tokens):
             part = slice(begin, begin + self._max_num_tokens)
             self._gather(token_slots[part], positions[part])
-            self._forward_rows(positions[part], token_slots[part], _NO_ROWS)
+            self._append(positions[part], token_slots[part])
         self._num_computed[slots] = ends
         self._note_valid(slots)
 
@@ -248,7 +246,9 @@ class EagleHead:
             self._catch_up(slots, self._num_rows[slots] - 1)
         token_slots, positions, lasts = _spread(slots, self._num_computed[slots], self._num_rows[slots])
         self._gather(token_slots, positions)
-        out = self._forward_rows(positions, token_slots, lasts)
+        ids = self._batch.tokens[token_slots, positions + 1]
+        hidden = self._head.project(self._rows[: len(positions)])
+        out = self._forward(ids, positions, token_slots, lasts, hidden)
         self._num_computed[slots] = self._num_rows[slots]
         self._note_valid(slots)
         return out
@@ -267,10 +267,15 @@ class EagleHead:
         """Bring rows that were left aside together."""
         np.copyto(self._rows[: len(positions)], self._ring[token_slots, positions % self._ring_size])
 
-    def _forward_rows(self, positions: Array, token_slots: Array, sample_rows: Array) -> tuple[Any, Any]:
-        """Run the head over pairs of known tokens, whose rows stand in `_rows`."""
-        ids = self._batch.tokens[token_slots, positions + 1]
-        return self._forward(ids, positions, token_slots, sample_rows, self._head.project(self._rows[: len(positions)]))
+    def _append(self, positions: Array, token_slots: Array) -> None:
+        """Compute keys and values of pairs of known tokens, whose rows stand in `_rows`."""
+        count = len(positions)
+        self._ids[:count] = self._batch.tokens[token_slots, positions + 1]
+        self._positions[:count] = positions
+        self._slots[:count] = token_slots
+        hidden = self._head.project(self._rows[:count])
+        inputs = self._ids[:count], self._positions[:count], self._slots[:count]
+        self._head.append(*inputs, self._batch.page_table, hidden)
 
     def _forward(
         self, token_ids: Array, positions: Array, token_slots: Array, sample_rows: Array, hidden: Any

@@ -172,20 +172,20 @@ def test_a_head_that_agrees_is_accepted(tmp_path: Path, artifacts: Artifacts, sa
     assert accepted > 0.85 * drafted  # a twentieth of the tokens is none of the head's
 
 
-def test_a_plain_step_costs_no_forward_of_the_head(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_step_costs_no_pass_of_the_head(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     head = head_of(runner)
     sizes: list[int] = []
-    forward = head._head.step
+    project = head._head.project
 
-    def counted(token_ids: Any, *rest: Any) -> Any:
-        sizes.append(len(token_ids))
-        return forward(token_ids, *rest)
+    def counted(rows: Any) -> Any:
+        sizes.append(len(rows))
+        return project(rows)
 
-    monkeypatch.setattr(head._head, "step", counted)
+    monkeypatch.setattr(head._head, "project", counted)
     num_plain = 5 * HEAD_PENDING_ROWS
     text = Text([1, 2, 3], max_tokens=num_plain + 8)
     Driver(runner, num_slots=NUM_SLOTS).run([text], lambda step: 0 if step < num_plain else MOST)
-    # Three rows of the prompt and one a step: each forward leaves one aside. Then the rest, and the rounds' own.
+    # Three rows of the prompt and one a step: each pass leaves one aside. Then the rest, and the rounds' own.
     plain = [size for size in sizes if size == HEAD_PENDING_ROWS]
     assert len(plain) == 5
     assert sizes[:5] == plain
