@@ -1,4 +1,4 @@
-"""Commands `tpserve convert` and `tpserve compile`; `tpserve serve` runs the latter as a process of its own."""
+"""Commands `tpserve convert`, `inspect` and `compile`; `tpserve serve` runs the latter two as processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Literal
 from tpserve.compile.artifact import build_artifact
 from tpserve.compile.cache import CachePolicy, told_if_full
 from tpserve.compile.config import CompileConfig, ModelConfig
+from tpserve.compile.eagle import EagleHeadConfig, is_eagle_head
 from tpserve.compile.errors import CompileError
 from tpserve.compile.source import convert_to, require_weights, resolve_model, stored_quantization
 
@@ -65,15 +66,54 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-num-draft-tokens", type=int, default=0, help="most draft tokens that one step verifies for a sequence"
     )
+    parser.add_argument(
+        "--draft-model", metavar="MODEL", help="of an EAGLE-3 head: the library then gives the hidden rows it reads"
+    )
+    parser.add_argument("--target-model", metavar="MODEL", help="that an EAGLE-3 head drafts for; others need none")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     add_cache_arguments(parser)
+
+
+def _resolve(model: str, args: argparse.Namespace) -> Path:
+    """Return a model's folder, by the cache policies."""
+    download_policy = CachePolicy(args.download_cache_policy)
+    return resolve_model(model, model_policy=CachePolicy(args.jit_policy), download_policy=download_policy)
+
+
+def inspect_model(args: argparse.Namespace) -> dict[str, str]:
+    """Resolve what a user calls a draft; return its folder, and by which method it drafts."""
+    model_dir = _resolve(args.model, args)
+    return {"model_dir": str(model_dir), "method": "eagle3" if is_eagle_head(model_dir) else "draft"}
+
+
+def _read_model(model_dir: Path, args: argparse.Namespace) -> tuple[ModelConfig, EagleHeadConfig | None]:
+    """Return the shape of a model, and the head that is to draft for it; of a head that of its layer, and itself.
+
+    Raises
+    ------
+    CompileError
+        If a head is to be compiled without its target, or does not fit it.
+    """
+    has_weights = args.load_format == "auto"
+    if is_eagle_head(model_dir):
+        if args.target_model is None:
+            raise CompileError(f"{model_dir} is an EAGLE-3 head, which goes with one model: give it as --target-model")
+        target = ModelConfig.from_hf(_resolve(args.target_model, args))
+        head = EagleHeadConfig.from_hf(model_dir, target, has_weights=has_weights)
+        return head.layer, head
+    config = ModelConfig.from_hf(model_dir)
+    if args.draft_model is not None:
+        draft_dir = _resolve(args.draft_model, args)
+        if is_eagle_head(draft_dir):
+            return config, EagleHeadConfig.from_hf(draft_dir, config, has_weights=has_weights)
+    return config, None
 
 
 def compile_model(args: argparse.Namespace) -> dict[str, str]:
     """Resolve the model and build its artifact; return both folders."""
     policy = CachePolicy(args.jit_policy)
-    model_dir = resolve_model(args.model, model_policy=policy, download_policy=CachePolicy(args.download_cache_policy))
-    config = ModelConfig.from_hf(model_dir)
+    model_dir = _resolve(args.model, args)
+    config, head = _read_model(model_dir, args)
     if args.load_format == "auto":
         require_weights(model_dir)
     max_model_len = args.max_model_len or min(config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
@@ -92,6 +132,8 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
     if quantization == "auto":
         if config.stored_fp8:
             quantization = "fp8"
+        elif head is not None and config is head.layer:  # it takes the target's embedding as that is stored
+            quantization = stored_quantization(_resolve(args.target_model, args))
         else:
             quantization = "q0bf16" if _TARGETS[args.device] == "cuda" else stored_quantization(model_dir)
     compile_config = CompileConfig(
@@ -104,14 +146,18 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
         max_num_seqs=args.max_num_seqs,
         max_num_draft_tokens=args.max_num_draft_tokens,
         kv_cache_dtype="fp8" if args.kv_cache_dtype.startswith("fp8") else "auto",
+        aux_layers=() if head is None else head.aux_layers,
     )
     if args.kv_cache_dtype == "bfloat16" and compile_config.page_dtype != "bfloat16":
         raise CompileError(
             f"--kv-cache-dtype bfloat16: KV pages of {args.kernels} kernels for {quantization} on a CPU are "
             f"{compile_config.page_dtype}; use auto, --device cuda, or --kernels portable --quantization q0bf16"
         )
-    compile_config.check_model(config)
-    artifact = build_artifact(config, compile_config, policy)
+    if head is not None and config is head.layer:
+        artifact = build_artifact(head, compile_config, policy)
+    else:
+        compile_config.check_model(config)
+        artifact = build_artifact(config, compile_config, policy)
     return {"model_dir": str(model_dir), "artifact_dir": str(artifact)}
 
 
@@ -120,6 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tpserve", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_compile_arguments(commands.add_parser("compile", help="build the library of a model for one TP degree"))
+    inspect = commands.add_parser("inspect", help="fetch a draft, and say whether it is a model or an EAGLE-3 head")
+    inspect.add_argument("model", help="Hugging Face folder, GGUF file or HF://org/name")
+    add_cache_arguments(inspect)
     convert = commands.add_parser("convert", help="write the Hugging Face form of a GGUF file")
     convert.add_argument("model", type=Path)
     convert.add_argument("--output", type=Path, required=True, help="folder to fill; must be empty or absent")
@@ -133,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
             with told_if_full(args.output):
                 convert_to(args.model, args.output)
             folders = {"model_dir": str(args.output)}
+        elif args.command == "inspect":
+            folders = inspect_model(args)
         else:
             folders = compile_model(args)
     except (CompileError, OSError) as error:

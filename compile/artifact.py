@@ -15,11 +15,13 @@ from typing import Any
 from tpserve.compile import native, native_cuda
 from tpserve.compile.cache import CachePolicy, cached_folder
 from tpserve.compile.config import CompileConfig, ModelConfig
+from tpserve.compile.eagle import EagleHeadConfig
 from tpserve.compile.kernels.cuda import sizes
 from tpserve.compile.progress import progress_bar
 from tpserve.compile.sharding import Sharding
 from tpserve.proto.host import cpu_features
-from tpserve.proto.manifest import KVLayout, Manifest, sha256_file
+from tpserve.proto.manifest import HeadFacts, KVLayout, Manifest, sha256_file
+from tpserve.proto.speculation import HEAD_PENDING_ROWS, MAX_DRAFT_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +29,13 @@ MODEL_LIBRARY = "model.so"
 KERNEL_LIBRARY = "kernels.so"
 
 
-def build_artifact(config: ModelConfig, compile_config: CompileConfig, policy: CachePolicy) -> Path:
-    """Return the artifact folder of a model, compiled now or taken from the cache."""
+def build_artifact(config: ModelConfig | EagleHeadConfig, compile_config: CompileConfig, policy: CachePolicy) -> Path:
+    """Return the artifact folder of a model or an EAGLE-3 head, compiled now or taken from the cache."""
     key = input_hash(config, compile_config)
     return cached_folder("lib", key, policy, lambda folder: _build(folder, config, compile_config, key, policy))
 
 
-def input_hash(config: ModelConfig, compile_config: CompileConfig) -> str:
+def input_hash(config: ModelConfig | EagleHeadConfig, compile_config: CompileConfig) -> str:
     """Hash everything that decides what is built: both configurations, our sources, the toolchain, this CPU."""
     sources = hashlib.sha256()
     package = resources.files("tpserve.compile")
@@ -63,19 +65,30 @@ def _kernel_facts(target: str) -> list[str]:
     return [native_cuda.cuda_source_hash(native_cuda.CUDA_KERNEL_SOURCES)]
 
 
-def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key: str, policy: CachePolicy) -> None:
+def _build(
+    folder: Path, given: ModelConfig | EagleHeadConfig, compile_config: CompileConfig, key: str, policy: CachePolicy
+) -> None:
     # The compiler takes a second to import and starts threads: only a build pays for it.
-    from tpserve.compile.pipeline import build_graph, lower
+    from tpserve.compile.pipeline import build_graph, build_head_graph, lower
 
-    logger.info("Compiling %s for TP=%d", config.model_type, compile_config.tp_size)
-    graph = build_graph(config, compile_config)
+    head: HeadFacts | None = None
+    if isinstance(given, EagleHeadConfig):
+        config, model_type = given.layer, "eagle3"
+        head = HeadFacts(given.target_vocab_size, given.target_hidden_size, given.has_token_map)
+    else:
+        config, model_type = given, given.model_type
+    logger.info("Compiling %s for TP=%d", model_type, compile_config.tp_size)
+    if isinstance(given, EagleHeadConfig):
+        graph = build_head_graph(given, compile_config)
+    else:
+        graph = build_graph(given, compile_config)
     executable, workspace_bytes = lower(graph.module, _tvm_target(compile_config))
     executable.export_library(str(folder / MODEL_LIBRARY))
     kernels = kernel_library(compile_config.target, policy)
     shutil.copyfile(kernels, folder / KERNEL_LIBRARY)
     sharding = graph.sharding
     Manifest(
-        model_type=config.model_type,
+        model_type=model_type,
         model_config_sha256=config.sha256,
         tp_size=compile_config.tp_size,
         quantization=compile_config.quantization,
@@ -91,7 +104,9 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
         max_num_seqs=compile_config.max_num_seqs,
         max_num_rows=compile_config.max_num_rows,
         attention_window=config.sliding_window or 0,
-        workspace_bytes=workspace_bytes + buffer_bytes(config, compile_config, sharding),
+        workspace_bytes=workspace_bytes
+        + buffer_bytes(config, compile_config, sharding)
+        + (pending_bytes(given, compile_config) if isinstance(given, EagleHeadConfig) else 0),
         kv=KVLayout(
             page_size=compile_config.page_size,
             num_layers=config.num_layers,
@@ -106,7 +121,15 @@ def _build(folder: Path, config: ModelConfig, compile_config: CompileConfig, key
         compiler=_versions(compile_config.target),
         input_hash=key,
         files={name: sha256_file(folder / name) for name in (MODEL_LIBRARY, KERNEL_LIBRARY)},
+        aux_layers=compile_config.aux_layers,
+        head=head,
     ).save(folder)
+
+
+def pending_bytes(head: EagleHeadConfig, compile_config: CompileConfig) -> int:
+    """Return what a head's rank keeps of hidden rows: those left aside, and the input of one forward."""
+    rows = compile_config.max_num_seqs * (HEAD_PENDING_ROWS + 1 + MAX_DRAFT_TOKENS)
+    return 4 * (rows + compile_config.max_num_batched_tokens) * head.num_row_values
 
 
 def buffer_bytes(config: ModelConfig, compile_config: CompileConfig, sharding: Sharding) -> int:

@@ -86,10 +86,11 @@ class ModelConfig:
             raise ModelConfigError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise ModelConfigError(f"{path} holds {type(raw).__name__}, expected an object")
-        return cls._from_dict(raw, path)
+        return cls.from_keys(raw, path)
 
     @classmethod
-    def _from_dict(cls, raw: dict[str, Any], path: Path) -> Self:
+    def from_keys(cls, raw: dict[str, Any], path: Path) -> Self:
+        """Read the keys of a config.json, which is at `path`; see `from_hf`."""
         keys = dict(raw)
         for key in _IGNORED_KEYS:
             keys.pop(key, None)
@@ -300,6 +301,8 @@ class CompileConfig:
     """Most draft tokens that one step verifies for a sequence."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Of the KV pages; auto: that of activations; fp8: e4m3 with two scales a layer, half the memory of bfloat16."""
+    aux_layers: tuple[int, ...] = ()
+    """Layers before which an EAGLE-3 head reads the residual stream; empty: no head, and no such output."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -326,6 +329,15 @@ class CompileConfig:
             raise ModelConfigError(
                 "KV pages of a CPU's tuned kernels are float32, not fp8: use --device cuda, --kernels portable (slow, "
                 "the same numbers as on a GPU), or --kv-cache-dtype auto"
+            )
+        if self.aux_layers and self.target == "cuda":
+            raise ModelConfigError(
+                "EAGLE-3 heads are built for CPUs alone: use --device cpu, or a smaller model as --draft-model"
+            )
+        if self.aux_layers and self.activation_dtype != "float32":
+            raise ModelConfigError(
+                f"EAGLE-3 heads read rows of float32, {self.kernels} kernels for {self.quantization} give "
+                f"{self.activation_dtype}: use --kernels tuned"
             )
 
     @property
@@ -357,3 +369,12 @@ class CompileConfig:
                 f"the checkpoint's weights are fp8, --quantization {self.quantization} cannot read them: "
                 "use --quantization fp8 on --device cuda, or on a CPU with --kernels portable"
             )
+        if any(not 0 <= layer < model.num_layers for layer in self.aux_layers):
+            raise ModelConfigError(
+                f"hidden rows are wanted before layers {_listed(self.aux_layers)} of a model with {model.num_layers}: "
+                "give the EAGLE-3 head of this very model"
+            )
+
+
+def _listed(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers))

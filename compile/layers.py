@@ -120,9 +120,15 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over paged KV: heads are split, so the ranks' outputs are summed."""
+    """Grouped-query attention over paged KV: heads are split, so the ranks' outputs are summed.
 
-    def __init__(self, context: GraphContext, prefix: str) -> None:
+    Parameters
+    ----------
+    columns : int or None
+        Of its input, if not the hidden size.
+    """
+
+    def __init__(self, context: GraphContext, prefix: str, columns: int | None = None) -> None:
         config, sharding = context.config, context.sharding
         self._context = context
         self._shape = AttentionShape(
@@ -138,7 +144,7 @@ class Attention(nn.Module):
             f"{prefix}.qkv_proj",
             tuple(ParamSource(f"{prefix}.{part}_proj.weight", 0, split) for part, split in heads.items()),
             rows=(sharding.num_q_heads + 2 * sharding.num_kv_heads) * config.head_dim,
-            columns=config.hidden_size,
+            columns=columns or config.hidden_size,
             bias=tuple(ParamSource(f"{prefix}.{part}_proj.bias", 0, split) for part, split in heads.items())
             if config.qkv_bias
             else (),
@@ -163,10 +169,18 @@ class Attention(nn.Module):
         self, x: GemmInput, batch: BatchInputs, pages: Tensor, residual: Tensor, norm: nn.Parameter
     ) -> tuple[Tensor, GemmInput]:
         """(T, H), residual (T, H) -> the residual stream with this layer, and its norm; writes K and V to `pages`."""
-        config, operators = self._context.config, self._context.operators
-        qk_norm = (self.q_norm, self.k_norm, config.rms_norm_eps) if config.qk_norm else None
         kv = PagedKV(pages, self.kv_scale)
-        return self.o.add_to(residual, operators.attention(self.qkv(x), qk_norm, batch, kv, self._shape), norm)
+        out = self._context.operators.attention(self.qkv(x), self._qk_norm(), batch, kv, self._shape)
+        return self.o.add_to(residual, out, norm)
+
+    def append(self, x: GemmInput, batch: BatchInputs, pages: Tensor) -> Tensor:
+        """(T, H) -> rotated queries, (T, Hq, D); writes K and V to `pages`, and attends to nothing."""
+        kv = PagedKV(pages, self.kv_scale)
+        return self._context.operators.append(self.qkv(x), self._qk_norm(), batch, kv, self._shape)
+
+    def _qk_norm(self) -> tuple[nn.Parameter, nn.Parameter, float] | None:
+        config = self._context.config
+        return (self.q_norm, self.k_norm, config.rms_norm_eps) if config.qk_norm else None
 
 
 class MLP(nn.Module):

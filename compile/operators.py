@@ -158,6 +158,16 @@ class Operators(Protocol):
         `qk_norm` has the weights, (D,) float32 each, and the epsilon of a norm of each head of q and k before that.
         """
 
+    def append(
+        self,
+        qkv: Tensor,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        batch: BatchInputs,
+        kv: PagedKV,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """Do as `attention`, but attend to nothing: return the rotated queries, (T, Hq, D). On CPUs alone."""
+
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """(T, H), (R,) int32 -> (R, H)."""
 
@@ -270,8 +280,7 @@ class TunedOperators:
         tokens, columns = qkv.shape[0], shape.num_q_heads * shape.head_dim
         where = [batch.positions, batch.token_slots, batch.page_table]
         if self._target == "cpu":
-            heads = (tokens, shape.num_q_heads, shape.head_dim)
-            q = self._extern(f"{prefix}rope_append", [qkv, *norm, *where, batch.rope, kv.pages], heads)
+            q = self.append(qkv, qk_norm, batch, kv, shape)
             args = [q, kv.pages, *where, shape.scale, shape.window]
             return GemmInput(self._extern("attention", args, (tokens, columns)))
         name = f"{self._prefix}{prefix}attention"
@@ -287,6 +296,21 @@ class TunedOperators:
         if not self._quantize:
             return GemmInput(x)
         return GemmInput(*self._call(f"{self._prefix}quantize_fp8", [x], _quantized(x.shape)))
+
+    def append(
+        self,
+        qkv: Tensor,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        batch: BatchInputs,
+        kv: PagedKV,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """See Operators."""
+        assert self._target == "cpu", "on a GPU, attention itself writes to the pages"
+        norm = list(qk_norm or ())
+        args = [qkv, *norm, batch.positions, batch.token_slots, batch.page_table, batch.rope, kv.pages]
+        heads = (qkv.shape[0], shape.num_q_heads, shape.head_dim)
+        return self._extern(f"{'qk_norm_' if norm else ''}rope_append", args, heads)
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """See Operators."""
@@ -415,30 +439,41 @@ class PortableOperators:
         shape: AttentionShape,
     ) -> GemmInput:
         """See Operators."""
-        qkv = qkv.astype("float32")
-        if qk_norm is not None:
-            qkv = self._norm_heads(qkv, qk_norm, shape)
-        tokens, columns = qkv.shape[0], shape.num_q_heads * shape.head_dim
-        kv_scale = Tensor.from_const(np.ones(2, np.float32)) if kv.scale is None else kv.scale
+        q = self.append(qkv, qk_norm, batch, kv, shape)
         heads = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size)
-        types = (self._dtype, str(kv.pages.dtype))
-        q = op.tensor_ir_op(
-            portable.rope_append(*heads, *types),
-            "rope_append",
-            [qkv, batch.positions, batch.token_slots, batch.page_table, batch.rope, kv_scale, kv.pages],
-            Tensor.placeholder((tokens, shape.num_q_heads, shape.head_dim), self._dtype),
-        )
+        columns = shape.num_q_heads * shape.head_dim
         out = op.tensor_ir_op(
-            portable.attention(*heads, shape.scale, shape.window, *types),
+            portable.attention(*heads, shape.scale, shape.window, self._dtype, str(kv.pages.dtype)),
             "attention",
-            [q, kv_scale, kv.pages, batch.positions, batch.token_slots, batch.page_table],
-            Tensor.placeholder((tokens, columns), "float32"),
+            [q, _kv_scale(kv), kv.pages, batch.positions, batch.token_slots, batch.page_table],
+            Tensor.placeholder((qkv.shape[0], columns), "float32"),
         )
         if not self._quantize:
             return GemmInput(self._stored(out))
         if shape.head_dim == _GROUP_SIZE and columns % _STAGE_SIZE == 0:
             return self._quantized(out, "grouped")
         return self._quantized(self._stored(out).astype("float32"), "row")
+
+    def append(
+        self,
+        qkv: Tensor,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        batch: BatchInputs,
+        kv: PagedKV,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """See Operators."""
+        qkv = qkv.astype("float32")
+        if qk_norm is not None:
+            qkv = self._norm_heads(qkv, qk_norm, shape)
+        heads = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.page_size)
+        q: Tensor = op.tensor_ir_op(
+            portable.rope_append(*heads, self._dtype, str(kv.pages.dtype)),
+            "rope_append",
+            [qkv, batch.positions, batch.token_slots, batch.page_table, batch.rope, _kv_scale(kv), kv.pages],
+            Tensor.placeholder((qkv.shape[0], shape.num_q_heads, shape.head_dim), self._dtype),
+        )
+        return q
 
     def _norm_heads(self, qkv: Tensor, qk_norm: tuple[Tensor, Tensor, float], shape: AttentionShape) -> Tensor:
         q_weight, k_weight, eps = qk_norm
@@ -475,3 +510,8 @@ class PortableOperators:
             ],
         )
         return GemmInput(values, scale, scales)
+
+
+def _kv_scale(kv: PagedKV) -> Tensor:
+    """Return what stored keys and values are multiplied by: ones where pages have no scales."""
+    return Tensor.from_const(np.ones(2, np.float32)) if kv.scale is None else kv.scale

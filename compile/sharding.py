@@ -10,7 +10,7 @@ heads are replicated; padded query heads meet zero columns of o_proj, so the res
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tpserve.compile.config import ModelConfig
 from tpserve.proto.manifest import SplitMap
@@ -33,7 +33,8 @@ class Sharding:
     vocab_size: int
     """Per rank, a multiple of 16."""
     splits: dict[str, SplitMap]
-    """q_heads, kv_heads, ffn, vocab; `once` gives a bias that is added after the sum to rank 0 alone."""
+    """q_heads, kv_heads, ffn, vocab; `once` gives a bias that is added after the sum to rank 0 alone. Of a head also
+    hidden, by the rows of its projection."""
 
 
 def shard(config: ModelConfig, tp_size: int) -> Sharding:
@@ -55,6 +56,14 @@ def shard(config: ModelConfig, tp_size: int) -> Sharding:
             "once": SplitMap(config.hidden_size, ((0,), *(((None,),) * (tp_size - 1))), config.hidden_size),
         },
     )
+
+
+def shard_head(layer: ModelConfig, tp_size: int) -> Sharding:
+    """Split an EAGLE-3 head over `tp_size` ranks, given its layer."""
+    sharding = shard(layer, tp_size)
+    block = _round_up(-(-layer.hidden_size // tp_size), PANEL_ROWS)
+    hidden = SplitMap(block, tuple((rank,) for rank in range(tp_size)), layer.hidden_size)
+    return replace(sharding, splits=sharding.splits | {"hidden": hidden})
 
 
 def _split_heads(

@@ -151,6 +151,7 @@ async def run(
             draft_length=config.draft_length,
             drafts_on_device=manifest.target["kind"] == "cuda",
             drafts_are_sparse=(config.speculation or {}).get("method") in SPARSE_METHODS,
+            prefix_lookahead=int((config.speculation or {}).get("method") == "eagle3"),
         )
     )
     engine_config = EngineConfig(

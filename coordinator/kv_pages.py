@@ -13,11 +13,12 @@ from tpserve.coordinator.request import Sequence
 class KVPages:
     """All KV pages of a replica (each rank has the same ones)."""
 
-    __slots__ = ("_cache", "_page_size", "_pool")
+    __slots__ = ("_cache", "_lookahead", "_page_size", "_pool")
 
-    def __init__(self, num_pages: int, page_size: int, enable_prefix_cache: bool) -> None:
+    def __init__(self, num_pages: int, page_size: int, enable_prefix_cache: bool, lookahead: int = 0) -> None:
         self._page_size = page_size
-        self._cache = PrefixCache(page_size) if enable_prefix_cache else None
+        self._lookahead = lookahead
+        self._cache = PrefixCache(page_size, lookahead) if enable_prefix_cache else None
         self._pool = PagePool(num_pages, self._forget)
 
     @property
@@ -41,6 +42,11 @@ class KVPages:
         needed, and computing it writes its KV, which must not go to a page that others read.
         """
         return (num_tokens - 1) // self._page_size
+
+    def has_shared(self, num_computed: int, num_tokens: int) -> bool:
+        """Whether all pages that may be shared of `num_tokens` are, once `num_computed` of them are."""
+        num_pages = self.num_shareable_pages(num_tokens)
+        return num_pages == 0 or num_computed >= num_pages * self._page_size + self._lookahead
 
     def match(self, sequence: Sequence) -> list[int]:
         """Return pages that already hold the start of the sequence, and may be shared."""
@@ -88,11 +94,12 @@ class KVPages:
         sequence
             Holder of the pages.
         num_computed
-            Tokens whose KV is written by the plans made so far. Later plans run after those, so they may read it.
+            Tokens whose KV is written by the plans made so far. Later plans run after those, so they may read it. With
+            a lookahead, a page waits for that of the tokens behind it.
             A page whose tokens are not all confirmed yet waits for a later call; the last page of a sequence that
             runs to its length may never get one, since its pages are freed ahead of its last results.
         """
-        count = min(num_computed, len(sequence.tokens)) // self._page_size
+        count = (min(num_computed, len(sequence.tokens)) - self._lookahead) // self._page_size
         if self._cache is None or count <= sequence.num_committed_pages:
             return
         self._cache.extend_keys(sequence.page_keys, sequence.tokens, count)

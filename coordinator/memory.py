@@ -87,7 +87,8 @@ def plan_memory(
 
 
 def _parameter_bytes(manifest: Manifest) -> int:
-    return sum(math.prod(param.shape) * _ITEM_BYTES[param.dtype] for param in manifest.params)
+    own = [param for param in manifest.params if param.layout != "shared"]
+    return sum(math.prod(param.shape) * _ITEM_BYTES[param.dtype] for param in own)
 
 
 def available_device_bytes() -> list[int]:

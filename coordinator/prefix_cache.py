@@ -3,6 +3,10 @@
 Owns the map from prefixes to pages. A page is found by the digest of all tokens up to its end, so that equal pages
 behind unequal prefixes differ. Digests are 256-bit BLAKE2b: two prefixes with one digest are not to be expected in any
 time, even if somebody looks for them, so a hit is taken without comparing tokens.
+
+What else is kept by page may hang on tokens behind it: an EAGLE-3 head's last pair of a page takes the first token of
+the next one. With a lookahead, a page's digest covers so many tokens past its end, so that whoever finds it has those
+too, and it can only be known once they are.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ from hashlib import blake2b
 class PrefixCache:
     """Digest of a prefix of full pages -> the page that ends it."""
 
-    __slots__ = ("_key_of_page", "_page_of_key", "_page_size")
+    __slots__ = ("_key_of_page", "_lookahead", "_page_of_key", "_page_size")
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, lookahead: int = 0) -> None:
         self._page_size = page_size
+        self._lookahead = lookahead
         self._page_of_key: dict[bytes, int] = {}
         self._key_of_page: dict[int, bytes] = {}
 
@@ -31,11 +36,14 @@ class PrefixCache:
         return self._key_of_page.keys()
 
     def extend_keys(self, keys: list[bytes], tokens: Sequence[int], num_pages: int) -> None:
-        """Append to `keys`, those of the leading full pages of `tokens`, until there are `num_pages`."""
+        """Append to `keys`, those of the leading full pages of `tokens`, until there are `num_pages`.
+
+        `tokens` has the lookahead behind the last of them, too.
+        """
         size = self._page_size
         for index in range(len(keys), num_pages):
             digest = blake2b(keys[index - 1] if index else b"", digest_size=32)
-            digest.update(array("I", tokens[index * size : (index + 1) * size]).tobytes())
+            digest.update(array("I", tokens[index * size : (index + 1) * size + self._lookahead]).tobytes())
             keys.append(digest.digest())
 
     def match(self, keys: Iterable[bytes]) -> list[int]:

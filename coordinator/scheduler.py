@@ -101,7 +101,8 @@ class Scheduler:
         self._admission_open = True
 
     def _make_pages(self) -> KVPages:
-        return KVPages(self._config.num_pages, self._config.page_size, self._config.enable_prefix_cache)
+        config = self._config
+        return KVPages(config.num_pages, config.page_size, config.enable_prefix_cache, config.prefix_lookahead)
 
     # ---- state
 
@@ -346,8 +347,7 @@ class Scheduler:
         self._pages.commit(sequence, sequence.num_computed_tokens)
         group = sequence.group
         if group.prompt_leader is sequence:
-            num_pages = self._pages.num_shareable_pages(sequence.num_prompt_tokens)
-            if sequence.num_computed_tokens >= num_pages * self._config.page_size:
+            if self._pages.has_shared(sequence.num_computed_tokens, sequence.num_prompt_tokens):
                 group.prompt_leader = None
                 self._admission_open = True
         if sequence.num_computed_tokens == len(sequence.tokens):

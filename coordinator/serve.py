@@ -135,11 +135,14 @@ class _Server:
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         device = "cuda" if on_gpu else "cpu"
         speculation = choose_speculation(args)
+        if speculation is not None and speculation.draft_model is not None:
+            speculation = self._inspect_draft(speculation, speculation.draft_model)
         if speculation is not None and on_gpu:
             speculation.require_gpus(args.tp)
         num_draft_tokens = 0 if speculation is None else speculation.max_num_draft_tokens
         num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
-        folders = self._compile(max_num_seqs, device, num_draft_tokens)
+        head = None if speculation is None or speculation.method != "eagle3" else speculation.draft_model
+        folders = self._compile(max_num_seqs, device, num_draft_tokens, head)
         manifest = Manifest.load(Path(folders["artifact_dir"]))
         manifest.require(tp_size=args.tp, max_num_seqs=max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens)
         if args.kv_cache_dtype != "auto":
@@ -263,8 +266,21 @@ class _Server:
         for folder in self._folders:
             remove_folder(folder)
 
-    def _compile(self, max_num_seqs: int, device: str, num_draft_tokens: int) -> dict[str, str]:
-        """Return the folders of the model and its library, compiled now if it must be."""
+    def _inspect_draft(self, speculation: SpeculationChoice, model: str) -> SpeculationChoice:
+        """Return what is to be done with a draft, which may be an EAGLE-3 head; fetched now if it must be."""
+        found = self._run_compiler("inspect", model, [])
+        if found["method"] != "eagle3":
+            return speculation
+        return speculation.of_head(self._args.tp, self._args.draft_tp)
+
+    def _compile(self, max_num_seqs: int, device: str, num_draft_tokens: int, head: str | None) -> dict[str, str]:
+        """Return the folders of the model and its library, compiled now if it must be.
+
+        Parameters
+        ----------
+        head
+            The EAGLE-3 head that is to read its hidden rows, if there is one.
+        """
         args = self._args
         if args.model_lib is not None:
             model_dir = Path(args.model).expanduser()
@@ -275,7 +291,9 @@ class _Server:
         flags += ["--max-num-draft-tokens", str(num_draft_tokens), "--kv-cache-dtype", args.kv_cache_dtype]
         if args.max_model_len is not None:
             flags += ["--max-model-len", str(args.max_model_len)]
-        return self._run_compiler(args.model, device, args.max_num_batched_tokens, flags)
+        if head is not None:
+            flags += ["--draft-model", head]
+        return self._build(args.model, device, args.max_num_batched_tokens, flags)
 
     def _prepare_draft(
         self, speculation: SpeculationChoice, folders: dict[str, str], target: Manifest, device: str
@@ -284,18 +302,24 @@ class _Server:
         assert speculation.draft_model is not None
         flags = ["--tp", str(speculation.draft_tp), "--max-num-seqs", str(target.max_num_seqs)]
         flags += ["--max-model-len", str(target.max_model_len), "--cut-model-len"]
+        if speculation.method == "eagle3":  # it takes the model's embedding as that is stored
+            flags += ["--target-model", folders["model_dir"], "--quantization", target.quantization]
         num_tokens = draft_step_tokens(self._args.max_num_batched_tokens, target.max_num_seqs, on_gpu=device == "cuda")
-        draft_folders = self._run_compiler(speculation.draft_model, device, num_tokens, flags)
+        draft_folders = self._build(speculation.draft_model, device, num_tokens, flags)
         draft = Manifest.load(Path(draft_folders["artifact_dir"]))
         check_draft(target, draft, Path(folders["model_dir"]), Path(draft_folders["model_dir"]))
         return draft_folders, draft
 
-    def _run_compiler(self, model: str, device: str, num_tokens: int, flags: list[str]) -> dict[str, str]:
-        """Run the compiler as a process of its own, so that this one never loads it."""
+    def _build(self, model: str, device: str, num_tokens: int, flags: list[str]) -> dict[str, str]:
+        """Return the folders of a model and its library, compiled by the flags."""
         args = self._args
-        command = [sys.executable, "-m", "tpserve.compile", "compile", model, "--device", device, *flags]
-        command += ["--kernels", args.kernels, "--load-format", args.load_format]
-        command += ["--max-num-batched-tokens", str(num_tokens)]
+        flags = ["--device", device, *flags, "--kernels", args.kernels, "--load-format", args.load_format]
+        return self._run_compiler("compile", model, [*flags, "--max-num-batched-tokens", str(num_tokens)])
+
+    def _run_compiler(self, command_name: str, model: str, flags: list[str]) -> dict[str, str]:
+        """Run a command of the compiler as a process of its own, so that this one never loads it; return its answer."""
+        args = self._args
+        command = [sys.executable, "-m", "tpserve.compile", command_name, model, *flags]
         command += ["--jit-policy", args.jit_policy, "--download-cache-policy", args.download_cache_policy]
         environ = dict(os.environ)
         if "OFF" in (args.jit_policy, args.download_cache_policy):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,6 +58,11 @@ class SpeculationChoice:
                 "--draft-placement dedicated is built for CPUs alone: on GPUs a round of drafting and verifying is one "
                 "captured graph; use colocated"
             )
+        if self.method == "eagle3":
+            raise ClusterError(
+                f"--draft-model {self.draft_model} is an EAGLE-3 head, which is built for CPUs alone: on GPUs, give a "
+                "smaller model of the same vocabulary"
+            )
         if self.method != "draft":
             raise ClusterError(f"--spec-method {self.method} is built for CPUs alone: on GPUs, give --draft-model")
         if self.draft_tp not in (1, tp_size):
@@ -65,6 +70,28 @@ class SpeculationChoice:
                 f"--draft-tp {self.draft_tp} beside --tp {tp_size}: on GPUs each has the whole draft or its shard; "
                 f"give --draft-tp {' or '.join(map(str, dict.fromkeys((1, tp_size))))}"
             )
+
+    def of_head(self, tp_size: int, given_draft_tp: int | None) -> SpeculationChoice:
+        """Return this with a draft that has turned out to be an EAGLE-3 head.
+
+        Parameters
+        ----------
+        tp_size
+            Of the model, whose ranks hold the head's shards.
+        given_draft_tp
+            What `--draft-tp` says, if it was given.
+
+        Raises
+        ------
+        ClusterError
+            If the flags want it elsewhere; names the remedy.
+        """
+        what = f"--draft-model {self.draft_model} is an EAGLE-3 head, which reads the model's rows on the model's ranks"
+        if self.draft_placement != "colocated":
+            raise ClusterError(f"{what}: leave --draft-placement {self.draft_placement} away")
+        if given_draft_tp not in (None, tp_size):
+            raise ClusterError(f"{what}: leave --draft-tp {given_draft_tp} away, or give that of the model, {tp_size}")
+        return replace(self, method="eagle3", draft_tp=tp_size)
 
     def config(self, draft: dict[str, str] | None, load_format: str) -> dict[str, Any]:
         """Return the coordinator's fields.
@@ -88,13 +115,16 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "speculation", "draft tokens are verified by the model itself: the text is the same, only sooner"
     )
     group.add_argument(
-        "--draft-model", metavar="MODEL", help="a smaller model with the same vocabulary, as MODEL is given"
+        "--draft-model",
+        metavar="MODEL",
+        help="a smaller model with the same vocabulary, or this model's EAGLE-3 head (on CPUs), as MODEL is given",
     )
     group.add_argument(
         "--draft-tp",
         type=int,
         metavar="1|2|4|8",
-        help="ranks of one draft group (default 1); they divide --tp where colocated; on GPUs 1 or as --tp",
+        help="ranks of one draft group (default 1); they divide --tp where colocated; on GPUs 1 or as --tp; of an "
+        "EAGLE-3 head always as --tp",
     )
     group.add_argument(
         "--draft-placement",
@@ -162,13 +192,20 @@ def draft_step_tokens(max_num_batched_tokens: int, max_num_seqs: int, *, on_gpu:
 
 
 def check_draft(target: Manifest, draft: Manifest, target_dir: Path, draft_dir: Path) -> None:
-    """Check that the tokens of a draft are those of the model.
+    """Check that the tokens of a draft are those of the model, or that a head reads what the model's library gives.
 
     Raises
     ------
     ClusterError
         Naming what differs.
     """
+    if draft.head is not None:
+        if target.aux_layers != draft.aux_layers:
+            raise ClusterError(
+                f"the EAGLE-3 head reads hidden rows before layers {_layers(draft)} of the model, whose library gives "
+                f"those of {_layers(target)}: compile the model with that --draft-model, or leave --model-lib away"
+            )
+        return  # its tokens are the model's, by numbers that were compared when it was compiled
     if draft.vocab_size != target.vocab_size:
         raise ClusterError(
             f"the draft has {draft.vocab_size} tokens, the model {target.vocab_size}: "
@@ -180,6 +217,10 @@ def check_draft(target: Manifest, draft: Manifest, target_dir: Path, draft_dir: 
             f"the tokenizer of {draft_dir} gives other ids than that of {target_dir}: "
             "give a --draft-model of the same family"
         )
+
+
+def _layers(manifest: Manifest) -> str:
+    return ", ".join(map(str, manifest.aux_layers)) or "none"
 
 
 def _vocabulary(folder: Path) -> dict[str, int] | None:

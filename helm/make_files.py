@@ -35,7 +35,9 @@ FACTS: dict[str, dict[str, Any]] = {
     "engine.stepTimeoutSeconds": {"minimum": 1},
     "engine.replayTimeoutSeconds": {"minimum": 1},
     "engine.ray.mode": {"enum": ["local", "kuberay"]},
-    "engine.draft.model": {"description": "A smaller model with the same vocabulary; empty: no draft model."},
+    "engine.draft.model": {
+        "description": "A smaller model with the same vocabulary, or an EAGLE-3 head; empty: no draft."
+    },
     "engine.draft.method": {"enum": ["", "draft", "ngram", "suffix"]},
     "engine.draft.tensorParallelSize": {
         "enum": [1, 2, 4, 8],

@@ -56,13 +56,14 @@ class ParamSpec:
     shape: tuple[int, ...]
     """Per rank, after packing."""
     dtype: str
-    layout: Literal["plain", "panel16", "wgmma64x256g132", "channel_scale", "rope_table", "kv_scale"]
+    layout: Literal["plain", "panel16", "wgmma64x256g132", "channel_scale", "rope_table", "kv_scale", "shared"]
     """plain: as in the checkpoint. panel16: (rows / 16, columns, 16), sixteen output rows side by side for each
     input column, so a GEMM reads weights once and in order. wgmma64x256g132: stages of 64 rows by 256 bytes, see
     `proto.packing`. channel_scale: of the e4m3 weight before it, for each of its rows; `sources` are the weight's.
     rope_table: (max_model_len, head_dim) float32, cosines then sines, computed from `Manifest.rope_inv_freq`.
     kv_scale: (2,) float32, of a layer's keys and values in e4m3 pages; 1 where the checkpoint stores none. `sources`
-    are the layer's k and v projection, beside whose names the worker looks for them."""
+    are the layer's k and v projection, beside whose names the worker looks for them.
+    shared: the parameter of that name of the model that this one drafts for, in the same memory."""
     sources: tuple[ParamSource, ...] = ()
     """Concatenated along dimension 0 after the split."""
     unpacked_shape: tuple[int, int] | None = None
@@ -98,6 +99,18 @@ class KVLayout:
         """Bytes of one page over all layers, K and V."""
         itemsize = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}[self.dtype]
         return self.num_layers * self.num_kv_heads * 2 * self.head_dim * self.page_size * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFacts:
+    """Of an EAGLE-3 head: the model that it drafts for, and how its tokens are named."""
+
+    target_vocab_size: int
+    """Its own logits are of `Manifest.vocab_size` tokens."""
+    target_hidden_size: int
+    """Its `project` takes rows of three times as many values."""
+    has_token_map: bool
+    """Whether the checkpoint has `d2t`: for each of its tokens, how far the target's id is from its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +159,11 @@ class Manifest:
     """The cache key: hash of everything that went in."""
     files: dict[str, str]
     """Name to sha256 of every other file of the artifact."""
+    aux_layers: tuple[int, ...] = ()
+    """Layers before which `step` takes the residual stream of all its tokens, side by side, as a third output; empty:
+    it has no such output. Of a head: those that it was trained on."""
+    head: HeadFacts | None = None
+    """If this is an EAGLE-3 head, whose functions are `project`, `append` and `step` (see `Eagle3Head`)."""
     format_version: int = FORMAT_VERSION
 
     def save(self, folder: Path) -> None:
@@ -231,6 +249,9 @@ def _decode(raw: dict[str, Any]) -> dict[str, Any]:
     out["rope_inv_freq"] = tuple(raw["rope_inv_freq"])
     out["externs"] = tuple(raw["externs"])
     out["files"] = dict(raw["files"].items())
+    # Libraries that were compiled before there were heads say nothing of them, and are as good as ever.
+    out["aux_layers"] = tuple(raw.get("aux_layers", ()))
+    out["head"] = None if raw.get("head") is None else HeadFacts(**raw["head"])
     out["splits"] = {
         name: SplitMap(split["block"], tuple(tuple(blocks) for blocks in split["ranks"]), split["size"])
         for name, split in raw["splits"].items()

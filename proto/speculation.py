@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-Method = Literal["draft", "ngram", "suffix"]
+Method = Literal["draft", "eagle3", "ngram", "suffix"]
 METHODS: tuple[Method, ...] = ("draft", "ngram", "suffix")
+"""Which a user names: whether a draft is a model of its own or an EAGLE-3 head, its config.json says."""
 SPARSE_METHODS: tuple[Method, ...] = ("ngram", "suffix")
 """Which look tokens up, and often find nothing."""
 DraftPlacement = Literal["colocated", "dedicated"]
@@ -17,6 +18,9 @@ DraftLengthRule = Literal["fixed", "auto", "mlc"]
 DEVICE_DRAFT_WINDOW = 4
 """On a GPU, tokens that the draft's first step of a round runs for each sequence: two that the round before may have
 left out, and two of plain steps that were planned before the draft was asked again."""
+HEAD_PENDING_ROWS = 16
+"""Hidden rows of a sequence that an EAGLE-3 head leaves aside at most before it computes their keys and values: then
+one pass of its projections is shared by as many plain steps."""
 MAX_DRAFT_TOKENS = 8
 """More are never worth their verification at the accept rates of real drafts."""
 
@@ -26,8 +30,9 @@ class Speculation:
     """How draft tokens are proposed."""
 
     method: Method
-    """draft: a smaller model with the same vocabulary; ngram: what followed the last occurrence of the last few tokens;
-    suffix: what most often followed the longest suffix that occurred before."""
+    """draft: a smaller model with the same vocabulary; eagle3: a decoder layer over the target's own hidden rows;
+    ngram: what followed the last occurrence of the last few tokens; suffix: what most often followed the longest suffix
+    that occurred before."""
     max_num_draft_tokens: int
     """Most tokens that one step drafts and verifies for a sequence."""
     draft_model_dir: Path | None = None
@@ -36,7 +41,7 @@ class Speculation:
     """The draft's compiled library and manifest."""
     draft_tp_size: int = 1
     """Ranks of one draft group. On the target's ranks it divides their number, and each group drafts the same; on GPUs
-    it is 1 or their number."""
+    it is 1 or their number. A head is split as the target is."""
     draft_placement: DraftPlacement = "colocated"
     draft_load_format: Literal["auto", "dummy"] = "auto"
     min_ngram: int = 2

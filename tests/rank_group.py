@@ -55,10 +55,15 @@ class RankProcesses:
     ----------
     device_runner
         What runs a rank on a GPU: called as `DeviceRunner`, found by its name in each process. None: `DeviceRunner`.
+    runner
+        The same of a CPU.
     """
 
-    def __init__(self, device_runner: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self, device_runner: Callable[..., Any] | None = None, runner: Callable[..., Any] | None = None
+    ) -> None:
         self._device_runner = device_runner
+        self._runner = runner
         self._ranks: list[tuple[BaseProcess, Connection]] = []
 
     def close(self) -> None:
@@ -97,7 +102,7 @@ class RankProcesses:
         num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
         while len(self._ranks) < tp_size + num_draft_ranks:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self._device_runner), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, self._device_runner, self._runner), daemon=True)
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
@@ -279,7 +284,9 @@ def _collect(pipes: list[Connection], timeout_s: float = DEADLINE_S) -> list[Any
     return [answers[pipe] for pipe in pipes]
 
 
-def _serve(pipe: Connection, device_runner: Callable[..., Any] | None) -> None:
+def _serve(
+    pipe: Connection, device_runner: Callable[..., Any] | None, cpu_runner: Callable[..., Any] | None = None
+) -> None:
     """Run in each process: do what comes over the pipe until it is closed."""
     from tpserve.worker.runner import Runner
 
@@ -311,7 +318,7 @@ def _serve(pipe: Connection, device_runner: Callable[..., Any] | None) -> None:
 
                 runner, door = DraftRunner(what, lambda done, total: None, door=door), None
             elif kind == "load":
-                runner, door = Runner(what, lambda done, total: None, drafts_door=door), None
+                runner, door = (cpu_runner or Runner)(what, lambda done, total: None, drafts_door=door), None
             elif runner is None:
                 raise AssertionError(f"{kind} before load")
             elif kind == "close":

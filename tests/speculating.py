@@ -79,7 +79,8 @@ class Text:
 class Driver:
     """Gives slots and pages, one step after another.
 
-    Full pages are found again by what they hold if `caches`; nothing else may change the runner's batch.
+    Full pages are found again by what they hold if `caches`, and by `lookahead` tokens behind; nothing else may change
+    the runner's batch.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class Driver:
         num_pages: int = 64,
         speculates: bool = True,
         caches: bool = False,
+        lookahead: int = 0,
     ) -> None:
         self._runner = runner
+        self._lookahead = lookahead
         self._speculates = speculates
         self._caches = caches
         self._free_slots = list(range(num_slots))[::-1]
@@ -151,7 +154,7 @@ class Driver:
         self.running.append(text)
         hits: list[int] = []
         while self._caches and (len(hits) + 1) * PAGE < len(text.prompt):
-            page = self._cached.get(tuple(text.prompt[: (len(hits) + 1) * PAGE]))
+            page = self._cached.get(tuple(text.prompt[: (len(hits) + 1) * PAGE + self._lookahead]))
             if page is None:
                 break
             hits.append(page)
@@ -209,8 +212,9 @@ class Driver:
         self._free_slots.append(text.slot)
         computed = text.tokens[: max(text.num_computed, len(text.tokens) - 1 if text.output else 0)]
         for index, page in enumerate(text.pages):
-            if self._caches and (index + 1) * PAGE <= len(computed):
-                self._cached.setdefault(tuple(computed[: (index + 1) * PAGE]), page)
+            end = (index + 1) * PAGE + self._lookahead
+            if self._caches and end <= len(computed):
+                self._cached.setdefault(tuple(computed[:end]), page)
             self._uses[page] -= 1
             if not self._uses[page]:
                 self._free_pages.append(page)

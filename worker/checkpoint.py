@@ -27,6 +27,7 @@ _DTYPES: dict[str, Any] = {
     "I32": np.int32,
     "U8": np.uint8,
     "I8": np.int8,
+    "BOOL": np.bool_,
 }
 _MAX_HEADER_BYTES = 100_000_000
 """As the format's own reader has it."""

@@ -143,6 +143,8 @@ class DeviceRunner:
         speculation = self._config.speculation
         if speculation is None:
             return None
+        if speculation.method == "eagle3":
+            raise WorkerError("EAGLE-3 heads are built for CPUs alone: on GPUs, use a draft that is a model of its own")
         if speculation.method != "draft":
             raise WorkerError(f"{speculation.method} looks tokens up on the host: on GPUs, use a draft model")
         config = draft_rank_config(self._config, speculation)

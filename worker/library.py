@@ -100,7 +100,12 @@ class Library:
                 raise LibraryError(f"the library needs {name}, which no backend has registered")
         model = tvm.runtime.load_module(str(artifact_dir / "model.so"))
         self._vm = tvm.runtime.vm.VirtualMachine(model, device or tvm.cpu())
-        self.step: Callable[..., Any] = self._vm["step"]
+        self.step = self.function("step")
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """Return a compiled function, parameters last."""
+        function: Callable[..., Any] = self._vm[name]
+        return function
 
 
 def load_cuda_runtime() -> None:

@@ -95,12 +95,14 @@ class Runner:
         self._speculator: Speculator | None = None
         if config.speculation is not None:
             wanted = config.speculation
-            proposer = make_proposer(config, wanted, manifest, self._batch, self._sampler, progress, drafts)
+            proposer = make_proposer(config, wanted, self._model, self._batch, self._sampler, progress, drafts)
             self._speculator = Speculator(wanted, proposer, self._batch, manifest)
         self._draft: DraftTokens | None = None
         """What the present step verifies."""
         self._hidden: Any = None
         """The last step's second output."""
+        self._aux: Any = None
+        """Its third, for the proposer."""
         self._hidden_slots: set[int] = set()
         """Slots whose sequence wants its hidden rows."""
         self._next_step_id: int | None = None
@@ -176,7 +178,7 @@ class Runner:
             return arrays, None
         num_drafted = 0 if self._draft is None else int(self._draft.counts.sum())
         self._masks.start(arrays.sample_slots[: len(arrays.sample_slots) - num_drafted])
-        logits, self._hidden = self._model.step(
+        logits, self._hidden, self._aux = self._model.step(
             arrays.token_ids, arrays.positions, arrays.token_slots, self._batch.page_table, arrays.sample_rows
         )
         return arrays, logits
@@ -220,6 +222,7 @@ class Runner:
             emitted = arrays.sample_slots, token_ids[:, None], np.ones(len(token_ids), np.int32)
         if self._speculator is not None:
             self._speculator.settle(*emitted)
+            self._speculator.computed(arrays, self._aux)
         return fields
 
     def _with_hidden(self, row: int, slot: int, logprobs: TokenLogprobs) -> TokenLogprobs:

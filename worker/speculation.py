@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +13,13 @@ from tpserve.proto.messages import StepPlan
 from tpserve.proto.rank import RankConfig
 from tpserve.proto.speculation import Speculation
 from tpserve.worker.arrays import Array
-from tpserve.worker.batch import Batch, DraftTokens
+from tpserve.worker.batch import Batch, DraftTokens, StepArrays
 from tpserve.worker.draft_link import TargetEnd
 from tpserve.worker.errors import LibraryError, PlanError
-from tpserve.worker.model import Progress
+from tpserve.worker.model import Model, Progress
 from tpserve.worker.proposers.base import Proposer
 from tpserve.worker.proposers.draft import load_draft
+from tpserve.worker.proposers.load_eagle import load_head
 from tpserve.worker.proposers.ngram import NgramProposer
 from tpserve.worker.proposers.remote import RemoteProposer
 from tpserve.worker.proposers.suffix import SuffixProposer
@@ -81,6 +83,10 @@ class Speculator:
         counts = np.cumprod(proposed, axis=1, dtype=np.int32).sum(axis=1, dtype=np.int32)
         return DraftTokens(token_ids, counts) if counts.any() else None
 
+    def computed(self, arrays: StepArrays, aux: Any) -> None:
+        """Tell the proposer which tokens the step ran, behind `settle`; see `Proposer.computed`."""
+        self._proposer.computed(arrays, aux)
+
     def settle(self, slots: Array, token_ids: Array, counts: Array) -> None:
         """Tell the proposer what the step emitted, which stands in the batch; see `Proposer.emitted`."""
         self._proposer.emitted(slots, token_ids, counts)
@@ -118,13 +124,13 @@ def check_rows(manifest: Manifest, config: RankConfig) -> None:
 def make_proposer(
     config: RankConfig,
     speculation: Speculation,
-    manifest: Manifest,
+    target: Model,
     batch: Batch,
     sampler: Sampler,
     progress: Progress,
     drafts: TargetEnd | None = None,
 ) -> Proposer:
-    """Return the proposer of a rank; the target must have been loaded.
+    """Return the proposer of a rank.
 
     Parameters
     ----------
@@ -144,4 +150,6 @@ def make_proposer(
         case "suffix":
             return SuffixProposer(batch)
         case "draft":
-            return load_draft(config, manifest, batch, sampler, progress)
+            return load_draft(config, target.manifest, batch, sampler, progress)
+        case "eagle3":
+            return load_head(config, target, batch, sampler, progress)

@@ -117,7 +117,7 @@ def scales_of(checkpoint: Checkpoint, manifest: Manifest, spec: ParamSpec, rank:
 
 
 def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[Array]:
-    """Yield this rank's parameters in the manifest's order, as a CPU's kernels read them.
+    """Yield this rank's own parameters in the manifest's order, as a CPU's kernels read them.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def load_parameters(manifest: Manifest, model_dir: Path, rank: int) -> Iterator[
     """
     checkpoint = Checkpoint(model_dir)
     scale: Array | None = None  # of the e4m3 weight just loaded
-    for spec in manifest.params:
+    for spec in own_parameters(manifest):
         if spec.layout == "rope_table":
             yield rope_table(manifest)
         elif spec.layout == "kv_scale":
@@ -165,10 +165,15 @@ def _aligned_copy(values: Array) -> Array:
     return out
 
 
+def own_parameters(manifest: Manifest) -> list[ParamSpec]:
+    """Return the parameters that are not shared with another model's."""
+    return [spec for spec in manifest.params if spec.layout != "shared"]
+
+
 def dummy_parameters(manifest: Manifest, rank: int) -> Iterator[Array]:
     """Yield seeded random parameters, scaled so that activations stay finite; norms are ones, biases zeros."""
     columns = 0
-    for spec in manifest.params:
+    for spec in own_parameters(manifest):
         if spec.layout == "rope_table":
             yield rope_table(manifest)
         elif len(spec.shape) == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvm.relax.frontend import nn
-from tvm.relax.frontend.nn import Tensor
+from tvm.relax.frontend.nn import Tensor, op
 
 from tpserve.compile.layers import DecoderLayer, GraphContext, Linear
 from tpserve.compile.operators import BatchInputs, GemmInput, all_gather
@@ -11,11 +11,18 @@ from tpserve.proto.manifest import ParamSource, ParamSpec
 
 
 class LlamaForCausalLM(nn.Module):
-    """Token ids to logits over paged KV, for one rank."""
+    """Token ids to logits over paged KV, for one rank.
 
-    def __init__(self, context: GraphContext, max_model_len: int) -> None:
+    Parameters
+    ----------
+    aux_layers
+        Layers before which the residual stream is a further output.
+    """
+
+    def __init__(self, context: GraphContext, max_model_len: int, aux_layers: tuple[int, ...] = ()) -> None:
         config, sharding = context.config, context.sharding
         self._context = context
+        self._aux_layers = aux_layers
         embedding = "model.embed_tokens.weight"
         self.embed_tokens = context.parameter(
             ParamSpec(
@@ -50,7 +57,7 @@ class LlamaForCausalLM(nn.Module):
         plan: Tensor,
         workspace: Tensor,
         kv: list[Tensor],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Run one step over a ragged batch.
 
         Parameters
@@ -73,13 +80,17 @@ class LlamaForCausalLM(nn.Module):
             The same on every rank; columns past the vocabulary mean nothing.
         hidden : (R, hidden size), in the type of activations
             The final norm's rows, from which the logits are computed.
+        aux : (T, layers * hidden size), in the type of activations
+            With `aux_layers`: the residual stream before each of them, side by side, of every token.
         """
         config, operators = self._context.config, self._context.operators
         batch = BatchInputs(positions, token_slots, page_table, self.rope, plan, workspace)
         residual = operators.embed(token_ids, self.embed_tokens)
         x = operators.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
+        streams: list[Tensor] = []  # before each layer
         for layer, pages, next_norm in zip(self.layers, kv, next_norms, strict=True):
+            streams.append(residual)
             residual, x = layer.attention(x, batch, pages, residual, layer.post_attention_norm)
             residual, x = layer.mlp(x, residual, next_norm, quantize=next_norm is not self.norm)
         hidden = operators.take_rows(x.values, sample_rows)
@@ -87,4 +98,6 @@ class LlamaForCausalLM(nn.Module):
         tp_size = self._context.sharding.tp_size
         if tp_size > 1:
             logits = all_gather(logits, tp_size)
-        return logits, hidden
+        if not self._aux_layers:
+            return logits, hidden
+        return logits, hidden, op.concat([streams[layer] for layer in self._aux_layers], dim=-1)

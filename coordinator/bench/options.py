@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="off,3,auto,mlc",
         help="draft lengths to compare, off for plain decoding (default with a proposer: off,auto)",
     )
-    add("--draft-model", metavar="MODEL", help="draft of the configurations that speculate")
+    add("--draft-model", metavar="MODEL", help="draft or EAGLE-3 head of the configurations that speculate")
     add("--draft-tp", type=_ints, default=(), metavar="1,4", help="degrees of the draft to compare")
     add("--spec-method", choices=METHODS, help="proposer, as `tpserve serve` knows them")
     add("--prefix-cache", action="store_true", help="leave the started server's prefix cache on")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from tpserve.collectives.cpu import CollectiveStats
 from tpserve.proto.messages import SlotAdd
 from tpserve.worker.arrays import Array
+from tpserve.worker.batch import StepArrays
 
 
 class Proposer(Protocol):
@@ -15,16 +16,12 @@ class Proposer(Protocol):
     It reads the tokens of a slot in `Batch.tokens` and their number in `Batch.num_tokens`. Every rank proposes the
     same, from the same plans. The order of calls in a step: `begin`; `remove`, `add` and `grow` as the plan says,
     before the batch takes it; `propose`, if the step verifies drafts; `emitted`, if it ran tokens; `settle`, if it
-    proposed.
+    proposed; `computed`, if it ran tokens.
 
-    An EAGLE-3 head fits as a draft model does (`draft.DraftModel`), with one more input. It is a decoder layer over
-    (the target's hidden row of a token, the embedding of the next token), so it needs the hidden rows of every token
-    that was accepted: three of the target's layers, which the compiled step must give as further outputs for all of
-    its T tokens (it gives the final norm's rows for the R sampled ones now). The runner would pass them to `settle`,
-    in the order of the step's tokens, and the head would keep those of accepted tokens as the input of its own
-    catch-up; prompts' rows come with their chunks in the same way. Its vocabulary is a subset of the target's, mapped
-    back by the table that its checkpoint holds (`d2t`); its KV pages, valid flags, catch-up and sampling are those of
-    `draft.DraftModel`, and so is verification, which knows no proposer.
+    A draft model (`draft.DraftModel`) needs tokens alone, and looks back at them whenever it is asked. An EAGLE-3 head
+    (`eagle.EagleHead`) needs the target's hidden rows besides, which are there once: in `computed`, for all tokens of a
+    step, those of prompts and of plain steps too. Both keep KV under the target's page table, and flags of the pages
+    that have it; neither knows how drafts are verified, which in turn knows no proposer.
     """
 
     def begin(self, step_id: int) -> None:
@@ -66,6 +63,18 @@ class Proposer(Protocol):
             Of each slot the first `counts` tokens were emitted.
         """
 
+    def computed(self, arrays: StepArrays, aux: Any) -> None:
+        """Learn which tokens a step ran; what it emitted stands in the batch, and those behind that are void.
+
+        Parameters
+        ----------
+        arrays
+            Of the step.
+        aux : tensor (T, layers * hidden size) float32, or None
+            Of each of its tokens, the residual stream before the `Manifest.aux_layers`; good until the next step. None
+            if the target's library has none.
+        """
+
     def settle(self, slots: Array) -> None:
         """Learn that tokens were emitted for the slots given to `propose`, and stand in the batch."""
 
@@ -93,6 +102,9 @@ class TextProposer:
 
     def emitted(self, slots: Array, token_ids: Array, counts: Array) -> None:
         """Tokens are read in the batch when they are needed."""
+
+    def computed(self, arrays: StepArrays, aux: Any) -> None:
+        """Hidden rows say nothing to it."""
 
     def settle(self, slots: Array) -> None:
         """Nothing is kept by token: they are read when they are needed."""

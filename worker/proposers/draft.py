@@ -26,7 +26,7 @@ from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import SlotAdd
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array, aligned_empty
-from tpserve.worker.batch import Batch
+from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.errors import WorkerError
 from tpserve.worker.library import check_manifest
 from tpserve.worker.model import Model, ModelRank, Progress
@@ -115,6 +115,9 @@ class DraftModel:
     def emitted(self, slots: Array, token_ids: Array, counts: Array) -> None:
         """Tokens are read in the batch when they are needed."""
 
+    def computed(self, arrays: StepArrays, aux: Any) -> None:
+        """Hidden rows say nothing to it."""
+
     def settle(self, slots: Array) -> None:
         """Forget what was computed of rejected tokens, and note the pages that are whole."""
         computed = np.minimum(self._num_computed[slots], self._batch.num_tokens[slots] - 1)
@@ -168,7 +171,7 @@ class DraftModel:
         self._positions[:count] = positions
         self._token_slots[:count] = token_slots
         self._sample_rows[:num_rows] = sample_rows
-        self._logits, _ = self._model.step(
+        self._logits, *_ = self._model.step(
             self._token_ids[:count],
             self._positions[:count],
             self._token_slots[:count],

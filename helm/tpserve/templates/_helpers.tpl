@@ -663,6 +663,9 @@ volumes:
 - --device={{ ternary "cuda:sm_90a" "cpu" (eq .root.Values.engine.device "cuda") }}
 {{ include "tpserve.libraryArgs" .root }}
 - --max-num-draft-tokens={{ include "tpserve.maxDraftTokens" .root }}
+{{- with .root.Values.engine.draft.model }}
+- --draft-model={{ . }}
+{{- end }}
 {{- end -}}
 
 {{/* draft_step_tokens() of coordinator/speculation.py: on a GPU a round begins with four tokens of each sequence. */}}
@@ -681,6 +684,7 @@ volumes:
 - --max-num-batched-tokens={{ include "tpserve.draftStepTokens" . }}
 - --max-model-len={{ .Values.engine.maxModelLen }}
 - --cut-model-len
+- --target-model={{ .Values.model.path }}
 {{- end -}}
 
 {{/* One container of the compile Job. */}}

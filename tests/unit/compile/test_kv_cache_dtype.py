@@ -132,12 +132,12 @@ def test_serve_gives_the_flag_to_the_compiler_of_the_model_but_not_of_its_draft(
     args = parser.parse_args(["m", "--kv-cache-dtype", "fp8"])
     server, given = serve._Server(args), []
 
-    def run_compiler(model: str, device: str, num_tokens: int, flags: list[str]) -> dict[str, Any]:
+    def build(model: str, device: str, num_tokens: int, flags: list[str]) -> dict[str, Any]:
         given.append(flags)
         return {}
 
-    monkeypatch.setattr(server, "_run_compiler", run_compiler)
-    server._compile(4, "cuda", 0)
+    monkeypatch.setattr(server, "_build", build)
+    server._compile(4, "cuda", 0, None)
     (flags,) = given
     compiler = argparse.ArgumentParser()
     command.add_compile_arguments(compiler)

@@ -18,7 +18,7 @@ from tpserve.coordinator.speculation import (
     choose_speculation,
     draft_step_tokens,
 )
-from tpserve.proto.manifest import Manifest
+from tpserve.proto.manifest import HeadFacts, Manifest
 from tpserve.proto.speculation import Speculation
 from worker_builders import make_manifest
 
@@ -96,6 +96,38 @@ def test_what_is_not_built_on_gpus_is_refused_there(flags: str, words: str) -> N
         choice.require_gpus(args.tp)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            "--tp 4 --draft-model d --draft-tp 2",
+            "d is an EAGLE-3 head.*: leave --draft-tp 2 away, or give .*, 4",
+        ),
+        ("--tp 2 --draft-model d --draft-tp 1", "leave --draft-tp 1 away, or give that of the model, 2"),
+        ("--draft-model d --draft-placement dedicated", "leave --draft-placement dedicated away"),
+    ],
+)
+def test_a_head_is_on_the_models_ranks(flags: str, words: str) -> None:
+    args = parse(*flags.split())
+    choice = choose_speculation(args)
+    assert choice is not None
+    with pytest.raises(ClusterError, match=words):
+        choice.of_head(args.tp, args.draft_tp)
+
+
+@pytest.mark.parametrize("flags", ["--tp 4 --draft-model d", "--tp 4 --draft-model d --draft-tp 4"])
+def test_a_head_is_split_as_the_model(flags: str) -> None:
+    args = parse(*flags.split())
+    choice = choose_speculation(args)
+    assert choice is not None
+    head = choice.of_head(args.tp, args.draft_tp)
+    assert (head.method, head.draft_tp, head.num_draft_ranks) == ("eagle3", 4, 0)
+    speculation = Speculation.from_json(head.config({"model_dir": "/m", "artifact_dir": "/a"}, "auto")["speculation"])
+    assert (speculation.method, speculation.draft_tp_size) == ("eagle3", 4)
+    with pytest.raises(ClusterError, match="d is an EAGLE-3 head, which is built for CPUs alone: on GPUs"):
+        head.require_gpus(4)
+
+
 @pytest.mark.parametrize("flags", ["--draft-model d", "--tp 4 --draft-model d", "--tp 4 --draft-model d --draft-tp 4"])
 def test_on_gpus_a_draft_is_whole_or_split_as_the_model(flags: str) -> None:
     args = parse(*flags.split())
@@ -143,6 +175,22 @@ def test_a_draft_with_other_tokens_is_refused(manifest: Manifest, tmp_path: Path
     for wrong in (other, more):
         with pytest.raises(ClusterError, match="gives other ids"):
             check_draft(manifest, manifest, ours, wrong)
+
+
+def test_a_head_reads_what_the_models_library_gives(manifest: Manifest, tmp_path: Path) -> None:
+    head = replace(manifest, vocab_size=150, aux_layers=(2, 4, 5), head=HeadFacts(200, 64, has_token_map=True))
+    check_draft(replace(manifest, aux_layers=(2, 4, 5)), head, tmp_path, tmp_path)
+    for layers, words in (((), "none"), ((1, 4, 6), "1, 4, 6")):
+        with pytest.raises(ClusterError, match=f"layers 2, 4, 5 of the model, whose library gives those of {words}"):
+            check_draft(replace(manifest, aux_layers=layers), head, tmp_path, tmp_path)
+
+
+def test_what_a_draft_shares_is_counted_once(manifest: Manifest) -> None:
+    shared = tuple(replace(param, layout="shared") if param.layout == "plain" else param for param in manifest.params)
+    alone = plan_memory(manifest, "server", 64, 0.5, 40_000_000)
+    both = plan_memory(manifest, "server", 64, 0.5, 40_000_000, draft=replace(manifest, params=shared))
+    embedding = 4 * manifest.vocab_size * manifest.hidden_size
+    assert alone.parameter_bytes < both.parameter_bytes <= 2 * alone.parameter_bytes - embedding
 
 
 def test_a_draft_has_its_share_of_memory(manifest: Manifest) -> None:

@@ -262,11 +262,12 @@ def test_the_job_compiles_what_the_engine_loads(example: str) -> None:
         assert one.max_num_batched_tokens == (draft_tokens if is_draft else served.max_num_batched_tokens)
         if not is_draft:
             assert (one.quantization, one.kv_cache_dtype) == (served.quantization, served.kv_cache_dtype)
+            assert one.draft_model == served.draft_model
             assert one.max_num_draft_tokens == (0 if speculation is None else speculation.max_num_draft_tokens)
         else:  # as `tpserve serve` compiles it
             assert (one.model, one.tp) == (served.draft_model, speculation.draft_tp if speculation else None)
             assert (one.quantization, one.max_num_draft_tokens, one.cut_model_len) == ("auto", 0, True)
-            assert one.kv_cache_dtype == "auto"
+            assert (one.kv_cache_dtype, one.target_model) == ("auto", served.model)
     needed = [(served.model, served.tp)]
     if speculation is not None and speculation.draft_model is not None:
         needed.append((speculation.draft_model, speculation.draft_tp))
