@@ -16,8 +16,10 @@ from tpserve.compile.eagle import EagleHeadConfig
 from tpserve.compile.layers import GraphContext
 from tpserve.compile.models.eagle3 import Eagle3Head
 from tpserve.compile.models.llama import LlamaForCausalLM
-from tpserve.compile.operators import Operators, PortableOperators, TunedOperators
+from tpserve.compile.operators import Operators
+from tpserve.compile.portable_operators import PortableOperators
 from tpserve.compile.sharding import Sharding, shard, shard_head
+from tpserve.compile.tuned_operators import TunedOperators
 from tpserve.proto.manifest import ParamSpec
 
 WEIGHT_DTYPES = {"q0f32": "float32", "q0bf16": "bfloat16", "fp8": "bfloat16"}

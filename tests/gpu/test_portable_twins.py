@@ -20,7 +20,8 @@ from tvm.relax.frontend.nn import Tensor
 from gpu.device import BF16, FP8, DeviceArray, poisoned, random_bf16, random_fp8, to_device
 from gpu.paged import Batch, NewTokens, Paged, attend
 from portable_twins import Spec, Twin, aligned, by_element, panels, relative_error
-from tpserve.compile.operators import AttentionShape, BatchInputs, GemmInput, GemmWeight, PagedKV, PortableOperators
+from tpserve.compile.operators import AttentionShape, BatchInputs, GemmInput, GemmWeight, PagedKV
+from tpserve.compile.portable_operators import PortableOperators
 from tpserve.proto import packing
 from tpserve.worker.arrays import Array
 

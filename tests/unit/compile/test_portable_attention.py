@@ -21,7 +21,8 @@ from portable_twins import (
     random_bf16,
     relative_error,
 )
-from tpserve.compile.operators import AttentionShape, BatchInputs, PagedKV, PortableOperators
+from tpserve.compile.operators import AttentionShape, BatchInputs, PagedKV
+from tpserve.compile.portable_operators import PortableOperators
 from tpserve.worker.arrays import Array
 
 PAGE = 16

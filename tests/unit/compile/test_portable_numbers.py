@@ -14,7 +14,7 @@ from portable_twins import Twin, fresh_rng
 from tpserve.compile.kernels import portable_gemm
 from tpserve.compile.kernels.portable_gemm import Scales
 from tpserve.compile.kernels.portable_numbers import narrowed, widened
-from tpserve.compile.operators import PortableOperators
+from tpserve.compile.portable_operators import PortableOperators
 from tpserve.worker.arrays import Array
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)

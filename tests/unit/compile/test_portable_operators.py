@@ -25,7 +25,8 @@ from portable_twins import (
 )
 from tpserve.compile.kernels import portable_gemm
 from tpserve.compile.kernels.portable_gemm import Scales
-from tpserve.compile.operators import GemmInput, GemmWeight, Norm, PortableOperators
+from tpserve.compile.operators import GemmInput, GemmWeight, Norm
+from tpserve.compile.portable_operators import PortableOperators
 from tpserve.worker.arrays import Array
 
 F32_ERROR = 2e-6

@@ -1,0 +1,212 @@
+"""Operators as named externs of a target's kernel library.
+
+Destination-passing, resolved by global name when the library is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn.core import wrap_nested
+
+from tpserve.compile.operators import (
+    GROUP_SIZE,
+    STAGE_SIZE,
+    AttentionShape,
+    BatchInputs,
+    GemmInput,
+    GemmWeight,
+    Norm,
+    PagedKV,
+    all_reduce,
+)
+from tpserve.proto.packing import CHANNELS, INTERLEAVE
+
+_SILU_GROUPS = 8
+"""Scales of so many elements that SiLU may give: groups of 32 where tokens are few."""
+
+
+class TunedOperators:
+    """Externs of a target's kernel library.
+
+    Parameters
+    ----------
+    target
+        `cpu` or `cuda`: the part of the externs' names.
+    dtype
+        Of activations.
+    quantize
+        Whether GEMMs take e4m3 rows.
+    """
+
+    def __init__(self, target: str, dtype: str, *, quantize: bool = False) -> None:
+        self._target = target
+        self._prefix = f"tpserve.{target}."
+        self._dtype = dtype
+        self._quantize = quantize
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        """See Operators."""
+        return self._extern("embed", [ids, table], (ids.shape[0], table.shape[1]))
+
+    def gemm(
+        self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int, dtype: str | None = None
+    ) -> Tensor:
+        """See Operators."""
+        name, args = _gemm_call(x, weight, bias)
+        return self._extern(name, args, (x.values.shape[0], rows), dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> GemmInput:
+        """See Operators."""
+        return self._gemm_input("rms_norm", [x, weight, eps], x.shape)
+
+    def gemm_sum_add_rms_norm(
+        self,
+        x: GemmInput,
+        weight: GemmWeight,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Norm,
+        *,
+        tp_size: int,
+        quantize: bool = True,
+    ) -> tuple[Tensor, GemmInput]:
+        """See Operators."""
+        shape, addends = residual.shape, [residual, norm.weight, norm.eps]
+        sums = (shape, self._dtype)
+        args: list[Tensor | int | float | str]
+        if self._target == "cuda" and tp_size > 1:
+            # One call, since the collective writes its outputs while the GEMM still reads its inputs: memory planning
+            # gives the outputs of one call no memory of its inputs.
+            gemm, operands = _gemm_call(x, weight, bias)
+            name, scratch = "tpserve.gemm_all_reduce_add_rms_norm", [sums]
+            args = [gemm, *operands, *addends]
+        else:
+            name, scratch = f"{self._prefix}add_rms_norm", []
+            args = [all_reduce(self.gemm(x, weight, bias, int(shape[1])), tp_size), *addends]
+        if self._quantize and quantize:
+            *_, total, values, scale = self._call(f"{name}_fp8", args, [*scratch, sums, *_quantized(shape)])
+            return total, GemmInput(values, scale)
+        *_, total, normed = self._call(name, args, [*scratch, sums, sums])
+        return total, GemmInput(normed)
+
+    def gate_up_interleave(self, intermediate_size: int) -> int:
+        """See Operators; 0 where the GEMM's tiles or groups of scales do not fit, so that a kernel must follow it."""
+        multiple = STAGE_SIZE if self._quantize else CHANNELS // 2
+        return INTERLEAVE if self._target == "cuda" and intermediate_size % multiple == 0 else 0
+
+    def gemm_silu_mul(self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int) -> GemmInput:
+        """See Operators."""
+        tokens, columns = x.values.shape[0], rows // 2
+        if not self.gate_up_interleave(columns):
+            return self._gemm_input("silu_mul", [self.gemm(x, weight, bias, rows)], (tokens, columns))
+        name, args = _gemm_call(x, weight, bias, "_silu_mul")
+        scratch = ((tokens, rows), self._dtype)
+        if self._quantize:
+            outputs = [scratch, *_grouped(tokens, columns, _SILU_GROUPS)]
+            _, values, scales = self._call(f"{self._prefix}{name}", args, outputs)
+            return GemmInput(values, scales, "silu")
+        _, values = self._call(f"{self._prefix}{name}", args, [scratch, ((tokens, columns), self._dtype)])
+        return GemmInput(values)
+
+    def attention(
+        self,
+        qkv: Tensor,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        batch: BatchInputs,
+        kv: PagedKV,
+        shape: AttentionShape,
+    ) -> GemmInput:
+        """See Operators."""
+        norm = list(qk_norm or ())
+        prefix = "qk_norm_" if norm else ""
+        tokens, columns = qkv.shape[0], shape.num_q_heads * shape.head_dim
+        where = [batch.positions, batch.token_slots, batch.page_table]
+        if self._target == "cpu":
+            q = self.append(qkv, qk_norm, batch, kv, shape)
+            args = [q, kv.pages, *where, shape.scale, shape.window]
+            return GemmInput(self._extern("attention", args, (tokens, columns)))
+        name = f"{self._prefix}{prefix}attention"
+        args = [qkv, *norm, kv.pages]
+        if kv.scale is not None:
+            name, args = f"{name}_fp8", [qkv, *norm, kv.scale, kv.pages]
+        args += [*where, batch.rope, batch.plan, shape.scale, shape.window, batch.workspace]
+        rotated = ((tokens, columns), self._dtype)  # queries between two kernels
+        if self._quantize and shape.head_dim == GROUP_SIZE and columns % STAGE_SIZE == 0:
+            _, values, scales = self._call(f"{name}_grouped", args, [rotated, *_grouped(tokens, columns)])
+            return GemmInput(values, scales, "grouped")
+        _, x = self._call(name, args, [rotated, ((tokens, columns), self._dtype)])
+        if not self._quantize:
+            return GemmInput(x)
+        return GemmInput(*self._call(f"{self._prefix}quantize_fp8", [x], _quantized(x.shape)))
+
+    def append(
+        self,
+        qkv: Tensor,
+        qk_norm: tuple[Tensor, Tensor, float] | None,
+        batch: BatchInputs,
+        kv: PagedKV,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """See Operators."""
+        assert self._target == "cpu", "on a GPU, attention itself writes to the pages"
+        norm = list(qk_norm or ())
+        args = [qkv, *norm, batch.positions, batch.token_slots, batch.page_table, batch.rope, kv.pages]
+        heads = (qkv.shape[0], shape.num_q_heads, shape.head_dim)
+        return self._extern(f"{'qk_norm_' if norm else ''}rope_append", args, heads)
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """See Operators."""
+        return self._extern("take_rows", [x, rows], (rows.shape[0], x.shape[1]))
+
+    def _extern(
+        self, name: str, args: Sequence[Tensor | int | float], shape: tuple[object, ...], dtype: str | None = None
+    ) -> Tensor:
+        return op.extern(self._prefix + name, args, Tensor.placeholder(shape, dtype or self._dtype))
+
+    def _gemm_input(self, name: str, args: list[Tensor | int | float], shape: tuple[object, ...]) -> GemmInput:
+        if not self._quantize:
+            return GemmInput(self._extern(name, args, shape))
+        return GemmInput(*self._call(f"{self._prefix}{name}_fp8", args, _quantized(shape)))
+
+    def _call(
+        self, name: str, args: Sequence[Tensor | int | float | str], outputs: list[tuple[tuple[object, ...], str]]
+    ) -> tuple[Tensor, ...]:
+        """Call a function of several outputs, which `op.extern` cannot."""
+        exprs = [_expr(arg) for arg in args]
+        types = [Tensor.placeholder(shape, dtype)._expr.ty for shape, dtype in outputs]
+        return tuple(wrap_nested(relax.call_dps_packed(name, exprs, out_ty=types), name.rpartition(".")[2]))
+
+
+def _expr(arg: Tensor | int | float | str) -> Any:
+    """Return what a call in the graph takes for an argument."""
+    if isinstance(arg, Tensor):
+        return arg._expr
+    return tvm.ir.StringImm(arg) if isinstance(arg, str) else relax.prim_value(arg)
+
+
+def _gemm_call(x: GemmInput, weight: GemmWeight, bias: Tensor | None, ending: str = "") -> tuple[str, list[Any]]:
+    """Return the name of a GEMM's function, by its operands and what it ends in, and its inputs."""
+    name, args = "gemm", [x.values, weight.values]
+    if x.scale is not None and weight.scale is not None:
+        kind = {"row": "", "grouped": "_grouped", "silu": "_after_silu"}[x.scales]
+        name, args = f"gemm_fp8{kind}", [x.values, x.scale, weight.values, weight.scale]
+    return (f"{name}{ending}", args) if bias is None else (f"{name}{ending}_bias", [*args, bias])
+
+
+def _quantized(shape: tuple[object, ...]) -> list[tuple[tuple[object, ...], str]]:
+    """Return the outputs of whatever quantises rows: e4m3 values and a scale each."""
+    return [(tuple(shape), "float8_e4m3fn"), ((shape[0],), "float32")]
+
+
+def _grouped(tokens: Any, columns: int, groups: int = 2) -> list[tuple[tuple[object, ...], str]]:
+    """Return the outputs of whatever quantises groups; see `kernels/cuda/grouped_scales.cuh`.
+
+    `groups`: of `STAGE_SIZE` elements, that the tensor of scales has room for.
+    """
+    padded = (tokens + 7) // 8 * 8
+    return [((tokens, columns), "float8_e4m3fn"), ((columns // STAGE_SIZE, groups, padded), "float32")]
