@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -269,9 +270,9 @@ class _Server:
     def _inspect_draft(self, speculation: SpeculationChoice, model: str) -> SpeculationChoice:
         """Return what is to be done with a draft, which may be an EAGLE-3 head; fetched now if it must be."""
         found = self._run_compiler("inspect", model, [])
-        if found["method"] != "eagle3":
-            return speculation
-        return speculation.of_head(self._args.tp, self._args.draft_tp)
+        if found["method"] == "eagle3":
+            speculation = speculation.of_head(self._args.tp, self._args.draft_tp)
+        return replace(speculation, draft_model=found["model_dir"])  # so that nothing is fetched or converted twice
 
     def _compile(self, max_num_seqs: int, device: str, num_draft_tokens: int, head: str | None) -> dict[str, str]:
         """Return the folders of the model and its library, compiled now if it must be.

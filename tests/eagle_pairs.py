@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ def build_pair(
     tp_size: int = 1,
     head_tokens: int = 40,
     head_len: int = 256,
+    kernels: Literal["tuned", "portable"] = "tuned",
+    head_quantization: Literal["q0f32", "q0bf16"] = "q0f32",
 ) -> RankConfig:
     """Write and compile a target and its head; return the first rank's configuration.
 
@@ -53,7 +55,7 @@ def build_pair(
     large = CompileConfig(
         tp_size=tp_size,
         quantization="q0f32",
-        kernels="tuned",
+        kernels=kernels,
         target="llvm",
         max_model_len=256,
         max_num_batched_tokens=128,
@@ -62,6 +64,7 @@ def build_pair(
         aux_layers=read.aux_layers,
     )
     small = replace(large, max_model_len=head_len, max_num_batched_tokens=head_tokens, max_num_draft_tokens=0)
+    small = replace(small, quantization=head_quantization)
     with as_cache(artifacts.home):
         target_lib = build_artifact(config, large, CachePolicy.ON)
         head_lib = build_artifact(read, small, CachePolicy.ON)

@@ -181,9 +181,8 @@ class EagleHead:
             up_to[slots[is_long]] += 1  # the token behind is the first of this step
             self._catch_up(everywhere, up_to)
         for group in np.flatnonzero(is_long):
-            self._compute_long(
-                int(slots[group]), int(firsts[group]), rows[starts[group] :][: ends[group] - firsts[group]]
-            )
+            start, count = starts[group], ends[group] - firsts[group]
+            self._compute_long(int(slots[group]), int(firsts[group]), rows[start : start + count])
 
     def settle(self, slots: Array) -> None:
         """Nothing is kept of a round: what it computed of draft tokens is written over."""

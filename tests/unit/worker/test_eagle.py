@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -117,9 +117,11 @@ def _plain_rope() -> dict[str, Any]:
     ids=["speculators", "own layers, whole vocabulary", "eagle_config"],
 )
 def test_the_forms_of_checkpoints(tmp_path: Path, artifacts: Artifacts, head: TinyHead) -> None:
-    config = build_pair(tmp_path, artifacts, head)
+    kernels: Literal["tuned", "portable"] = "portable" if "eagle_config" in head.changes else "tuned"
+    config = build_pair(tmp_path, artifacts, head, kernels=kernels)
     runner: Any = watched_runner(config, lambda done, total: None)
-    Driver(runner, num_slots=NUM_SLOTS).run([Text([5, 9, 77, 4, 130, 9], max_tokens=40)], MOST)
+    prompt = [5, 9, 77, 4, 130, 9] * 6
+    Driver(runner, num_slots=NUM_SLOTS).run([Text(prompt, max_tokens=40, chunk=30)], MOST)
     runner.close()
     layers = (2, 4, 5) if "norm_before_residual" in head.changes else (1, 3, 6)
     check_proposals(runner.take_proposals()[0], reference_of(head, layers))
@@ -256,6 +258,8 @@ def test_a_target_and_a_head_that_do_not_fit_are_refused(
     alone = replace(wanted, draft_model_dir=config.model_dir, draft_artifact_dir=config.artifact_dir)
     assert model.config["num_hidden_layers"] == 8
     wrong.append((replace(config, speculation=alone), "is that of a model, not of an EAGLE-3 head"))
+    rounded = build_pair(tmp_path / "bfloat16", artifacts, HEAD, head_quantization="q0bf16")
+    wrong.append((rounded, r"embed_tokens.weight as \(200, 64\) bfloat16, which the model does not have"))
     for changed, words in wrong:
         with pytest.raises(WorkerError, match=words):
             Runner(changed, lambda done, total: None)
