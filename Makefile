@@ -50,7 +50,7 @@ integration: $(VENV)/.dev   ## tests of the real server with the demo model
 
 INTEGRATION := TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest -p no:hypothesispytest
 INTEGRATION_FAULTS := $(addprefix tests/integration/test_,faults.py hosts.py killed_processes.py)
-INTEGRATION_ENGINE := $(addprefix tests/integration/test_,dedicated_draft.py lifecycle.py observability.py speculation.py start_failures.py)
+INTEGRATION_ENGINE := $(addprefix tests/integration/test_,dedicated_draft.py eagle.py lifecycle.py observability.py speculation.py start_failures.py)
 
 integration-doors: $(VENV)/.dev   ## those of the doors, the router, exact answers and the benchmark
 	$(INTEGRATION) tests/integration $(patsubst %,--ignore=%,$(INTEGRATION_ENGINE) $(INTEGRATION_FAULTS))

@@ -337,7 +337,7 @@ class CompileConfig:
         if self.aux_layers and self.activation_dtype != "float32":
             raise ModelConfigError(
                 f"EAGLE-3 heads read rows of float32, {self.kernels} kernels for {self.quantization} give "
-                f"{self.activation_dtype}: use --kernels tuned"
+                f"{self.activation_dtype}: use --kernels tuned, or --quantization q0f32"
             )
 
     @property
