@@ -1,8 +1,10 @@
 """What speculation gains on this CPU: draft lengths against plain decoding, in turns within one run.
 
-Two regimes, both at TP=1 under the real scheduler, no server; plain decoding is a replica without a proposer.
+Three regimes, all at TP=1 under the real scheduler, no server; plain decoding is a replica without a proposer.
 pair: a seeded random Llama whose draft is its first layers, with the later layers' output scaled by a knob. The cost of
 draft and target is real, the acceptance is synthetic: the knob sets it, and what was measured stands beside each point.
+heads: a seeded random Llama with an EAGLE-3 head, also random, of which hardly any token is accepted; and a Llama made
+so that its next token hangs on the last one alone, with a head that knows it. Both acceptances are synthetic.
 lookup: a real model on real text, by prompt lookup (ngram) and by suffixes.
 
 CPU times are ratios to plain decoding in the same round; absolute numbers move with the machine. The floor of a round
@@ -35,7 +37,8 @@ sys.path.insert(0, str(TESTS))
 GOLDENS = TESTS / "goldens/smollm2.json"
 """Prompts of the demo model, as tokens."""
 
-from tiny_models import knob_pair
+from eagle_models import MarkovHead, MarkovTarget, TinyHead
+from tiny_models import TinyModel, knob_pair
 from tpserve.compile.cache import CachePolicy
 from tpserve.compile.source import resolve_model
 from tpserve.coordinator.config import SchedulerConfig
@@ -44,7 +47,7 @@ from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import SamplingParams, StepPlan
 from tpserve.proto.rank import RankConfig
-from tpserve.proto.speculation import DraftLengthRule, Method, Speculation
+from tpserve.proto.speculation import SPARSE_METHODS, DraftLengthRule, Method, Speculation
 
 MOST = 5
 PAIR = {
@@ -116,7 +119,7 @@ class Engine:
                 max_in_flight_steps=1,
                 max_num_draft_tokens=way.num_draft_tokens,
                 draft_length=way.draft_length,
-                drafts_are_sparse=speculation is not None and speculation.method != "draft",
+                drafts_are_sparse=speculation is not None and speculation.method in SPARSE_METHODS,
             )
         )
         seated: set[int] = set()
@@ -225,6 +228,36 @@ def pair(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     return out
 
 
+def heads(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Compare draft lengths of a head that guesses and of one that knows."""
+    seqs = max(args.concurrency)
+    # Each head of the one that knows carries its own dimensions, so there are as many of keys as of queries.
+    config = knob_pair(0.0, num_layers=NUM_LAYERS, **PAIR)[0].config | {"num_key_value_heads": 12}
+    vocab_size = PAIR["vocab_size"] // 2
+    out = []
+    for kind, head in {
+        "guesses": TinyHead(TinyModel("guesses", config), vocab_size),
+        "knows": MarkovHead(MarkovTarget("knows", config), PAIR["vocab_size"] - 20),
+    }.items():
+        target_dir, head_dir = folder / f"target-{kind}", folder / f"head-{kind}"
+        head.target.write(target_dir)
+        head.write(head_dir)
+        flags = ("--max-num-seqs", str(seqs))
+        large = _compile(target_dir, *flags, "--max-num-draft-tokens", str(MOST), "--draft-model", str(head_dir))
+        small = _compile(head_dir, *flags, "--target-model", str(target_dir))
+        speculation = Speculation("eagle3", MOST, draft_model_dir=head_dir, draft_artifact_dir=small)
+        engines = {
+            "plain": Engine(_config(target_dir, _compile(target_dir, *flags), seqs, None)),
+            "speculating": Engine(_config(target_dir, large, seqs, speculation)),
+        }
+        prompts = np.random.default_rng(0).integers(3, PAIR["vocab_size"], (seqs, 32)).tolist()
+        print(f"a head that {kind}", flush=True)
+        ways = [way for way in WAYS if way.name in args.ways]
+        rows = compare(engines, ways, prompts, args, SamplingParams(temperature=0.0))
+        out.append({"head": kind, "points": rows, "floor": _floor(large, small)})
+    return out
+
+
 def _floor(target: Path, draft: Path) -> dict[str, Any]:
     bytes_of = [
         sum(
@@ -263,9 +296,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="for lookup: GGUF file or Hugging Face folder")
     parser.add_argument("--knob", type=float, nargs="*", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--heads", action="store_true", help="also EAGLE-3 heads")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--ways", nargs="+", default=[way.name for way in WAYS], help="of the pair; plain is needed")
+    parser.add_argument(
+        "--ways", nargs="+", default=[way.name for way in WAYS], help="of pair and heads; plain is needed"
+    )
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
@@ -282,7 +318,10 @@ def main() -> None:
         "pair_shape": PAIR | {"num_layers": NUM_LAYERS, "num_draft_layers": NUM_DRAFT_LAYERS, "weights": "bfloat16"},
     }
     with tempfile.TemporaryDirectory() as folder:
-        result["pair"] = pair(args, Path(folder))
+        if args.knob:
+            result["pair"] = pair(args, Path(folder))
+        if args.heads:
+            result["heads"] = heads(args, Path(folder))
     if args.model is not None:
         result["lookup"] = lookup(args)
     if args.output:

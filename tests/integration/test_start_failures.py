@@ -144,7 +144,7 @@ def test_tampered_artifact(tmp_path: Path, tiny_folder: Path) -> None:
 def test_kv_pages_of_fp8_on_a_cpu(tmp_path: Path, tiny_folder: Path) -> None:
     flags = ("--load-format", "dummy", "--device", "cpu", "--kv-cache-dtype", "fp8")
     error = serve(tmp_path, tiny_folder, *flags).only_error()
-    assert "KV pages on a CPU are float32, --kv-cache-dtype fp8 needs a GPU: use --device cuda, or" in error
+    assert "KV pages of a CPU's tuned kernels are float32, not fp8: use --device cuda, --kernels portable" in error
     sizes = ("--max-num-seqs", "4", "--max-num-batched-tokens", "256")
     compiled = run_cli("compile", tiny_folder, "--load-format", "dummy", *sizes, folder=tmp_path)
     library = json_line(compiled.stdout)["artifact_dir"]
