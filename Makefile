@@ -6,7 +6,7 @@ PORT ?= 8000
 TP ?= 2
 
 .PHONY: serve observe test quick lint types unit unit-doors unit-engine integration integration-doors \
-  integration-engine integration-faults soak test-gpu goldens proto clean help
+  integration-exact integration-engine integration-faults soak test-gpu goldens proto clean help
 
 help:               ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -42,20 +42,25 @@ unit-doors: $(VENV)/.dev   ## those of the doors, the benchmark and the deployme
 unit-engine: $(VENV)/.dev   ## all others
 	$(BIN)/pytest tests/unit $(UNIT_DOORS:%=--ignore=%)
 
-# Two of these at once, too: they wait more than they compute. Those of faults have deadlines and run alone.
+# Three of these at once: they wait more than they compute. Those of faults have deadlines and run alone.
 integration: $(VENV)/.dev   ## tests of the real server with the demo model
 	$(BIN)/python deploy/fetch_demo_model.py
-	$(MAKE) --jobs=2 --output-sync=target integration-doors integration-engine
+	$(MAKE) --jobs=3 --output-sync=target integration-doors integration-exact integration-engine
 	$(MAKE) integration-faults
 
 INTEGRATION := TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest -p no:hypothesispytest
+INTEGRATION_EXACT := $(addprefix tests/integration/,exact router test_dedicated_draft.py test_eagle.py test_speculation.py)
+INTEGRATION_ENGINE := $(addprefix tests/integration/test_,lifecycle.py observability.py start_failures.py)
 INTEGRATION_FAULTS := $(addprefix tests/integration/test_,faults.py hosts.py killed_processes.py)
-INTEGRATION_ENGINE := $(addprefix tests/integration/test_,dedicated_draft.py eagle.py lifecycle.py observability.py speculation.py start_failures.py)
 
-integration-doors: $(VENV)/.dev   ## those of the doors, the router, exact answers and the benchmark
-	$(INTEGRATION) tests/integration $(patsubst %,--ignore=%,$(INTEGRATION_ENGINE) $(INTEGRATION_FAULTS))
+integration-doors: $(VENV)/.dev   ## those of the doors and the benchmark
+	$(INTEGRATION) tests/integration \
+	  $(patsubst %,--ignore=%,$(INTEGRATION_EXACT) $(INTEGRATION_ENGINE) $(INTEGRATION_FAULTS))
 
-integration-engine: $(VENV)/.dev   ## those of starting, ending, speculation and what is observed
+integration-exact: $(VENV)/.dev   ## those of exact answers, with drafts and without, and of the router
+	$(INTEGRATION) $(INTEGRATION_EXACT)
+
+integration-engine: $(VENV)/.dev   ## those of starting, ending and what is observed
 	$(INTEGRATION) $(INTEGRATION_ENGINE)
 
 integration-faults: $(VENV)/.dev   ## those that kill, stop and cut off processes
