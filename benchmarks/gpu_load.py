@@ -141,8 +141,8 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True, help="an empty folder with room for the checkpoint")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--commit", default="", help="of the tree that is measured")
-    parser.add_argument("--load-format", default="auto", choices=["auto"])
     parser.add_argument("--output", type=Path)
+    parser.set_defaults(load_format="auto")  # as the server reads a checkpoint; `circumstances` tells it
     args = parser.parse_args()
     manifest = Manifest.load(args.artifact)
     args.scratch.mkdir(parents=True, exist_ok=True)
@@ -161,6 +161,7 @@ def main() -> None:
     # Ranks read bfloat16 whatever they hold: all of them together what the file has, norms and the embedding on each.
     read = num_bytes / manifest.tp_size
     result = circumstances("gpu_load", args, manifest) | {
+        "weights": "random, from safetensors",
         "checkpoint_gb": num_bytes / 1e9,
         "host_copy_gb_s": copy,
         "ranks": [

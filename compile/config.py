@@ -26,6 +26,25 @@ _IGNORED_KEYS = frozenset(
 )
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the object that a Hugging Face folder's config.json holds.
+
+    Raises
+    ------
+    ModelConfigError
+        If the file is missing or holds something else.
+    """
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelConfigError(f"{path} is missing: give a Hugging Face model folder or a GGUF file") from None
+    except ValueError as error:
+        raise ModelConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ModelConfigError(f"{path} holds {type(raw).__name__}, expected an object")
+    return raw
+
+
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
     """Frequency scaling of rotary embeddings; `llama3` as in Llama 3.1, `linear` divides positions."""
@@ -78,14 +97,7 @@ class ModelConfig:
             If the file is missing or malformed, or asks for something that this compiler would get wrong.
         """
         path = model_dir / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ModelConfigError(f"{path} is missing: give a Hugging Face model folder or a GGUF file") from None
-        except ValueError as error:
-            raise ModelConfigError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ModelConfigError(f"{path} holds {type(raw).__name__}, expected an object")
+        raw = read_config(path)
         return cls.from_keys(raw, path)
 
     @classmethod

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from tpserve.compile.config import ModelConfig
+from tpserve.compile.config import ModelConfig, read_config
 from tpserve.compile.errors import CheckpointError, ModelConfigError
 
 NUM_AUX_LAYERS = 3
@@ -32,7 +31,7 @@ def is_eagle_head(model_dir: Path) -> bool:
         If it holds an older kind of EAGLE head.
     """
     path = model_dir / "config.json"
-    names = [str(name).lower() for name in _read(path).get("architectures") or ()]
+    names = [str(name).lower() for name in read_config(path).get("architectures") or ()]
     if any("eagle3" in name for name in names):
         return True
     if any("eagle" in name for name in names):
@@ -84,7 +83,7 @@ class EagleHeadConfig:
             If a tensor is missing or has another shape.
         """
         path = model_dir / "config.json"
-        raw = _read(path)
+        raw = read_config(path)
         raw = raw | dict(raw.get("transformer_layer_config") or {})
         vocab_size = raw.get("vocab_size")
         draft_vocab_size = raw.get("draft_vocab_size") or vocab_size
@@ -240,15 +239,3 @@ def _shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
         except SafetensorError as error:
             raise CheckpointError(f"{path} is corrupt ({error}): fetch it again") from None
     return shapes
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelConfigError(f"{path} is missing: give a Hugging Face model folder or a GGUF file") from None
-    except ValueError as error:
-        raise ModelConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelConfigError(f"{path} holds {type(raw).__name__}, expected an object")
-    return raw

@@ -214,7 +214,7 @@ class WorkerGroup:
                     self._sent_at.pop(result.step_id, None)
                     self._results.put_nowait(result)
         except grpc.aio.AioRpcError as error:
-            lost = self._loss(rank, _cause(error))
+            lost = self._loss(rank, f"connection lost: {error.code().name} {error.details()}")
         self._lose(lost)
 
     def _give_up(self, rank: int, words: str) -> None:
@@ -264,9 +264,3 @@ def _open_stream(channel: grpc.aio.Channel, token: str | None) -> Any:
     # Without serialisers gRPC carries bytes as they are; its stubs do not know that, nor the reading and writing calls.
     untyped: Any = channel
     return untyped.stream_stream(_METHOD)(metadata=() if token is None else (("authorization", f"Bearer {token}"),))
-
-
-def _cause(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"connection lost: {error.code().name} {error.details()}"
-    return f"{type(error).__name__}: {error}"

@@ -22,9 +22,8 @@ from tpserve.compile.kernels.portable_numbers import (
     rounded_to_bfloat16,
     widened,
 )
+from tpserve.compile.operators import GROUP_SIZE
 
-GROUP_SIZE = 128
-"""Elements of an e4m3 row that have a scale of their own."""
 SILU_GROUP_SIZE = 32
 """The same of SiLU(gate) * up of few tokens."""
 MAX_GROUPED_TOKENS = 128
