@@ -47,9 +47,14 @@ TPSERVE_ROW bool is_full(const SlotState& s, int slot) {
   return max_len > 0 && fresh(s.num_tokens + slot) >= max_len;
 }
 
-/// How many of its draft tokens a slot verifies: what it lacks to its end less one, up to the first that is missing.
+/// Draft tokens that a slot has use for: what it lacks to its end less one. It has no pages for more.
+TPSERVE_ROW int draft_room(const SlotState& s, int slot) {
+  return fresh(s.max_len + slot) - fresh(s.num_tokens + slot) - 1;
+}
+
+/// How many of its draft tokens a slot verifies: those that it has use for, up to the first that is missing.
 TPSERVE_ROW int num_verified(const SlotState& s, int slot, int num_drafts) {
-  const int room = fresh(s.max_len + slot) - fresh(s.num_tokens + slot) - 1;
+  const int room = draft_room(s, slot);
   int count = 0;
   while (count < num_drafts && count < room && draft_at(s, slot, count) >= 0) ++count;
   return count;
@@ -139,7 +144,7 @@ TPSERVE_ROW void draft_next(const SlotState& s, int b, int index, int behind, in
     const int own = fresh(s.num_tokens + slot) + index - 1;
     sample_positions[b] = own + 1;
     position = own - behind;
-    if (drafted >= 0 && position + 1 < draft_max_len) token = drafted, row_slot = slot;
+    if (drafted >= 0 && index < draft_room(s, slot) && position + 1 < draft_max_len) token = drafted, row_slot = slot;
   }
   ids[b] = token, positions[b] = row_slot < 0 ? 0 : position, slots[b] = row_slot;
 }

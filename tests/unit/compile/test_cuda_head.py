@@ -103,6 +103,7 @@ class HeadDevice(Device):
         for t in range(count):
             if pair_slots[t] >= 0:
                 assert pair_positions[t] < self.max_head_len
+                self.require_page(int(pair_slots[t]), int(pair_positions[t]))
                 row = self.kept[pair_slots[t]] if sources[t] < 0 else self.step_rows[sources[t]]
                 self.head_kv[pair_slots[t], pair_positions[t]] = pair_kv(int(row), int(ids[t]))
 
@@ -134,6 +135,7 @@ class HeadDevice(Device):
                     self.num_silent += index == 0 and decode_slots[b] >= 0 and self.max_len[decode_slots[b]] > 0
                     continue
                 assert slot not in self.num_counted, "a draft's token would be counted"
+                self.require_page(slot, position)
                 self.head_kv[slot, position] = pair_kv(int(hidden[b]), int(ids[b]))
                 true = self._true(slot, int(sample_positions[b]))
                 assert position == sample_positions[b] - 2

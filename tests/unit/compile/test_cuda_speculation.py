@@ -73,6 +73,8 @@ class Device:
     kv: Ints = field(default_factory=lambda: ints(NUM_SLOTS, WIDTH))
     draft_kv: Ints = field(default_factory=lambda: ints(NUM_SLOTS, WIDTH))
     num_counted: dict[int, int] = field(default_factory=dict)
+    lengths: dict[int, int] = field(default_factory=dict)
+    """At which sequences end, whether they speculate or not."""
 
     def __post_init__(self) -> None:
         arrays = (self.tokens, self.num_tokens, self.max_len, self.draft_tokens)
@@ -86,12 +88,18 @@ class Device:
         """Write all KV of a step before any is read, as the graph does."""
         for token, position, slot in zip(ids.tolist(), positions.tolist(), slots.tolist(), strict=True):
             if slot >= 0:
+                self.require_page(slot, position)
                 kv[slot, position] = token
+
+    def require_page(self, slot: int, position: int) -> None:
+        """A sequence has pages for all of its tokens but the last; what is behind them may be another's."""
+        assert position < self.lengths[slot] - 1, "a token runs where its sequence has no page"
 
     def enter(self, slot: int, state: Running) -> None:
         """Take a sequence whose first `num_run` tokens are in the prefix cache."""
         self.max_len[slot] = state.max_len if state.speculates else 0
         self.num_tokens[slot] = 0
+        self.lengths[slot] = state.max_len
         self.num_counted.pop(slot, None)
         if not state.speculates:
             self.num_counted[slot] = 0
@@ -263,6 +271,7 @@ def check_texts(device: Device, seed: int) -> None:
         ("draft_at(s, slot, count) == token", "draft_at(s, slot, 0) == token"),
         ("position = last + index", "position = last + index + 1"),
         ("count < num_drafts && count < room", "count < num_drafts"),
+        ("drafted >= 0 && index < draft_room(s, slot)", "drafted >= 0"),
         ("at = count - behind - window + w", "at = count - behind - window + w - 1"),
         # Of those who may not be drafted for.
         ("fresh(s.max_len + slot) > 0 && !is_full(s, slot)", "!is_full(s, slot)"),
