@@ -118,8 +118,9 @@ class DeviceDraft:
         decode_only
             No slot has several of the tokens.
         """
+        ids, positions, slots = tensors[:3]
         rows = self._all_rows._create_view((1,))
-        self._forward(*tensors[:3], page_table, rows, decode_only=decode_only)
+        self._forward(ids, positions, slots, page_table, rows, decode_only=decode_only)
 
     def _run_window(self, state: State, run: Round, window: int, behind: int, rows: Any) -> Any:
         ids, positions, slots = (tensor._create_view((run.num_slots * window,)) for tensor in self._work[:3])

@@ -2,7 +2,8 @@
 
     python -m gpu.eagle_folders FOLDER
 
-builds them all, where there is nvcc; `TPSERVE_EAGLE_PAIRS=FOLDER` then lets test_eagle.py take them from there.
+builds all libraries, where there is nvcc; `TPSERVE_EAGLE_PAIRS=FOLDER` then lets test_eagle.py take them from there.
+Its `kernels.so` will do as `TPSERVE_CUDA_KERNELS`, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from eagle_models import MarkovHead, MarkovTarget, TinyHead, deep, wide
 from eagle_pairs import MOST, build_pair
 from rank_group import Artifacts
+from text_models import write_byte_tokenizer
 from tiny_models import MODELS
 from tpserve.proto.rank import RankConfig
 from tpserve.proto.speculation import Speculation
@@ -33,20 +35,24 @@ CASES = [("random", 1), ("random", 2), ("random", 4), ("normed", 1), ("markov", 
 
 
 def pair(folder: Path, name: str, tp_size: int) -> RankConfig:
-    """Return the first rank's configuration of a target and its head, built in `folder` if they are not there."""
-    place = folder / f"{name}-tp{tp_size}"
-    if not place.exists():
-        _build(folder, place, HEADS[name], tp_size)
+    """Return the first rank's configuration of a target and its head; what is not in `folder` is made there."""
+    models, libraries, head = folder / name, folder / f"{name}-tp{tp_size}", HEADS[name]
+    if not models.exists():  # the same on any machine
+        head.target.write(models / "target")
+        write_byte_tokenizer(models / "target")
+        head.write(models / "head")
+    if not libraries.exists():
+        _build(folder, libraries, head, tp_size)
     speculation = Speculation(
         "eagle3",
         MOST,
-        draft_model_dir=place / "head",
-        draft_artifact_dir=place / "head-lib",
+        draft_model_dir=models / "head",
+        draft_artifact_dir=libraries / "head",
         draft_tp_size=tp_size,
     )
     sizes = (NUM_PAGES, NUM_SLOTS, 1)
     return RankConfig(
-        0, tp_size, place / "target", place / "target-lib", "auto", *sizes, "unused", 60.0, speculation=speculation
+        0, tp_size, models / "target", libraries / "target", "auto", *sizes, "unused", 60.0, speculation=speculation
     )
 
 
@@ -56,10 +62,10 @@ def given_folder() -> Path | None:
     return None if given is None else Path(given)
 
 
-def _build(folder: Path, place: Path, head: TinyHead, tp_size: int) -> None:
-    scratch = folder / f".{place.name}"
+def _build(folder: Path, libraries: Path, head: TinyHead, tp_size: int) -> None:
+    scratch = folder / f".{libraries.name}"
     built = build_pair(
-        scratch,
+        scratch / "models",
         Artifacts(folder / ".artifacts"),
         head,
         tp_size=tp_size,
@@ -73,7 +79,7 @@ def _build(folder: Path, place: Path, head: TinyHead, tp_size: int) -> None:
     assert built.speculation is not None
     assert built.speculation.draft_artifact_dir is not None
     for name, library in (("target", built.artifact_dir), ("head", built.speculation.draft_artifact_dir)):
-        copy = scratch / f"{name}-lib"
+        copy = scratch / name
         shutil.copytree(library, copy)
         # The kernels are the same everywhere, and large.
         kernels = folder / "kernels.so"
@@ -81,7 +87,8 @@ def _build(folder: Path, place: Path, head: TinyHead, tp_size: int) -> None:
             shutil.copyfile(copy / "kernels.so", kernels)
         (copy / "kernels.so").unlink()
         (copy / "kernels.so").symlink_to(Path("../../kernels.so"))
-    scratch.rename(place)
+    shutil.rmtree(scratch / "models")
+    scratch.rename(libraries)
 
 
 def main() -> None:
@@ -92,7 +99,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, tp_size in CASES:
         pair(folder, name, tp_size)
-    shutil.rmtree(folder / ".artifacts", ignore_errors=True)
+    for name in (".artifacts", *HEADS):  # the models are made again where they are wanted
+        shutil.rmtree(folder / name)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_pairs_are_those_of_the_host(host: ctypes.CDLL, kernels: Kernels, seed: 
 
     num_tokens_there = to_device(num_tokens)
     kernels("head_keep")(on_device[0], on_device[1], num_tokens_there, rows, kept, on_device[2])
-    for t in np.flatnonzero(kept_flags):
+    for t in np.flatnonzero(kept_flags).tolist():
         kept_bits[slots[t]], kept_at[slots[t]] = row_bits[t], positions[t]
     np.testing.assert_array_equal(kept.bits.get(), kept_bits)
     np.testing.assert_array_equal(on_device[2].host(), kept_at)

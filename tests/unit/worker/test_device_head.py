@@ -232,8 +232,9 @@ class HostRank:
         speculation = config.speculation
         assert speculation is not None
         manifest = check_manifest(config.artifact_dir, config.model_dir, 1, config.max_num_seqs)
-        given = (manifest, config.artifact_dir, config.model_dir, 0, 1, "unused", "auto", NUM_PAGES, 1, 10.0)
-        self._model = Model(ModelRank(*given), lambda done, total: None)
+        where = (manifest, config.artifact_dir, config.model_dir)
+        model = ModelRank(*where, 0, 1, "unused", "auto", config.num_pages, num_threads=1, collective_timeout_s=10.0)
+        self._model = Model(model, lambda done, total: None)
 
         def parameters(head: Any, head_config: Any, *_: Any) -> list[Any]:
             arrays = load_parameters(head, head_config.model_dir, 0)
@@ -323,12 +324,13 @@ class HostRank:
         real, wanted = np.flatnonzero(slots >= 0), np.flatnonzero(sample_slots >= 0)
         place = np.zeros(len(ids), np.int32)
         place[real] = np.arange(len(real))
-        given = [aligned_copy(array[real]) for array in (ids, positions, slots)]
-        found, _, aux = self._model.step(*given, self._batch.page_table, aligned_copy(place[rows[wanted]]))
+        ids, positions, slots = (aligned_copy(array[real]) for array in (ids, positions, slots))
+        wanted_places = aligned_copy(place[rows[wanted]])
+        found, _, aux = self._model.step(ids, positions, slots, self._batch.page_table, wanted_places)
         logits = np.zeros((len(rows), found.shape[1]), np.float32)
         logits[wanted] = np.from_dlpack(found)
         logits = logits[:, :VOCAB]
-        all_rows = aligned_copy(np.zeros((len(ids), aux.shape[1]), np.float32))
+        all_rows = aligned_copy(np.zeros((len(place), aux.shape[1]), np.float32))
         all_rows[real] = np.from_dlpack(aux)
         return logits, all_rows
 
