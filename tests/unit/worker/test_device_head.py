@@ -77,6 +77,9 @@ def config(tmp_path_factory: pytest.TempPathFactory, artifacts: Artifacts) -> Ra
 
 @pytest.fixture
 def make_rank(rows: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[RankConfig], HostRank]]:
+    for name in [name for name in sys.modules if name.startswith("tpserve.worker.device_")]:
+        monkeypatch.delattr(sys.modules["tpserve.worker"], name.rpartition(".")[2], raising=False)
+        monkeypatch.delitem(sys.modules, name)
     before = set(sys.modules)
     monkeypatch.setitem(sys.modules, "cupy", host_cupy())
     made: list[HostRank] = []
