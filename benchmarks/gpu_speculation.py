@@ -4,13 +4,14 @@ Regime: as `gpu_decode.py`: C equal requests (256 tokens in, 129 out) decode tog
 real scheduler over real ranks with two plans in flight. Weights are random, so acceptance is SYNTHETIC: a draft token
 is right with a given probability if those before it are (`synthetic_acceptance.py`); the costs of drafting and
 verifying are real. TPOT is the time of the steps in which all C decode, by the tokens that they gave for each; plain
-decoding is of the same ranks, with the draft loaded and idle. Times of drafting and verifying are medians by rank 0's
-clock on the device. Floors: the draft's and the model's weights once through memory, at 4.70 TB/s on an H200. Prints a
-line per point and, last, one JSON object.
+decoding is of the same ranks, with the draft loaded and idle, or an EAGLE-3 head at its projections. Times of drafting
+and verifying are medians by rank 0's clock on the device. Floors: the draft's and the model's weights once through
+memory, at 4.70 TB/s on an H200. Prints a line per point and, last, one JSON object.
 
 Run on a host with GPUs: python benchmarks/gpu_speculation.py --artifact FOLDER --model FOLDER --draft-artifact FOLDER
 --draft-model FOLDER. The model's library must be compiled with --max-num-draft-tokens; the draft's, of TP=1 or the
-model's, with as many tokens in a step as the model's or 4 for each sequence, if they are more.
+model's, with as many tokens in a step as the model's or 4 for each sequence, if they are more. An EAGLE-3 head is a
+draft like others; its floor counts the projection of hidden rows, which is part of the model's step.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def main() -> None:
     most = max(args.num_speculative_tokens)
     num_pages = pages_for(manifest, max(args.concurrency), 16 + 2 * (1 + most))
     speculation = Speculation(
-        "draft",
+        "draft" if draft.head is None else "eagle3",
         most,
         draft_model_dir=args.draft_model,
         draft_artifact_dir=args.draft_artifact,

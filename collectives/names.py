@@ -2,6 +2,9 @@
 
 ALL_REDUCE = "tpserve.all_reduce"
 ALL_GATHER = "tpserve.all_gather"
+"""Columns of the ranks side by side: float32, and on GPUs bfloat16 too."""
+WHOLE_ROWS = "tpserve.whole_rows"
+"""Of GPUs: (T, H), a sum that one of the two below gave, whole in some of its T rows on each rank -> whole in all."""
 GEMM_ALL_REDUCE_ADD_RMS_NORM = "tpserve.gemm_all_reduce_add_rms_norm"
 """A GEMM, its sum over ranks, plus the residual, and the RMSNorm of that: one call, so that a backend may overlap them.
 

@@ -17,6 +17,7 @@ from tpserve.collectives.names import (
     ALL_REDUCE,
     GEMM_ALL_REDUCE_ADD_RMS_NORM,
     GEMM_ALL_REDUCE_ADD_RMS_NORM_FP8,
+    WHOLE_ROWS,
 )
 from tpserve.collectives.rendezvous import Rendezvous
 
@@ -48,6 +49,7 @@ class NcclCommunicator:
         self._functions = {
             ALL_REDUCE: self._all_reduce,
             ALL_GATHER: self._all_gather,
+            WHOLE_ROWS: self._whole_rows,
             GEMM_ALL_REDUCE_ADD_RMS_NORM: self._gemm_all_reduce_add_rms_norm,
             GEMM_ALL_REDUCE_ADD_RMS_NORM_FP8: self._gemm_all_reduce_add_rms_norm_fp8,
         }
@@ -72,10 +74,18 @@ class NcclCommunicator:
 
     def _all_gather(self, x: Any, out: Any) -> None:
         rows, columns = x.shape
-        parts = self._scratch_of((self._world_size, rows, columns), "float32")
+        dtype = str(x.dtype)
+        parts = self._scratch_of((self._world_size, rows, columns), dtype)
         stream = tvm_ffi.get_raw_stream(x.device)
-        self._communicator.allGather(self._address(x), self._address(parts), x.numel(), nccl.NCCL_FLOAT32, stream)
+        kind = nccl.NCCL_FLOAT32 if dtype == "float32" else _NCCL_BFLOAT16
+        self._communicator.allGather(self._address(x), self._address(parts), x.numel(), kind, stream)
         self._kernels["join_columns"](parts, out)
+
+    def _whole_rows(self, x: Any, out: Any) -> None:
+        """Copy: here every rank has all rows."""
+        stream, size = tvm_ffi.get_raw_stream(x.device), 2 * x.numel()
+        source, target = self._address(x), self._address(out)
+        cupy.cuda.runtime.memcpyAsync(target, source, size, cupy.cuda.runtime.memcpyDeviceToDevice, stream)
 
     def _gemm_all_reduce_add_rms_norm(self, gemm: str, *args: Any) -> None:
         *operands, residual, weight, eps, part, residual_out, out = args

@@ -17,6 +17,7 @@ from tpserve.collectives.names import (
     ALL_REDUCE,
     GEMM_ALL_REDUCE_ADD_RMS_NORM,
     GEMM_ALL_REDUCE_ADD_RMS_NORM_FP8,
+    WHOLE_ROWS,
 )
 from tpserve.collectives.rendezvous import Rendezvous
 
@@ -102,7 +103,7 @@ class PushCommunicator:
     def register(self) -> None:
         """Make this communicator the one that compiled graphs call."""
         fused = (GEMM_ALL_REDUCE_ADD_RMS_NORM, GEMM_ALL_REDUCE_ADD_RMS_NORM_FP8)
-        for name in (ALL_REDUCE, ALL_GATHER, *fused):
+        for name in (ALL_REDUCE, ALL_GATHER, WHOLE_ROWS, *fused):
             tvm_ffi.register_global_func(name, self.function(name), override=True)
 
     def close(self) -> None:

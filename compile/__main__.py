@@ -132,10 +132,12 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
     if quantization == "auto":
         if config.stored_fp8:
             quantization = "fp8"
+        elif _TARGETS[args.device] == "cuda":
+            quantization = "q0bf16"
         elif head is not None and config is head.layer:  # it takes the target's embedding as that is stored
             quantization = stored_quantization(_resolve(args.target_model, args))
         else:
-            quantization = "q0bf16" if _TARGETS[args.device] == "cuda" else stored_quantization(model_dir)
+            quantization = stored_quantization(model_dir)
     compile_config = CompileConfig(
         tp_size=args.tp,
         quantization=quantization,

@@ -127,9 +127,15 @@ def _build(
 
 
 def pending_bytes(head: EagleHeadConfig, compile_config: CompileConfig) -> int:
-    """Return what a head's rank keeps of hidden rows: those left aside, and the input of one forward."""
-    rows = compile_config.max_num_seqs * (HEAD_PENDING_ROWS + 1 + MAX_DRAFT_TOKENS)
-    return 4 * (rows + compile_config.max_num_batched_tokens) * head.num_row_values
+    """Return about what a head's rank keeps besides.
+
+    Rows that are left aside, the input of one step, and on a GPU logits among the target's tokens.
+    """
+    slots, tokens = compile_config.max_num_seqs, compile_config.max_num_batched_tokens
+    if compile_config.target == "cuda":
+        return 2 * (2 * slots + tokens) * head.layer.hidden_size + 4 * slots * head.target_vocab_size
+    rows = slots * (HEAD_PENDING_ROWS + 1 + MAX_DRAFT_TOKENS)
+    return 4 * (rows + tokens) * head.num_row_values
 
 
 def buffer_bytes(config: ModelConfig, compile_config: CompileConfig, sharding: Sharding) -> int:

@@ -342,13 +342,9 @@ class CompileConfig:
                 "KV pages of a CPU's tuned kernels are float32, not fp8: use --device cuda, --kernels portable (slow, "
                 "the same numbers as on a GPU), or --kv-cache-dtype auto"
             )
-        if self.aux_layers and self.target == "cuda":
+        if self.aux_layers and self.target == "llvm" and self.activation_dtype != "float32":
             raise ModelConfigError(
-                "EAGLE-3 heads are built for CPUs alone: use --device cpu, or a smaller model as --draft-model"
-            )
-        if self.aux_layers and self.activation_dtype != "float32":
-            raise ModelConfigError(
-                f"EAGLE-3 heads read rows of float32, {self.kernels} kernels for {self.quantization} give "
+                f"on a CPU, EAGLE-3 heads read rows of float32, {self.kernels} kernels for {self.quantization} give "
                 f"{self.activation_dtype}: use --kernels tuned, or --quantization q0f32"
             )
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from tpserve.compile.config import ModelConfig, read_config
+from tpserve.compile.config import CompileConfig, ModelConfig, read_config
 from tpserve.compile.errors import CheckpointError, ModelConfigError
+from tpserve.compile.sharding import PANEL_ROWS
 
 NUM_AUX_LAYERS = 3
 _FEWEST_LAYERS = 7
@@ -118,6 +119,32 @@ class EagleHeadConfig:
                 "and the head has no embed_tokens.weight of its own: give the EAGLE-3 head of this very model"
             )
         return head
+
+    def check_compile(self, compile_config: CompileConfig) -> None:
+        """Check how this is to be compiled.
+
+        Raises
+        ------
+        ModelConfigError
+            If it cannot be so; names the remedy.
+        """
+        if compile_config.quantization == "fp8":
+            raise ModelConfigError(
+                "an EAGLE-3 head is not quantised: use --quantization q0bf16, also beside an fp8 model"
+            )
+        if compile_config.target == "llvm":
+            return
+        if compile_config.kv_cache_dtype != "auto":
+            raise ModelConfigError(
+                f"on a GPU, KV pages of an EAGLE-3 head are bfloat16, not {compile_config.kv_cache_dtype}: leave "
+                "--kv-cache-dtype away, also beside a model with it"
+            )
+        tp_size, hidden = compile_config.tp_size, self.layer.hidden_size
+        if hidden % (tp_size * PANEL_ROWS):
+            raise ModelConfigError(
+                f"the head's rows have {hidden} values, which {tp_size} GPUs do not split in multiples of "
+                f"{PANEL_ROWS}: give a smaller --tp"
+            )
 
     def _with_tensors(self, shapes: dict[str, tuple[int, ...]], model_dir: Path) -> Self:
         """Return this with what the checkpoint has, after comparing every tensor's shape."""

@@ -7,6 +7,7 @@ Shapes: T tokens of the step, R sampled rows, S slots, P pages of a page table, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -156,10 +157,19 @@ class Operators(Protocol):
         kv: PagedKV,
         shape: AttentionShape,
     ) -> Tensor:
-        """Do as `attention`, but attend to nothing: return the rotated queries, (T, Hq, D). On CPUs alone."""
+        """Do as `attention`, but attend to nothing: return the rotated queries, (T, Hq, D).
+
+        On a GPU for pages of bfloat16 and without norms alone.
+        """
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """(T, H), (R,) int32 -> (R, H)."""
+
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        """(T, H) each, two or three -> side by side, (T, 2 H) or (T, 3 H)."""
+
+    def whole_rows(self, x: Tensor, tp_size: int) -> Tensor:
+        """(T, H), the residual stream as `gemm_sum_add_rms_norm` gives it for T rows -> whole in all, on each rank."""
 
 
 def all_reduce(x: Tensor, tp_size: int) -> Tensor:

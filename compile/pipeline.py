@@ -47,6 +47,7 @@ def build_graph(config: ModelConfig, compile_config: CompileConfig) -> Graph:
 
 def build_head_graph(head: EagleHeadConfig, compile_config: CompileConfig) -> Graph:
     """Write an EAGLE-3 head in relax: functions `project`, `append` and `step` (see `Eagle3Head`)."""
+    head.check_compile(compile_config)
     context = _context(head.layer, shard_head(head.layer, compile_config.tp_size), compile_config)
     dtype = compile_config.activation_dtype
     step = _batch_spec(context, compile_config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -143,6 +144,14 @@ class PortableOperators:
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """See Operators."""
         return op.take(x, rows, axis=0)
+
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        """See Operators."""
+        return op.concat(list(parts), dim=-1)
+
+    def whole_rows(self, x: Tensor, tp_size: int) -> Tensor:
+        """See Operators."""
+        return x
 
     def _normed(self, x: Tensor, weight: Tensor, eps: float, *, quantize: bool) -> GemmInput:
         out = op.rms_norm(x.astype("float32"), weight, axes=-1, epsilon=eps)

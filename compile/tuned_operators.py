@@ -153,8 +153,8 @@ class TunedOperators:
         shape: AttentionShape,
     ) -> Tensor:
         """See Operators."""
-        assert self._target == "cpu", "on a GPU, attention itself writes to the pages"
         norm = list(qk_norm or ())
+        assert self._target == "cpu" or (not norm and kv.scale is None), "a GPU's kernel has neither norm nor scales"
         args = [qkv, *norm, batch.positions, batch.token_slots, batch.page_table, batch.rope, kv.pages]
         heads = (qkv.shape[0], shape.num_q_heads, shape.head_dim)
         return self._extern(f"{'qk_norm_' if norm else ''}rope_append", args, heads)
@@ -162,6 +162,19 @@ class TunedOperators:
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """See Operators."""
         return self._extern("take_rows", [x, rows], (rows.shape[0], x.shape[1]))
+
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        """See Operators."""
+        if self._target == "cpu":
+            return op.concat(list(parts), dim=-1)
+        tokens, columns = parts[0].shape
+        return self._extern(f"concat_{len(parts)}", parts, (tokens, len(parts) * columns))
+
+    def whole_rows(self, x: Tensor, tp_size: int) -> Tensor:
+        """See Operators."""
+        if self._target == "cpu" or tp_size == 1:
+            return x
+        return op.extern("tpserve.whole_rows", [x], Tensor.placeholder(x.shape, x.dtype))
 
     def _extern(
         self, name: str, args: Sequence[Tensor | int | float], shape: tuple[object, ...], dtype: str | None = None

@@ -303,8 +303,9 @@ class _Server:
         assert speculation.draft_model is not None
         flags = ["--tp", str(speculation.draft_tp), "--max-num-seqs", str(target.max_num_seqs)]
         flags += ["--max-model-len", str(target.max_model_len), "--cut-model-len"]
-        if speculation.method == "eagle3":  # it takes the model's embedding as that is stored
-            flags += ["--target-model", folders["model_dir"], "--quantization", target.quantization]
+        if speculation.method == "eagle3":  # it takes the model's embedding as that is stored, and is not fp8 itself
+            quantization = "q0bf16" if target.quantization == "fp8" else target.quantization
+            flags += ["--target-model", folders["model_dir"], "--quantization", quantization]
         num_tokens = draft_step_tokens(self._args.max_num_batched_tokens, target.max_num_seqs, on_gpu=device == "cuda")
         draft_folders = self._build(speculation.draft_model, device, num_tokens, flags)
         draft = Manifest.load(Path(draft_folders["artifact_dir"]))

@@ -58,12 +58,7 @@ class SpeculationChoice:
                 "--draft-placement dedicated is built for CPUs alone: on GPUs a round of drafting and verifying is one "
                 "captured graph; use colocated"
             )
-        if self.method == "eagle3":
-            raise ClusterError(
-                f"--draft-model {self.draft_model} is an EAGLE-3 head, which is built for CPUs alone: on GPUs, give a "
-                "smaller model of the same vocabulary"
-            )
-        if self.method != "draft":
+        if self.method not in ("draft", "eagle3"):
             raise ClusterError(f"--spec-method {self.method} is built for CPUs alone: on GPUs, give --draft-model")
         if self.draft_tp not in (1, tp_size):
             raise ClusterError(
@@ -117,7 +112,7 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-model",
         metavar="MODEL",
-        help="a smaller model with the same vocabulary, or this model's EAGLE-3 head (on CPUs), as MODEL is given",
+        help="a smaller model with the same vocabulary, or this model's EAGLE-3 head, as MODEL is given",
     )
     group.add_argument(
         "--draft-tp",

@@ -158,3 +158,8 @@ class MarkovHead(TinyHead):
 def deep(model: TinyModel, num_layers: int = 8) -> TinyModel:
     """The same with so many layers: a head reads three of them."""
     return replace(model, config=model.config | {"num_hidden_layers": num_layers})
+
+
+def wide(model: TinyModel) -> TinyModel:
+    """The same with heads of 64, as GPUs want them, and sizes to go with those."""
+    return replace(model, config=model.config | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64})

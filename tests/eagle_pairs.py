@@ -38,12 +38,16 @@ def build_pair(
     tp_size: int = 1,
     head_tokens: int = 40,
     head_len: int = 256,
+    num_tokens: int = 128,
+    num_slots: int = NUM_SLOTS,
+    target: Literal["llvm", "cuda"] = "llvm",
     kernels: Literal["tuned", "portable"] = "tuned",
+    quantization: Literal["q0f32", "q0bf16"] = "q0f32",
     head_quantization: Literal["q0f32", "q0bf16"] = "q0f32",
 ) -> RankConfig:
     """Write and compile a target and its head; return the first rank's configuration.
 
-    A step of the head takes `head_tokens`: catching up may take several.
+    A step of the target takes `num_tokens`, one of the head `head_tokens`: on a CPU, catching up may take several.
     """
     target_dir, head_dir = folder / "target", folder / "head"
     if not target_dir.exists():
@@ -54,12 +58,12 @@ def build_pair(
     read = EagleHeadConfig.from_hf(head_dir, config)
     large = CompileConfig(
         tp_size=tp_size,
-        quantization="q0f32",
+        quantization=quantization,
         kernels=kernels,
-        target="llvm",
+        target=target,
         max_model_len=256,
-        max_num_batched_tokens=128,
-        max_num_seqs=NUM_SLOTS,
+        max_num_batched_tokens=num_tokens,
+        max_num_seqs=num_slots,
         max_num_draft_tokens=MOST,
         aux_layers=read.aux_layers,
     )
@@ -72,7 +76,7 @@ def build_pair(
         "eagle3", MOST, draft_model_dir=head_dir, draft_artifact_dir=head_lib, draft_tp_size=tp_size
     )
     return RankConfig(
-        0, tp_size, target_dir, target_lib, "auto", NUM_PAGES, NUM_SLOTS, 1, "unused", 10.0, speculation=speculation
+        0, tp_size, target_dir, target_lib, "auto", NUM_PAGES, num_slots, 1, "unused", 10.0, speculation=speculation
     )
 
 

@@ -31,13 +31,15 @@ class CapturedStep:
         """Decoding slots that the step verifies draft tokens of."""
         self.num_draft_tokens = 0 if verify is None else verify.num_draft_tokens
         self.prompt_graph: Any = None
-        """The draft's pass over the same tokens, for steps with prompts."""
+        """A draft model's pass over the same tokens, for steps with prompts."""
         self.inputs = cupy.zeros(bucket.num_inputs, cupy.int32)
         self.graph: Any = None
         self.forward_graph: Any = None
         """The same without the sampling; captured when a step of this size first has a grammar."""
         self.logits: Any = None
         """What the forward graph writes: memory of the pool, good until the next launch of any graph."""
+        self.head_rows: Any = None
+        """The same, of a replica with an EAGLE-3 head: rows of the step's tokens that slots may keep."""
         parts = [self.inputs[start : start + size] for start, size in zip(bucket.starts, bucket.sizes, strict=True)]
         parts[2].fill(-1)
         parts[4].fill(-1)

@@ -12,6 +12,7 @@ from tpserve.proto.manifest import Manifest
 from tpserve.proto.rank import RankConfig
 from tpserve.proto.speculation import DEVICE_DRAFT_WINDOW, Speculation
 from tpserve.worker.errors import WorkerError
+from tpserve.worker.head_facts import check_head
 from tpserve.worker.library import check_manifest
 
 
@@ -24,7 +25,7 @@ def draft_rank_config(config: RankConfig, speculation: Speculation) -> RankConfi
         If there is no draft model, or its TP degree is neither 1 nor the model's; names the remedy.
     """
     if speculation.draft_artifact_dir is None or speculation.draft_model_dir is None:
-        raise WorkerError("method draft needs a draft model and its library: give --draft-model")
+        raise WorkerError(f"method {speculation.method} needs a draft and its library: give --draft-model")
     size = speculation.draft_tp_size
     if size not in (1, config.tp_size):
         raise WorkerError(
@@ -39,6 +40,41 @@ def draft_rank_config(config: RankConfig, speculation: Speculation) -> RankConfi
         artifact_dir=speculation.draft_artifact_dir,
         load_format=speculation.draft_load_format,
     )
+
+
+def check_head_manifest(config: RankConfig, target: Manifest) -> Manifest:
+    """Read the manifest of an EAGLE-3 head's library and compare it with its model's.
+
+    Parameters
+    ----------
+    config
+        Of the head's rank, as `draft_rank_config` gives it.
+    target
+        Of the model.
+
+    Raises
+    ------
+    WorkerError
+        Naming what does not fit, with both values.
+    """
+    if config.tp_size != target.tp_size:
+        raise WorkerError(
+            f"draft_tp_size is {config.tp_size}, the model's {target.tp_size}: an EAGLE-3 head is split as its model "
+            "is; leave --draft-tp away"
+        )
+    head = check_manifest(config.artifact_dir, config.model_dir, config.tp_size, config.max_num_seqs)
+    check_head(head, target, config.max_num_seqs)
+    # All tokens that the model computes run through the head's projections behind it.
+    if head.max_num_batched_tokens < target.max_num_batched_tokens:
+        raise WorkerError(
+            f"the head's library takes {head.max_num_batched_tokens} tokens in a step, the model's "
+            f"{target.max_num_batched_tokens}: compile it with --max-num-batched-tokens {target.max_num_batched_tokens}"
+        )
+    if head.kv.dtype != "bfloat16":
+        raise WorkerError(
+            f"the head's library has KV pages of {head.kv.dtype}, on GPUs they are bfloat16: compile again"
+        )
+    return head
 
 
 def check_draft_manifest(config: RankConfig, target: Manifest) -> Manifest:

@@ -29,11 +29,13 @@ from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.buckets import Bucket, capture_order, fill, make_buckets, smallest
 from tpserve.worker.captured_step import CapturedStep, PendingStep, unowned
-from tpserve.worker.device_draft import check_draft_manifest, draft_rank_config
+from tpserve.worker.device_draft import check_draft_manifest, check_head_manifest, draft_rank_config
+from tpserve.worker.device_draft_model import DeviceDraft
 from tpserve.worker.device_group import DeviceGroup
+from tpserve.worker.device_head import DeviceHead
 from tpserve.worker.device_kv_cache import attention_workspace, device_pages
 from tpserve.worker.device_sampler import DeviceSampler
-from tpserve.worker.device_speculation import DeviceDraft, DeviceSpeculation
+from tpserve.worker.device_speculation import DeviceProposer, DeviceSpeculation
 from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
 from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.grammar import ConstrainedRow, GrammarFollower
@@ -107,6 +109,8 @@ class DeviceRunner:
             _NUM_STAGING,
             manifest.max_num_rows,
         )
+        self._draft: DeviceDraft | None = None
+        self._head: DeviceHead | None = None
         self._speculation = self._make_speculation(manifest, draft, progress)
         self._constrained: tuple[list[ConstrainedRow], int, int, int] = ([], 0, 0, 1)
         """Groups of rows of the last step that had grammars, its number of rows, its staging, and rows of a group."""
@@ -143,12 +147,11 @@ class DeviceRunner:
         speculation = self._config.speculation
         if speculation is None:
             return None
-        if speculation.method == "eagle3":
-            raise WorkerError("EAGLE-3 heads are built for CPUs alone: on GPUs, use a draft that is a model of its own")
-        if speculation.method != "draft":
+        if speculation.method not in ("draft", "eagle3"):
             raise WorkerError(f"{speculation.method} looks tokens up on the host: on GPUs, use a draft model")
         config = draft_rank_config(self._config, speculation)
-        return config, check_draft_manifest(config, manifest)
+        check = check_head_manifest if speculation.method == "eagle3" else check_draft_manifest
+        return config, check(config, manifest)
 
     def _make_speculation(
         self, manifest: Manifest, draft: tuple[RankConfig, Manifest] | None, progress: Progress
@@ -158,9 +161,14 @@ class DeviceRunner:
         if speculation is None or draft is None:
             return None
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
-            model = DeviceDraft(*draft, self._kernels, self._device, self._stream, progress)
+            given = (*draft, self._kernels, self._device, self._stream, progress)
+            proposer: DeviceProposer
+            if speculation.method == "eagle3":
+                proposer = self._head = DeviceHead(*given, target=manifest, target_params=self._params)
+            else:
+                proposer = self._draft = DeviceDraft(*given)
             sizes = (self._config.max_num_seqs, manifest.max_model_len + 1, _NUM_STAGING)
-            return self.speculation_type(speculation, model, self._kernels, *sizes)
+            return self.speculation_type(speculation, proposer, self._kernels, *sizes)
 
     # ---- capture
 
@@ -177,7 +185,7 @@ class DeviceRunner:
             for step in steps:
                 step.plan = tvm_ffi.from_dlpack(self._plan[: self._plan_words(step.bucket)])
                 step.graph = self._capture_one(partial(self._run, step))
-                if self._speculation is not None and not step.num_draft_tokens:
+                if self._draft is not None and not step.num_draft_tokens:
                     step.prompt_graph = self._capture_one(partial(self._run_draft, step))
             self._stream.synchronize()
         logger.info("captured %d graphs in %.1f s", len(steps), time.perf_counter() - started)
@@ -196,43 +204,45 @@ class DeviceRunner:
 
     def _run_draft(self, step: CapturedStep) -> None:
         """Queue the draft's pass over a step that has run."""
-        assert self._speculation is not None
-        token_ids, positions, token_slots = step.tensors[:3]
-        decode_only = step.bucket.decode_only
-        self._speculation.compute_prompts(token_ids, positions, token_slots, self._page_table, decode_only)
+        assert self._draft is not None
+        self._draft.run_prompts(step.tensors, self._page_table, decode_only=step.bucket.decode_only)
 
     def _capture_forward(self, step: CapturedStep) -> None:
         """Capture a bucket's step up to the logits; nothing runs, and the pool has room from the whole step's capture.
 
-        The logits' memory goes back to the pool, as it does in every other graph: only what is launched later writes to
-        it, and the sampling stands before that in the stream. Holding it would cost megabytes for each bucket.
+        The memory of the logits, and of a head's rows, goes back to the pool, as it does in every other graph: only
+        what is launched later writes to it, and the sampling stands before that in the stream. Holding it would cost
+        megabytes for each bucket.
         """
         started = time.perf_counter()
         self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
-        logits, step.forward_hidden = self._forward(step)
+        logits, step.forward_hidden, head_rows = self._forward(step)
         step.forward_graph = self._stream.end_capture()
         step.logits = unowned(logits)
+        step.head_rows = None if head_rows is None else unowned(head_rows)
         step.forward_graph.upload(self._stream)
         took_ms = (time.perf_counter() - started) * 1e3
         logger.info("captured the forward pass of %d tokens for grammars in %.1f ms", step.bucket.num_tokens, took_ms)
 
     def _run(self, step: CapturedStep) -> None:
         """Queue everything that one step does on the device."""
-        logits, step.hidden = self._forward(step)
-        self._sample(step, logits)
+        logits, step.hidden, head_rows = self._forward(step)
+        self._sample(step, logits, head_rows)
 
-    def _sample(self, step: CapturedStep, logits: Any) -> None:
-        """Queue the sampling of a step's logits."""
+    def _sample(self, step: CapturedStep, logits: Any, head_rows: Any) -> None:
+        """Queue the sampling of a step's logits, and what hangs on it; `head_rows` as `_forward` gave them."""
         sample_slots, sample_positions = step.tensors[4:]
         ids = self._sampler.queue(logits, sample_slots, sample_positions)
         if self._speculation is not None:
             where = (ids, sample_slots, sample_positions)
             self._speculation.accept(step.num_slots, step.num_draft_tokens, *where)
+            if self._head is not None:
+                self._head.keep(self._speculation.num_tokens, step.tensors, head_rows)
         else:
             self._kernels["store_last_tokens"](ids, sample_slots, self._last_token)
 
-    def _forward(self, step: CapturedStep) -> tuple[Any, Any]:
-        """Queue a step up to its logits; return them and the hidden rows that they are of."""
+    def _forward(self, step: CapturedStep) -> tuple[Any, Any, Any]:
+        """Queue a step up to its logits; return them, the hidden rows that they are of, and rows of a head or None."""
         token_ids, positions, token_slots, sample_rows = step.tensors[:4]
         if self._speculation is None:
             self._kernels["load_last_tokens"](token_slots, self._last_token, token_ids)
@@ -242,7 +252,7 @@ class DeviceRunner:
                 self._speculation.draft(token_slots, step.num_slots, drafts, self._page_table, self._sampler)
             self._speculation.load(drafts, step.tensors)
         self._kernels["attention_plan"](positions, token_slots, *self._heads, self._window, step.plan)
-        logits, hidden = self._step(
+        logits, hidden, *aux = self._step(
             token_ids,
             positions,
             token_slots,
@@ -253,7 +263,8 @@ class DeviceRunner:
             self._kv,
             self._params,
         )
-        return logits, hidden
+        head_rows = None if self._head is None else self._head.extend(step.tensors, aux[0], self._page_table)
+        return logits, hidden, head_rows
 
     # ---- steps
 
@@ -308,10 +319,10 @@ class DeviceRunner:
                 hidden = self._fetch_hidden(step.forward_hidden if rows else step.hidden, slots, 1 + drafts)
             self._events[staging].record(self._stream)
             if self._speculation is not None and not drafts:
-                if plan.chunks:  # behind the result: no first token waits for it
-                    step.prompt_graph.launch(self._stream)
-                else:
+                if not plan.chunks:
                     self._speculation.plain_step(slots)
+                elif step.prompt_graph is not None:  # behind the result: no first token waits for it
+                    step.prompt_graph.launch(self._stream)
         if not drafts:
             self._batch.commit(arrays, None)
         return PendingStep(self, plan, staging, slots, len(arrays.token_ids), step.bucket, failures, mask_us, hidden)
@@ -345,7 +356,7 @@ class DeviceRunner:
         failures = self._grammars.fill(rows, buffer)
         self._sampler.send_masks(staging, int(buffer.mask_rows.max()) + 1, self._stream)
         mask_us = int((time.perf_counter() - started) * 1e6)
-        self._sample(step, step.logits)
+        self._sample(step, step.logits, step.head_rows)
         return failures, mask_us
 
     def finish(self, pending: PendingStep) -> StepResult:

@@ -1,4 +1,4 @@
-"""Speculation on a GPU: the slots' tokens on the device, the draft's own model, and its part of each captured step.
+"""Speculation on a GPU: the slots' tokens on the device, and the part of each captured step that drafts and verifies.
 
 Everything of a round is device work: the draft's steps, the target's step over last and draft tokens, and the
 comparison, which sets how far each slot is. The host learns it with the result. Verification is that of
@@ -7,9 +7,9 @@ comparison, which sets how far each slot is. The host learns it with the result.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import cupy
 import numpy as np
@@ -17,61 +17,50 @@ import tvm_ffi
 
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import SlotAdd
-from tpserve.proto.rank import RankConfig
-from tpserve.proto.speculation import DEVICE_DRAFT_WINDOW, Speculation
+from tpserve.proto.speculation import Speculation
 from tpserve.worker.arrays import Array
-from tpserve.worker.device_kv_cache import attention_workspace, device_pages
 from tpserve.worker.device_sampler import DeviceSampler
-from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
-from tpserve.worker.draft_lag import DraftLag
-from tpserve.worker.library import Library
+from tpserve.worker.device_weights import pinned
 
-logger = logging.getLogger(__name__)
+State = tuple[Any, ...]
+"""Tensors by slot: tokens, num_tokens, max_len, draft_tokens; `SlotState` of speculation_rows.cuh."""
+DraftLogits = tuple[Any, Any, Any]
+"""(B, width) float32 logits of one draft token of each slot, and the (B,) int32 slots and positions to sample; slot -1:
+nothing is drafted there."""
 
 
-class DeviceDraft:
-    """The draft model of one rank: whole, or its shard.
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A step that drafts and verifies, as it is laid out."""
 
-    Whole ones draft the same, and nothing travels between them. Shards exchange activations over the model's own group,
-    whose collectives the draft's library finds by their names. Steps of the two take turns on one stream, in an order
-    that is the same on all ranks: it hangs on plans and buckets alone. So does how often the draft catches up.
+    token_slots: Any
+    """(num_slots * stride,) int32 tensor: decoding slot b is that of row b * stride."""
+    num_slots: int
+    num_draft_tokens: int
+    page_table: Any
 
-    Parameters
-    ----------
-    config
-        Of the draft's rank; see `draft_rank_config`.
-    manifest
-        Of the draft; see `check_draft_manifest`.
-    """
+    @property
+    def stride(self) -> int:
+        """Rows of one slot."""
+        return 1 + self.num_draft_tokens
 
-    def __init__(
-        self, config: RankConfig, manifest: Manifest, kernels: Any, device: Any, stream: Any, progress: Progress
-    ) -> None:
-        self.manifest = manifest
-        self._kernels = kernels
-        self._step = Library(config.artifact_dir, manifest, kernels, device).step
-        self._params = load_device_parameters(manifest, config, kernels, stream, progress)
-        kv = manifest.kv
-        self._kv = device_pages(kv, config.num_pages)
-        self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
-        self.max_num_tokens = manifest.max_num_batched_tokens
-        words = kernels["attention_plan_size"](self.max_num_tokens, config.max_num_seqs, False)
-        # Exchanged once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
-        self._plan = tvm_ffi.from_dlpack(cupy.zeros(words, cupy.int32))
-        floats = kernels["attention_workspace_size"](self.max_num_tokens, *self._heads, kv.head_dim)
-        self._workspace = attention_workspace(floats)
-        self._max_num_seqs = config.max_num_seqs
 
-    def forward(
-        self, ids: Any, positions: Any, slots: Any, page_table: Any, rows: Any, *, decode_only: bool = False
-    ) -> Any:
-        """Queue a step over (T,) tokens, with `decode_only` one of a slot at most; return the (R, width) logits."""
-        words = self._kernels["attention_plan_size"](ids.shape[0], self._max_num_seqs, decode_only)
-        plan = self._plan._create_view((words,))
-        self._kernels["attention_plan"](positions, slots, *self._heads, self.manifest.attention_window, plan)
-        arguments = (ids, positions, slots, page_table, rows, plan, self._workspace, self._kv, self._params)
-        logits, _ = self._step(*arguments)
-        return logits
+class DeviceProposer(Protocol):
+    """What drafts for the slots of one rank: a model of its own, or a head."""
+
+    manifest: Manifest
+
+    def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
+        """Take sequences that enter slots, in order with the steps on `stream`."""
+
+    def plain_step(self, decoding: Array) -> None:
+        """Note that slots, (B,) int32, move on in a step without drafts and without prompts."""
+
+    def catch_up(self, state: State, decoding: Array, run: Round) -> None:
+        """Queue what must run before a round that is about to be launched; `decoding` is (B,) int32, its slots."""
+
+    def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:
+        """Queue the draft's steps of a round, one for each draft token, which is stored before the next begins."""
 
 
 class DeviceSpeculation:
@@ -86,7 +75,7 @@ class DeviceSpeculation:
     def __init__(
         self,
         speculation: Speculation,
-        draft: DeviceDraft,
+        draft: DeviceProposer,
         kernels: Any,
         max_num_seqs: int,
         width: int,
@@ -96,29 +85,24 @@ class DeviceSpeculation:
         self._draft = draft
         self._kernels = kernels
         self._tokens = cupy.zeros((max_num_seqs, width), cupy.int32)
+        self._num_tokens = cupy.zeros(max_num_seqs, cupy.int32)
         self._max_len = cupy.zeros(max_num_seqs, cupy.int32)
         arrays = (
             self._tokens,
-            cupy.zeros(max_num_seqs, cupy.int32),
+            self._num_tokens,
             self._max_len,
             cupy.full((max_num_seqs, most), -1, cupy.int32),
         )
-        self._state = tuple(tvm_ffi.from_dlpack(array) for array in arrays)
-        """tokens, num_tokens, max_len, draft_tokens."""
+        self._state: State = tuple(tvm_ffi.from_dlpack(array) for array in arrays)
         self._counts = cupy.zeros(max_num_seqs, cupy.int32)
         self._drafted = cupy.zeros(max_num_seqs, cupy.int32)
         self._group_tensors = tuple(tvm_ffi.from_dlpack(array) for array in (self._counts, self._drafted))
         self._results = [(pinned(max_num_seqs, np.int32), pinned(max_num_seqs, np.int32)) for _ in range(num_staging)]
-        work = [cupy.zeros(draft.max_num_tokens, cupy.int32) for _ in range(3)] + [
-            cupy.zeros(max_num_seqs, cupy.int32) for _ in "ab"
-        ]
-        self._work = tuple(tvm_ffi.from_dlpack(array) for array in work)
-        """ids, positions, slots of the draft's steps; slots and positions that it samples."""
-        # Rows that are sampled: the last of each window, or each.
-        windows = cupy.arange(max_num_seqs, dtype=cupy.int32) * DEVICE_DRAFT_WINDOW + (DEVICE_DRAFT_WINDOW - 1)
-        self._window_rows = tvm_ffi.from_dlpack(windows)
-        self._all_rows = tvm_ffi.from_dlpack(cupy.arange(max_num_seqs, dtype=cupy.int32))
-        self._lag = DraftLag(max_num_seqs)
+
+    @property
+    def num_tokens(self) -> Any:
+        """(S,) int32 tensor: tokens of each slot; 0 while its prompt runs."""
+        return self._state[1]
 
     # ---- between steps
 
@@ -128,8 +112,9 @@ class DeviceSpeculation:
         One with a `max_len` of 0 may not be drafted for: all its rows but the first are padding, to the draft, the
         model and both samplings. So a step gives it one token, by its own penalties or mask.
         """
-        self._lag.add(added_slots)
+        self._draft.add(added_slots, stream)
         for added in added_slots:
+            self._num_tokens[added.slot : added.slot + 1].set(np.zeros(1, np.int32), stream)
             self._max_len[added.slot : added.slot + 1].set(np.asarray([added.max_len], np.int32), stream)
             if added.prefix_token_ids:
                 prefix = np.asarray(added.prefix_token_ids, np.int32)
@@ -138,28 +123,18 @@ class DeviceSpeculation:
     def catch_up(
         self, decoding: Array, token_slots: Any, num_slots: int, num_draft_tokens: int, page_table: Any
     ) -> None:
-        """Before a round, let the draft compute what plain steps have left out; not captured, since it is rare.
+        """Queue what the draft must compute before a round; arguments as in `draft`.
 
         Parameters
         ----------
         decoding : (B,) int32
             The slots that decode.
-        token_slots : (num_slots * (1 + num_draft_tokens),) int32 tensor
-            As the step is laid out.
         """
-        behind = self._lag.take(decoding)
-        if behind <= DEVICE_DRAFT_WINDOW - 2:
-            return
-        size = max(1, self._draft.max_num_tokens // num_slots)
-        passes = range(DEVICE_DRAFT_WINDOW, behind + 2, size)
-        logger.info("the draft catches up with %d plain steps in %d passes", behind, len(passes))
-        stride, one = 1 + num_draft_tokens, self._all_rows._create_view((1,))
-        for begin in reversed(passes):  # the earliest tokens first
-            self._run_window(token_slots, stride, num_slots, size, begin, page_table, one)
+        self._draft.catch_up(self._state, decoding, Round(token_slots, num_slots, num_draft_tokens, page_table))
 
     def plain_step(self, decoding: Array) -> None:
         """Note that slots, (B,) int32, move on without the draft."""
-        self._lag.plain_step(decoding)
+        self._draft.plain_step(decoding)
 
     # ---- within a captured step
 
@@ -173,32 +148,10 @@ class DeviceSpeculation:
         token_slots : (num_slots * (1 + num_draft_tokens),) int32 tensor
             As the step is laid out.
         """
-        stride = 1 + num_draft_tokens
-        rows = self._window_rows._create_view((num_slots,))
-        logits = self._run_window(token_slots, stride, num_slots, DEVICE_DRAFT_WINDOW, 0, page_table, rows)
-        sample_slots, sample_positions = (tensor._create_view((num_slots,)) for tensor in self._work[3:])
-        for index in range(num_draft_tokens):
-            if index:
-                ids, positions, slots = (tensor._create_view((num_slots,)) for tensor in self._work[:3])
-                where = (ids, positions, slots, sample_positions)
-                self._kernels["draft_continue"](
-                    *self._state, token_slots, stride, index, self._draft.manifest.max_model_len, *where
-                )
-                rows = self._all_rows._create_view((num_slots,))
-                logits = self._draft.forward(ids, positions, slots, page_table, rows, decode_only=True)
-                sample_slots = slots
-            sampled = sampler.queue_draft(logits, sample_slots, sample_positions)
-            self._kernels["draft_store"](*self._state, token_slots, stride, index, sampled, sample_slots)
-
-    def compute_prompts(
-        self, token_ids: Any, positions: Any, token_slots: Any, page_table: Any, decode_only: bool
-    ) -> None:
-        """Queue the draft's pass over a step that has run, so that it has the KV of prompts too.
-
-        `decode_only`: no slot has several of the tokens.
-        """
-        rows = self._all_rows._create_view((1,))
-        self._draft.forward(token_ids, positions, token_slots, page_table, rows, decode_only=decode_only)
+        run = Round(token_slots, num_slots, num_draft_tokens, page_table)
+        for index, (logits, slots, positions) in enumerate(self._draft.steps(self._state, run)):
+            sampled = sampler.queue_draft(logits, slots, positions)
+            self._kernels["draft_store"](*self._state, token_slots, run.stride, index, sampled, slots)
 
     def load(self, num_draft_tokens: int, tensors: Sequence[Any]) -> None:
         """Queue what gives a step's rows their tokens, positions and slots, in place."""
@@ -223,13 +176,3 @@ class DeviceSpeculation:
         """Return a finished step's tokens and verified draft tokens by group, (G,) int32 each."""
         counts, drafted = self._results[staging]
         return counts[:num_groups].copy(), drafted[:num_groups].copy()
-
-    def _run_window(
-        self, slots_at: Any, stride: int, num_slots: int, window: int, behind: int, page_table: Any, rows: Any
-    ) -> Any:
-        ids, positions, slots = (tensor._create_view((num_slots * window,)) for tensor in self._work[:3])
-        sampled = tuple(tensor._create_view((num_slots,)) for tensor in self._work[3:])
-        where = (ids, positions, slots, *sampled)
-        limits = (window, behind, self._draft.manifest.max_model_len)
-        self._kernels["draft_begin"](*self._state, slots_at, stride, *limits, *where)
-        return self._draft.forward(ids, positions, slots, page_table, rows)

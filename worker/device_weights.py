@@ -9,7 +9,7 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupy
@@ -29,6 +29,7 @@ from tpserve.worker.weights import (
     rope_table,
     scales_of,
     shape_of_parts,
+    shared_parameter,
 )
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,12 @@ _HOST: dict[str, Any] = {
 
 
 def load_device_parameters(
-    manifest: Manifest, config: RankConfig, kernels: Any, stream: Any, progress: Progress
+    manifest: Manifest,
+    config: RankConfig,
+    kernels: Any,
+    stream: Any,
+    progress: Progress,
+    target: tuple[Manifest, Sequence[Any]] | None = None,
 ) -> list[Any]:
     """Return the parameters in the manifest's order, as TVM tensors on the current device.
 
@@ -63,6 +69,8 @@ def load_device_parameters(
         The artifact's kernel library.
     stream
         The current CuPy stream, which the kernels use too.
+    target
+        Of a head: manifest and parameters of the model that it drafts for, some of which it takes.
 
     Raises
     ------
@@ -71,17 +79,18 @@ def load_device_parameters(
     """
     started = time.perf_counter()
     params: list[Any] = []
-    if config.load_format == "dummy":
-        for spec in manifest.params:
-            params.append(as_device_tensor(random_parameter(manifest, spec, config.rank), spec.dtype))
-            progress(len(params), len(manifest.params))
-        stream.synchronize()
-        return params
-    loader = _Loader(manifest, config, kernels, stream)
+    loader = None if config.load_format == "dummy" else _Loader(manifest, config, kernels, stream)
     for spec in manifest.params:
-        params.append(loader.load(spec))
+        if spec.layout == "shared":
+            params.append(shared_parameter(spec, target))
+        elif loader is None:
+            params.append(as_device_tensor(random_parameter(manifest, spec, config.rank), spec.dtype))
+        else:
+            params.append(loader.load(spec))
         progress(len(params), len(manifest.params))
     stream.synchronize()
+    if loader is None:
+        return params
     elapsed = time.perf_counter() - started
     logger.info("read %.2f GB in %.1f s, %.1f GB/s", loader.num_bytes / 1e9, elapsed, loader.num_bytes / 1e9 / elapsed)
     cupy.get_default_memory_pool().free_all_blocks()

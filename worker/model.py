@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +12,12 @@ import numpy as np
 
 from tpserve.collectives.cpu import CollectiveStats
 from tpserve.collectives.tls import GroupTls
-from tpserve.proto.manifest import Manifest, ParamSpec
+from tpserve.proto.manifest import Manifest
 from tpserve.worker.arrays import Array, aligned_zeros, as_tensor
-from tpserve.worker.errors import WeightsError
 from tpserve.worker.host_group import join
 from tpserve.worker.kv_cache import KVCache
 from tpserve.worker.library import Library, load_kernels
-from tpserve.worker.weights import dummy_parameters, load_parameters
+from tpserve.worker.weights import dummy_parameters, load_parameters, shared_parameter
 
 Progress = Callable[[int, int], None]
 """Called with (parameters loaded, parameters in all)."""
@@ -98,8 +97,11 @@ class LoadedModel:
             arrays = load_parameters(manifest, config.model_dir, config.rank)
         self._params: list[Any] = []
         for spec in manifest.params:
-            tensor = as_tensor(next(arrays)) if spec.layout != "shared" else _shared(spec, target)
-            self._params.append(tensor)
+            if spec.layout == "shared":
+                own = None if target is None else (target.manifest, target._params)
+                self._params.append(shared_parameter(spec, own))
+            else:
+                self._params.append(as_tensor(next(arrays)))
             progress(len(self._params), len(manifest.params))
         self._kv = KVCache(manifest.kv, config.num_pages)
         # Attention on a CPU needs neither a plan nor room for partial sums.
@@ -187,22 +189,3 @@ class HeadModel(LoadedModel):
         inputs = map(as_tensor, (token_ids, positions, token_slots, page_table, sample_rows))
         logits, rows = self._library.step(*inputs, *self._no_workspace, hidden, self._kv.layers, self._params)
         return logits, rows
-
-
-def _shared(spec: ParamSpec, target: LoadedModel | None) -> Any:
-    """Return the target's parameter that a head takes.
-
-    Raises
-    ------
-    WeightsError
-        If it has none like that.
-    """
-    if target is None:
-        raise WeightsError(f"{spec.name} is its target's: a head cannot be loaded alone")
-    for own, tensor in zip(target.manifest.params, target._params, strict=True):
-        if replace(own, sources=(), layout="shared") == spec:
-            return tensor
-    raise WeightsError(
-        f"the head takes the model's {spec.name} as {spec.shape} {spec.dtype}, which the model does not have: compile "
-        "the head again, with the model as --target-model and by its --quantization"
-    )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,31 @@ class Part:
     column: int
     values: Array
     """(rows, columns), or (rows,) of a vector: a view of the checkpoint. Its place is one in `shape_of_parts`."""
+
+
+def shared_parameter(spec: ParamSpec, target: tuple[Manifest, Sequence[Any]] | None) -> Any:
+    """Return the parameter of a head's target that the head takes.
+
+    Parameters
+    ----------
+    target
+        Manifest and parameters of the target.
+
+    Raises
+    ------
+    WeightsError
+        If it has none like that.
+    """
+    if target is None:
+        raise WeightsError(f"{spec.name} is its target's: a head cannot be loaded alone")
+    manifest, params = target
+    for own, tensor in zip(manifest.params, params, strict=True):
+        if replace(own, sources=(), layout="shared") == spec:
+            return tensor
+    raise WeightsError(
+        f"the head takes the model's {spec.name} as {spec.shape} {spec.dtype}, which the model does not have: compile "
+        "the head again, with the model as --target-model and by its --quantization"
+    )
 
 
 def shape_of_parts(spec: ParamSpec) -> tuple[int, ...]:

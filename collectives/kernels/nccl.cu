@@ -15,17 +15,23 @@ __global__ void __launch_bounds__(256)
   out[index] = load_l2(parts + (row % world_size * rows + row / world_size) * row_vectors + vector);
 }
 
-/// Puts the ranks' columns side by side: (world, rows, columns) float32 -> (rows, world * columns).
-void join_columns(TensorView parts, TensorView out) {
+template <typename T>
+void join(const TensorView& parts, const TensorView& out) {
+  constexpr int kVector = 16 / sizeof(T);
   check_rank("parts", parts, 3);
   const int64_t world = parts.size(0), rows = parts.size(1), columns = parts.size(2);
-  check_multiple("columns", columns, 4);
-  const float* source = checked<float>("parts", parts, {world, rows, columns});
-  float* target = checked<float>("out", out, {rows, world * columns});
-  const int64_t vectors = rows * world * columns / 4;
+  check_multiple("columns", columns, kVector);
+  const T* source = checked<T>("parts", parts, {world, rows, columns});
+  T* target = checked<T>("out", out, {rows, world * columns});
+  const int64_t vectors = rows * world * columns / kVector;
   launch(join_columns_kernel, dim3(static_cast<unsigned>((vectors + 255) / 256)), 256, 0, stream_of(out),
          reinterpret_cast<const uint4*>(source), reinterpret_cast<uint4*>(target), static_cast<int>(world), rows,
-         static_cast<int>(columns / 4));
+         static_cast<int>(columns / kVector));
+}
+
+/// Puts the ranks' columns side by side: (world, rows, columns) float32 or bfloat16 -> (rows, world * columns).
+void join_columns(TensorView parts, TensorView out) {
+  has_dtype<bf16>(parts) ? join<bf16>(parts, out) : join<float>(parts, out);
 }
 
 /// Where a tensor's elements begin, for libraries that take addresses.

@@ -315,6 +315,18 @@ __global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_cons
   if constexpr (kPushed) pdl_wait();
 }
 
+/// Row t of `out` is that of x if it belongs to this rank, which is t % ranks, else zeros.
+__global__ void __launch_bounds__(256)
+    own_rows_kernel(const uint4* x, uint4* out, int rank, int world_size, int row_vectors) {
+  pdl_launch();
+  pdl_wait();
+  const int64_t row = blockIdx.x;
+  const bool own_it = row % world_size == rank;
+  for (int v = threadIdx.x; v < row_vectors; v += 256) {
+    out[row * row_vectors + v] = own_it ? load_l2(x + row * row_vectors + v) : uint4{};
+  }
+}
+
 struct GatherParams {
   const uint4* x;
   uint4* out;
@@ -403,12 +415,27 @@ class PushGroup {
     multiply_and_reduce<Mode::kQuantize>(gemm, x, p);
   }
 
+  /// The residual stream as `add_rms_norm` leaves it for so many rows, whole in all of them.
+  void whole_rows(const TensorView& x, const TensorView& out) const {
+    ReduceParams p = params(x);
+    const int64_t rows = x.size(0);
+    p.out = checked<bf16>("out", out, {rows, x.size(1)});
+    const bool is_whole = is_one_shot(rows, x.size(1));
+    launch(own_rows_kernel, dim3(static_cast<unsigned>(rows)), 256, 0, stream_of(out),
+           reinterpret_cast<const uint4*>(p.x), reinterpret_cast<uint4*>(p.out), is_whole ? 0 : rank_,
+           is_whole ? 1 : world_size_, p.num_vectors);
+    if (is_whole) return;
+    p.x = p.out;  // in place: whoever writes a vector has read it before
+    reduce<Mode::kPlain, false>(p, rows, stream_of(out));
+  }
+
+  template <typename T>
   void all_gather(const TensorView& x, const TensorView& out) const {
     check_rank("x", x, 2);
-    const int64_t rows = x.size(0), row_bytes = x.size(1) * 4;
+    const int64_t rows = x.size(0), row_bytes = x.size(1) * static_cast<int64_t>(sizeof(T));
     check_multiple("bytes of a row", row_bytes, 16);
-    const auto* source = reinterpret_cast<const uint8_t*>(checked<float>("x", x, {rows, x.size(1)}));
-    auto* target = reinterpret_cast<uint8_t*>(checked<float>("out", out, {rows, x.size(1) * world_size_}));
+    const auto* source = reinterpret_cast<const uint8_t*>(checked<T>("x", x, {rows, x.size(1)}));
+    auto* target = reinterpret_cast<uint8_t*>(checked<T>("out", out, {rows, x.size(1) * world_size_}));
     if (row_bytes > gather_bytes_) {
       TVM_FFI_THROW(ValueError) << "a row of " << row_bytes << " bytes, at most " << gather_bytes_ << " were reserved";
     }
@@ -565,7 +592,11 @@ Map<String, Function> push_create(int64_t rank, Array<int64_t> workspaces, int64
   const auto group = std::make_shared<PushGroup>(rank, workspaces, max_hidden, gather_bytes, one_shot_bytes, timeout_s);
   Map<String, Function> out;
   out.Set("all_reduce", Function::FromTyped([group](TensorView x, TensorView y) { group->all_reduce(x, y); }));
-  out.Set("all_gather", Function::FromTyped([group](TensorView x, TensorView y) { group->all_gather(x, y); }));
+  out.Set("whole_rows", Function::FromTyped([group](TensorView x, TensorView y) { group->whole_rows(x, y); }));
+  // Of float32 or bfloat16.
+  out.Set("all_gather", Function::FromTyped([group](TensorView x, TensorView y) {
+            has_dtype<bf16>(x) ? group->all_gather<bf16>(x, y) : group->all_gather<float>(x, y);
+          }));
   out.Set("all_reduce_add_rms_norm",
           Function::FromTyped([group](TensorView x, TensorView residual, TensorView weight, double eps,
                                       TensorView residual_out, TensorView y) {

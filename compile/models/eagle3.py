@@ -86,7 +86,7 @@ class Eagle3Head(nn.Module):
         (T, query heads, head size) float32
             The rotated queries, which nobody needs.
         """
-        nothing = positions  # attention has no plan and no workspace on a CPU
+        nothing = positions  # there is no attention, which would take a plan and a workspace
         batch = BatchInputs(positions, token_slots, page_table, self.rope, nothing, nothing)
         both, _ = self._normed(token_ids, hidden)
         return self.attention.append(GemmInput(both), batch, kv[0])
@@ -126,20 +126,20 @@ class Eagle3Head(nn.Module):
             The residual stream, before the norm: in place of the target's rows of `token_ids`.
         """
         operators = self._context.operators
+        tp_size = self._context.sharding.tp_size
         batch = BatchInputs(positions, token_slots, page_table, self.rope, plan, workspace)
         both, normed = self._normed(token_ids, hidden)
         residual = normed if self._norm_before_residual else hidden
         residual, x = self.attention(GemmInput(both), batch, kv[0], residual, self.post_attention_norm)
         residual, x = self.mlp(x, residual, self.norm, quantize=False)
         logits = self.lm_head(GemmInput(operators.take_rows(x.values, sample_rows)))
-        tp_size = self._context.sharding.tp_size
         if tp_size > 1:
             logits = all_gather(logits, tp_size)
-        return logits, operators.take_rows(residual, sample_rows)
+        return logits, operators.take_rows(operators.whole_rows(residual, tp_size), sample_rows)
 
     def _normed(self, token_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's input, (T, 2 * hidden size), and its half that is of the rows."""
         eps, operators = self._context.config.rms_norm_eps, self._context.operators
         embedding = operators.embed(token_ids, self.embed_tokens)
         normed = operators.rms_norm(hidden, self.hidden_norm, eps).values
-        return op.concat([operators.rms_norm(embedding, self.input_norm, eps).values, normed], dim=-1), normed
+        return operators.concat([operators.rms_norm(embedding, self.input_norm, eps).values, normed]), normed

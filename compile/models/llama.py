@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvm.relax.frontend import nn
-from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn import Tensor
 
 from tpserve.compile.layers import DecoderLayer, GraphContext, Linear
 from tpserve.compile.operators import BatchInputs, GemmInput, all_gather
@@ -88,16 +88,17 @@ class LlamaForCausalLM(nn.Module):
         residual = operators.embed(token_ids, self.embed_tokens)
         x = operators.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
-        streams: list[Tensor] = []  # before each layer
-        for layer, pages, next_norm in zip(self.layers, kv, next_norms, strict=True):
-            streams.append(residual)
+        tp_size = self._context.sharding.tp_size
+        streams: list[Tensor] = []  # before each of `aux_layers`
+        for index, (layer, pages, next_norm) in enumerate(zip(self.layers, kv, next_norms, strict=True)):
+            if index in self._aux_layers:
+                streams.append(operators.whole_rows(residual, tp_size))
             residual, x = layer.attention(x, batch, pages, residual, layer.post_attention_norm)
             residual, x = layer.mlp(x, residual, next_norm, quantize=next_norm is not self.norm)
         hidden = operators.take_rows(x.values, sample_rows)
         logits = self.lm_head(GemmInput(hidden))
-        tp_size = self._context.sharding.tp_size
         if tp_size > 1:
             logits = all_gather(logits, tp_size)
         if not self._aux_layers:
             return logits, hidden
-        return logits, hidden, op.concat([streams[layer] for layer in self._aux_layers], dim=-1)
+        return logits, hidden, operators.concat(streams)

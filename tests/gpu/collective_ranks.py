@@ -20,6 +20,7 @@ from tpserve.collectives.names import (
     ALL_GATHER,
     ALL_REDUCE,
     GEMM_ALL_REDUCE_ADD_RMS_NORM,
+    WHOLE_ROWS,
 )
 from tpserve.collectives.nccl import NcclCommunicator
 from tpserve.collectives.push import PushCommunicator
@@ -184,6 +185,32 @@ def check_gather(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(3):
             ranks.call(ALL_GATHER, tvm_ffi.from_dlpack(mine), tvm_ffi.from_dlpack(out))
         assert bool((out == parts.transpose(1, 0, 2).reshape(rows, -1)).all()), f"{rows} x {columns} differs"
+        halves = narrow(parts)
+        mine, out = cupy.ascontiguousarray(halves[ranks.rank]), cupy.full(out.shape, 0xFFFF, cupy.uint16)
+        ranks.call(ALL_GATHER, tensor(mine, "bfloat16"), tensor(out, "bfloat16"))
+        joined = halves.transpose(1, 0, 2).reshape(rows, -1)
+        assert bool((out == joined).all()), f"{rows} x {columns} of bfloat16 differs"
+    return {}
+
+
+def check_whole(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+    """What a fused sum leaves whole in some rows becomes whole in all; calls of both kinds take turns."""
+    for i, rows in enumerate(args.rows):
+        case = Case(ranks, rows, i * 31)
+        shape = case.residual.shape
+        x = tensor(cupy.ascontiguousarray(case.inputs[ranks.rank]), "bfloat16")
+        residual = tensor(cupy.ascontiguousarray(case.residual), "bfloat16")
+        weight = tvm_ffi.from_dlpack(case.weight)
+        for _ in range(4):
+            total, normed, whole = (cupy.full(shape, 0xFFFF, cupy.uint16) for _ in range(3))
+            ranks.add_rms_norm("", x, residual, weight, EPS, tensor(total, "bfloat16"), tensor(normed, "bfloat16"))
+            ranks.call(WHOLE_ROWS, tensor(total, "bfloat16"), tensor(whole, "bfloat16"))
+            if args.backend == "push":
+                # Sums with zeros make a zero of minus zero.
+                assert bool((widen(whole) == widen(case.total)).all()), f"{rows} rows differ"
+            error = relative(widen(whole), widen(case.total))
+            assert error < 4e-3, f"{rows} rows: off by {error}"
+            ranks.same_everywhere((whole,))
     return {}
 
 
@@ -335,6 +362,7 @@ def check_late(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
 CHECKS: dict[str, Check] = {
     "sizes": check_sizes,
     "gather": check_gather,
+    "whole": check_whole,
     "soak": check_soak,
     "graph": check_graph,
     "models": check_models,

@@ -75,8 +75,18 @@ def test_more_ranks_than_gpus_by_turns(kernel_library: Path, world_size: int) ->
 
 
 @two_gpus
+@pytest.mark.parametrize(
+    ("world_size", "hidden", "sizes"), [(2, 576, ROWS), (2, 8192, ROWS), (4, 2048, [1, 33, 130, 513])]
+)
+def test_a_residual_stream_becomes_whole(
+    kernel_library: Path, world_size: int, hidden: int, sizes: Sequence[int]
+) -> None:
+    run_ranks(kernel_library, world_size, "push", hidden, ["--checks", "whole", *rows(sizes)])
+
+
+@two_gpus
 def test_nccl_gives_the_same_within_rounding(kernel_library: Path) -> None:
-    run_ranks(kernel_library, 2, "nccl", 4096, ["--checks", "sizes", "gather", "graph", *rows([1, 16, 129])])
+    run_ranks(kernel_library, 2, "nccl", 4096, ["--checks", "sizes", "gather", "whole", "graph", *rows([1, 16, 129])])
 
 
 @two_gpus

@@ -56,4 +56,28 @@ void append(const AppendParams<KV>& p, int64_t head_dim, cudaStream_t stream) {
 template void append(const AppendParams<bf16>&, int64_t, cudaStream_t);
 template void append(const AppendParams<fp8>&, int64_t, cudaStream_t);
 
+namespace {
+
+/// (T, (Hq + 2 Hkv) D) bf16 -> (T, Hq, D) bf16, the turned queries; keys and values go to their pages, of bf16, and nothing
+/// is attended to. Tokens with slot -1 append nothing.
+void rope_append(TensorView qkv, TensorView positions, TensorView token_slots, TensorView page_table, TensorView rope,
+                 TensorView kv_layer, TensorView q) {
+  check_rank("q", q, 3);
+  check_rank("rope", rope, 2);
+  const int64_t num_tokens = q.size(0), num_heads = q.size(1), dim = rope.size(1);
+  const PagedKV<bf16> kv = PagedKV<bf16>::from({}, kv_layer, page_table, dim);
+  AppendParams<bf16> p{};
+  p.added.qkv = checked<bf16>("qkv", qkv, {num_tokens, (num_heads + 2 * kv.num_kv_heads) * dim});
+  p.added.rope = checked<float>("rope", rope, {-1, dim});
+  p.kv = kv;
+  p.positions = checked<int32_t>("positions", positions, {num_tokens});
+  p.slots = checked<int32_t>("token_slots", token_slots, {num_tokens});
+  p.q = checked<bf16>("q", q, {num_tokens, num_heads, dim});
+  p.num_tokens = static_cast<int>(num_tokens), p.num_heads = static_cast<int>(num_heads);
+  append<bf16>(p, dim, stream_of(q));
+}
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_append, rope_append);
+
+}  // namespace
 }  // namespace tpserve::cuda

@@ -1,7 +1,6 @@
 // Steps of a replica that speculates: what the device does before and after the target's and the draft's graphs, see
 // speculation_rows.cuh. Each kernel has one thread for a row, a group or a slot.
-#include "common.cuh"
-#include "speculation_rows.cuh"
+#include "speculation.cuh"
 
 namespace tpserve::cuda {
 namespace {
@@ -9,20 +8,6 @@ namespace {
 constexpr int kThreads = 256;
 
 dim3 blocks_for(int64_t count) { return dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads)); }
-
-SlotState state_of(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens) {
-  check_rank("tokens", tokens, 2);
-  check_rank("draft_tokens", draft_tokens, 2);
-  const int64_t slots = tokens.size(0);
-  return {checked<int32_t>("tokens", tokens, {slots, -1}), checked<int32_t>("num_tokens", num_tokens, {slots}),
-          checked<int32_t>("max_len", max_len, {slots}), checked<int32_t>("draft_tokens", draft_tokens, {slots, -1}),
-          static_cast<int>(tokens.size(1)), static_cast<int>(draft_tokens.size(1))};
-}
-
-int64_t batch_of(TensorView decode_slots, int64_t stride) {
-  if (stride < 1) TVM_FFI_THROW(ValueError) << "a stride of " << stride;
-  return decode_slots.size(0) / stride;
-}
 
 __device__ __forceinline__ int index_of_thread() { return blockIdx.x * kThreads + threadIdx.x; }
 
@@ -118,25 +103,30 @@ void draft_begin(TensorView tokens, TensorView num_tokens, TensorView max_len, T
          checked<int32_t>("sample_positions", sample_positions, {batch}));
 }
 
-__global__ void draft_next_kernel(SlotState s, int batch, int index, int draft_max_len, const int32_t* decode_slots,
-                                  int stride, int32_t* ids, int32_t* positions, int32_t* slots, int32_t* sample_positions) {
+__global__ void draft_next_kernel(SlotState s, int batch, int index, int behind, int draft_max_len,
+                                  const int32_t* decode_slots, int stride, int32_t* ids, int32_t* positions, int32_t* slots,
+                                  int32_t* sample_positions) {
   pdl_launch();
   pdl_wait();
   const int b = index_of_thread();
-  if (b < batch) draft_next(s, b, index, draft_max_len, decode_slots, stride, ids, positions, slots, sample_positions);
+  if (b < batch) {
+    draft_next(s, b, index, behind, draft_max_len, decode_slots, stride, ids, positions, slots, sample_positions);
+  }
 }
 
-/// The draft's step that runs draft token `index` - 1 of each slot and samples `index`; (B,) all.
+/// The draft's step that runs draft token `index` - 1 of each slot and samples `index`; (B,) all. `behind`: positions
+/// between a token and where it runs, 1 of an EAGLE-3 head's pairs.
 void draft_continue(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens,
-                    TensorView decode_slots, int64_t stride, int64_t index, int64_t draft_max_len, TensorView ids,
-                    TensorView positions, TensorView slots, TensorView sample_positions) {
+                    TensorView decode_slots, int64_t stride, int64_t index, int64_t behind, int64_t draft_max_len,
+                    TensorView ids, TensorView positions, TensorView slots, TensorView sample_positions) {
   const SlotState s = state_of(tokens, num_tokens, max_len, draft_tokens);
   const int64_t batch = batch_of(decode_slots, stride);
   if (index < 1 || index >= s.max_drafts) {
     TVM_FFI_THROW(ValueError) << "draft token " << index << ", expected 1 to " << s.max_drafts - 1;
   }
+  if (behind < 0 || behind > 1) TVM_FFI_THROW(ValueError) << behind << " positions behind, expected 0 or 1";
   launch(draft_next_kernel, blocks_for(batch), kThreads, 0, stream_of(ids), s, static_cast<int>(batch),
-         static_cast<int>(index), static_cast<int>(draft_max_len),
+         static_cast<int>(index), static_cast<int>(behind), static_cast<int>(draft_max_len),
          checked<int32_t>("decode_slots", decode_slots, {batch * stride}), static_cast<int>(stride),
          checked<int32_t>("ids", ids, {batch}),
          checked<int32_t>("positions", positions, {batch}), checked<int32_t>("slots", slots, {batch}),

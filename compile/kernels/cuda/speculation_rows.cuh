@@ -132,15 +132,18 @@ TPSERVE_ROW void draft_window(const SlotState& s, int b, int w, int window, int 
   ids[t] = token, positions[t] = position, slots[t] = row_slot;
 }
 
-/// Slot b in the draft's later steps of a round: draft token `index` - 1 runs, and `index` is sampled.
-TPSERVE_ROW void draft_next(const SlotState& s, int b, int index, int draft_max_len, const int32_t* decode_slots,
-                            int stride, int32_t* ids, int32_t* positions, int32_t* slots, int32_t* sample_positions) {
+/// Slot b in the draft's later steps of a round: draft token `index` - 1 runs, and `index` is sampled. `behind`: how many
+/// positions before its own the token runs.
+TPSERVE_ROW void draft_next(const SlotState& s, int b, int index, int behind, int draft_max_len,
+                            const int32_t* decode_slots, int stride, int32_t* ids, int32_t* positions, int32_t* slots,
+                            int32_t* sample_positions) {
   const int slot = fresh(decode_slots + static_cast<int64_t>(b) * stride);
   int token = 0, position = 0, row_slot = -1;
   if (slot >= 0) {
     const int drafted = draft_at(s, slot, index - 1);
-    position = fresh(s.num_tokens + slot) + index - 1;
-    sample_positions[b] = position + 1;
+    const int own = fresh(s.num_tokens + slot) + index - 1;
+    sample_positions[b] = own + 1;
+    position = own - behind;
     if (drafted >= 0 && index < draft_room(s, slot) && position + 1 < draft_max_len) token = drafted, row_slot = slot;
   }
   ids[b] = token, positions[b] = row_slot < 0 ? 0 : position, slots[b] = row_slot;

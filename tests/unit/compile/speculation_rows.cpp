@@ -25,10 +25,10 @@ void window(SlotState* s, int batch, int size, int behind, int draft_max_len, co
   }
 }
 
-void next(SlotState* s, int batch, int index, int draft_max_len, const int32_t* decode_slots, int stride, int32_t* ids,
-          int32_t* positions, int32_t* slots, int32_t* sample_positions) {
+void next(SlotState* s, int batch, int index, int behind, int draft_max_len, const int32_t* decode_slots, int stride,
+          int32_t* ids, int32_t* positions, int32_t* slots, int32_t* sample_positions) {
   for (int b = 0; b < batch; ++b) {
-    draft_next(*s, b, index, draft_max_len, decode_slots, stride, ids, positions, slots, sample_positions);
+    draft_next(*s, b, index, behind, draft_max_len, decode_slots, stride, ids, positions, slots, sample_positions);
   }
 }
 

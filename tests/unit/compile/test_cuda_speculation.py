@@ -98,6 +98,7 @@ class Device:
     def enter(self, slot: int, state: Running) -> None:
         """Take a sequence whose first `num_run` tokens are in the prefix cache."""
         self.max_len[slot] = state.max_len if state.speculates else 0
+        self.num_tokens[slot] = 0
         self.lengths[slot] = state.max_len
         self.num_counted.pop(slot, None)
         if not state.speculates:
@@ -114,6 +115,20 @@ class Device:
             self.num_counted[slot] += 1
         return sample(self.kv[slot, : position + 1].tolist(), salt)
 
+    def prepare(self, running: dict[int, Running], decoding: list[int]) -> None:
+        """Let the draft compute what it does beside the captured steps."""
+        for slot, state in running.items():
+            if slot not in decoding:  # a prompt is computed by the draft as it is by the target
+                self.draft_kv[slot, : state.num_run] = state.prompt[: state.num_run]
+        for slot in decoding:  # what plain steps have left out, however many they were
+            held = int(self.num_tokens[slot])
+            self.draft_kv[slot, : max(0, held - WINDOW)] = self.tokens[slot, : max(0, held - WINDOW)]
+
+    def extend(self, ids: Ints, positions: Ints, slots: Ints) -> None:
+        """Do what follows the target's step; `keep` what follows the comparison."""
+
+    def keep(self, positions: Ints, slots: Ints) -> None: ...
+
     def draft(self, decode_slots: Ints, num_drafts: int, wrong: float, random: Random, draft_max_len: int) -> None:
         batch = len(decode_slots)
         sample_slots, sample_positions = ints(batch), ints(batch)
@@ -126,7 +141,7 @@ class Device:
             if index:
                 ids, positions, slots = ints(batch), ints(batch), ints(batch)
                 step = (ids, positions, slots, sample_positions)
-                self.call("next", batch, index, draft_max_len, laid_out, stride, *step)
+                self.call("next", batch, index, 0, draft_max_len, laid_out, stride, *step)
                 sample_slots = slots
             self.run(self.draft_kv, ids, positions, slots)
             sampled = ints(batch)
@@ -156,8 +171,12 @@ class Running:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_texts_are_those_of_plain_decoding(rows: ctypes.CDLL, seed: int) -> None:
+    check_texts(Device(rows), seed)
+
+
+def check_texts(device: Device, seed: int) -> None:
+    """Run sequences that come and go, and compare their texts."""
     random = Random(seed)
-    device = Device(rows)
     draft_max_len = random.choice([WIDTH, 40])
     running: dict[int, Running] = {}
     decoding: list[int] = []
@@ -179,12 +198,7 @@ def test_texts_are_those_of_plain_decoding(rows: ctypes.CDLL, seed: int) -> None
                 size = random.randint(1, len(state.prompt) - state.num_run)
                 chunks.append((slot, state.num_run, state.prompt[state.num_run : state.num_run + size]))
                 state.num_run += size
-                # A prompt is computed by the draft as it is by the target.
-                device.draft_kv[slot, : state.num_run] = state.prompt[: state.num_run]
-        # The draft computes what plain steps have left out, however many they were.
-        for slot in decoding:
-            held = int(device.num_tokens[slot])
-            device.draft_kv[slot, : max(0, held - WINDOW)] = device.tokens[slot, : max(0, held - WINDOW)]
+        device.prepare(running, decoding)
         if num_drafts:
             device.draft(decode_slots, num_drafts, 0.3, random, draft_max_len)
         batch = len(decode_slots)
@@ -208,6 +222,7 @@ def test_texts_are_those_of_plain_decoding(rows: ctypes.CDLL, seed: int) -> None
             "load", len(ids_), num_drafts, ids_, positions_, slots_, len(rows_), rows_, sample_slots_, sample_positions_
         )
         device.run(device.kv, ids_, positions_, slots_)
+        device.extend(ids_, positions_, slots_)
         sampled = ints(len(rows_))
         for r, row in enumerate(rows_):
             if sample_slots_[r] >= 0:
@@ -218,6 +233,7 @@ def test_texts_are_those_of_plain_decoding(rows: ctypes.CDLL, seed: int) -> None
         counts, drafted = ints(num_groups), ints(num_groups)
         outputs = (sampled, sample_slots_, sample_positions_, counts, drafted)
         device.call("accept", num_groups, batch, num_drafts, *outputs)
+        device.keep(positions_, slots_)
         for group in range(num_groups):
             row = group * (1 + num_drafts) if group < batch else batch * num_drafts + group
             slot = int(decode_slots[group]) if group < batch else sampled_chunks[group - batch]

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tvm
+from tvm import relax
 
 from eagle_models import TinyHead, deep
 from tiny_models import MODELS
@@ -156,15 +158,50 @@ def test_inspect_says_what_a_draft_is(tmp_path: Path, target: ModelConfig, capsy
         assert found == {"model_dir": str(tmp_path / name), "method": method}
 
 
-def test_heads_are_refused_on_gpus(target: ModelConfig) -> None:
+def test_targets_whose_rows_no_head_reads_are_refused(target: ModelConfig) -> None:
     base = CompileConfig(1, "q0f32", "tuned", "llvm", 64, 16, 4, aux_layers=(2, 4, 5))
     base.check_model(target)
-    with pytest.raises(ModelConfigError, match="EAGLE-3 heads are built for CPUs alone"):
-        replace(base, target="cuda", quantization="q0bf16")
+    replace(base, target="cuda", quantization="fp8", kv_cache_dtype="fp8").check_model(target)
     with pytest.raises(ModelConfigError, match="portable kernels for fp8 give bfloat16: use --kernels tuned"):
         replace(base, kernels="portable", quantization="fp8")
     with pytest.raises(ModelConfigError, match="before layers 2, 4, 8 of a model with 8"):
         replace(base, aux_layers=(2, 4, 8)).check_model(target)
+
+
+def test_on_gpus_a_head_is_bfloat16_and_split_evenly(tmp_path: Path, target: ModelConfig) -> None:
+    HEAD.write(tmp_path / "head")
+    head = EagleHeadConfig.from_hf(tmp_path / "head", target)
+    base = CompileConfig(4, "q0bf16", "tuned", "cuda", 64, 16, 4, aux_layers=(2, 4, 5))
+    head.check_compile(base)
+    with pytest.raises(ModelConfigError, match="not quantised: use --quantization q0bf16, also beside an fp8 model"):
+        head.check_compile(replace(base, quantization="fp8"))
+    with pytest.raises(ModelConfigError, match="bfloat16, not fp8: leave --kv-cache-dtype away, also beside a model"):
+        head.check_compile(replace(base, kv_cache_dtype="fp8"))
+    with pytest.raises(ModelConfigError, match=r"have 64 values, which 8 GPUs do not split in .* 16: give a smaller"):
+        head.check_compile(replace(base, tp_size=8))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_on_gpus_the_graphs_call_kernels_alone(tmp_path: Path, target: ModelConfig, tp_size: int) -> None:
+    """What TVM would generate has no threads there."""
+    from tpserve.compile.pipeline import build_graph, build_head_graph
+
+    HEAD.write(tmp_path / "head")
+    head = EagleHeadConfig.from_hf(tmp_path / "head", target)
+    config = CompileConfig(tp_size, "q0bf16", "tuned", "cuda", 64, 16, 4, aux_layers=head.aux_layers)
+    for graph in (build_graph(target, config), build_head_graph(head, config)):
+        functions = {str(variable.name_hint) for variable in graph.module.get_global_vars()}
+        assert functions <= {"step", "project", "append"}
+        operators: set[str] = set()
+
+        def visit(expr: relax.Expr, found: set[str] = operators) -> None:
+            if isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op):
+                found.add(expr.op.name)
+
+        for name in functions:
+            relax.analysis.post_order_visit(graph.module[name], visit)
+        assert operators == {"relax.call_dps_packed"}
+        assert ("tpserve.whole_rows" in graph.externs) == (tp_size > 1)
 
 
 def test_a_manifest_that_knows_no_heads_is_as_good_as_ever(tmp_path: Path, target: ModelConfig) -> None:

@@ -10,11 +10,13 @@ import pytest
 import tvm
 from tvm import relax
 
+from eagle_models import TinyHead, deep
 from tiny_models import MODELS
-from tpserve.collectives.names import GEMM_ALL_REDUCE_ADD_RMS_NORM, GEMM_ALL_REDUCE_ADD_RMS_NORM_FP8
+from tpserve.collectives.names import GEMM_ALL_REDUCE_ADD_RMS_NORM, GEMM_ALL_REDUCE_ADD_RMS_NORM_FP8, WHOLE_ROWS
 from tpserve.compile import pipeline
 from tpserve.compile.config import CompileConfig, ModelConfig
-from tpserve.compile.pipeline import build_graph, lower
+from tpserve.compile.eagle import EagleHeadConfig
+from tpserve.compile.pipeline import Graph, build_graph, build_head_graph, lower
 
 BF16 = CompileConfig(2, "q0bf16", "tuned", "cuda", max_model_len=64, max_num_batched_tokens=100, max_num_seqs=4)
 FP8 = replace(BF16, quantization="fp8")
@@ -72,9 +74,22 @@ def test_one_gpu_and_cpus_have_kernels_of_their_own(tmp_path: Path, compile_conf
     assert f"tpserve.{'cuda' if compile_config.target == 'cuda' else 'cpu'}.add_rms_norm" in externs
 
 
-@pytest.mark.parametrize("compile_config", [BF16, FP8], ids=["bf16", "fp8"])
+def graph_of(kind: str, folder: Path) -> Graph:
+    """A model with bfloat16 or fp8 weights, the same with hidden rows for a head, or that head."""
+    if kind in ("bf16", "fp8"):
+        return build_graph(model(folder), BF16 if kind == "bf16" else FP8)
+    pair = TinyHead(deep(MODELS["llama_4q_2kv"]), changes={"norm_before_residual": True})
+    pair.target.write(folder / "target")
+    pair.write(folder / "head")
+    target = ModelConfig.from_hf(folder / "target")
+    head = EagleHeadConfig.from_hf(folder / "head", target)
+    config = replace(BF16, aux_layers=head.aux_layers)
+    return build_graph(target, config) if kind == "with rows" else build_head_graph(head, config)
+
+
+@pytest.mark.parametrize(("kind", "num_layers"), [("bf16", 2), ("fp8", 2), ("with rows", 8), ("head", 1)])
 def test_no_output_of_a_call_has_memory_of_its_inputs(
-    tmp_path: Path, compile_config: CompileConfig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, num_layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reduction writes its outputs while blocks of the GEMM still read the inputs."""
     planned: list[relax.Function] = []
@@ -84,11 +99,11 @@ def test_no_output_of_a_call_has_memory_of_its_inputs(
         return 0
 
     monkeypatch.setattr(pipeline, "_planned_bytes", keep)
-    lower(build_graph(model(tmp_path), compile_config).module, tvm.target.Target({"kind": "llvm"}))
+    lower(graph_of(kind, tmp_path).module, tvm.target.Target({"kind": "llvm"}))
     storages: dict[relax.Var, relax.Var] = {}
     tuples: dict[relax.Var, list[relax.Var]] = {}
-    seen = 0
-    for binding in (b for block in planned[0].body.blocks for b in block.bindings):
+    seen = seen_whole = 0
+    for binding in (b for function in planned for block in function.body.blocks for b in block.bindings):
         value = binding.value
         if isinstance(value, relax.Tuple):
             tuples[binding.var] = list(value.fields)
@@ -106,5 +121,9 @@ def test_no_output_of_a_call_has_memory_of_its_inputs(
                 seen += 1
                 assert len(set(used)) == len(used)
                 assert len(used) >= (4 if name.endswith("fp8") else 3) + 2  # outputs, x and the residual stream
-    assert seen == 2 * 2
+            elif name == WHOLE_ROWS:
+                seen_whole += 1
+                assert len(set(used)) == len(used) == 2
+    assert seen == 2 * num_layers
+    assert seen_whole == {"with rows": 3, "head": 1}.get(kind, 0)
     assert len(set(storages.values())) < len(storages), "nothing shares memory, so this shows nothing"

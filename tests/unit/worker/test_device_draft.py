@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tiny_models import MODELS
-from tpserve.proto.manifest import Manifest
+from tpserve.proto.manifest import HeadFacts, Manifest
 from tpserve.proto.rank import RankConfig
 from tpserve.proto.speculation import Speculation
-from tpserve.worker.device_draft import check_draft_manifest, draft_rank_config
+from tpserve.worker.device_draft import check_draft_manifest, check_head_manifest, draft_rank_config
 from tpserve.worker.errors import LibraryError, WorkerError
 from worker_builders import make_manifest
 
@@ -115,3 +115,23 @@ def test_a_draft_must_take_what_the_model_and_its_own_windows_need(model: Path, 
     with pytest.raises(WorkerError, match=r"needs 68 \(the model's 64, and 4 for each of 17 sequences\)"):
         check_draft_manifest(config, target)
     check_draft_manifest(saved(draft, model, artifact, max_num_seqs=16), target)
+
+
+def test_a_head_is_checked_against_its_model(model: Path, artifact: Path) -> None:
+    target = replace(make_manifest(model, 2), aux_layers=(2, 4, 5))
+    facts = HeadFacts(target.vocab_size, target.hidden_size, has_token_map=True)
+    head = replace(make_manifest(model, 2), aux_layers=(2, 4, 5), head=facts, vocab_size=100)
+    head = replace(head, kv=replace(head.kv, dtype="bfloat16"))
+    assert check_head_manifest(saved(head, model, artifact), target) == head
+    whole = replace(head, tp_size=1)
+    with pytest.raises(WorkerError, match=r"draft_tp_size is 1, the model's 2: an EAGLE-3 head is split as its model"):
+        check_head_manifest(saved(whole, model, artifact), target)
+    with pytest.raises(WorkerError, match=r"takes 63 tokens in a step, the model's 64: .*-batched-tokens 64"):
+        check_head_manifest(saved(replace(head, max_num_batched_tokens=63), model, artifact), target)
+    with pytest.raises(WorkerError, match=r"layers of \(1, 4, 5\), the model's library has \(2, 4, 5\)"):
+        check_head_manifest(saved(replace(head, aux_layers=(1, 4, 5)), model, artifact), target)
+    other = replace(head, kv=replace(head.kv, dtype="float32"))
+    with pytest.raises(WorkerError, match="KV pages of float32, on GPUs they are bfloat16: compile again"):
+        check_head_manifest(saved(other, model, artifact), target)
+    with pytest.raises(WorkerError, match="the draft's library is that of a model, not of an EAGLE-3 head"):
+        check_head_manifest(saved(replace(head, head=None), model, artifact), target)

@@ -224,7 +224,7 @@ def test_a_slot_without_rows_proposes_nothing(
 
 def test_token_ids_are_the_targets() -> None:
     from tpserve.worker.errors import WeightsError
-    from tpserve.worker.proposers.load_eagle import target_token_ids
+    from tpserve.worker.head_facts import target_token_ids
 
     assert target_token_ids(np.array([0, 3, 3]), 3, 6).tolist() == [0, 4, 5]
     for offsets, words in (

@@ -1,0 +1,141 @@
+"""A draft model on a GPU: the first step of its rounds looks back at the last tokens, and needs nothing else.
+
+Knows when it is behind the slots that it drafts for (`draft_lag`), and nothing of verification.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cupy
+import tvm_ffi
+
+from tpserve.proto.manifest import Manifest
+from tpserve.proto.messages import SlotAdd
+from tpserve.proto.rank import RankConfig
+from tpserve.proto.speculation import DEVICE_DRAFT_WINDOW
+from tpserve.worker.arrays import Array
+from tpserve.worker.device_kv_cache import attention_workspace, device_pages
+from tpserve.worker.device_speculation import DraftLogits, Round, State
+from tpserve.worker.device_weights import Progress, load_device_parameters
+from tpserve.worker.draft_lag import DraftLag
+from tpserve.worker.library import Library
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceDraft:
+    """The draft model of one rank: whole, or its shard; see `DeviceProposer`.
+
+    Whole ones draft the same, and nothing travels between them. Shards exchange activations over the model's own group,
+    whose collectives the draft's library finds by their names. Steps of the two take turns on one stream, in an order
+    that is the same on all ranks: it hangs on plans and buckets alone. So does how often the draft catches up.
+
+    Parameters
+    ----------
+    config
+        Of the draft's rank; see `draft_rank_config`.
+    manifest
+        Of the draft; see `check_draft_manifest`.
+    """
+
+    def __init__(
+        self, config: RankConfig, manifest: Manifest, kernels: Any, device: Any, stream: Any, progress: Progress
+    ) -> None:
+        self.manifest = manifest
+        self._kernels = kernels
+        self._step = Library(config.artifact_dir, manifest, kernels, device).step
+        self._params = load_device_parameters(manifest, config, kernels, stream, progress)
+        kv = manifest.kv
+        self._kv = device_pages(kv, config.num_pages)
+        self._max_num_seqs = config.max_num_seqs
+        self._heads = (config.max_num_seqs, manifest.num_q_heads, kv.num_kv_heads)
+        self._max_num_tokens = manifest.max_num_batched_tokens
+        words = kernels["attention_plan_size"](self._max_num_tokens, config.max_num_seqs, False)
+        # Exchanged once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
+        self._plan = tvm_ffi.from_dlpack(cupy.zeros(words, cupy.int32))
+        floats = kernels["attention_workspace_size"](self._max_num_tokens, *self._heads, kv.head_dim)
+        self._workspace = attention_workspace(floats)
+        work = [cupy.zeros(self._max_num_tokens, cupy.int32) for _ in range(3)] + [
+            cupy.zeros(config.max_num_seqs, cupy.int32) for _ in "ab"
+        ]
+        self._work = tuple(tvm_ffi.from_dlpack(array) for array in work)
+        """ids, positions, slots of the draft's steps; slots and positions that it samples."""
+        # Rows that are sampled: the last of each window, or each.
+        windows = cupy.arange(config.max_num_seqs, dtype=cupy.int32) * DEVICE_DRAFT_WINDOW + (DEVICE_DRAFT_WINDOW - 1)
+        self._window_rows = tvm_ffi.from_dlpack(windows)
+        self._all_rows = tvm_ffi.from_dlpack(cupy.arange(config.max_num_seqs, dtype=cupy.int32))
+        self._lag = DraftLag(config.max_num_seqs)
+
+    # ---- between steps
+
+    def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
+        """See DeviceProposer."""
+        self._lag.add(added_slots)
+
+    def plain_step(self, decoding: Array) -> None:
+        """See DeviceProposer."""
+        self._lag.plain_step(decoding)
+
+    def catch_up(self, state: State, decoding: Array, run: Round) -> None:
+        """Let the draft compute what plain steps have left out; not captured, since it is rare."""
+        behind = self._lag.take(decoding)
+        if behind <= DEVICE_DRAFT_WINDOW - 2:
+            return
+        size = max(1, self._max_num_tokens // run.num_slots)
+        passes = range(DEVICE_DRAFT_WINDOW, behind + 2, size)
+        logger.info("the draft catches up with %d plain steps in %d passes", behind, len(passes))
+        one = self._all_rows._create_view((1,))
+        for begin in reversed(passes):  # the earliest tokens first
+            self._run_window(state, run, size, begin, one)
+
+    # ---- within a captured step
+
+    def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:
+        """See DeviceProposer."""
+        rows = self._window_rows._create_view((run.num_slots,))
+        logits = self._run_window(state, run, DEVICE_DRAFT_WINDOW, 0, rows)
+        sample_slots, sample_positions = (tensor._create_view((run.num_slots,)) for tensor in self._work[3:])
+        yield logits, sample_slots, sample_positions
+        ids, positions, slots = (tensor._create_view((run.num_slots,)) for tensor in self._work[:3])
+        rows = self._all_rows._create_view((run.num_slots,))
+        limits = (0, self.manifest.max_model_len)
+        for index in range(1, run.num_draft_tokens):
+            where = (ids, positions, slots, sample_positions)
+            self._kernels["draft_continue"](*state, run.token_slots, run.stride, index, *limits, *where)
+            logits = self._forward(ids, positions, slots, run.page_table, rows, decode_only=True)
+            yield logits, slots, sample_positions
+
+    def run_prompts(self, tensors: Sequence[Any], page_table: Any, *, decode_only: bool) -> None:
+        """Queue the draft's pass over a step that has run, so that it has the KV of prompts too.
+
+        Parameters
+        ----------
+        tensors
+            Token ids, positions and slots of the step, (T,) int32 each, and what else it takes.
+        decode_only
+            No slot has several of the tokens.
+        """
+        ids, positions, slots = tensors[:3]
+        rows = self._all_rows._create_view((1,))
+        self._forward(ids, positions, slots, page_table, rows, decode_only=decode_only)
+
+    def _run_window(self, state: State, run: Round, window: int, behind: int, rows: Any) -> Any:
+        ids, positions, slots = (tensor._create_view((run.num_slots * window,)) for tensor in self._work[:3])
+        sampled = tuple(tensor._create_view((run.num_slots,)) for tensor in self._work[3:])
+        where = (ids, positions, slots, *sampled)
+        limits = (window, behind, self.manifest.max_model_len)
+        self._kernels["draft_begin"](*state, run.token_slots, run.stride, *limits, *where)
+        return self._forward(ids, positions, slots, run.page_table, rows)
+
+    def _forward(
+        self, ids: Any, positions: Any, slots: Any, page_table: Any, rows: Any, *, decode_only: bool = False
+    ) -> Any:
+        """Queue a step over (T,) tokens, with `decode_only` one of a slot at most; return the (R, width) logits."""
+        words = self._kernels["attention_plan_size"](ids.shape[0], self._max_num_seqs, decode_only)
+        plan = self._plan._create_view((words,))
+        self._kernels["attention_plan"](positions, slots, *self._heads, self.manifest.attention_window, plan)
+        arguments = (ids, positions, slots, page_table, rows, plan, self._workspace, self._kv, self._params)
+        return self._step(*arguments)[0]
