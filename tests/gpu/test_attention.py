@@ -99,6 +99,17 @@ def test_long_contexts(kernels: Kernels, last: int, kv: Any) -> None:
 
 
 @both
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("heads", [(8, 1, 128), (16, 2, 128), (32, 8, 128), (16, 1, 128), (9, 3, 64)])
+def test_drafts_behind_contexts(kernels: Kernels, heads: tuple[int, int, int], window: int, kv: Any) -> None:
+    """Runs of a few tokens, which attend in pieces where a context is long, beside decodes and a prompt."""
+    starts = [0, 5, 100, 505, 509, 511, 512, 700, 1022, 1500, 2043, 2047, 2049, 3000, 9000]
+    runs = [(slot, start, 2 + slot % 7) for slot, start in enumerate(starts)]
+    runs += [(len(starts), 900, 1), (-1, 0, 3), (len(starts) + 1, 800, 100), (len(starts) + 2, 600, 40)]
+    check(kernels, heads, Batch.of(runs), len(starts) + 3, window=window, kv=kv)
+
+
+@both
 def test_a_whole_prompt(kernels: Kernels, kv: Any) -> None:
     check(kernels, (8, 2, 128), Batch.of([(0, 0, 2048)]), 1, kv=kv)
 

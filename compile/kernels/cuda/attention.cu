@@ -3,7 +3,7 @@
 // `attention_plan` finds the runs of tokens that follow each other in one slot, once per step, and cuts them into items;
 // `attention` (every layer) deals items x KV heads to a persistent grid. Rows of an item are (token, query head of the
 // group) pairs; attention_rows.cuh has what a warp does with them, over pages of bfloat16 or e4m3.
-//   decode item:  a run of at most 16 rows and one chunk of its positions. All four warps have the same rows; each takes
+//   decode item:  a run of at most 16 rows, or a piece of one of a few more, and one chunk of its positions. All four warps have the same rows; each takes
 //                 sixteen of the 64 positions of a stage, and the four sums are added. Where a run has several chunks, the
 //                 item of the last adds the others' sums to its own (attention_splits.cuh).
 //   prefill item: up to 64 rows over all their positions; each warp has sixteen rows.
@@ -103,7 +103,7 @@ __device__ void consume_decode(const AttentionParams<KV>& p, Shared<KV, kHeadDim
   // Chunks of a window start above zero; partial sums are kept by their order.
   const int begin = p.window > 0 ? max(0, item.position - p.window + 1) : 0;
   const int split = item.split - begin / item.chunk;
-  store_partial(p, item, head, split, rows);
+  store_partial(p, item, head, item.first_place + split, rows);
   if (split + 1 == item.num_splits) add_splits<KV, kHeadDim, kOut>(p, item, head);
 }
 

@@ -18,6 +18,7 @@ constexpr int kDecodeRows = 16;
 constexpr int kChunk = 512, kShortChunk = 256;
 constexpr int kShortSplits = 8;  // most of the shorter ones
 constexpr int kMaxSplits = 32;
+constexpr int kMaxPieces = 4;  // of a run of a few tokens more than a decode item holds, as a draft that is verified
 constexpr int kStageRows = 64;  // positions fetched together
 
 enum Kind : int { kPrefill = 0, kDecode = 1, kPadding = 2 };
@@ -25,7 +26,7 @@ enum Kind : int { kPrefill = 0, kDecode = 1, kPadding = 2 };
 struct alignas(16) Item {
   int token, count, kind, slot;                 // tokens [token, token + count)
   int position, split, num_splits, first_row;   // of the first token; decode: chunk, chunks, first row of partial sums
-  int chunk, unused[3];                         // decode: positions of a chunk
+  int chunk, first_place, unused[2];            // decode: positions of a chunk, place of the first chunk's sums
 };
 static_assert(sizeof(Item) == 48);
 
@@ -55,13 +56,35 @@ TPSERVE_ITEMS int64_t max_partial_rows(int64_t tokens, int64_t slots, int64_t gr
 /// The first item of a run that decodes; the others differ in `split`, each one more than the one before. Chunks start at
 /// multiples of a length that depends on the run's own length alone.
 TPSERVE_ITEMS Item decode_item(int token, int count, int slot, int position, int window) {
-  Item item{token, count, kDecode, slot, position, 0, 1, 0, kChunk, {}};
+  Item item{token, count, kDecode, slot, position, 0, 1, 0, kChunk, 0, {}};
   const int length = position + count;
   if (length > kChunk && length <= kShortSplits * kShortChunk) item.chunk = kShortChunk;
   while ((length + item.chunk - 1) / item.chunk > kMaxSplits) item.chunk *= 2;
   const int begin = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
   item.split = begin / item.chunk;
   item.num_splits = (length - 1) / item.chunk - item.split + 1;
+  return item;
+}
+
+/// Pieces of as many tokens as a decode item holds in which a run attends, or 0 if that is one piece or too many. A short
+/// context is read once instead, for all tokens together. By the run's own length alone.
+TPSERVE_ITEMS int decode_pieces(int count, int position, int group) {
+  const int per_piece = kDecodeRows / group, pieces = (count + per_piece - 1) / per_piece;
+  return pieces > 1 && pieces <= kMaxPieces && position + count > kChunk ? pieces : 0;
+}
+
+/// The first item of a piece, as `decode_item`. All pieces together have as many items and places as one run may have.
+TPSERVE_ITEMS Item piece_item(const Item& run, int piece, int pieces, int group, int window) {
+  const int per_piece = kDecodeRows / group, offset = piece * per_piece, most = kMaxSplits / pieces;
+  const int left = run.count - offset;
+  Item item = decode_item(run.token + offset, left < per_piece ? left : per_piece, run.slot, run.position + offset, window);
+  // As long as the run wants it, not the piece: all pieces then have the same chunks.
+  item.chunk = kShortChunk;
+  while ((run.position + run.count + item.chunk - 1) / item.chunk > most) item.chunk *= 2;
+  const int begin = window > 0 && item.position - window + 1 > 0 ? item.position - window + 1 : 0;
+  item.split = begin / item.chunk;
+  item.num_splits = (item.position + item.count - 1) / item.chunk - item.split + 1;
+  item.first_place = piece * most;
   return item;
 }
 

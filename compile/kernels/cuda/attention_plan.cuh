@@ -37,11 +37,17 @@ inline PlanLayout layout_of(const TensorView& plan, int64_t num_tokens, int64_t 
 struct DecodeRoom {
   int num_items, num_runs, num_rows;
 
-  /// Puts a run's items. A slot with two runs would need more room than there is: such a batch is wrong, and loses its
-  /// last runs.
-  __device__ void put(Item item, int rows, int max_runs, int max_rows, Item* items) {
-    item.first_row = atomicAdd(&num_rows, rows);
-    if (item.first_row + rows > max_rows || atomicAdd(&num_runs, 1) >= max_runs) return;
+  /// Rows of a run's sums, or -1: a slot with two runs would need more room than there is. Such a batch is wrong, and loses
+  /// its last runs.
+  __device__ int take_rows(int rows, int max_runs, int max_rows) {
+    const int first = atomicAdd(&num_rows, rows);
+    return first + rows > max_rows || atomicAdd(&num_runs, 1) >= max_runs ? -1 : first;
+  }
+
+  /// Puts the items of a run, or of a piece of one, whose sums begin at `first_row`.
+  __device__ void put(Item item, int first_row, Item* items) {
+    if (first_row < 0) return;
+    item.first_row = first_row;
     const int at = atomicAdd(&num_items, item.num_splits);
     for (int i = 0; i < item.num_splits; ++i, ++item.split) items[at + i] = item;
   }
@@ -76,8 +82,9 @@ static __global__ void __launch_bounds__(kPlanThreads)
     while (later == 0) later = starts[++word];
     const int count = word * 32 + __ffs(later) - 1 - t;
     const int slot = __ldcg(slots + t), position = __ldcg(positions + t);
-    if (slot < 0 || count * group > kDecodeRows) {
-      const Item item{t, count, slot < 0 ? kPadding : kPrefill, slot, position, 0, 1, 0, 0, {}};
+    const int pieces = slot < 0 ? 0 : decode_pieces(count, position, group);
+    if (slot < 0 || (count * group > kDecodeRows && pieces == 0)) {
+      const Item item{t, count, slot < 0 ? kPadding : kPrefill, slot, position, 0, 1, 0, 0, 0, {}};
       const int tiles = (count + tile_tokens - 1) / tile_tokens;
       const int at = atomicAdd(&num_wide, tiles);
       for (int i = 0; i < tiles; ++i) {  // the last first: they take longest
@@ -89,7 +96,12 @@ static __global__ void __launch_bounds__(kPlanThreads)
       }
       continue;
     }
-    room.put(decode_item(t, count, slot, position, window), count * group, max_runs, max_rows, layout.decode(plan));
+    const Item run = decode_item(t, count, slot, position, window);
+    const int first_row = room.take_rows(min(count, kDecodeRows / group) * group, max_runs, max_rows);
+    if (pieces == 0) room.put(run, first_row, layout.decode(plan));
+    for (int i = 0; i < pieces; ++i) {
+      room.put(piece_item(run, i, pieces, group, window), first_row, layout.decode(plan));
+    }
   }
   __syncthreads();
   if (threadIdx.x == 0) plan[0] = num_wide, plan[1] = room.num_items;
@@ -109,9 +121,9 @@ static __global__ void __launch_bounds__(kPlanThreads)
   for (int t = threadIdx.x; t < num_tokens; t += kPlanThreads) {
     const int slot = __ldcg(slots + t), position = __ldcg(positions + t);
     if (slot < 0) {
-      layout.decode(plan)[atomicAdd(&room.num_items, 1)] = {t, 1, kPadding, slot, position, 0, 1, 0, 0, {}};
+      layout.decode(plan)[atomicAdd(&room.num_items, 1)] = {t, 1, kPadding, slot, position, 0, 1, 0, 0, 0, {}};
     } else {
-      room.put(decode_item(t, 1, slot, position, window), group, max_runs, max_rows, layout.decode(plan));
+      room.put(decode_item(t, 1, slot, position, window), room.take_rows(group, max_runs, max_rows), layout.decode(plan));
     }
   }
   __syncthreads();

@@ -1,4 +1,4 @@
-// Runs whose positions are cut into chunks. Their items leave sums in places of their own (slots.cuh), and that of
+// Runs, or pieces of them, whose positions are cut into chunks. Their items leave sums in places of their own (slots.cuh), and that of
 // the last chunk adds them, in the order of positions.
 //
 // Why the last may wait for the others: it comes after them in the plan, blocks take items in the plan's order, and all of
@@ -10,7 +10,7 @@
 
 namespace tpserve::cuda {
 
-/// Place of one (row, split, KV head): head_dim sums, then the top score and the sum of weights.
+/// Place of one (row, chunk, KV head): head_dim sums, then the top score and the sum of weights.
 template <typename KV, int kHeadDim>
 __device__ __forceinline__ float4* partial_of(const AttentionParams<KV>& p, int first_row, int row, int split, int head) {
   const int64_t place = (static_cast<int64_t>(first_row + row) * kMaxSplits + split) * p.kv.num_kv_heads + head;
@@ -68,7 +68,7 @@ template <typename KV, int kHeadDim, Out kOut>
 __device__ __noinline__ void add_splits(const AttentionParams<KV>& p, const Item& item, int head) {
   using A = Arriving<kHeadDim>;
   const int lane = threadIdx.x % 32, num_rows = item.count * p.group, num_splits = item.num_splits;
-  const int first_row = item.first_row, first_token = item.token;
+  const int first_row = item.first_row, first_token = item.token, first = item.first_place;
   const float scale = ScoreScale<KV>(p).of(p);
 #pragma unroll 1
   for (int h = 0; h * 8 < num_rows; ++h) {
@@ -76,13 +76,13 @@ __device__ __noinline__ void add_splits(const AttentionParams<KV>& p, const Item
     const bool present = row < num_rows;
     float top = -INFINITY, sum = 0.0f, values[kHeadDim / 4] = {};
     A next;
-    if (present) next.load(partial_of<KV, kHeadDim>(p, first_row, row, 0, head));
+    if (present) next.load(partial_of<KV, kHeadDim>(p, first_row, row, first, head));
 #pragma unroll 1
     for (int split = 0; split < num_splits; ++split) {
       A now = next;
-      float4* place = partial_of<KV, kHeadDim>(p, first_row, present ? row : 0, split, head);
+      float4* place = partial_of<KV, kHeadDim>(p, first_row, present ? row : 0, first + split, head);
       if (present) {
-        if (split + 1 < num_splits) next.load(partial_of<KV, kHeadDim>(p, first_row, row, split + 1, head));
+        if (split + 1 < num_splits) next.load(partial_of<KV, kHeadDim>(p, first_row, row, first + split + 1, head));
         while (!now.has_come()) now.load(place);
       }
       __syncwarp();

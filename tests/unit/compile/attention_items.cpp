@@ -26,4 +26,21 @@ int items_of(int count, int position, int window, int* out) {
   }
   return item.num_splits;
 }
+
+/// (items, 6) of a run that attends in pieces: token, tokens, begin, end, first and one behind the last place of sums that the
+/// item's piece has. Returns how many items, 0 if the run attends otherwise.
+int piece_items_of(int count, int position, int group, int window, int* out) {
+  const Item run = decode_item(0, count, 0, position, window);
+  const int pieces = decode_pieces(count, position, group);
+  int number = 0;
+  for (int piece = 0; piece < pieces; ++piece) {
+    Item item = piece_item(run, piece, pieces, group, window);
+    for (int i = 0; i < item.num_splits; ++i, ++item.split, ++number, out += 6) {
+      const Range range(item, window);
+      out[0] = item.token, out[1] = item.count, out[2] = range.begin, out[3] = range.end;
+      out[4] = item.first_place, out[5] = item.first_place + item.num_splits;
+    }
+  }
+  return number;
+}
 }

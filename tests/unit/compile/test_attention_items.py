@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +121,78 @@ def test_items_of_a_run_read_each_position_once_and_the_last_appends(items: Any,
     check_runs(items, [*EDGES, *random], [1, 2, 5, 16], [window])
 
 
+def check_pieces(library: Any, count: int, position: int, group: int, window: int) -> bool:
+    """Check a run of drafted tokens; return whether it attends in pieces."""
+    out = np.full((MAX_SPLITS + 1, 6), -7, np.int32)
+    number = library.piece_items_of(count, position, group, window, ctypes.c_void_p(out.ctypes.data))
+    per_piece = 16 // group
+    assert (number > 0) == (per_piece < count <= 4 * per_piece and position + count > 512)
+    assert number <= MAX_SPLITS, "the room that a run has"
+    assert (out[number:] == -7).all()
+    seen: list[list[int]] = [[] for _ in range(count)]
+    taken: list[int] = []
+    for token, tokens in dict.fromkeys((token, tokens) for token, tokens, *_ in out[:number].tolist()):
+        assert 1 <= tokens <= per_piece
+        assert token + tokens <= count
+        own = [row for row in out[:number].tolist() if row[0] == token]
+        assert len({(first, end) for *_, first, end in own}) == 1
+        taken += range(own[0][4], own[0][5])
+        assert own[0][5] - own[0][4] == len(own)
+        first = max(0, position + token - window + 1) if window else 0
+        assert (own[0][2], own[-1][3]) == (first, position + token + tokens)
+        assert all(before[3] == after[2] for before, after in pairwise(own))
+        for each in range(token, token + tokens):
+            seen[each].append(token)
+    if number:
+        assert all(len(pieces) == 1 for pieces in seen)
+        assert len(set(taken)) == len(taken)
+        assert max(taken) < MAX_SPLITS
+    return number > 0
+
+
+def check_all_pieces(library: Any, rng: np.random.Generator, number: int) -> None:
+    hits = 0
+    for position in [*EDGES, *rng.integers(0, 200_000, number).tolist()]:
+        for group in (1, 3, 4, 5, 7, 8, 9, 16):
+            for count in (1, 2, 3, 4, 6, 8, 9, 17, 64, 65):
+                hits += check_pieces(library, count, position, group, int(rng.choice([0, 20, 300, 4096])))
+    assert hits > 100
+
+
+def test_a_draft_behind_a_long_context_attends_in_pieces(items: Any) -> None:
+    seed = int(np.random.default_rng().integers(1 << 30))
+    print("seed", seed)
+    check_all_pieces(items, np.random.default_rng(seed), 50)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("item.first_place = piece * most", "item.first_place = piece"),
+        ("run.position + offset, window)", "run.position, window)"),
+        ("left < per_piece ? left : per_piece", "left > 0 ? per_piece : left"),
+        ("pieces <= kMaxPieces", "pieces <= kMaxPieces + 1"),
+        ("most = kMaxSplits / pieces", "most = kMaxSplits"),
+    ],
+)
+def test_a_wrong_rule_of_pieces_is_noticed(right: str, wrong: str, tmp_path: Path) -> None:
+    header = (ROOT / "compile/kernels/cuda/attention_items.cuh").read_text()
+    assert header.count(right) == 1
+    library = build(tmp_path, header.replace(right, wrong))
+    with pytest.raises(AssertionError):
+        check_all_pieces(library, np.random.default_rng(0), 10)
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
         ("return end == item.position + item.count", "return end <= item.position + item.count"),
         ("constexpr int kChunk = 512", "constexpr int kChunk = 520"),
         ("item.num_splits = (length - 1) / item.chunk", "item.num_splits = length / item.chunk"),
-        ("item.split = begin / item.chunk", "item.split = begin / item.chunk / 2"),
+        (
+            "item.split = begin / item.chunk;\n  item.num_splits = (length",
+            "item.split = begin / item.chunk / 2;\n  item.num_splits = (length",
+        ),
         ("kv_head * group + place", "kv_head * num_kv_heads + place"),
         ("place * num_kv_heads + kv_head", "place * group + kv_head"),
     ],
