@@ -10,8 +10,8 @@
 //
 // Rows may be of any size up to the group's largest, call by call: see push_places.cuh.
 //
-// A row is handled by a cluster of eight blocks, a thread has one vector of eight elements. Row statistics go through the
-// cluster's shared memory. Measured against NCCL in benchmarks/README.md.
+// A row, or in a two-shot call a group of rows, one of each rank, is handled by a cluster of eight blocks, a thread has one
+// vector of eight elements of each. Row statistics go through the cluster's shared memory. Measured against NCCL in benchmarks/README.md.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/string.h>
@@ -52,6 +52,7 @@ struct ReduceParams {
   Workspace at;
   uint64_t timeout_ns;
   int rank;
+  int rows;         // of this launch
   int num_vectors;  // of a row of this call
   int row_vectors;  // from row to row in the buffers
   float eps;
@@ -65,7 +66,7 @@ __device__ __forceinline__ Used used_of(const Turn* turn, unsigned buffer) {
   return {used->rows, used->vectors};
 }
 
-/// This thread among those of its call, each with a vector of a row.
+/// This thread among those of its call, each with a vector of a row, or of a group of rows.
 __device__ __forceinline__ Worker worker(int row, int vector) {
   return {static_cast<unsigned>(row), gridDim.x / kRowCluster, static_cast<unsigned>(vector), kRowCluster * blockDim.x};
 }
@@ -203,12 +204,79 @@ __device__ __forceinline__ void one_shot(const ReduceParams& p) {
   if (present) write<kMode>(p, at, row, vector, done);
 }
 
+/// Sends this thread's vector of a reduced row to all others; `done` becomes what they get.
+template <int kRanks, Mode kMode>
+__device__ __forceinline__ void send_row(const ReduceParams& p, const Places& places, unsigned buffer, int row, int vector,
+                                         Finished& done) {
+  const size_t place = places.reduced(buffer, row);
+  if constexpr (kMode == Mode::kQuantize) {
+    done.quantized = sendable(done.quantized);
+    const uint32_t scale = sendable(__float_as_uint(done.scale), 0x7FFFFFFFu);
+#pragma unroll
+    for (int i = 1; i < kRanks; ++i) {
+      uint8_t* peer = p.base[(p.rank + i) % kRanks];
+      store_peer(reinterpret_cast<uint2*>(reinterpret_cast<uint4*>(peer + p.at.rows) + place) + vector, done.quantized);
+      if (vector == 0) store_peer(reinterpret_cast<uint32_t*>(peer + p.at.scales) + places.scale(buffer, row), scale);
+    }
+  } else {
+    done.values = sendable(done.values);
+#pragma unroll
+    for (int i = 1; i < kRanks; ++i) {
+      store_peer(reinterpret_cast<uint4*>(p.base[(p.rank + i) % kRanks] + p.at.rows) + place + vector, done.values);
+    }
+  }
+}
+
+/// Waits for what the other ranks have made of their rows of a group; those of ranks (own + i) % ranks.
+template <int kRanks, Mode kMode>
+__device__ __forceinline__ void receive_rows(const ReduceParams& p, const Places& places, unsigned buffer, int first,
+                                             int vector) {
+  const uint4* received = reinterpret_cast<const uint4*>(p.base[p.rank] + p.at.rows);
+  const uint32_t* scales = reinterpret_cast<const uint32_t*>(p.base[p.rank] + p.at.scales);
+  Finished done[kRanks];
+  Patience patience;
+  int late = -1;
+  do {
+    late = -1;
+#pragma unroll
+    for (int i = 1; i < kRanks; ++i) {  // all asked for before any is looked at
+      const int row = first + (p.rank + i) % kRanks;
+      if (row >= p.rows) continue;
+      const uint4* source = received + places.reduced(buffer, row);
+      if constexpr (kMode == Mode::kQuantize) {
+        done[i].quantized = load_peer(reinterpret_cast<const uint2*>(source) + vector);
+        if (vector == 0) done[i].scale = __uint_as_float(load_peer(scales + places.scale(buffer, row)));
+      } else {
+        done[i].values = load_peer(source + vector);
+      }
+    }
+#pragma unroll
+    for (int i = 1; i < kRanks; ++i) {
+      const int owner = (p.rank + i) % kRanks;
+      if (first + owner >= p.rows) continue;
+      bool come = true;
+      if constexpr (kMode == Mode::kQuantize) {
+        come = has_come(done[i].quantized) && (vector != 0 || has_come(__float_as_uint(done[i].scale)));
+      } else {
+        come = has_come(done[i].values);
+      }
+      if (!come) late = owner;
+    }
+  } while (late >= 0 && !patience.is_over(control_of(p), p.timeout_ns, late));
+#pragma unroll
+  for (int i = 1; i < kRanks; ++i) {
+    const int row = first + (p.rank + i) % kRanks;
+    if (row < p.rows) write<kMode>(p, static_cast<size_t>(row) * p.num_vectors + vector, row, vector, done[i]);
+  }
+}
+
+/// A cluster takes a group of rows, one of each rank: it sends all but one, reduces that one, and receives the others.
 template <int kRanks, Mode kMode, bool kPushed>
 __device__ __forceinline__ void two_shot(const ReduceParams& p) {
   __shared__ RowStatistics statistics;
-  const int row = blockIdx.x / kRowCluster, vector = blockIdx.x % kRowCluster * blockDim.x + threadIdx.x;
-  const int owner = row % kRanks;
-  const bool present = vector < p.num_vectors, own_it = owner == p.rank;  // the same for a whole cluster
+  const int group = blockIdx.x / kRowCluster, vector = blockIdx.x % kRowCluster * blockDim.x + threadIdx.x;
+  const int first = group * kRanks, row = first + p.rank;
+  const bool present = vector < p.num_vectors, own_it = row < p.rows;  // the last group may lack it, for a whole cluster
   float weight[8] = {};
   if constexpr (kMode != Mode::kPlain) {
     if (own_it) {
@@ -223,22 +291,31 @@ __device__ __forceinline__ void two_shot(const ReduceParams& p) {
   const unsigned epoch = *static_cast<volatile unsigned*>(&turn->epoch), buffer = epoch % kBuffers;
   const Places places{kRanks, p.row_vectors};
   const size_t at = static_cast<size_t>(row) * p.num_vectors + vector;
-  const size_t rows_place = places.reduced(buffer, row);
+  const size_t slot = places.two_shot(buffer, p.rank, row) + vector;  // the same for all rows of the group
   uint4 parts[kRanks] = {}, residual{};
   if (present) {
     if constexpr (!kPushed) {
-      parts[0] = sendable(load_l2(reinterpret_cast<const uint4*>(p.x) + at));
-      if (!own_it) {
-        const size_t place = places.two_shot(buffer, p.rank, row) + vector;
-        store_peer(reinterpret_cast<uint4*>(p.base[owner] + p.at.two_shot) + place, parts[0]);
+      const uint4* x = reinterpret_cast<const uint4*>(p.x) + static_cast<size_t>(first) * p.num_vectors + vector;
+#pragma unroll
+      for (int i = 0; i < kRanks; ++i) {  // each rank begins with another peer
+        const int holder = (p.rank + i) % kRanks;
+        if (first + holder < p.rows) parts[i] = load_l2(x + static_cast<size_t>(holder) * p.num_vectors);
       }
+#pragma unroll
+      for (int i = 1; i < kRanks; ++i) {
+        const int holder = (p.rank + i) % kRanks;
+        if (first + holder < p.rows) {
+          store_peer(reinterpret_cast<uint4*>(p.base[holder] + p.at.two_shot) + slot, sendable(parts[i]));
+        }
+      }
+      parts[0] = sendable(parts[0]);
     }
     if constexpr (kMode != Mode::kPlain) {
       if (own_it) residual = load_l2(reinterpret_cast<const uint4*>(p.residual) + at);
     }
   }
-  const Worker w = worker(row, vector);
-  advance(turn, epoch, {w.rows, static_cast<unsigned>(p.num_vectors)});
+  const Worker w = worker(group, vector);
+  advance(turn, epoch, {static_cast<unsigned>(p.rows), static_cast<unsigned>(p.num_vectors)});
   uint4* slots = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.two_shot);
   uint4* received = reinterpret_cast<uint4*>(p.base[p.rank] + p.at.rows);
   uint32_t* scales = reinterpret_cast<uint32_t*>(p.base[p.rank] + p.at.scales);
@@ -249,56 +326,21 @@ __device__ __forceinline__ void two_shot(const ReduceParams& p) {
       places, p.rank, before, used_of(turn, before), w, [&](size_t place) { __stcg(slots + place, empty); },
       [&](size_t place) { __stcg(received + place, empty); }, [&](size_t place) { __stcg(scales + place, kEmpty); });
   if constexpr (kPushed) {
-    // A row of another rank is sent elsewhere: then the first row that stays here, if there is one, tells the same.
-    const unsigned stays = own_it ? row : p.rank;
-    await_gemm(p, slots + places.two_shot(buffer, p.rank, stays) + vector, present && stays < w.rows);
+    // Without a row that stays here the first one that does, if any, tells the same.
+    const int stays = own_it ? row : p.rank;
+    await_gemm(p, slots + places.two_shot(buffer, p.rank, stays) + vector, present && stays < p.rows);
   }
-  if (!own_it) {
-    if (!present) return;
-    Finished done{};
-    Patience patience;
-    if constexpr (kMode == Mode::kQuantize) {
-      const uint2* source = reinterpret_cast<const uint2*>(received + rows_place) + vector;
-      while (!has_come(done.quantized = load_peer(source)) && !patience.is_over(control, p.timeout_ns, owner)) {
-      }
-      if (vector == 0) {
-        uint32_t word;
-        while (!has_come(word = load_peer(scales + places.scale(buffer, row))) &&
-               !patience.is_over(control, p.timeout_ns, owner)) {
-        }
-        done.scale = __uint_as_float(word);
-      }
-    } else {
-      const uint4* source = received + rows_place + vector;
-      while (!has_come(done.values = load_peer(source)) && !patience.is_over(control, p.timeout_ns, owner)) {
-      }
-    }
-    write<kMode>(p, at, row, vector, done);
-    return;
-  }
-  const size_t stride = places.two_shot(0, 1, 0);  // from source to source
-  gather_parts<kRanks, kPushed>(p, slots + places.two_shot(buffer, 0, row) + vector, stride, present, parts);
-  __syncwarp();
-  Finished done = finish<kRanks, kMode>(p, statistics, at, present, parts, residual, weight);
-  if (!present) return;
-  if constexpr (kMode == Mode::kQuantize) {
-    done.quantized = sendable(done.quantized);
-    const uint32_t scale = sendable(__float_as_uint(done.scale), 0x7FFFFFFFu);
-#pragma unroll
-    for (int i = 1; i < kRanks; ++i) {
-      uint8_t* peer = p.base[(p.rank + i) % kRanks];
-      store_peer(reinterpret_cast<uint2*>(reinterpret_cast<uint4*>(peer + p.at.rows) + rows_place) + vector,
-                 done.quantized);
-      if (vector == 0) store_peer(reinterpret_cast<uint32_t*>(peer + p.at.scales) + places.scale(buffer, row), scale);
-    }
-  } else {
-    done.values = sendable(done.values);
-#pragma unroll
-    for (int i = 1; i < kRanks; ++i) {
-      store_peer(reinterpret_cast<uint4*>(p.base[(p.rank + i) % kRanks] + p.at.rows) + rows_place + vector, done.values);
+  if (own_it) {
+    const size_t stride = places.two_shot(0, 1, 0);  // from source to source
+    gather_parts<kRanks, kPushed>(p, slots + places.two_shot(buffer, 0, row) + vector, stride, present, parts);
+    __syncwarp();
+    Finished done = finish<kRanks, kMode>(p, statistics, at, present, parts, residual, weight);
+    if (present) {
+      send_row<kRanks, kMode>(p, places, buffer, row, vector, done);
+      write<kMode>(p, at, row, vector, done);
     }
   }
-  write<kMode>(p, at, row, vector, done);
+  if (present) receive_rows<kRanks, kMode>(p, places, buffer, first, vector);
 }
 
 /// kPushed: the kernel before is the GEMM that sends the parts (peer.cuh). It is waited for last, for the end of a kernel
@@ -536,9 +578,10 @@ class PushGroup {
   }
 
   template <int kRanks, Mode kMode, bool kPushed>
-  static void launch_piece(const ReduceParams& p, int64_t rows, bool one_shot, cudaStream_t stream) {
-    const auto kernel = one_shot ? one_shot_kernel<kRanks, kMode, kPushed> : two_shot_kernel<kRanks, kMode, kPushed>;
-    launch_rows(kernel, rows, p.num_vectors, stream, p);
+  static void launch_piece(ReduceParams p, int64_t rows, bool one_shot, cudaStream_t stream) {
+    p.rows = static_cast<int>(rows);
+    if (one_shot) return launch_rows(one_shot_kernel<kRanks, kMode, kPushed>, rows, p.num_vectors, stream, p);
+    launch_rows(two_shot_kernel<kRanks, kMode, kPushed>, (rows + kRanks - 1) / kRanks, p.num_vectors, stream, p);
   }
 
   const int rank_, world_size_;
