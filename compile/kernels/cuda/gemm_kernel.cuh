@@ -4,12 +4,12 @@
 //   kBlocks 1 (M <= 128): a unit of work is one packed stage, 64 channels x 256 bytes of K, against all tokens.
 //   kBlocks 2 (M > 128):  a unit is 128 channels x 128 bytes of K against 96 to 256 tokens; each warp group has 64 channels.
 //   kBlocks 3:            the same with 192 channels, three warp groups, and a fourth that leaves them its registers.
-// Units are dealt to kGrid blocks in contiguous runs: for kBlocks 1 in equal ones in the order (channels, K) (stream-K), else
-// as a plan says (gemm_plan.cuh). For kBlocks 1 the packed order is the order in which the grid reads: unit i of block c is
-// stage i * kGrid + c, so all blocks together read one contiguous span at a time. A run that starts inside a tile leaves
-// float32 partial sums in its block's slot of the workspace; the block that started the tile adds them in block order, or
-// in sliced plans every block of the tile for its share of the tokens, so sums have one order. Slots are their own flags
-// (slots.cuh).
+// Units are dealt to kGrid blocks in contiguous runs: for kBlocks 1 in equal ones in the order (channels, K) (stream-K),
+// else as a plan says (gemm_plan.cuh). For kBlocks 1 the packed order is the order in which the grid reads: unit i of block
+// c is stage i * kGrid + c, so all blocks together read one contiguous span at a time. A run that starts inside a tile
+// leaves float32 partial sums in its block's slot of the workspace; the block that started the tile adds them in block
+// order, or in sliced plans every block of the tile for its share of the tokens, so sums have one order. Slots are their
+// own flags (slots.cuh).
 //
 // Tiles go to memory, or for a reduction over ranks straight to where it wants them (push_tile.cuh): with the same bits.
 //

@@ -88,9 +88,6 @@ struct WideChoice {
   float us;
 };
 
-/// Of `four_channels` (gemm_wide.cuh): for each lane of four, the lane whose word it takes, four bits each.
-constexpr unsigned kFirstSource = 0x3120, kSecondSource = 0x2031;
-
 /// Vectors of eight tokens whose partial sums are asked for at once.
 constexpr int partial_batch(int tokens, int blocks, unsigned features) {
   const int vectors = tokens / 8;
@@ -100,12 +97,12 @@ constexpr int partial_batch(int tokens, int blocks, unsigned features) {
 
 /// Estimated, for e4m3 and bfloat16 alike, for a unit has 128 bytes of K: to order plans, no more.
 constexpr float estimated_us(const WidePlan& w, int tokens, int blocks, unsigned features) {
-  constexpr float kUnit = 0.75f;       // 128 channels x 256 tokens; 0.58 at the tensor cores' rate
+  constexpr float kUnit = 0.9f;        // 128 channels x 256 tokens; 0.58 at the tensor cores' rate
   constexpr float kBytesPerUs = 3e6f;  // from memory
   constexpr float kTrip = 0.8f;        // to L2 under load, for one batch of partial sums
   constexpr float kHandOver = 1.5f;    // until what others stored can be read
-  // Half by products, half by what is fetched from L2; or by what all teams fetch from memory.
-  const float fetched = kUnit * (0.5f * blocks * tokens / 512 + 0.5f * (blocks * 64 + tokens) / 384);
+  // Mostly by what is fetched from L2, a part by products; or by what all teams fetch from memory.
+  const float fetched = kUnit * (0.3f * blocks * tokens / 512 + 0.7f * (blocks * 64 + tokens) / 384);
   const float read = static_cast<float>(w.teams()) * blocks * 8192 / kBytesPerUs;
   const float unit = fetched > read ? fetched : read;
   const int vectors = tokens / 8, batch = partial_batch(tokens, blocks, features);

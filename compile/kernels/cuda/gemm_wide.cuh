@@ -71,10 +71,12 @@ struct HeldScales<true, kTokens> : TokenScales<kTokens> {
 /// channels have them: token lane / 4, channels 2 (lane % 4) and the next -> channels 4 (lane % 4) to the third after it.
 __device__ __forceinline__ uint2 four_channels(uint32_t first, uint32_t second) {
   const int lane = threadIdx.x % 32, quarter = lane % 4, base = lane - quarter;
-  // Even lanes give the first pair and then the second, odd ones the other way round: so two exchanges are enough.
+  // Even lanes give the first pair and then the second, odd ones the other way round: so two exchanges are enough. For each
+  // of four lanes, in four bits, the one whose word it takes.
+  constexpr unsigned kSources[] = {0x3120, 0x2031};
   const bool odd = lane % 2 != 0;
-  const uint32_t a = __shfl_sync(~0u, odd ? second : first, base + (kFirstSource >> quarter * 4 & 3));
-  const uint32_t b = __shfl_sync(~0u, odd ? first : second, base + (kSecondSource >> quarter * 4 & 3));
+  const uint32_t a = __shfl_sync(~0u, odd ? second : first, base + (kSources[0] >> quarter * 4 & 3));
+  const uint32_t b = __shfl_sync(~0u, odd ? first : second, base + (kSources[1] >> quarter * 4 & 3));
   return quarter < 2 ? make_uint2(a, b) : make_uint2(b, a);
 }
 

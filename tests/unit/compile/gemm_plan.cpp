@@ -40,7 +40,9 @@ int follow(const Params& p, int token_tiles, char* why) {
   int longest = 0, shortest = 1 << 30;
   for (cta = 0; cta < kGrid; ++cta) {
     const WideRun run(w, cta);
-    if (cta / w.team < w.teams()) longest = std::max(longest, run.end - run.first), shortest = std::min(shortest, run.end - run.first);
+    if (cta / w.team < w.teams()) {
+      longest = std::max(longest, run.end - run.first), shortest = std::min(shortest, run.end - run.first);
+    }
     UnitCursor<kTokens, kBlocks> fetch(p, run);
     for (unit = run.first, tile = run.first / units; unit < run.end; ++tile) {
       const bool started_here = unit == tile * units;
@@ -49,7 +51,7 @@ int follow(const Params& p, int token_tiles, char* why) {
       const size_t whole_tile = static_cast<size_t>(channel / kBlocks) * token_tiles + token_tile;
       CHECK(channel / kBlocks < channel_tiles && token_tile < token_tiles);
       std::vector<bool> of_k(units);
-      for (int start = unit; unit < stop; ++unit) {
+      for (; unit < stop; ++unit) {
         CHECK(fetch.block == channel && fetch.token == token_tile * kTokens);
         CHECK(fetch.k >= 0 && fetch.k < units && !of_k[fetch.k]);
         if (w.first_k(run.team) == 0) CHECK(fetch.k == unit - tile * units);
@@ -65,7 +67,6 @@ int follow(const Params& p, int token_tiles, char* why) {
           CHECK(fetch.weights[i].address(p, fetch.k % 2) - p.weights == place * kStageBytes + fetch.k % 2 * kTileBytes);
         }
         fetch.advance(p);
-        (void)start;
       }
       if (w.sliced) {
         const int part = run.piece % w.pieces, first = cta - part * w.team;
@@ -144,20 +145,4 @@ extern "C" int follow_plan(int M, int channel_blocks, int64_t row_bytes, int tok
   const int units = static_cast<int>((row_bytes + 127) / 128), token_tiles = (M + tokens - 1) / tokens;
   const WidePlan w = plan_wide((channel_blocks + blocks - 1) / blocks, token_tiles, units, pieces, features);
   return follow(tokens, blocks, params_of(channel_blocks, row_bytes, w), token_tiles, why);
-}
-
-/// Which channels of its lane's token, from `first` (channels 2 (lane % 4) and the next of eight) and the same of the second
-/// eight, each lane holds after the exchange of `four_channels`; `held`: (32, 4).
-extern "C" void exchange(const uint16_t* first, const uint16_t* second, uint16_t* held) {
-  for (int lane = 0; lane < 32; ++lane) {
-    const int quarter = lane % 4, base = lane - quarter;
-    const int from_a = base + (kFirstSource >> quarter * 4 & 3), from_b = base + (kSecondSource >> quarter * 4 & 3);
-    const auto given = [&](int source, bool turn) { return ((source % 2 != 0) != turn ? second : first) + source * 2; };
-    const uint16_t* a = given(from_a, false);
-    const uint16_t* b = given(from_b, true);
-    for (int i = 0; i < 2; ++i) {
-      held[lane * 4 + i] = (quarter < 2 ? a : b)[i];
-      held[lane * 4 + 2 + i] = (quarter < 2 ? b : a)[i];
-    }
-  }
 }

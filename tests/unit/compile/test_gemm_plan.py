@@ -32,7 +32,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     subprocess.run(["c++", *flags, str(source), "-o", str(path)], check=True, timeout=120)
     loaded = ctypes.CDLL(str(path))
     loaded.follow_chosen.argtypes = [ctypes.c_int] * 2 + [ctypes.c_int64, ctypes.c_uint] + [ctypes.c_void_p] * 3
-    loaded.follow_plan.argtypes = [ctypes.c_int] * 2 + [ctypes.c_int64] + [ctypes.c_int] * 3 + [ctypes.c_uint, ctypes.c_char_p]
+    loaded.follow_plan.argtypes = (
+        [ctypes.c_int] * 2 + [ctypes.c_int64] + [ctypes.c_int] * 3 + [ctypes.c_uint, ctypes.c_char_p]
+    )
     return loaded
 
 
@@ -69,7 +71,14 @@ def test_any_plan_covers_every_unit_once(library: ctypes.CDLL, features: int) ->
 
 
 def test_without_candidates_the_measured_tiles_are_taken(library: ctypes.CDLL) -> None:
-    for num_m, wide, tokens in ((160, 0, 96), (256, 0, 128), (192, 1, 192), (256, 1, 256), (320, 1, 160), (384, 1, 192)):
+    for num_m, wide, tokens in (
+        (160, 0, 96),
+        (256, 0, 128),
+        (192, 1, 192),
+        (256, 1, 256),
+        (320, 1, 160),
+        (384, 1, 192),
+    ):
         num_n = 28672 if wide else 4096
         values, _ = chosen(library, num_m, num_n, 8192, 0)
         tiles = -(-num_m // tokens)
@@ -83,13 +92,3 @@ def test_tiles_that_nearly_fill_the_grid_stay_whole(library: ctypes.CDLL) -> Non
     assert us > 0
     values, _ = chosen(library, 512, 2560, 8192, ENDS | TEAMS | PIECES)
     assert values[7], "40 tiles: three blocks for each, who share its end"
-
-
-def test_pairs_of_channels_become_fours(library: ctypes.CDLL) -> None:
-    lanes = np.arange(32)
-    first = np.stack([lanes // 4 * 100 + lanes % 4 * 2 + i for i in range(2)], 1).astype(np.uint16)
-    second = first + 8
-    held = np.zeros((32, 4), np.uint16)
-    library.exchange(*(ctypes.c_void_p(array.ctypes.data) for array in (first, second, held)))
-    expected = np.stack([lanes // 4 * 100 + lanes % 4 * 4 + i for i in range(4)], 1)
-    assert (held == expected).all()
