@@ -51,7 +51,7 @@ struct Shape {
   static constexpr int kBytes = kWeightBytes + kTokenBytes;
   static constexpr int kConsumers = kBlocks > 1 ? kBlocks : kTokens <= 32 ? 2 : 1;
   // Four warps to fetch, of which one does, leave their registers to the consumers: of the 128 or 168 that all begin with.
-  static constexpr bool kGiveRegisters = kBlocks == 3 || (kBlocks == 2 && (kWide & kWideEnds) != 0);
+  static constexpr bool kGiveRegisters = kBlocks == 3 || (kBlocks == 2 && (kWide & (kWideEnds | kWideLean)) == kWideEnds);
   static constexpr int kProducerRegisters = kBlocks == 3 ? 32 : 40, kConsumerRegisters = kBlocks == 3 ? 160 : 232;
   static constexpr int kThreads = kConsumers * 128 + (kGiveRegisters ? 128 : 32);
   static constexpr bool kAlternate = kBlocks == 1 && kConsumers == 2;  // warp groups take turns with the stages

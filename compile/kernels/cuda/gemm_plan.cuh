@@ -28,9 +28,10 @@ enum WideFeature : unsigned {
   kWidePieces = 4,   // tile, and whole tiles, slices or stream-K, by estimated time
   kWideThree = 8,    // tiles of 192 channels too, three groups of consumers
   kWideRotate = 16,  // whole tiles begin at different places of K, so that not all blocks read the same tokens at once
+  kWideLean = 32,    // of 1: without three more warps that only leave their registers, so that kernels beside find some
 };
 constexpr unsigned kWide = TPSERVE_WIDE;
-static_assert(kWide < 32, "TPSERVE_WIDE has five bits");
+static_assert(kWide < 64, "TPSERVE_WIDE has six bits");
 static_assert(!(kWide & (kWideThree | kWideRotate)) || (kWide & kWidePieces), "TPSERVE_WIDE: 8 and 16 need 4");
 
 struct WidePlan {
@@ -91,7 +92,7 @@ struct WideChoice {
 /// Vectors of eight tokens whose partial sums are asked for at once.
 constexpr int partial_batch(int tokens, int blocks, unsigned features) {
   const int vectors = tokens / 8;
-  if (features & kWideEnds && blocks == 2) return vectors <= 24 ? vectors : vectors / 2;
+  if (features & kWideEnds && !(features & kWideLean) && blocks == 2) return vectors <= 24 ? vectors : vectors / 2;
   return vectors <= 16 ? vectors : 4;
 }
 

@@ -135,7 +135,8 @@ __device__ __forceinline__ void write_wide(const GemmParams& p, float (&sums)[kT
   const int channel = (tile / p.plan.run_tokens * kBlocks + warp / 4) * 64 + warp % 4 * 16;
   const int token = (tile % p.plan.run_tokens + member) * kTokens;
   if constexpr (kWide & (kWideEnds | kWidePieces)) {
-    write_rows<kFp8, kTokens, kBlocks == 3 ? 64 : kTokens>(p, sums, channel, token, from, to);
+    constexpr bool kFew = kBlocks == 3 || (kWide & kWideLean) != 0;  // registers
+    write_rows<kFp8, kTokens, kFew && kTokens % 64 == 0 ? 64 : kTokens>(p, sums, channel, token, from, to);
   } else {
     write_tile<kFp8, kFp8, kTokens>(p, sums, channel, token, MemoryTile{p, channel, token});
   }
