@@ -36,11 +36,12 @@ __global__ void __launch_bounds__(256)
 template <typename T, int kTokens, int kBlocks, Ring kRing, int kGroup = 0, End kEnd = End::kMemory>
 void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   using S = Shape<kTokens, kBlocks, kRing, kGroup, kEnd>;
-  const int64_t bytes = K * sizeof(T);
-  p.units_of_k = static_cast<int>(kBlocks == 1 ? (bytes + 255) / 256 : (bytes + 127) / 128);
-  p.token_tiles = (p.M + kTokens - 1) / kTokens;
-  const int units = (p.channel_blocks + kBlocks - 1) / kBlocks * p.token_tiles * p.units_of_k;
-  p.base = units / kGrid, p.rem = units % kGrid;
+  if constexpr (kBlocks == 1) {
+    p.units_of_k = p.packed_k;
+    p.base = p.packed_base, p.rem = p.packed_rem;
+  } else {
+    p.units_of_k = p.plan.units_of_k;
+  }
   launch(gemm_kernel<T, S>, kGrid, S::kThreads, S::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
 }
 
@@ -59,23 +60,32 @@ void dispatch_few(const GemmParams& p, const T* x, int64_t K, cudaStream_t strea
   if constexpr (kMost == 64) with_ring(std::integral_constant<int, 64>());
 }
 
-/// Chooses the tile for p.M tokens, as measured: `gpu_kernels.py` on an H200, every tile at every shape of 8B and 70B.
+/// More than 128 tokens, which the scales are one by one of.
+template <typename T>
+void dispatch_wide(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
+  const int units_of_k = static_cast<int>((K * sizeof(T) + 127) / 128);
+  const WideChoice choice = choose_wide(p.M, p.channel_blocks, units_of_k, kWide);
+  p.plan = choice.plan;
+  if constexpr (kWide & kWideThree) {
+    if (choice.blocks == 3 && choice.tokens == 192) return run<T, 192, 3, Ring::kWhole>(p, x, K, stream);
+    if (choice.blocks == 3) return run<T, 256, 3, Ring::kWhole>(p, x, K, stream);
+  }
+  switch (choice.tokens) {
+    case 96: return run<T, 96, 2, Ring::kWhole>(p, x, K, stream);
+    case 128: return run<T, 128, 2, Ring::kWhole>(p, x, K, stream);
+    case 160: return run<T, 160, 2, Ring::kWhole>(p, x, K, stream);
+    case 192: return run<T, 192, 2, Ring::kWhole>(p, x, K, stream);
+    default: return run<T, 256, 2, Ring::kWhole>(p, x, K, stream);
+  }
+}
+
 template <typename T, int kGroup>
 void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
   if (p.M <= 64) return dispatch_few<T, 64, kGroup>(p, x, K, stream);
   static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
   if (p.M <= 96) return run<T, 96, 1, Ring::kWhole, kGroup>(p, x, K, stream);
   if (p.M <= 128) return run<T, 128, 1, Ring::kWhole, kGroup>(p, x, K, stream);
-  if (p.M <= 256 && p.channel_blocks <= 128) {
-    // Few channels: one tile of all tokens would be shared by so many blocks that adding their sums takes longer than
-    // the products.
-    if (p.M <= 192) return run<T, 96, 2, Ring::kWhole>(p, x, K, stream);
-    return run<T, 128, 2, Ring::kWhole>(p, x, K, stream);
-  }
-  if (p.M > 256 && p.M <= 320) return run<T, 160, 2, Ring::kWhole>(p, x, K, stream);
-  const auto padded = [&](int tile) { return (p.M + tile - 1) / tile * tile; };
-  if (padded(192) < padded(256)) return run<T, 192, 2, Ring::kWhole>(p, x, K, stream);
-  run<T, 256, 2, Ring::kWhole>(p, x, K, stream);
+  dispatch_wide<T>(p, x, K, stream);
 }
 
 /// Operands of a product of `N` channels.

@@ -3,11 +3,13 @@
 // Swapped operands: weights are wgmma's A (64 channels), tokens its B, so that few tokens waste nothing. One kernel:
 //   kBlocks 1 (M <= 128): a unit of work is one packed stage, 64 channels x 256 bytes of K, against all tokens.
 //   kBlocks 2 (M > 128):  a unit is 128 channels x 128 bytes of K against 96 to 256 tokens; each warp group has 64 channels.
-// Units in the order (channels, tokens, K) are dealt to kGrid blocks in equal contiguous runs (stream-K). For kBlocks 1 the
-// packed order is the order in which the grid reads: unit i of block c is stage i * kGrid + c, so all blocks together read
-// one contiguous span at a time. A run that starts inside a tile leaves float32 partial sums in its block's slot of the
-// workspace; the block that started the tile adds them in block order, so sums have one order. Slots are their own flags
-// (slots.cuh).
+//   kBlocks 3:            the same with 192 channels, three warp groups, and a fourth that leaves them its registers.
+// Units are dealt to kGrid blocks in contiguous runs: for kBlocks 1 in equal ones in the order (channels, K) (stream-K),
+// else as a plan says (gemm_plan.cuh). For kBlocks 1 the packed order is the order in which the grid reads: unit i of block
+// c is stage i * kGrid + c, so all blocks together read one contiguous span at a time. A run that starts inside a tile
+// leaves float32 partial sums in its block's slot of the workspace; the block that started the tile adds them in block
+// order, or in sliced plans every block of the tile for its share of the tokens, so sums have one order. Slots are their
+// own flags (slots.cuh).
 //
 // Tiles go to memory, or for a reduction over ranks straight to where it wants them (push_tile.cuh): with the same bits.
 //
@@ -23,6 +25,7 @@
 #include "gemm_grouped.cuh"
 #include "gemm_parts.cuh"
 #include "gemm_silu.cuh"
+#include "gemm_wide.cuh"
 
 namespace tpserve::cuda {
 
@@ -43,14 +46,17 @@ struct Shape {
   static constexpr bool kGrouped = kGroup != 0, kSilu = kEnd == End::kSilu, kPush = kEnd == End::kPeers;
   static_assert((!kGrouped && kEnd == End::kMemory) || kBlocks == 1);
   static_assert(!kPush || kTokens <= kMaxPushedRows);
-  static constexpr int kTilesOfK = 2 / kBlocks;  // 128-byte tiles of K in a stage
-  static constexpr int kTokenBytes = kTilesOfK * kTokens * 128;
-  static constexpr int kBytes = kStageBytes + kTokenBytes;
-  static constexpr int kConsumers = kBlocks == 2 || kTokens <= 32 ? 2 : 1;
-  static constexpr int kThreads = kConsumers * 128 + 32;
+  static constexpr int kTilesOfK = kBlocks == 1 ? 2 : 1;  // 128-byte tiles of K in a stage
+  static constexpr int kWeightBytes = kTilesOfK * kBlocks * kTileBytes, kTokenBytes = kTilesOfK * kTokens * 128;
+  static constexpr int kBytes = kWeightBytes + kTokenBytes;
+  static constexpr int kConsumers = kBlocks > 1 ? kBlocks : kTokens <= 32 ? 2 : 1;
+  // Four warps to fetch, of which one does, leave their registers to the consumers: of the 128 or 168 that all begin with.
+  static constexpr bool kGiveRegisters = kBlocks == 3 || (kBlocks == 2 && (kWide & (kWideEnds | kWideLean)) == kWideEnds);
+  static constexpr int kProducerRegisters = kBlocks == 3 ? 32 : 40, kConsumerRegisters = kBlocks == 3 ? 160 : 232;
+  static constexpr int kThreads = kConsumers * 128 + (kGiveRegisters ? 128 : 32);
   static constexpr bool kAlternate = kBlocks == 1 && kConsumers == 2;  // warp groups take turns with the stages
   // Small kernels between two GEMMs need some kilobytes beside a whole ring.
-  static constexpr int kBudget = (kRing == Ring::kHalf ? 110 : kTokens <= 32 ? 222 : 200) * 1024;
+  static constexpr int kBudget = (kRing == Ring::kHalf ? 110 : kBlocks == 3 ? 226 : kTokens <= 32 ? 222 : 200) * 1024;
   static constexpr int kExtra = kAlternate ? kTokens * 256 : 0;
   static constexpr int kFitting = (kBudget - kExtra) / kBytes;
   static constexpr int kMostStages = kRing == Ring::kWhole && kTokens <= 32 ? 12 : 6;
@@ -65,54 +71,31 @@ struct Shape {
 
 #define TPSERVE_BAR(op, id, count) asm volatile("bar." op " " #id ", " #count ";" ::: "memory")
 
-/// Where the units of a block's run are, one after the other.
-template <int kTokens, int kBlocks>
-struct UnitCursor {
-  int k, token = 0, block = 0;  // unit within its tile, first token, first 64 channels
-  WeightCursor weights[kBlocks];
-
-  __device__ __forceinline__ UnitCursor(const GemmParams& p, int unit) {
-    k = unit % p.units_of_k;
-    if constexpr (kBlocks > 1) {
-      const int tile = unit / p.units_of_k;
-      token = tile % p.token_tiles * kTokens, block = tile / p.token_tiles * kBlocks;
-      start_tile(p);
-    }
-  }
-  __device__ __forceinline__ void start_tile(const GemmParams& p) {
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) weights[i].start(p, min(block + i, p.channel_blocks - 1) * p.packed_k + k / 2);
-  }
-  __device__ __forceinline__ void advance(const GemmParams& p) {
-    if (++k < p.units_of_k) {
-      if constexpr (kBlocks > 1) {
-        if (k % 2 == 0) {
-#pragma unroll
-          for (int i = 0; i < kBlocks; ++i) weights[i].advance(p);
-        }
-      }
-      return;
-    }
-    k = 0;
-    if constexpr (kBlocks > 1) {
-      token += kTokens;
-      if (token >= p.token_tiles * kTokens) token = 0, block += kBlocks;
-      start_tile(p);
-    }
-  }
+/// What a block does of a product of up to 128 tokens: units.
+struct NarrowRun {
+  int first, end;
 };
+
+template <int kRegisters, bool kMore>
+__device__ __forceinline__ void set_registers() {
+  if constexpr (kMore) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  }
+}
 
 /// The warp that fetches; one lane works.
 template <typename T, typename S>
 __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ring, uint64_t* full, uint64_t* empty,
-                        PushEpoch* epoch, int first, int count) {
+                        PushEpoch* epoch, UnitCursor<S::kTokens, S::kBlocks> weights, int count) {
   constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks, kTileK = 128 / sizeof(T);
   const int stage_scales = S::kGroups * p.padded_tokens;           // floats
   const int token_bytes = S::kTokenBytes + stage_scales * 4;       // what a stage brings after pdl_wait
   const uint64_t once = evict_first_policy();
   const int ahead = count < S::kStages ? count : S::kStages;
   const uint8_t* source = p.weights + static_cast<size_t>(blockIdx.x) * kStageBytes;
-  UnitCursor<kTokens, kBlocks> weights(p, first), tokens = weights;
+  UnitCursor<kTokens, kBlocks> tokens = weights;
   const auto load_weights = [&](int slot, int bytes) {
     const uint32_t target = ring + slot * S::kBytes;
     if constexpr (kBlocks == 1) {
@@ -120,8 +103,8 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
       bulk_copy_once(target, source, kStageBytes, full + slot, once);
       source += static_cast<size_t>(kGrid) * kStageBytes;
     } else {
-      const int present = p.channel_blocks - weights.block < 2 ? 1 : 2;
-      barrier_expect(full + slot, bytes - (2 - present) * kTileBytes);
+      const int present = min(p.channel_blocks - weights.block, kBlocks);
+      barrier_expect(full + slot, bytes - (kBlocks - present) * kTileBytes);
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         if (i >= present) break;
@@ -131,7 +114,7 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
     }
   };
   const auto load_tokens = [&](int slot, uint64_t* barrier) {
-    const uint32_t target = ring + slot * S::kBytes + kStageBytes;
+    const uint32_t target = ring + slot * S::kBytes + S::kWeightBytes;
 #pragma unroll
     for (int i = 0; i < S::kTilesOfK; ++i) {
       tensor_copy(target + i * kTokens * 128, map, (tokens.k * S::kTilesOfK + i) * kTileK, tokens.token, barrier);
@@ -144,7 +127,7 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
   };
   for (int i = 0; i < ahead; ++i) {
     if (S::kPaced && i >= S::kPace) barrier_wait(full + i - S::kPace, 0);
-    load_weights(i, S::kPaced ? kStageBytes : kStageBytes + token_bytes);
+    load_weights(i, S::kPaced ? S::kWeightBytes : S::kWeightBytes + token_bytes);
   }
   pdl_wait();
   const unsigned calls = S::kPush ? PushEpoch::read(p.push) : 0;
@@ -158,7 +141,7 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
   RingPlace place;
   for (int i = ahead; i < count; ++i) {
     barrier_wait(empty + place.slot, place.parity);
-    load_weights(place.slot, kStageBytes + token_bytes);
+    load_weights(place.slot, S::kWeightBytes + token_bytes);
     load_tokens(place.slot, full + place.slot);
     place.advance(S::kStages);
   }
@@ -172,14 +155,21 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   // So are those of groups that take turns: products under a condition would be serialised by the compiler otherwise.
   constexpr bool kPromote = S::kAlternate || (sizeof(T) == 1 && kBlocks == 1);
   constexpr int kRegisters = kTokens / 2, kVectors = kTokens / 8;
-  constexpr int kEarly = kBlocks == 2 ? 0 : kTokens <= 16 ? 4 : kTokens <= 32 ? 2 : kTokens <= 64 ? 1 : 0;
+  constexpr int kEarly = kBlocks > 1 ? 0 : kTokens <= 16 ? 4 : kTokens <= 32 ? 2 : kTokens <= 64 ? 1 : 0;
   extern __shared__ uint8_t memory[];
   __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
   __shared__ PushEpoch epoch;
   const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
   uint8_t* behind_ring = memory + (ring - shared_address(memory)) + S::kStages * S::kBytes;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cta = blockIdx.x;
-  const int first = p.base * cta + min(cta, p.rem), count = p.base + (cta < p.rem);
+  const auto run = [&] {
+    if constexpr (kBlocks > 1) {
+      return WideRun(p.plan, cta);
+    } else {
+      return NarrowRun{p.base * cta + min(cta, p.rem), p.base * (cta + 1) + min(cta + 1, p.rem)};
+    }
+  }();
+  const int first = run.first, end = run.end;
   if (threadIdx.x == S::kConsumers * 128) {
     for (int i = 0; i <= S::kStages; ++i) barrier_init(full + i, 1);
     for (int i = 0; i < S::kStages; ++i) barrier_init(empty + i, kBlocks * 4);
@@ -189,18 +179,28 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if constexpr (!S::kPush) pdl_launch();
   }
   __syncthreads();
-  if (warp == S::kConsumers * 4) {
-    if (lane == 0) produce<T, S>(p, &map, ring, full, empty, &epoch, first, count);
+  if (warp >= S::kConsumers * 4) {
+    if constexpr (S::kGiveRegisters) set_registers<S::kProducerRegisters, false>();
+    if (warp == S::kConsumers * 4 && lane == 0) {
+      if constexpr (kBlocks > 1) {
+        produce<T, S>(p, &map, ring, full, empty, &epoch, {p, run}, end - first);
+      } else {
+        produce<T, S>(p, &map, ring, full, empty, &epoch, {p, first}, end - first);
+      }
+    }
     return;
   }
+  if constexpr (S::kGiveRegisters) set_registers<S::kConsumerRegisters, true>();
   pdl_wait();
   const int group = __shfl_sync(~0u, warp / 4, 0), thread = threadIdx.x % 128;
-  const int block_of_group = kBlocks == 2 ? group : 0;
-  const bool writer = kBlocks == 2 || group == 0;
+  const int block_of_group = kBlocks > 1 ? group : 0;
+  const bool writer = kBlocks > 1 || group == 0;
   constexpr int kSlot = kBlocks * kVectors * 128;  // float4 of a block's partial sums
   float4* slot = p.partial + static_cast<size_t>(cta) * kSlot + block_of_group * kVectors * 128 + thread;
-  if (S::kPaced && count > 0) barrier_wait(full + S::kStages, 0);
-  const int end = first + count;
+  if (S::kPaced && first < end) barrier_wait(full + S::kStages, 0);
+  int team = 1;  // blocks from one part of a tile to the next
+  if constexpr (kBlocks > 1) team = p.plan.team;
+  const size_t next_slot = static_cast<size_t>(team) * kSlot;
   RingPlace place;
   for (int unit = first, tile = first / p.units_of_k; unit < end; ++tile) {
     const bool started_here = unit == tile * p.units_of_k;
@@ -210,7 +210,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) sums[i] = 0.0f;
     int held = -1;  // slot of a product still running
-    const int sharers = started_here && stop < tile_end ? sharers_of(p, cta, stop, tile_end) : 0;
+    int sharers = 0;
+    if (started_here && stop < tile_end) {
+      if constexpr (kBlocks > 1) {
+        sharers = run.sharers(p.plan, tile);
+      } else {
+        sharers = sharers_of(p, cta, stop, tile_end);
+      }
+    }
     uint4 early[kEarly > 0 ? kEarly : 1][kVectors];  // partial sums asked for before the last product, for they are mostly there
     const auto load_early = [&](int from) {
 #pragma unroll
@@ -227,7 +234,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         barrier_wait(full + place.slot, place.parity);
         const uint32_t stage = ring + place.slot * S::kBytes;
         const uint64_t a = matrix_descriptor(stage + block_of_group * kTileBytes);
-        const uint64_t b = matrix_descriptor(stage + kStageBytes);
+        const uint64_t b = matrix_descriptor(stage + S::kWeightBytes);
         if constexpr (S::kGrouped) {
           const float* scales = reinterpret_cast<const float*>(behind_ring + S::kExtra + place.slot * S::kScaleBytes);
           GroupedStage<kTokens, S::kGroup>::add(sums, a, b, scales, p.padded_tokens, empty + place.slot);
@@ -252,8 +259,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < S::kTilesOfK * 4; ++k) {
-            Wgmma<T, kTokens>::run(sums, a + k / 4 * (kTileBytes / 16) + k % 4 * 2,
-                                   b + k / 4 * (kTokens * 8) + k % 4 * 2, 1);
+            if constexpr (kBlocks == 3 && kTokens == 256) {
+              add_halves<T>(sums, a + k * 2, b + k * 2);
+            } else {
+              Wgmma<T, kTokens>::run(sums, a + k / 4 * (kTileBytes / 16) + k % 4 * 2,
+                                     b + k / 4 * (kTokens * 8) + k % 4 * 2, 1);
+            }
           }
           wgmma_commit();
           if constexpr (kBlocks == 1) {  // bound by memory: the slot matters more than the tensor cores' idle time
@@ -291,6 +302,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
     }
     if (!writer) continue;
+    if constexpr (kBlocks > 1 && (kWide & kWidePieces) != 0) {
+      if (p.plan.sliced) {
+        const int part = run.piece % p.plan.pieces;
+        int from = part * kVectors / p.plan.pieces, to = (part + 1) * kVectors / p.plan.pieces;
+        keep_here(from), keep_here(to);
+        exchange_slices<kTokens, kBlocks>(sums, slot, next_slot, part, p.plan.pieces, from, to);
+        write_wide<T, kTokens, kBlocks>(p, sums, tile, run.member, from, to);
+        continue;
+      }
+    }
     if (!started_here) {
 #pragma unroll
       for (int b = 0; b < kVectors; ++b) {
@@ -310,29 +331,19 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           }
         }
       } else {
-        constexpr int kBatch = kVectors <= 16 ? kVectors : 4;
-#pragma unroll
-        for (int b = 0; b < kVectors; b += kBatch) {
-          uint4 v[kBatch];
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) v[i] = load_slot(slot + static_cast<size_t>(c) * kSlot + (b + i) * 128);
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            add_partial(sums, b + i, v[i], slot + static_cast<size_t>(c) * kSlot + (b + i) * 128);
-          }
-        }
+        add_partials<kTokens, kBlocks>(sums, slot + c * next_slot, 0, kVectors);
       }
     }
-    const int block = kBlocks == 1 ? tile : tile / p.token_tiles * 2 + group;
-    const int token = kBlocks == 1 ? 0 : tile % p.token_tiles * kTokens;
     constexpr bool kByChannel = sizeof(T) == 1, kByToken = kByChannel && !S::kGrouped;
-    const int channel = block * 64 + warp % 4 * 16;
-    if constexpr (S::kSilu) {
+    const int channel = tile * 64 + warp % 4 * 16;
+    if constexpr (kBlocks > 1) {
+      write_wide<T, kTokens, kBlocks>(p, sums, tile, run.member, 0, kVectors);
+    } else if constexpr (S::kSilu) {
       write_silu<T, kTokens>(p, sums, tile);
     } else if constexpr (S::kPush) {
       write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, 0, PeerTile(p.push, epoch.wait(), channel, p.M, p.N));
     } else {
-      write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, token, MemoryTile{p, channel, token});
+      write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, 0, MemoryTile{p, channel, 0});
     }
   }
 }

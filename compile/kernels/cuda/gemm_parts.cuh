@@ -3,16 +3,16 @@
 
 #include <cuda.h>
 
+#include "gemm_cursor.cuh"
 #include "push_tile.cuh"
 #include "slots.cuh"
+#include "token_scales.cuh"
 #include "wgmma.cuh"
 
 namespace tpserve::cuda {
 
-constexpr int kGrid = 132;  // blocks, one per multiprocessor; part of the packed layout
-constexpr int kStageBytes = 16384;
-constexpr int kTileBytes = 8192;  // 64 channels x 128 bytes of K
-constexpr int64_t kWorkspaceBytes = static_cast<int64_t>(kGrid) * 2 * 256 * 64 * 4;
+constexpr int kMostBlocks = kWide & kWideThree ? 3 : 2;  // of 64 channels, in a tile of up to 256 tokens
+constexpr int64_t kWorkspaceBytes = static_cast<int64_t>(kGrid) * kMostBlocks * 256 * 64 * 4;
 
 struct GemmParams {
   const uint8_t* weights;
@@ -26,9 +26,10 @@ struct GemmParams {
   int padded_tokens;                   // of a group of grouped scales, taken or given
   int units_of_k;                      // per tile
   int base, rem;                       // units of block c: base + (c < rem)
-  int token_tiles, channel_blocks;     // of kTokens tokens, of 64 channels
+  int channel_blocks;                  // of 64 channels
   int packed_k, packed_base, packed_rem;  // stages of K per 64 channels, and their runs
   bool out_float32;
+  WidePlan plan;    // of more than 128 tokens, whose blocks take no base + (c < rem) units
   PushTarget push;  // of kernels whose tiles go to peers
 };
 
@@ -46,25 +47,6 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   return r;
 }
 
-/// Where the weights of consecutive units are. Advanced by additions: a division takes as long as a unit's products.
-struct WeightCursor {
-  int run, place, length;  // of the packed stage: which run, its place there, stages of the run
-
-  __device__ __forceinline__ void start(const GemmParams& p, int stage) {
-    const int long_runs = p.packed_rem * (p.packed_base + 1);
-    run = stage < long_runs ? stage / (p.packed_base + 1) : p.packed_rem + (stage - long_runs) / p.packed_base;
-    place = stage - (p.packed_base * run + min(run, p.packed_rem));
-    length = p.packed_base + (run < p.packed_rem);
-  }
-  __device__ __forceinline__ void advance(const GemmParams& p) {
-    if (++place < length) return;
-    place = 0, length = p.packed_base + (++run < p.packed_rem);
-  }
-  __device__ __forceinline__ const uint8_t* address(const GemmParams& p, int half) const {
-    return p.weights + (static_cast<size_t>(place) * kGrid + run) * kStageBytes + half * kTileBytes;
-  }
-};
-
 /// What finishes the sums of a thread's two channels, `channel` + lane / 4 and the eighth after it.
 template <bool kByChannel, bool kByToken>
 struct ChannelScales {
@@ -77,6 +59,15 @@ struct ChannelScales {
       if (at >= p.N) continue;
       if (kByChannel) scale[h] = __ldg(p.channel_scale + at);
       if (p.bias != nullptr) bias[h] = __ldg(p.bias + at);
+    }
+  }
+
+  /// With the scales of two tokens: value 2 h + i is of channel h and token i.
+  __device__ __forceinline__ void apply(const float* sums, float2 of_tokens, float (&values)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float factor = scale[j / 2] * (j % 2 == 0 ? of_tokens.x : of_tokens.y);
+      values[j] = fmaf(sums[j], factor, bias[j / 2]);
     }
   }
 
@@ -115,11 +106,23 @@ template <bool kByChannel, bool kByToken, int kTokens, typename Tile>
 __device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token,
                                            const Tile& tile) {
   const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+  constexpr bool kHeld = kByToken && (kWide & kWideEnds) != 0;
   const ChannelScales<kByChannel, kByToken> scales(p, channel);
+  const auto held = [&] {
+    if constexpr (kHeld) {
+      return TokenScales<kTokens>(p, token);
+    } else {
+      return 0;
+    }
+  }();
 #pragma unroll
   for (int b = 0; b < kTokens / 8; ++b) {
     float values[4];
-    scales.apply(p, sums + b * 4, token + b * 8 + column, values);
+    if constexpr (kHeld) {
+      scales.apply(sums + b * 4, held.pair(b, column), values);
+    } else {
+      scales.apply(p, sums + b * 4, token + b * 8 + column, values);
+    }
     if (!Tile::kToPeers && p.out_float32) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {

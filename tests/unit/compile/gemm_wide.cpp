@@ -1,0 +1,77 @@
+// The ends of wide tiles on the host: every thread of a warp group with the sums that wgmma would give it, and the blocks of
+// a sliced tile at once.
+#include "gemm_wide.cuh"
+
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using namespace tpserve::cuda;
+
+void on_threads(int count, const std::function<void(int)>& body) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < count; ++i) threads.emplace_back([&, i] { threadIdx.x = i % 128, body(i); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+/// `sums`: (pieces, 64, kTokens), the parts of the tile's first 64 channels. False if a slot is not empty in the end.
+template <typename T, int kTokens, int kBlocks>
+bool finish(const GemmParams& p, const float* sums, int tile, int member) {
+  constexpr int kVectors = kTokens / 8;
+  constexpr size_t kSlot = kBlocks * kVectors * 128;
+  const int pieces = p.plan.pieces;
+  const size_t next = p.plan.team * kSlot;
+  struct Own {
+    float sums[kTokens / 2];
+  };
+  std::vector<Own> own(pieces * 128);
+  std::vector<float4> slots(pieces * next, float4{~0u, ~0u, ~0u, ~0u});
+  on_threads(pieces * 128, [&](int index) {
+    const int part = index / 128, thread = index % 128;
+    const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
+    float(&mine)[kTokens / 2] = own[index].sums;
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int n = row + i % 4 / 2 * 8, m = i / 4 * 8 + column + i % 2;
+      mine[i] = sums[(static_cast<size_t>(part) * 64 + n) * kTokens + m];
+    }
+    const int from = part * kVectors / pieces, to = (part + 1) * kVectors / pieces;
+    exchange_slices<kTokens, kBlocks>(mine, slots.data() + part * next + thread, next, part, pieces, from, to);
+  });
+  for (int part = 0; part < pieces; ++part) {
+    on_threads(128, [&](int thread) {
+      write_wide<T, kTokens, kBlocks>(p, own[part * 128 + thread].sums, tile, member, part * kVectors / pieces,
+                                      (part + 1) * kVectors / pieces);
+    });
+  }
+  for (const float4& slot : slots) {
+    if (slot.x != ~0u || slot.w != ~0u) return false;
+  }
+  return true;
+}
+
+template <typename T>
+bool finish(int tokens, int blocks, const GemmParams& p, const float* sums, int tile, int member) {
+  switch (blocks * 1000 + tokens) {
+    case 2096: return finish<T, 96, 2>(p, sums, tile, member);
+    case 2160: return finish<T, 160, 2>(p, sums, tile, member);
+    case 2256: return finish<T, 256, 2>(p, sums, tile, member);
+    case 3192: return finish<T, 192, 3>(p, sums, tile, member);
+    case 3256: return finish<T, 256, 3>(p, sums, tile, member);
+    default: return false;
+  }
+}
+
+}  // namespace
+
+/// Of the team's `tile` and `member`; with scales e4m3 tokens, else bfloat16. Returns 0, or 1 if a slot is not empty.
+extern "C" int finish_tile(int tokens, int blocks, int pieces, int team, int tile, int member, const float* sums,
+                           const float* channel_scale, const float* token_scale, const float* bias, void* out,
+                           int out_float32, int M, int N) {
+  const WidePlan plan{64, team, 1, pieces, 0, 0, true, false};
+  const GemmParams p{{channel_scale, token_scale, bias, out, nullptr, M, N, 0}, plan, out_float32 != 0};
+  const bool good = token_scale != nullptr ? finish<fp8>(tokens, blocks, p, sums, tile, member)
+                                           : finish<bf16>(tokens, blocks, p, sums, tile, member);
+  return good ? 0 : 1;
+}

@@ -1,0 +1,70 @@
+"""The ends of wide tiles, their device code run on the host: slices exchanged, scales found, outputs in place."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from scripts import ROOT
+
+Array = npt.NDArray[Any]
+BF16 = ml_dtypes.bfloat16
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder, here = tmp_path_factory.mktemp("wide"), Path(__file__).parent
+    for name in ("gemm_wide.cuh", "gemm_plan.cuh", "token_scales.cuh"):
+        shutil.copy(ROOT / "compile/kernels/cuda" / name, folder)
+    shutil.copy(here / "gemm_wide_parts.h", folder / "gemm_parts.cuh")
+    for name in ("gemm_silu_parts.h", "gemm_wide.cpp"):
+        shutil.copy(here / name, folder)
+    command = ["c++", "-std=c++20", "-O1", "-DTPSERVE_WIDE=31", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([*command, "gemm_wide.cpp", "-o", "wide.so"], check=True, timeout=120, cwd=folder)
+    return ctypes.CDLL(str(folder / "wide.so"))
+
+
+def address(array: Array | None) -> ctypes.c_void_p | None:
+    return None if array is None else ctypes.c_void_p(array.ctypes.data)
+
+
+@pytest.mark.parametrize("float32", [False, True], ids=["bf16 out", "float32 out"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "e4m3"])
+@pytest.mark.parametrize(
+    ("tokens", "blocks", "pieces"), [(96, 2, 1), (160, 2, 3), (256, 2, 1), (256, 2, 3), (192, 3, 2), (256, 3, 4)]
+)
+def test_tiles_are_added_scaled_and_stored(
+    library: ctypes.CDLL, tokens: int, blocks: int, pieces: int, fp8: bool, float32: bool
+) -> None:
+    team, tile, member = 2, 1, 1
+    first_channel, first_token = tile * blocks * 64, member * tokens
+    num_n, num_m = first_channel + 40, first_token + tokens - 13  # neither channels nor tokens fill the tile
+    rng = np.random.default_rng(tokens + pieces)
+    sums = rng.normal(0, 2, (pieces, 64, tokens)).astype(np.float32)
+    channel, token, bias = (rng.uniform(0.5, 1.5, n).astype(np.float32) for n in (num_n, num_m, num_n))
+    out = np.full((num_m + 1, num_n), 0x1234, np.uint32 if float32 else np.uint16)
+    scales = (channel, token) if fp8 else (None, None)
+    sizes = (tokens, blocks, pieces, team, tile, member)
+    inputs = (sums, *scales, bias)
+    status = library.finish_tile(*sizes, *map(address, inputs), address(out), int(float32), num_m, num_n)
+    assert status == 0, "a slot was not emptied"
+    expected = sums.astype(np.float64).sum(0)[:40, : tokens - 13].T
+    if fp8:
+        expected = expected * channel[first_channel:] * token[first_token:, None]
+    expected = expected + bias[first_channel:]
+    found = out.view(np.float32 if float32 else BF16).astype(np.float64)
+    np.testing.assert_allclose(
+        found[first_token:-1, first_channel:], expected, rtol=1e-5 if float32 else 5e-3, atol=1e-5
+    )
+    untouched = out == 0x1234
+    assert untouched[:first_token].all()
+    assert untouched[:, :first_channel].all()
+    assert untouched[-1].all(), "nothing is stored behind the last token"
