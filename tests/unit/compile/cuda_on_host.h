@@ -38,6 +38,7 @@ inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 struct dim3 { unsigned x = 1, y = 1, z = 1; dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {} };
 using cudaStream_t = void*;
+inline void __threadfence() {}
 
 inline thread_local dim3 threadIdx, blockIdx, gridDim;
 
@@ -171,6 +172,8 @@ struct TensorView {
   int64_t size(int) const;
 };
 void check_rank(const char*, const TensorView&, int);
+cudaStream_t stream_of(const TensorView&);
+#define TVM_FFI_DLL_EXPORT_TYPED_FUNC(name, function)
 template <typename T>
 T* checked(const char*, const TensorView&, std::initializer_list<int64_t>);
 #define TVM_FFI_THROW(kind) std::cerr
