@@ -186,11 +186,14 @@ __device__ void fetch_item(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& s
 
 /// The same in a step that only decodes, where the queries are still to be turned. Of a token's items the one whose range
 /// has its position appends it, and no other reads what that changes: ranges begin at multiples of a stage.
+///
+/// `first`: the block's first item, whose older positions are fetched while the kernels before still run.
 template <typename KV, int kHeadDim>
 __device__ void fetch_and_append(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
-                                 DecodeToken<KV, kHeadDim>& token, RingPlace& header, RingPlace& place) {
+                                 bool first, DecodeToken<KV, kHeadDim>& token, RingPlace& header, RingPlace& place) {
   const int lane = threadIdx.x % 32;
   if (item.kind == kPadding) {
+    pdl_wait();
     if (lane == 0) {
       put_header(shared, item, head, header);
       barrier_arrive(&shared.header_full[header.slot]);
@@ -200,12 +203,17 @@ __device__ void fetch_and_append(const AttentionParams<KV>& p, Shared<KV, kHeadD
   }
   const Range range(item, p.window);
   const bool appends = range.has_newest(item);
-  token.load(p, item, head, appends);
+  if (!first) token.load(p, item, head, appends);
   StageFetch<KV, kHeadDim> fetch(p, item, range);
   // Meanwhile, stages that the new position is not in: as many as there is room for before the item is announced, since
   // nobody empties a stage of an item that nobody knows of.
   const int newest = fetch.end - (appends ? 1 : 0);
   const int announced_at = min(newest, fetch.stage + Shared<KV, kHeadDim>::kStages);
+  if (first) {
+    while (fetch.stage < announced_at) fetch.next(p, shared, head, place);
+    pdl_wait();
+    token.load(p, item, head, appends);
+  }
   while (true) {
     if (fetch.stage == announced_at) {
       if (lane == 0) put_header(shared, item, head, header);
@@ -227,8 +235,11 @@ __device__ void fetch_and_append(const AttentionParams<KV>& p, Shared<KV, kHeadD
 template <typename KV, int kHeadDim, bool kAppends>
 __device__ void fetch_items(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared) {
   DecodeToken<KV, kHeadDim> token;
-  if constexpr (kAppends) token.load_parameters(p);
-  pdl_wait();
+  if constexpr (kAppends) {  // the plan has ended before any kernel after it started (decode_plan_kernel)
+    token.load_parameters(p);
+  } else {
+    pdl_wait();
+  }
   const int num_heads = p.kv.num_kv_heads;
   // The first item is read along with the counts, as if there were decode items only.
   Item next = load_item(p.layout.decode(p.plan) + min(static_cast<int>(blockIdx.x) / num_heads, p.layout.max_decode - 1));
@@ -244,7 +255,7 @@ __device__ void fetch_items(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& 
     if (i + static_cast<int>(gridDim.x) < num_items) next = load_item(at(i + gridDim.x));
     const int head = (i < num_wide ? i : i - num_wide) % num_heads;
     if constexpr (kAppends) {
-      fetch_and_append(p, shared, item, head, token, header, place);
+      fetch_and_append(p, shared, item, head, i == static_cast<int>(blockIdx.x), token, header, place);
     } else {
       fetch_item(p, shared, item, head, header, place);
     }

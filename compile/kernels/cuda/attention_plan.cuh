@@ -108,11 +108,13 @@ static __global__ void __launch_bounds__(kPlanThreads)
 }
 
 /// Of a step in which each token is its slot's only one: there are no runs to look for.
+///
+/// It lets no kernel start before it ends: attention, which starts before the kernels before it have ended, then finds the
+/// plan, and all pages as the step before has left them.
 static __global__ void __launch_bounds__(kPlanThreads)
     decode_plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group,
                        int window, PlanLayout layout, int32_t* plan) {
   __shared__ DecodeRoom room;
-  pdl_launch();
   pdl_wait();
   const int max_rows = static_cast<int>(max_partial_rows(num_tokens, num_slots, group));
   const int max_runs = min(num_tokens, num_slots);
@@ -128,6 +130,7 @@ static __global__ void __launch_bounds__(kPlanThreads)
   }
   __syncthreads();
   if (threadIdx.x == 0) plan[0] = 0, plan[1] = room.num_items;
+  __threadfence();  // the end alone makes it seen by those who wait for it
 }
 
 }  // namespace tpserve::cuda
