@@ -13,7 +13,9 @@ constexpr int kMaxDevices = 16;
 
 uint8_t* workspace_of_device[kMaxDevices] = {};
 
-constexpr int kWholeMinStages = 8;  // of a block, for a whole ring (gemm_kernel.cuh)
+/// Of a block, for a whole ring (gemm_kernel.cuh). With few tokens qkv of a 70B's TP=4 shard, nine stages, has half a ring:
+/// attention's blocks then start beside it and fetch their pages while it ends (benchmarks/README.md).
+constexpr int whole_min_stages(int tokens) { return tokens <= 16 ? 10 : 8; }
 
 /// One thread per 16 bytes of the packed weight.
 __global__ void __launch_bounds__(256)
@@ -51,7 +53,7 @@ void dispatch_few(const GemmParams& p, const T* x, int64_t K, cudaStream_t strea
   static_assert(kMost == 32 || kMost == 64);
   const auto with_ring = [&](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
-    if (p.packed_base < kWholeMinStages) return run<T, kTokens, 1, Ring::kHalf, kGroup, kEnd>(p, x, K, stream);
+    if (p.packed_base < whole_min_stages(kTokens)) return run<T, kTokens, 1, Ring::kHalf, kGroup, kEnd>(p, x, K, stream);
     run<T, kTokens, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
   };
   if (p.M <= 8) return with_ring(std::integral_constant<int, 8>());
