@@ -35,7 +35,7 @@ int follow(const Params& p, int token_tiles, char* why) {
   int longest = 0, shortest = 1 << 30;  // runs
   for (cta = 0; cta < kGrid; ++cta) {
     const WideRun run(w, cta);
-    if (cta / w.team < w.teams()) {
+    if (cta / w.team < w.teams() && (w.pieces == 1 || run.first < run.end)) {
       longest = std::max(longest, run.end - run.first), shortest = std::min(shortest, run.end - run.first);
     }
     UnitCursor<kTokens, kBlocks> fetch(p, run);
@@ -78,7 +78,7 @@ int follow(const Params& p, int token_tiles, char* why) {
     unit = static_cast<int>(at);
     CHECK(taken[at] == 1);
   }
-  if (w.pieces == 1) CHECK(longest - shortest <= units);
+  CHECK(longest - shortest <= (w.pieces == 1 ? units : 1));
   return 0;
 }
 
