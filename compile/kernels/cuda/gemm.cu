@@ -66,18 +66,14 @@ void dispatch_few(const GemmParams& p, const T* x, int64_t K, cudaStream_t strea
 template <typename T>
 void dispatch_wide(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   const int units_of_k = static_cast<int>((K * sizeof(T) + 127) / 128);
-  const WideChoice choice = choose_wide(p.M, p.channel_blocks, units_of_k, kWide);
+  const WideChoice choice = choose_wide(p.M, p.channel_blocks, units_of_k);
   p.plan = choice.plan;
-  if constexpr (kWide & kWideThree) {
-    if (choice.blocks == 3 && choice.tokens == 192) return run<T, 192, 3, Ring::kWhole>(p, x, K, stream);
-    if (choice.blocks == 3) return run<T, 256, 3, Ring::kWhole>(p, x, K, stream);
-  }
   switch (choice.tokens) {
-    case 96: return run<T, 96, 2, Ring::kWhole>(p, x, K, stream);
-    case 128: return run<T, 128, 2, Ring::kWhole>(p, x, K, stream);
-    case 160: return run<T, 160, 2, Ring::kWhole>(p, x, K, stream);
-    case 192: return run<T, 192, 2, Ring::kWhole>(p, x, K, stream);
-    default: return run<T, 256, 2, Ring::kWhole>(p, x, K, stream);
+    case 96: return run<T, 96, kWideBlocks, Ring::kWhole>(p, x, K, stream);
+    case 128: return run<T, 128, kWideBlocks, Ring::kWhole>(p, x, K, stream);
+    case 160: return run<T, 160, kWideBlocks, Ring::kWhole>(p, x, K, stream);
+    case 192: return run<T, 192, kWideBlocks, Ring::kWhole>(p, x, K, stream);
+    default: return run<T, 256, kWideBlocks, Ring::kWhole>(p, x, K, stream);
   }
 }
 

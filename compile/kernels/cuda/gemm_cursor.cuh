@@ -53,18 +53,16 @@ struct UnitCursor {
 template <int kTokens, int kBlocks>
   requires(kBlocks > 1)
 struct UnitCursor<kTokens, kBlocks> {
-  int done, k;              // units of its tile before this one, and its place in K
-  int token, block;         // first token, first 64 channels
-  int first_k, first_token, end_token;  // of the run's tiles
+  int k;                       // unit within its tile
+  int token, block;            // first token, first 64 channels
+  int first_token, end_token;  // of the run's tiles
   WeightCursor weights[kBlocks];
 
   template <typename Params>
   constexpr UnitCursor(const Params& p, const WideRun& run) {
     const WidePlan& w = p.plan;
     const int tile = run.first / w.units_of_k;
-    done = run.first - tile * w.units_of_k;
-    first_k = run.first < run.end ? w.first_k(run.team) : 0;
-    k = first_k + done;  // one of them is 0
+    k = run.first - tile * w.units_of_k;
     first_token = run.member * kTokens, end_token = first_token + w.run_tokens * kTokens;
     token = first_token + tile % w.run_tokens * kTokens;
     block = tile / w.run_tokens * kBlocks;
@@ -80,12 +78,9 @@ struct UnitCursor<kTokens, kBlocks> {
   }
   template <typename Params>
   constexpr void advance(const Params& p) {
-    if (++done == p.plan.units_of_k) {
-      done = 0, k = first_k, token += kTokens;
+    if (++k == p.plan.units_of_k) {
+      k = 0, token += kTokens;
       if (token == end_token) token = first_token, block += kBlocks;
-      start_weights(p);
-    } else if (++k == p.plan.units_of_k) {
-      k = 0;
       start_weights(p);
     } else if (k % 2 == 0) {
 #pragma unroll

@@ -3,13 +3,12 @@
 // Swapped operands: weights are wgmma's A (64 channels), tokens its B, so that few tokens waste nothing. One kernel:
 //   kBlocks 1 (M <= 128): a unit of work is one packed stage, 64 channels x 256 bytes of K, against all tokens.
 //   kBlocks 2 (M > 128):  a unit is 128 channels x 128 bytes of K against 96 to 256 tokens; each warp group has 64 channels.
-//   kBlocks 3:            the same with 192 channels, three warp groups, and a fourth that leaves them its registers.
 // Units are dealt to kGrid blocks in contiguous runs: for kBlocks 1 in equal ones in the order (channels, K) (stream-K),
 // else as a plan says (gemm_plan.cuh). For kBlocks 1 the packed order is the order in which the grid reads: unit i of block
 // c is stage i * kGrid + c, so all blocks together read one contiguous span at a time. A run that starts inside a tile
-// leaves float32 partial sums in its block's slot of the workspace; the block that started the tile adds them in block
-// order, or in sliced plans every block of the tile for its share of the tokens, so sums have one order. Slots are their
-// own flags (slots.cuh).
+// leaves float32 partial sums in its block's slot of the workspace, and the block that started the tile adds them; for
+// kBlocks 2 every block of a tile in pieces does so for its share of the tokens (gemm_wide.cuh). Always in block order, so
+// sums have one order. Slots are their own flags (slots.cuh).
 //
 // Tiles go to memory, or for a reduction over ranks straight to where it wants them (push_tile.cuh): with the same bits.
 //
@@ -50,13 +49,13 @@ struct Shape {
   static constexpr int kWeightBytes = kTilesOfK * kBlocks * kTileBytes, kTokenBytes = kTilesOfK * kTokens * 128;
   static constexpr int kBytes = kWeightBytes + kTokenBytes;
   static constexpr int kConsumers = kBlocks > 1 ? kBlocks : kTokens <= 32 ? 2 : 1;
-  // Four warps to fetch, of which one does, leave their registers to the consumers: of the 128 or 168 that all begin with.
-  static constexpr bool kGiveRegisters = kBlocks == 3 || (kBlocks == 2 && (kWide & (kWideEnds | kWideLean)) == kWideEnds);
-  static constexpr int kProducerRegisters = kBlocks == 3 ? 32 : 40, kConsumerRegisters = kBlocks == 3 ? 160 : 232;
+  // Four warps to fetch, of which one does, leave their registers to the consumers: of the 168 that all begin with.
+  static constexpr bool kGiveRegisters = kBlocks > 1;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kThreads = kConsumers * 128 + (kGiveRegisters ? 128 : 32);
   static constexpr bool kAlternate = kBlocks == 1 && kConsumers == 2;  // warp groups take turns with the stages
   // Small kernels between two GEMMs need some kilobytes beside a whole ring.
-  static constexpr int kBudget = (kRing == Ring::kHalf ? 110 : kBlocks == 3 ? 226 : kTokens <= 32 ? 222 : 200) * 1024;
+  static constexpr int kBudget = (kRing == Ring::kHalf ? 110 : kTokens <= 32 ? 222 : 200) * 1024;
   static constexpr int kExtra = kAlternate ? kTokens * 256 : 0;
   static constexpr int kFitting = (kBudget - kExtra) / kBytes;
   static constexpr int kMostStages = kRing == Ring::kWhole && kTokens <= 32 ? 12 : 6;
@@ -198,9 +197,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   constexpr int kSlot = kBlocks * kVectors * 128;  // float4 of a block's partial sums
   float4* slot = p.partial + static_cast<size_t>(cta) * kSlot + block_of_group * kVectors * 128 + thread;
   if (S::kPaced && first < end) barrier_wait(full + S::kStages, 0);
-  int team = 1;  // blocks from one part of a tile to the next
-  if constexpr (kBlocks > 1) team = p.plan.team;
-  const size_t next_slot = static_cast<size_t>(team) * kSlot;
   RingPlace place;
   for (int unit = first, tile = first / p.units_of_k; unit < end; ++tile) {
     const bool started_here = unit == tile * p.units_of_k;
@@ -210,14 +206,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) sums[i] = 0.0f;
     int held = -1;  // slot of a product still running
-    int sharers = 0;
-    if (started_here && stop < tile_end) {
-      if constexpr (kBlocks > 1) {
-        sharers = run.sharers(p.plan, tile);
-      } else {
-        sharers = sharers_of(p, cta, stop, tile_end);
-      }
-    }
+    const int sharers = kBlocks == 1 && started_here && stop < tile_end ? sharers_of(p, cta, stop, tile_end) : 0;
     uint4 early[kEarly > 0 ? kEarly : 1][kVectors];  // partial sums asked for before the last product, for they are mostly there
     const auto load_early = [&](int from) {
 #pragma unroll
@@ -259,12 +248,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < S::kTilesOfK * 4; ++k) {
-            if constexpr (kBlocks == 3 && kTokens == 256) {
-              add_halves<T>(sums, a + k * 2, b + k * 2);
-            } else {
-              Wgmma<T, kTokens>::run(sums, a + k / 4 * (kTileBytes / 16) + k % 4 * 2,
-                                     b + k / 4 * (kTokens * 8) + k % 4 * 2, 1);
-            }
+            Wgmma<T, kTokens>::run(sums, a + k / 4 * (kTileBytes / 16) + k % 4 * 2,
+                                   b + k / 4 * (kTokens * 8) + k % 4 * 2, 1);
           }
           wgmma_commit();
           if constexpr (kBlocks == 1) {  // bound by memory: the slot matters more than the tensor cores' idle time
@@ -302,48 +287,40 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
     }
     if (!writer) continue;
-    if constexpr (kBlocks > 1 && (kWide & kWidePieces) != 0) {
-      if (p.plan.sliced) {
-        const int part = run.piece % p.plan.pieces;
-        int from = part * kVectors / p.plan.pieces, to = (part + 1) * kVectors / p.plan.pieces;
-        keep_here(from), keep_here(to);
-        exchange_slices<kTokens, kBlocks>(sums, slot, next_slot, part, p.plan.pieces, from, to);
-        write_wide<T, kTokens, kBlocks>(p, sums, tile, run.member, from, to);
+    if constexpr (kBlocks > 1) {
+      finish_wide<T, kTokens, kBlocks>(p, sums, tile, run, slot);
+    } else {
+      if (!started_here) {
+#pragma unroll
+        for (int b = 0; b < kVectors; ++b) {
+          store_slot(slot + b * 128, sums[b * 4], sums[b * 4 + 1], sums[b * 4 + 2], sums[b * 4 + 3]);
+        }
         continue;
       }
-    }
-    if (!started_here) {
+      for (int c = 1; c <= sharers; c += kEarly > 0 ? kEarly : 1) {  // partial sums of the blocks after this one
+        if constexpr (kEarly > 0) {
+          if (c > 1) load_early(c);
 #pragma unroll
-      for (int b = 0; b < kVectors; ++b) {
-        store_slot(slot + b * 128, sums[b * 4], sums[b * 4 + 1], sums[b * 4 + 2], sums[b * 4 + 3]);
-      }
-      continue;
-    }
-    for (int c = 1; c <= sharers; c += kEarly > 0 ? kEarly : 1) {  // partial sums of the blocks after this one
-      if constexpr (kEarly > 0) {
-        if (c > 1) load_early(c);
+          for (int j = 0; j < kEarly; ++j) {
+            if (c + j > sharers) break;
 #pragma unroll
-        for (int j = 0; j < kEarly; ++j) {
-          if (c + j > sharers) break;
-#pragma unroll
-          for (int b = 0; b < kVectors; ++b) {
-            add_partial(sums, b, early[j][b], slot + static_cast<size_t>(c + j) * kSlot + b * 128);
+            for (int b = 0; b < kVectors; ++b) {
+              add_partial(sums, b, early[j][b], slot + static_cast<size_t>(c + j) * kSlot + b * 128);
+            }
           }
+        } else {
+          add_partials<kTokens>(sums, slot + static_cast<size_t>(c) * kSlot, 0, kVectors);
         }
-      } else {
-        add_partials<kTokens, kBlocks>(sums, slot + c * next_slot, 0, kVectors);
       }
-    }
-    constexpr bool kByChannel = sizeof(T) == 1, kByToken = kByChannel && !S::kGrouped;
-    const int channel = tile * 64 + warp % 4 * 16;
-    if constexpr (kBlocks > 1) {
-      write_wide<T, kTokens, kBlocks>(p, sums, tile, run.member, 0, kVectors);
-    } else if constexpr (S::kSilu) {
-      write_silu<T, kTokens>(p, sums, tile);
-    } else if constexpr (S::kPush) {
-      write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, 0, PeerTile(p.push, epoch.wait(), channel, p.M, p.N));
-    } else {
-      write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, 0, MemoryTile{p, channel, 0});
+      constexpr bool kByChannel = sizeof(T) == 1, kByToken = kByChannel && !S::kGrouped;
+      const int channel = tile * 64 + warp % 4 * 16;
+      if constexpr (S::kSilu) {
+        write_silu<T, kTokens>(p, sums, tile);
+      } else if constexpr (S::kPush) {
+        write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, PeerTile(p.push, epoch.wait(), channel, p.M, p.N));
+      } else {
+        write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, MemoryTile{p, channel});
+      }
     }
   }
 }

@@ -11,8 +11,7 @@
 
 namespace tpserve::cuda {
 
-constexpr int kMostBlocks = kWide & kWideThree ? 3 : 2;  // of 64 channels, in a tile of up to 256 tokens
-constexpr int64_t kWorkspaceBytes = static_cast<int64_t>(kGrid) * kMostBlocks * 256 * 64 * 4;
+constexpr int64_t kWorkspaceBytes = static_cast<int64_t>(kGrid) * kWideBlocks * 64 * 256 * 4;
 
 struct GemmParams {
   const uint8_t* weights;
@@ -82,15 +81,15 @@ struct ChannelScales {
   }
 };
 
-/// Takes a warp's tile of 16 channels x kTokens tokens, eight tokens at a time, for the output in memory.
+/// Takes a warp's tile of 16 channels x all tokens, eight tokens at a time, for the output in memory.
 struct MemoryTile {
   static constexpr bool kToPeers = false;
   const GemmParams& p;
-  int channel, token;
+  int channel;
 
   /// `pairs`: of token lane / 4 of the eight, channels 2 (lane % 4) and the next, and those eight further on.
   __device__ __forceinline__ void store(int eight, const uint32_t (&pairs)[2]) const {
-    const int lane = threadIdx.x % 32, m = token + eight * 8 + lane / 4;
+    const int lane = threadIdx.x % 32, m = eight * 8 + lane / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int n = channel + h * 8 + lane % 4 * 2;
@@ -103,14 +102,12 @@ struct MemoryTile {
 
 /// Scales by channel, and by token, and gives a warp's 16 channels x kTokens tokens to `tile`.
 template <bool kByChannel, bool kByToken, int kTokens, typename Tile>
-__device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token,
-                                           const Tile& tile) {
+__device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kTokens / 2], int channel, const Tile& tile) {
   const int lane = threadIdx.x % 32, column = lane % 4 * 2;
-  constexpr bool kHeld = kByToken && (kWide & kWideEnds) != 0;
   const ChannelScales<kByChannel, kByToken> scales(p, channel);
   const auto held = [&] {
-    if constexpr (kHeld) {
-      return TokenScales<kTokens>(p, token);
+    if constexpr (kByToken) {
+      return TokenScales<kTokens>(p, 0);
     } else {
       return 0;
     }
@@ -118,15 +115,15 @@ __device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kT
 #pragma unroll
   for (int b = 0; b < kTokens / 8; ++b) {
     float values[4];
-    if constexpr (kHeld) {
+    if constexpr (kByToken) {
       scales.apply(sums + b * 4, held.pair(b, column), values);
     } else {
-      scales.apply(p, sums + b * 4, token + b * 8 + column, values);
+      scales.apply(p, sums + b * 4, b * 8 + column, values);
     }
     if (!Tile::kToPeers && p.out_float32) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int m = token + b * 8 + column + j % 2, n = channel + lane / 4 + j / 2 * 8;
+        const int m = b * 8 + column + j % 2, n = channel + lane / 4 + j / 2 * 8;
         if (m < p.M && n < p.N) static_cast<float*>(p.out)[static_cast<int64_t>(m) * p.N + n] = values[j];
       }
     } else {

@@ -12,18 +12,11 @@ __device__ __forceinline__ void keep_here(T& value) {
   asm volatile("" : "+r"(value));
 }
 
-/// A product with 256 tokens as two: an instruction must find its registers among the 128 that a thread of 512 begins with.
-template <typename T>
-__device__ __forceinline__ void add_halves(float (&sums)[128], uint64_t a, uint64_t b) {
-  constexpr int kHalf = 128 * 128 / 16;  // of the tokens' tile, in steps of a descriptor
-  Wgmma<T, 128>::run(*reinterpret_cast<float(*)[64]>(&sums[0]), a, b, 1);
-  Wgmma<T, 128>::run(*reinterpret_cast<float(*)[64]>(&sums[64]), a, b + kHalf, 1);
-}
-
 /// Adds the partial sums at `place`, of the vectors of eight tokens from `from` to `to`.
-template <int kTokens, int kBlocks>
+template <int kTokens>
 __device__ __forceinline__ void add_partials(float (&sums)[kTokens / 2], float4* place, int from, int to) {
-  constexpr int kVectors = kTokens / 8, kBatch = partial_batch(kTokens, kBlocks, kWide);
+  constexpr int kVectors = kTokens / 8;
+  constexpr int kBatch = kVectors <= 24 ? kVectors : kVectors / 2;  // that are asked for at once: a trip to L2 for each
   static_assert(kVectors % kBatch == 0);
 #pragma unroll
   for (int b = 0; b < kVectors; b += kBatch) {
@@ -42,8 +35,8 @@ __device__ __forceinline__ void add_partials(float (&sums)[kTokens / 2], float4*
 
 /// Gives the other blocks of a tile this block's sums of their vectors, and adds theirs of its own, in block order. `slot`:
 /// this thread's place of this block, `part` of `pieces`; the next part's is `next_slot` further on.
-template <int kTokens, int kBlocks>
-__device__ __forceinline__ void exchange_slices(float (&sums)[kTokens / 2], float4* slot, size_t next_slot, int part,
+template <int kTokens>
+__device__ __forceinline__ void exchange_pieces(float (&sums)[kTokens / 2], float4* slot, size_t next_slot, int part,
                                                 int pieces, int from, int to) {
 #pragma unroll
   for (int b = 0; b < kTokens / 8; ++b) {
@@ -52,7 +45,7 @@ __device__ __forceinline__ void exchange_slices(float (&sums)[kTokens / 2], floa
   }
   float4* const first = slot - part * next_slot;
   for (int other = 0; other < pieces; ++other) {
-    if (other != part) add_partials<kTokens, kBlocks>(sums, first + other * next_slot, from, to);
+    if (other != part) add_partials<kTokens>(sums, first + other * next_slot, from, to);
   }
 }
 
@@ -80,27 +73,20 @@ __device__ __forceinline__ uint2 four_channels(uint32_t first, uint32_t second) 
   return quarter < 2 ? make_uint2(a, b) : make_uint2(b, a);
 }
 
-/// Writes a warp's 16 channels x kTokens tokens, of the vectors of eight tokens those from `from` to `to`. Scales of
-/// kHeldTokens tokens are held in registers at once.
-template <bool kFp8, int kTokens, int kHeldTokens>
+/// Writes a warp's 16 channels x kTokens tokens, of the vectors of eight tokens those from `from` to `to`.
+template <bool kFp8, int kTokens>
 __device__ __forceinline__ void write_rows(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token, int from,
                                            int to) {
-  static_assert(kTokens % kHeldTokens == 0);
-  constexpr int kHeld = kHeldTokens / 8;  // vectors
   const int lane = threadIdx.x % 32, column = lane % 4 * 2;
   const ChannelScales<kFp8, kFp8> scales(p, channel);
   const auto each = [&](const auto& store) {
+    const HeldScales<kFp8, kTokens> held(p, token);
 #pragma unroll
-    for (int chunk = 0; chunk < kTokens / 8; chunk += kHeld) {
-      if (chunk + kHeld <= from || chunk >= to) continue;
-      const HeldScales<kFp8, kHeldTokens> held(p, token + chunk * 8);
-#pragma unroll
-      for (int b = chunk; b < chunk + kHeld; ++b) {
-        if (b < from || b >= to) continue;
-        float values[4];
-        scales.apply(sums + b * 4, held.pair(b - chunk, column), values);
-        store(b, values);
-      }
+    for (int b = 0; b < kTokens / 8; ++b) {
+      if (b < from || b >= to) continue;
+      float values[4];
+      scales.apply(sums + b * 4, held.pair(b, column), values);
+      store(b, values);
     }
   };
   const int64_t stride = p.N;
@@ -130,16 +116,25 @@ __device__ __forceinline__ void write_rows(const GemmParams& p, float (&sums)[kT
 template <typename T, int kTokens, int kBlocks>
 __device__ __forceinline__ void write_wide(const GemmParams& p, float (&sums)[kTokens / 2], int tile, int member, int from,
                                            int to) {
-  constexpr bool kFp8 = sizeof(T) == 1;
   const int warp = threadIdx.x / 32;
   const int channel = (tile / p.plan.run_tokens * kBlocks + warp / 4) * 64 + warp % 4 * 16;
   const int token = (tile % p.plan.run_tokens + member) * kTokens;
-  if constexpr (kWide & (kWideEnds | kWidePieces)) {
-    constexpr bool kFew = kBlocks == 3 || (kWide & kWideLean) != 0;  // registers
-    write_rows<kFp8, kTokens, kFew && kTokens % 64 == 0 ? 64 : kTokens>(p, sums, channel, token, from, to);
-  } else {
-    write_tile<kFp8, kFp8, kTokens>(p, sums, channel, token, MemoryTile{p, channel, token});
-  }
+  write_rows<sizeof(T) == 1, kTokens>(p, sums, channel, token, from, to);
+}
+
+/// The end of a tile, or of this block's piece of it. `slot`: this thread's place in the block's.
+template <typename T, int kTokens, int kBlocks>
+__device__ __forceinline__ void finish_wide(const GemmParams& p, float (&sums)[kTokens / 2], int tile, const WideRun& run,
+                                            float4* slot) {
+  constexpr int kVectors = kTokens / 8;
+  const int pieces = p.plan.pieces;
+  if (pieces == 1) return write_wide<T, kTokens, kBlocks>(p, sums, tile, run.member, 0, kVectors);
+  const size_t next_slot = static_cast<size_t>(p.plan.team) * kBlocks * kVectors * 128;
+  const int part = run.piece % pieces;
+  int from = part * kVectors / pieces, to = (part + 1) * kVectors / pieces;
+  keep_here(from), keep_here(to);
+  exchange_pieces<kTokens>(sums, slot, next_slot, part, pieces, from, to);
+  write_wide<T, kTokens, kBlocks>(p, sums, tile, run.member, from, to);
 }
 
 }  // namespace tpserve::cuda

@@ -1,5 +1,5 @@
 // The ends of wide tiles on the host: every thread of a warp group with the sums that wgmma would give it, and the blocks of
-// a sliced tile at once.
+// a tile in pieces at once.
 #include "gemm_wide.cuh"
 
 #include <functional>
@@ -17,10 +17,10 @@ void on_threads(int count, const std::function<void(int)>& body) {
 }
 
 /// `sums`: (pieces, 64, kTokens), the parts of the tile's first 64 channels. False if a slot is not empty in the end.
-template <typename T, int kTokens, int kBlocks>
+template <typename T, int kTokens>
 bool finish(const GemmParams& p, const float* sums, int tile, int member) {
   constexpr int kVectors = kTokens / 8;
-  constexpr size_t kSlot = kBlocks * kVectors * 128;
+  constexpr size_t kSlot = kWideBlocks * kVectors * 128;
   const int pieces = p.plan.pieces;
   const size_t next = p.plan.team * kSlot;
   struct Own {
@@ -37,12 +37,17 @@ bool finish(const GemmParams& p, const float* sums, int tile, int member) {
       mine[i] = sums[(static_cast<size_t>(part) * 64 + n) * kTokens + m];
     }
     const int from = part * kVectors / pieces, to = (part + 1) * kVectors / pieces;
-    exchange_slices<kTokens, kBlocks>(mine, slots.data() + part * next + thread, next, part, pieces, from, to);
+    exchange_pieces<kTokens>(mine, slots.data() + part * next + thread, next, part, pieces, from, to);
   });
   for (int part = 0; part < pieces; ++part) {
     on_threads(128, [&](int thread) {
-      write_wide<T, kTokens, kBlocks>(p, own[part * 128 + thread].sums, tile, member, part * kVectors / pieces,
-                                      (part + 1) * kVectors / pieces);
+      float(&sums_of_thread)[kTokens / 2] = own[part * 128 + thread].sums;
+      if (pieces == 1) {  // as the kernel ends it; of more, the blocks cannot shuffle at once here
+        const WideRun run(p.plan, member);
+        return finish_wide<T, kTokens, kWideBlocks>(p, sums_of_thread, tile, run, slots.data() + thread);
+      }
+      const int from = part * kVectors / pieces, to = (part + 1) * kVectors / pieces;
+      write_wide<T, kTokens, kWideBlocks>(p, sums_of_thread, tile, member, from, to);
     });
   }
   for (const float4& slot : slots) {
@@ -52,13 +57,12 @@ bool finish(const GemmParams& p, const float* sums, int tile, int member) {
 }
 
 template <typename T>
-bool finish(int tokens, int blocks, const GemmParams& p, const float* sums, int tile, int member) {
-  switch (blocks * 1000 + tokens) {
-    case 2096: return finish<T, 96, 2>(p, sums, tile, member);
-    case 2160: return finish<T, 160, 2>(p, sums, tile, member);
-    case 2256: return finish<T, 256, 2>(p, sums, tile, member);
-    case 3192: return finish<T, 192, 3>(p, sums, tile, member);
-    case 3256: return finish<T, 256, 3>(p, sums, tile, member);
+bool finish(int tokens, const GemmParams& p, const float* sums, int tile, int member) {
+  switch (tokens) {
+    case 96: return finish<T, 96>(p, sums, tile, member);
+    case 160: return finish<T, 160>(p, sums, tile, member);
+    case 192: return finish<T, 192>(p, sums, tile, member);
+    case 256: return finish<T, 256>(p, sums, tile, member);
     default: return false;
   }
 }
@@ -66,12 +70,12 @@ bool finish(int tokens, int blocks, const GemmParams& p, const float* sums, int 
 }  // namespace
 
 /// Of the team's `tile` and `member`; with scales e4m3 tokens, else bfloat16. Returns 0, or 1 if a slot is not empty.
-extern "C" int finish_tile(int tokens, int blocks, int pieces, int team, int tile, int member, const float* sums,
+extern "C" int finish_tile(int tokens, int pieces, int team, int tile, int member, const float* sums,
                            const float* channel_scale, const float* token_scale, const float* bias, void* out,
                            int out_float32, int M, int N) {
-  const WidePlan plan{64, team, 1, pieces, 0, 0, true, false};
+  const WidePlan plan{64, team, 1, pieces, 0, 0};
   const GemmParams p{{channel_scale, token_scale, bias, out, nullptr, M, N, 0}, plan, out_float32 != 0};
-  const bool good = token_scale != nullptr ? finish<fp8>(tokens, blocks, p, sums, tile, member)
-                                           : finish<bf16>(tokens, blocks, p, sums, tile, member);
+  const bool good = token_scale != nullptr ? finish<fp8>(tokens, p, sums, tile, member)
+                                           : finish<bf16>(tokens, p, sums, tile, member);
   return good ? 0 : 1;
 }

@@ -78,17 +78,6 @@ void add_partial(float (&sums)[kRegisters], int b, uint4 v, float4* place) {
   for (int i = 0; i < 4; ++i) sums[b * 4 + i] += float_of(words[i]);
 }
 
-template <typename T, int kTokens>
-struct Wgmma {
-  static void run(float (&)[kTokens / 2], uint64_t, uint64_t, int);  // no products here
-};
-struct MemoryTile {
-  const GemmParams& p;
-  int channel, token;
-};
-template <bool kByChannel, bool kByToken, int kTokens>
-void write_tile(const GemmParams&, float (&)[kTokens / 2], int, int, const MemoryTile&);  // of TPSERVE_WIDE=0
-
 }  // namespace tpserve::cuda
 
 #include "token_scales.cuh"

@@ -147,7 +147,7 @@ def check_pieces(library: Any, count: int, position: int, group: int, window: in
         assert all(len(pieces) == 1 for pieces in seen)
         assert len(set(taken)) == len(taken)
         assert max(taken) < MAX_SPLITS
-    return number > 0
+    return bool(number > 0)
 
 
 def check_all_pieces(library: Any, rng: np.random.Generator, number: int) -> None:
