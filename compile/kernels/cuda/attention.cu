@@ -229,7 +229,7 @@ void attention_plan(TensorView positions, TensorView token_slots, int64_t num_sl
   int32_t* words = checked<int32_t>("plan", plan, {layout.size()});
   launch(layout.decode_only() ? decode_plan_kernel : plan_kernel, 1, kPlanThreads, 0, stream_of(plan), position, slot,
          static_cast<int>(num_tokens), static_cast<int>(num_slots), static_cast<int>(num_heads / num_kv_heads),
-         static_cast<int>(window), layout, words);
+         static_cast<int>(num_kv_heads), static_cast<int>(window), layout, words);
 }
 
 /// What every variant takes, besides scales of pages and a norm.

@@ -14,9 +14,11 @@ namespace tpserve::cuda {
 
 constexpr int kDecodeRows = 16;
 // Positions of a decode item. A short run is one chunk; a longer one must be cut anyway, and then into pieces for as many
-// blocks as its sums are worth, doubled until kMaxSplits chunks are enough.
+// blocks as its sums are worth, doubled until kMaxSplits chunks are enough. Where many KV heads make many items anyway,
+// shorter chunks cost more than they bring (8B on one GPU, benchmarks/README.md).
 constexpr int kChunk = 512, kShortChunk = 256;
-constexpr int kShortSplits = 8;  // most of the shorter ones
+constexpr int kShortSplits = 8;   // most of the shorter ones
+constexpr int kManyKvHeads = 8;
 constexpr int kMaxSplits = 32;
 constexpr int kMaxPieces = 4;  // of a run of a few tokens more than a decode item holds, as a draft that is verified
 constexpr int kStageRows = 64;  // positions fetched together
@@ -54,11 +56,11 @@ TPSERVE_ITEMS int64_t max_partial_rows(int64_t tokens, int64_t slots, int64_t gr
 }
 
 /// The first item of a run that decodes; the others differ in `split`, each one more than the one before. Chunks start at
-/// multiples of a length that depends on the run's own length alone.
-TPSERVE_ITEMS Item decode_item(int token, int count, int slot, int position, int window) {
+/// multiples of a length that depends on the run's own length and the model alone.
+TPSERVE_ITEMS Item decode_item(int token, int count, int slot, int position, int window, int num_kv_heads) {
   Item item{token, count, kDecode, slot, position, 0, 1, 0, kChunk, 0, {}};
   const int length = position + count;
-  if (length > kChunk && length <= kShortSplits * kShortChunk) item.chunk = kShortChunk;
+  if (num_kv_heads < kManyKvHeads && length > kChunk && length <= kShortSplits * kShortChunk) item.chunk = kShortChunk;
   while ((length + item.chunk - 1) / item.chunk > kMaxSplits) item.chunk *= 2;
   const int begin = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
   item.split = begin / item.chunk;
@@ -74,10 +76,11 @@ TPSERVE_ITEMS int decode_pieces(int count, int position, int group) {
 }
 
 /// The first item of a piece, as `decode_item`. All pieces together have as many items and places as one run may have.
-TPSERVE_ITEMS Item piece_item(const Item& run, int piece, int pieces, int group, int window) {
+TPSERVE_ITEMS Item piece_item(const Item& run, int piece, int pieces, int group, int window, int num_kv_heads) {
   const int per_piece = kDecodeRows / group, offset = piece * per_piece, most = kMaxSplits / pieces;
   const int left = run.count - offset;
-  Item item = decode_item(run.token + offset, left < per_piece ? left : per_piece, run.slot, run.position + offset, window);
+  const int count = left < per_piece ? left : per_piece;
+  Item item = decode_item(run.token + offset, count, run.slot, run.position + offset, window, num_kv_heads);
   // As long as the run wants it, not the piece: all pieces then have the same chunks.
   item.chunk = kShortChunk;
   while ((run.position + run.count + item.chunk - 1) / item.chunk > most) item.chunk *= 2;

@@ -54,8 +54,8 @@ struct DecodeRoom {
 };
 
 static __global__ void __launch_bounds__(kPlanThreads)
-    plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group, int window,
-                PlanLayout layout, int32_t* plan) {
+    plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group, int num_kv_heads,
+                int window, PlanLayout layout, int32_t* plan) {
   __shared__ uint32_t starts[kMaxPlanTokens / 32 + 1];  // bit t: a run starts at token t
   __shared__ int num_wide;
   __shared__ DecodeRoom room;
@@ -96,11 +96,11 @@ static __global__ void __launch_bounds__(kPlanThreads)
       }
       continue;
     }
-    const Item run = decode_item(t, count, slot, position, window);
+    const Item run = decode_item(t, count, slot, position, window, num_kv_heads);
     const int first_row = room.take_rows(min(count, kDecodeRows / group) * group, max_runs, max_rows);
     if (pieces == 0) room.put(run, first_row, layout.decode(plan));
     for (int i = 0; i < pieces; ++i) {
-      room.put(piece_item(run, i, pieces, group, window), first_row, layout.decode(plan));
+      room.put(piece_item(run, i, pieces, group, window, num_kv_heads), first_row, layout.decode(plan));
     }
   }
   __syncthreads();
@@ -113,7 +113,7 @@ static __global__ void __launch_bounds__(kPlanThreads)
 /// plan, and all pages as the step before has left them.
 static __global__ void __launch_bounds__(kPlanThreads)
     decode_plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group,
-                       int window, PlanLayout layout, int32_t* plan) {
+                       int num_kv_heads, int window, PlanLayout layout, int32_t* plan) {
   __shared__ DecodeRoom room;
   pdl_wait();
   const int max_rows = static_cast<int>(max_partial_rows(num_tokens, num_slots, group));
@@ -125,7 +125,8 @@ static __global__ void __launch_bounds__(kPlanThreads)
     if (slot < 0) {
       layout.decode(plan)[atomicAdd(&room.num_items, 1)] = {t, 1, kPadding, slot, position, 0, 1, 0, 0, 0, {}};
     } else {
-      room.put(decode_item(t, 1, slot, position, window), room.take_rows(group, max_runs, max_rows), layout.decode(plan));
+      const Item run = decode_item(t, 1, slot, position, window, num_kv_heads);
+      room.put(run, room.take_rows(group, max_runs, max_rows), layout.decode(plan));
     }
   }
   __syncthreads();

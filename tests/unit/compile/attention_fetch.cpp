@@ -105,7 +105,7 @@ int fetch(const Case& c, bool decode_only) {
   p.num_tokens = c.num_tokens, p.group = c.num_heads / c.num_kv_heads, p.window = c.window;
   run_block(dim3(), dim3(0), 0, (c.num_tokens / 32 + 1) * 32, [&] {
     const auto kernel = decode_only ? decode_plan_kernel : plan_kernel;
-    kernel(c.positions, c.slots, c.num_tokens, c.num_slots, p.group, c.window, layout, p.plan);
+    kernel(c.positions, c.slots, c.num_tokens, c.num_slots, p.group, c.num_kv_heads, c.window, layout, p.plan);
   });
   std::atomic<int> num_bad = 0;
   gave_up = false;

@@ -17,8 +17,8 @@ int head_of(int place, int kv_head, int group, int num_kv_heads) {
 long partial_rows(long tokens, long slots, long group) { return max_partial_rows(tokens, slots, group); }
 
 /// (num_splits, 7) of a run: split, chunk, begin, end, first and last stage, whether it has the newest position.
-int items_of(int count, int position, int window, int* out) {
-  Item item = decode_item(0, count, 0, position, window);
+int items_of(int count, int position, int window, int num_kv_heads, int* out) {
+  Item item = decode_item(0, count, 0, position, window, num_kv_heads);
   for (int i = 0; i < item.num_splits; ++i, ++item.split, out += 7) {
     const Range range(item, window);
     out[0] = item.split, out[1] = item.chunk, out[2] = range.begin, out[3] = range.end;
@@ -29,12 +29,12 @@ int items_of(int count, int position, int window, int* out) {
 
 /// (items, 6) of a run that attends in pieces: token, tokens, begin, end, first and one behind the last place of sums that the
 /// item's piece has. Returns how many items, 0 if the run attends otherwise.
-int piece_items_of(int count, int position, int group, int window, int* out) {
-  const Item run = decode_item(0, count, 0, position, window);
+int piece_items_of(int count, int position, int group, int window, int num_kv_heads, int* out) {
+  const Item run = decode_item(0, count, 0, position, window, num_kv_heads);
   const int pieces = decode_pieces(count, position, group);
   int number = 0;
   for (int piece = 0; piece < pieces; ++piece) {
-    Item item = piece_item(run, piece, pieces, group, window);
+    Item item = piece_item(run, piece, pieces, group, window, num_kv_heads);
     for (int i = 0; i < item.num_splits; ++i, ++item.split, ++number, out += 6) {
       const Range range(item, window);
       out[0] = item.token, out[1] = item.count, out[2] = range.begin, out[3] = range.end;

@@ -38,10 +38,10 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return build(tmp_path_factory.mktemp("items"))
 
 
-def items_of(library: Any, count: int, position: int, window: int) -> Ints:
+def items_of(library: Any, count: int, position: int, window: int, num_kv_heads: int = 2) -> Ints:
     """Return (num_splits, 7): split, chunk, begin, end, first and last stage, whether it has the newest position."""
     out = np.full((MAX_SPLITS + 1, 7), -7, np.int32)
-    number = library.items_of(count, position, window, ctypes.c_void_p(out.ctypes.data))
+    number = library.items_of(count, position, window, num_kv_heads, ctypes.c_void_p(out.ctypes.data))
     assert 1 <= number <= MAX_SPLITS
     assert (out[number:] == -7).all()
     return out[:number]
@@ -82,8 +82,8 @@ def test_a_kv_heads_queries_key_and_value_are_found_in_the_projections(items: An
     check_heads(items)
 
 
-def check_run(library: Any, count: int, position: int, window: int) -> None:
-    found = items_of(library, count, position, window)
+def check_run(library: Any, count: int, position: int, window: int, num_kv_heads: int) -> None:
+    found = items_of(library, count, position, window, num_kv_heads)
     first = max(0, position - window + 1) if window else 0
     splits, chunks, begins, ends, first_stages, last_stages, newest = found.T.tolist()
     assert splits == list(range(splits[0], splits[0] + len(found)))
@@ -104,7 +104,8 @@ def check_runs(library: Any, positions: list[int], counts: list[int], windows: l
     for window in windows:
         for position in positions:
             for count in counts:
-                check_run(library, count, position, window)
+                for num_kv_heads in (2, 8):
+                    check_run(library, count, position, window, num_kv_heads)
 
 
 def check_all(library: Any) -> None:
@@ -113,6 +114,18 @@ def check_all(library: Any) -> None:
 
 
 EDGES = [0, 1, 15, 16, 17, 63, 64, 65, 510, 511, 512, 513, 1023, 1024, 1025, 16383, 16384, 16385, 32767, 32768, 131071]
+
+
+def test_many_kv_heads_have_longer_chunks(items: Any) -> None:
+    for length, few, many in (
+        (512, 512, 512),
+        (513, 256, 512),
+        (2048, 256, 512),
+        (2049, 512, 512),
+        (20_000, 1024, 1024),
+    ):
+        chunks = [items_of(items, 1, length - 1, 0, num_kv_heads)[0, 1] for num_kv_heads in (1, 7, 8, 32)]
+        assert chunks == [few, few, many, many], length
 
 
 @pytest.mark.parametrize("window", [0, 1, 20, 64, 300, 512, 4096])
@@ -124,7 +137,7 @@ def test_items_of_a_run_read_each_position_once_and_the_last_appends(items: Any,
 def check_pieces(library: Any, count: int, position: int, group: int, window: int) -> bool:
     """Check a run of drafted tokens; return whether it attends in pieces."""
     out = np.full((MAX_SPLITS + 1, 6), -7, np.int32)
-    number = library.piece_items_of(count, position, group, window, ctypes.c_void_p(out.ctypes.data))
+    number = library.piece_items_of(count, position, group, window, 2, ctypes.c_void_p(out.ctypes.data))
     per_piece = 16 // group
     assert (number > 0) == (per_piece < count <= 4 * per_piece and position + count > 512)
     assert number <= MAX_SPLITS, "the room that a run has"
@@ -169,7 +182,7 @@ def test_a_draft_behind_a_long_context_attends_in_pieces(items: Any) -> None:
     ("right", "wrong"),
     [
         ("item.first_place = piece * most", "item.first_place = piece"),
-        ("run.position + offset, window)", "run.position, window)"),
+        ("run.position + offset, window, num_kv_heads)", "run.position, window, num_kv_heads)"),
         ("left < per_piece ? left : per_piece", "left > 0 ? per_piece : left"),
         ("pieces <= kMaxPieces", "pieces <= kMaxPieces + 1"),
         ("most = kMaxSplits / pieces", "most = kMaxSplits"),
