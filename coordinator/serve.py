@@ -11,12 +11,9 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import tempfile
-import threading
 import time
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +23,6 @@ from tpserve.coordinator.children import (
     ServeError,
     first_words,
     last_words,
-    log_lines,
     ray_environment,
     require_free_port,
     spawn_child,
@@ -45,14 +41,10 @@ from tpserve.coordinator.memory import (
     available_host_bytes,
     plan_memory,
 )
+from tpserve.coordinator.model_build import ModelBuild
 from tpserve.coordinator.node_memory import bytes_of_rank, read_nodes
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder, tell_parent
-from tpserve.coordinator.speculation import (
-    SpeculationChoice,
-    check_draft,
-    choose_speculation,
-    draft_step_tokens,
-)
+from tpserve.coordinator.speculation import choose_speculation
 from tpserve.proto.manifest import Manifest, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -104,6 +96,7 @@ class _Server:
         self._engine_door: EngineDoor | None = None
         self._folders: list[Path] = []
         """Removed in the end."""
+        self._build = ModelBuild(args, self._folders, lambda: self._stopping)
 
     @property
     def _gateways(self) -> list[subprocess.Popen[str]]:
@@ -137,20 +130,20 @@ class _Server:
         device = "cuda" if on_gpu else "cpu"
         speculation = choose_speculation(args)
         if speculation is not None and speculation.draft_model is not None:
-            speculation = self._inspect_draft(speculation, speculation.draft_model)
+            speculation = self._build.inspect_draft(speculation, speculation.draft_model)
         if speculation is not None and on_gpu:
             speculation.require_gpus(args.tp)
         num_draft_tokens = 0 if speculation is None else speculation.max_num_draft_tokens
         num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
         head = None if speculation is None or speculation.method != "eagle3" else speculation.draft_model
-        folders = self._compile(max_num_seqs, device, num_draft_tokens, head)
+        folders = self._build.model(max_num_seqs, device, num_draft_tokens, head)
         manifest = Manifest.load(Path(folders["artifact_dir"]))
         manifest.require(tp_size=args.tp, max_num_seqs=max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens)
         if args.kv_cache_dtype != "auto":
             manifest.require_kv_dtype("bfloat16" if args.kv_cache_dtype == "bfloat16" else "float8_e4m3fn")
         draft_folders, draft = None, None
         if speculation is not None and speculation.draft_model is not None:
-            draft_folders, draft = self._prepare_draft(speculation, folders, manifest, device)
+            draft_folders, draft = self._build.draft(speculation, folders, manifest, device)
         memory = plan_memory(
             manifest,
             args.mode,
@@ -266,93 +259,6 @@ class _Server:
                 process.wait()
         for folder in self._folders:
             remove_folder(folder)
-
-    def _inspect_draft(self, speculation: SpeculationChoice, model: str) -> SpeculationChoice:
-        """Return what is to be done with a draft, which may be an EAGLE-3 head; fetched now if it must be."""
-        found = self._run_compiler("inspect", model, [])
-        if found["method"] == "eagle3":
-            speculation = speculation.of_head(self._args.tp, self._args.draft_tp)
-        return replace(speculation, draft_model=found["model_dir"])  # so that nothing is fetched or converted twice
-
-    def _compile(self, max_num_seqs: int, device: str, num_draft_tokens: int, head: str | None) -> dict[str, str]:
-        """Return the folders of the model and its library, compiled now if it must be.
-
-        Parameters
-        ----------
-        head
-            The EAGLE-3 head that is to read its hidden rows, if there is one.
-        """
-        args = self._args
-        if args.model_lib is not None:
-            model_dir = Path(args.model).expanduser()
-            if not (model_dir / "config.json").is_file():
-                raise ServeError(f"--model-lib: {model_dir} has no config.json; give a Hugging Face folder as MODEL")
-            return {"model_dir": str(model_dir.resolve()), "artifact_dir": str(args.model_lib.expanduser().resolve())}
-        flags = ["--tp", str(args.tp), "--quantization", args.quantization, "--max-num-seqs", str(max_num_seqs)]
-        flags += ["--max-num-draft-tokens", str(num_draft_tokens), "--kv-cache-dtype", args.kv_cache_dtype]
-        if args.max_model_len is not None:
-            flags += ["--max-model-len", str(args.max_model_len)]
-        if head is not None:
-            flags += ["--draft-model", head]
-        return self._build(args.model, device, args.max_num_batched_tokens, flags)
-
-    def _prepare_draft(
-        self, speculation: SpeculationChoice, folders: dict[str, str], target: Manifest, device: str
-    ) -> tuple[dict[str, str], Manifest]:
-        """Return the folders and the manifest of the draft's library, compiled now if it must be."""
-        assert speculation.draft_model is not None
-        flags = ["--tp", str(speculation.draft_tp), "--max-num-seqs", str(target.max_num_seqs)]
-        flags += ["--max-model-len", str(target.max_model_len), "--cut-model-len"]
-        if speculation.method == "eagle3":  # it takes the model's embedding as that is stored, and is not fp8 itself
-            quantization = "q0bf16" if target.quantization == "fp8" else target.quantization
-            flags += ["--target-model", folders["model_dir"], "--quantization", quantization]
-        num_tokens = draft_step_tokens(self._args.max_num_batched_tokens, target.max_num_seqs, on_gpu=device == "cuda")
-        draft_folders = self._build(speculation.draft_model, device, num_tokens, flags)
-        draft = Manifest.load(Path(draft_folders["artifact_dir"]))
-        check_draft(target, draft, Path(folders["model_dir"]), Path(draft_folders["model_dir"]))
-        return draft_folders, draft
-
-    def _build(self, model: str, device: str, num_tokens: int, flags: list[str]) -> dict[str, str]:
-        """Return the folders of a model and its library, compiled by the flags."""
-        args = self._args
-        flags = ["--device", device, *flags, "--kernels", args.kernels, "--load-format", args.load_format]
-        return self._run_compiler("compile", model, [*flags, "--max-num-batched-tokens", str(num_tokens)])
-
-    def _run_compiler(self, command_name: str, model: str, flags: list[str]) -> dict[str, str]:
-        """Run a command of the compiler as a process of its own, so that this one never loads it; return its answer."""
-        args = self._args
-        command = [sys.executable, "-m", "tpserve.compile", command_name, model, *flags]
-        command += ["--jit-policy", args.jit_policy, "--download-cache-policy", args.download_cache_policy]
-        environ = dict(os.environ)
-        if "OFF" in (args.jit_policy, args.download_cache_policy):
-            # What is not kept in the cache is built in a temporary folder, which is needed for as long as this runs.
-            self._folders.append(Path(tempfile.mkdtemp(prefix="tpserve-build-")))
-            environ["TMPDIR"] = str(self._folders[-1])
-        pid = os.getpid()
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if args.log_format == "json" else None,
-            text=True,
-            env=environ,
-            start_new_session=True,  # as in `spawn_child`; and its own compilers end with it
-            preexec_fn=lambda: end_with_parent(pid),
-        ) as process:
-            if process.stderr is not None:
-                threading.Thread(target=log_lines, args=(process.stderr,), daemon=True).start()
-            while process.poll() is None:
-                if self._stopping:
-                    os.killpg(process.pid, signal.SIGTERM)
-                    raise ServeError("stopped while the model was prepared")
-                time.sleep(_POLL_S)
-            assert process.stdout is not None
-            output = process.stdout.read()
-        if process.returncode < 0:
-            raise ServeError(f"the compiler was ended by {signal.Signals(-process.returncode).name}")
-        if process.returncode != 0:
-            raise AlreadyTold("the model could not be prepared")
-        folders: dict[str, str] = json.loads(output)
-        return folders
 
     def _start_coordinator(self, folders: dict[str, str], model_name: str, sizes: dict[str, Any]) -> str:
         args = self._args

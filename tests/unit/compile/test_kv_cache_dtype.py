@@ -16,7 +16,7 @@ from tpserve.compile.artifact import input_hash
 from tpserve.compile.cache import CachePolicy
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.pipeline import build_graph
-from tpserve.coordinator import serve
+from tpserve.coordinator.model_build import ModelBuild
 from tpserve.coordinator.serve_arguments import add_arguments
 
 AUTO = CompileConfig(2, "q0bf16", "tuned", "cuda", max_model_len=64, max_num_batched_tokens=64, max_num_seqs=4)
@@ -130,14 +130,14 @@ def test_serve_gives_the_flag_to_the_compiler_of_the_model_but_not_of_its_draft(
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args(["m", "--kv-cache-dtype", "fp8"])
-    server, given = serve._Server(args), []
+    building, given = ModelBuild(args, [], lambda: False), []
 
     def build(model: str, device: str, num_tokens: int, flags: list[str]) -> dict[str, Any]:
         given.append(flags)
         return {}
 
-    monkeypatch.setattr(server, "_build", build)
-    server._compile(4, "cuda", 0, None)
+    monkeypatch.setattr(building, "_compile", build)
+    building.model(4, "cuda", 0, None)
     (flags,) = given
     compiler = argparse.ArgumentParser()
     command.add_compile_arguments(compiler)
