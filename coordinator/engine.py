@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from tpserve.coordinator.active_requests import ActiveRequests, EventSink
 from tpserve.coordinator.client import RankState, WorkerGroup
 from tpserve.coordinator.cluster import Cluster
 from tpserve.coordinator.errors import ClusterError, RankLost
@@ -20,7 +21,7 @@ from tpserve.coordinator.request import QueueFull, Request, RequestInvalid, Toke
 from tpserve.coordinator.scheduler import Scheduler, SchedulerStats
 from tpserve.coordinator.step_log import StepLog, StepTrace
 from tpserve.coordinator.tracing import RequestSpans, Tracing
-from tpserve.proto.messages import FinishReason, Grammar, SamplingParams, StepResult
+from tpserve.proto.messages import Grammar, SamplingParams, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -54,42 +55,6 @@ class EngineConfig:
     """Rebuilds that fail before the engine is DEAD."""
 
 
-EventSink = Callable[[Sequence["OutputEvent"]], None]
-"""Takes the events of one step that belong to one session; must not block."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputEvent:
-    """New tokens of one choice, by the session's own request id."""
-
-    client_id: int
-    event: TokenEvent
-    detail: str = ""
-
-
-@dataclass(slots=True)
-class _Active:
-    """An accepted request."""
-
-    client_id: int
-    sink: EventSink
-    accepted_at: float
-    num_prompt_tokens: int
-    first_token_at: list[float | None]
-    """By choice."""
-    num_tokens: list[int]
-    """Output tokens by choice."""
-    open_choices: set[int]
-    started_at: list[float | None]
-    """When the first step of each choice was planned."""
-    last_token_at: list[float]
-    """By choice; of no meaning before the first token."""
-    finished: list[str]
-    """Why each choice that has ended did."""
-    spans: RequestSpans | None = None
-    """If the request is traced."""
-
-
 class Engine:
     """Runs one TP group and the requests on it."""
 
@@ -106,7 +71,7 @@ class Engine:
         self._cluster = cluster
         self._metrics = metrics
         self._group: WorkerGroup | None = None
-        self._active: dict[int, _Active] = {}
+        self._active = ActiveRequests(metrics, self._on_empty)
         self._next_key = 1
         self._wake = asyncio.Event()
         self._status = EngineStatus.STARTING
@@ -200,20 +165,10 @@ class Engine:
             self._metrics.count_rejection("invalid")
             raise
         self._next_key += 1
-        self._active[key] = _Active(
-            client_id=client_id,
-            sink=sink,
-            accepted_at=time.perf_counter(),
-            num_prompt_tokens=len(prompt_token_ids),
-            first_token_at=[None] * n,
-            num_tokens=[0] * n,
-            open_choices=set(range(n)),
-            started_at=[None] * n,
-            last_token_at=[0.0] * n,
-            finished=[],
-        )
+        spans = None
         if self._tracing is not None and traceparent:
-            self._active[key].spans = RequestSpans(self._tracing, traceparent, name, len(prompt_token_ids))
+            spans = RequestSpans(self._tracing, traceparent, name, len(prompt_token_ids))
+        self._active.add(key, client_id, sink, len(prompt_token_ids), n, spans)
         metrics = self._metrics
         metrics.prompt_tokens.inc(len(prompt_token_ids))
         metrics.request_prompt_tokens.observe(len(prompt_token_ids))
@@ -224,17 +179,9 @@ class Engine:
 
     def abort(self, key: int, choice: int | None = None) -> None:
         """End a request or one of its choices; its pages are free with the next plan. Sends no event."""
-        active = self._active.get(key)
-        if active is None:
+        if not self._active.abort(key, choice):
             return
-        ended = active.open_choices if choice is None else active.open_choices & {choice}
-        for _ in ended:
-            self._metrics.count_finish("aborted")
-            active.finished.append("aborted")
         self._scheduler.abort(key, choice)
-        active.open_choices -= set(ended)
-        if not active.open_choices:
-            self._forget(key)
         self._wake.set()
 
     # ---- gauges
@@ -320,7 +267,7 @@ class Engine:
             self._give_up.cancel()
         self._gave_up = False
         self._num_model_ranks = sum(address.draft_rank is None for address in addresses)
-        self._step_log = StepLog(self._num_model_ranks)
+        self._step_log = self._active.step_log = StepLog(self._num_model_ranks)
         self._metrics.make_ranks([address.name for address in addresses])
         self._collectives = addresses[0].collectives
         self._group = WorkerGroup(
@@ -370,10 +317,10 @@ class Engine:
                 await group.send(plan)
                 trace.host("send", begun, plan.step_id)
                 if plan.added_slots:
-                    self._note_started()
+                    self._active.note_started(scheduler.take_started())
             if events:
                 begun = clock()
-                self._publish(events, step_id)
+                self._active.publish(events, step_id)
                 trace.host("publish", begun, step_id)
                 events = []
             if scheduler.num_in_flight_steps == 0:
@@ -418,85 +365,6 @@ class Engine:
         if result.mask_us:
             self._metrics.grammar_mask_seconds.inc(result.mask_us / 1e6)
 
-    def _note_started(self) -> None:
-        """Note which choices have just entered the batch for the first time."""
-        now = time.perf_counter()
-        for key, choice in self._scheduler.take_started():
-            active = self._active.get(key)
-            if active is None or choice not in active.open_choices:
-                continue
-            if active.spans is not None and not any(active.started_at):
-                active.spans.started()
-            active.started_at[choice] = now
-            self._metrics.queue_time.observe(now - active.accepted_at)
-
-    def _publish(self, events: Sequence[TokenEvent], step_id: int) -> None:
-        """Give each session its events of a step, and account for them."""
-        now = time.perf_counter()
-        by_sink: dict[EventSink, list[OutputEvent]] = {}
-        # Sequences that step together get their tokens together, so few latencies differ: count equal ones at once.
-        previous: dict[float, int] = {}
-        num_tokens = 0
-        for event in events:
-            active = self._active.get(event.request_id)
-            choice = event.choice
-            if active is None or choice not in active.open_choices:
-                continue  # aborted meanwhile
-            by_sink.setdefault(active.sink, []).append(OutputEvent(active.client_id, event, event.detail))
-            if active.first_token_at[choice] is None:
-                self._first_token(active, event, now)
-            else:
-                last = active.last_token_at[choice]
-                previous[last] = previous.get(last, 0) + 1
-            active.last_token_at[choice] = now
-            active.num_tokens[choice] += len(event.token_ids)
-            # Not as sampled: a step that was sent before a stop was known runs over it, and that token is nobody's.
-            num_tokens += len(event.token_ids)
-            if active.spans is not None and self._step_log is not None:
-                active.spans.step(step_id, self._step_log)
-            if event.finish is not None:
-                self._close_choice(event.request_id, active, event, now)
-        self._metrics.generation_tokens.inc(num_tokens)
-        for last, count in previous.items():
-            self._metrics.itl.observe(now - last, count)
-        for sink, batch in by_sink.items():
-            sink(batch)
-
-    def _first_token(self, active: _Active, event: TokenEvent, now: float) -> None:
-        if active.spans is not None and not any(active.first_token_at):
-            active.spans.first_token()
-        active.first_token_at[event.choice] = now
-        self._metrics.ttft.observe(now - active.accepted_at)
-        self._metrics.count_prompt(active.num_prompt_tokens, event.num_cached_tokens)
-        started = active.started_at[event.choice]
-        if started is not None:
-            self._metrics.prefill_time.observe(now - started)
-
-    def _close_choice(self, key: int, active: _Active, event: TokenEvent, now: float) -> None:
-        assert event.finish is not None
-        first, count = active.first_token_at[event.choice], active.num_tokens[event.choice]
-        if first is not None:
-            self._metrics.decode_time.observe(now - first)
-            if count > 1:
-                self._metrics.tpot.observe((now - first) / (count - 1))
-        started = active.started_at[event.choice]
-        if started is not None:
-            self._metrics.inference_time.observe(now - started)
-        self._metrics.e2e.observe(now - active.accepted_at)
-        self._metrics.request_generation_tokens.observe(count)
-        self._metrics.count_finish(event.finish.name.lower())
-        active.finished.append(event.finish.name.lower())
-        active.open_choices.discard(event.choice)
-        if not active.open_choices:
-            self._forget(key)
-
-    def _forget(self, key: int) -> None:
-        active = self._active.pop(key)
-        if active.spans is not None:
-            active.spans.end(active.finished, sum(active.num_tokens), self._step_log)
-        if self._draining and not self._active:
-            self._drained.set()
-
     # ---- failure
 
     def _on_stall(self) -> None:
@@ -517,17 +385,12 @@ class Engine:
 
     def _fail_all(self, detail: str) -> None:
         """End every request with an error event."""
-        for key, active in list(self._active.items()):
+        for key in self._active.fail_all(detail):
             self._scheduler.abort(key)
-            batch = [
-                OutputEvent(active.client_id, TokenEvent(key, choice, (), finish=FinishReason.FAILED), detail)
-                for choice in sorted(active.open_choices)
-            ]
-            for _ in batch:
-                self._metrics.count_finish("failed")
-                active.finished.append("failed")
-            self._forget(key)
-            active.sink(batch)
+
+    def _on_empty(self) -> None:
+        if self._draining:
+            self._drained.set()
 
     def _set_status(self, status: EngineStatus, detail: str) -> None:
         self._status = status

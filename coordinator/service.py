@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Sequence
 import grpc
 import grpc.aio
 
-from tpserve.coordinator.engine import Engine, OutputEvent, Unavailable
+from tpserve.coordinator.active_requests import OutputEvent
+from tpserve.coordinator.engine import Engine, Unavailable
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.request import QueueFull, RequestInvalid
 from tpserve.coordinator.step_log import MAX_TRACE_STEPS

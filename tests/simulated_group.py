@@ -14,8 +14,9 @@ import grpc.aio
 
 from builders import make_config
 from simulated_worker import SimulatedWorker
+from tpserve.coordinator.active_requests import OutputEvent
 from tpserve.coordinator.cluster import Cluster, ClusterConfig
-from tpserve.coordinator.engine import Engine, EngineConfig, EngineStatus, OutputEvent
+from tpserve.coordinator.engine import Engine, EngineConfig, EngineStatus
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.coordinator.tracing import Tracing

@@ -12,9 +12,10 @@ import grpc.aio
 import pytest
 
 from builders import make_config
+from tpserve.coordinator.active_requests import OutputEvent
 from tpserve.coordinator.client import WorkerGroup
 from tpserve.coordinator.cluster import Cluster, ClusterConfig
-from tpserve.coordinator.engine import Engine, EngineConfig, OutputEvent, Unavailable
+from tpserve.coordinator.engine import Engine, EngineConfig, Unavailable
 from tpserve.coordinator.errors import ClusterError, RankLost
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.scheduler import Scheduler

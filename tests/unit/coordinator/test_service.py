@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from builders import make_config
+from tpserve.coordinator.active_requests import OutputEvent
 from tpserve.coordinator.cluster import Cluster, ClusterConfig
-from tpserve.coordinator.engine import Engine, EngineConfig, OutputEvent
+from tpserve.coordinator.engine import Engine, EngineConfig
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.request import TokenEvent
 from tpserve.coordinator.scheduler import Scheduler
