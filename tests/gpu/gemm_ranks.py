@@ -281,6 +281,7 @@ def check_graph(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
             chain.poison()
         graph.launch(stream)
         wrong += failures(chains, replay)
+    assert ranks.late_rank() < 0, f"a wait for rank {ranks.late_rank()} gave up"
     assert not wrong, f"{len(wrong)} chains of {args.replays} replays: " + "\n".join(wrong[:3])
     ranks.same_everywhere(tuple(outputs.out for chain in chains for outputs in chain.steps))
     return {"calls": num_steps * len(chains)}
