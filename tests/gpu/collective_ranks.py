@@ -144,6 +144,12 @@ class Ranks:
         error = relative(decode(codes) * scale[:, None].astype(cupy.float64), case.normed)
         assert error < 4e-2, f"{rows} rows: fp8 off by {error}"
 
+    def late_rank(self) -> int:
+        """Whom a wait has given up on, or -1."""
+        word = np.zeros(1, np.int32)
+        cupy.cuda.runtime.memcpy(word.ctypes.data, self.group.late_address, 4, cupy.cuda.runtime.memcpyDeviceToHost)
+        return int(word[0]) - 1
+
     def same_everywhere(self, arrays: tuple[Any, ...]) -> None:
         digest = b"".join(np.uint64(hash_of(array)).tobytes() for array in arrays)
         assert len(set(self.rendezvous.exchange(digest))) == 1, "ranks have other bits"
@@ -348,10 +354,9 @@ def check_late_word(ranks: Ranks, call: Callable[[], object]) -> dict[str, Any]:
         call()
         cupy.cuda.get_current_stream().synchronize()
     waited = time.monotonic() - started
-    word = np.zeros(1, np.int32)
-    cupy.cuda.runtime.memcpy(word.ctypes.data, ranks.group.late_address, 4, cupy.cuda.runtime.memcpyDeviceToHost)
+    late_rank = ranks.late_rank()
     ranks.rendezvous.exchange(b"seen")
-    return {"late": int(word[0]) - 1, "waited_s": waited}
+    return {"late": late_rank, "waited_s": waited}
 
 
 def check_late(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:

@@ -179,6 +179,38 @@ def test_captured_products_follow_each_other(kernels: Kernels, stream: Any) -> N
         assert (buffers[-1].host().view(np.uint16) == eager).all()
 
 
+def test_products_with_tiles_of_several_sizes_follow_each_other(kernels: Kernels, stream: Any) -> None:
+    """Two thousand of a graph, whose partial sums take turns in the same memory, have the bits of each alone."""
+    rounds = 250
+    calls = []
+    for num_n, num_k, dtype in ((16384, 1024, FP8), (1024, 512, BF16)):
+        x, weight = operands(66, num_n, num_k, dtype)
+        packed, bias, channels = pack(kernels, weight), scales(num_n, 3), scales(num_n, 2)
+        for num_m in (1, 4, 40, 66):
+            part = DeviceArray(x.bits[:num_m], dtype)
+            padded = -(-num_m // 8) * 8
+            groups = DeviceArray(scales(num_k // 128 * padded, num_m).bits.reshape(num_k // 256, 2, padded), np.float32)
+            fp8 = dtype == FP8
+            name, given = (
+                ("gemm_fp8_grouped", (part, groups, packed, channels)) if fp8 else ("gemm_bias", (part, packed, bias))
+            )
+            alone, outs = poisoned((num_m, num_n), BF16), poisoned((rounds, num_m, num_n), BF16)
+            kernels(name)(*given, alone)
+            stream.synchronize()
+            calls.append((name, given, alone, outs, [DeviceArray(bits, BF16) for bits in outs.bits]))
+    stream.begin_capture()
+    for i in range(rounds):
+        for name, given, _, _, each in calls:
+            kernels(name)(*given, each[i])
+    graph = stream.end_capture()
+    for replay in range(10):
+        for _, _, _, outs, _ in calls:
+            outs.bits.fill(0xFFFF)
+        graph.launch(stream)
+        wrong = {(name, *alone.shape): int((outs.bits != alone.bits).sum()) for name, _, alone, outs, _ in calls}
+        assert not any(wrong.values()), f"replay {replay}: {wrong}"
+
+
 def test_wrong_arguments_are_named(kernels: Kernels) -> None:
     x, weight = operands(2, 64, 128, BF16)
     with pytest.raises(ValueError, match=r"weights has shape \(1, 64, 128\), expected \(2, 64, 128\)"):
