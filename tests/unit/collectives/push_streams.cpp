@@ -1,4 +1,4 @@
-// Reductions over peer memory as push.cu has them, with GEMMs that send to them or do not, in streams of several ranks.
+// Reductions over peer memory as push_rows.cuh has them, with GEMMs that send to them or do not, in streams of several ranks.
 #include <cstring>
 
 #include "streams_on_host.h"
@@ -36,6 +36,7 @@ inline void load_weight(const float*, int, float (&out)[8]) {
 
 }  // namespace tpserve::cuda
 
+#include "push_rows.cuh"
 #include "push_tile.cuh"
 
 namespace {
@@ -47,13 +48,6 @@ constexpr int kRowVectors = 6, kProductThreads = 3, kProductBlocks = 4, kMostSlo
 std::vector<std::vector<uint32_t>> slots_of_ranks;
 
 }  // namespace
-
-namespace tpserve::cuda {
-namespace {
-#include "push_rows.inc"
-}
-
-}  // namespace tpserve::cuda
 
 namespace {
 
