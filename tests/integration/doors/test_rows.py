@@ -80,7 +80,7 @@ asyncio.run(test_completion())
 
 def test_row_19_the_slides_curl(server: Server) -> None:
     line = CURL.replace("http://127.0.0.1:8000", server.url)
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=240, check=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"]
 
 
