@@ -52,7 +52,7 @@ def test_it_ends_with_the_program(how: str, tiny_folder: Path, tmp_path: Path) -
         else:
             process.communicate("\n", timeout=60)
             assert process.returncode == 0
-    until(lambda: not processes_of(mark), within_s=20, what="nothing of the engine is left")
+    until(lambda: not processes_of(mark), within_s=60, what="nothing of the engine is left")
     assert "Traceback" not in (tmp_path / "engine.log").read_text()
 
 
