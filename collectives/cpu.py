@@ -18,7 +18,9 @@ import tvm_ffi
 from tpserve.collectives.base import DLPackTensor
 from tpserve.collectives.names import ALL_GATHER, ALL_REDUCE
 
-tvm_ffi.register_error("TimeoutError", TimeoutError)  # else native code's arrives as RuntimeError
+# Of ranks that waited for another in vain; else they arrive as RuntimeError from native code.
+tvm_ffi.register_error("TimeoutError", TimeoutError)
+tvm_ffi.register_error("ConnectionError", ConnectionError)
 
 _SPIN_US = 50
 """Longer than an all-reduce of one decode step lasts when ranks are level: benchmarks/cpu_kernels.py."""

@@ -261,12 +261,11 @@ class TcpCommunicator:
                 )
         return count
 
-    def _closed(self, other: int, kind: str) -> RuntimeError:
+    def _closed(self, other: int, kind: str) -> RuntimeError | ConnectionError:
         # Closed by another thread, this rank's own sockets end as well.
         who = self._rank if self._left else other
-        return RuntimeError(
-            f"{kind}, call {self._call} on rank {self._rank}: rank {who} has closed its communicator or died"
-        )
+        what = f"{kind}, call {self._call} on rank {self._rank}: rank {who} has closed its communicator or died"
+        return RuntimeError(what) if who == self._rank else ConnectionError(what)
 
 
 def _has_more(peer: socket.socket) -> bool:
