@@ -11,7 +11,7 @@
 // Rows may be of any size up to the group's largest, call by call: see push_places.cuh.
 //
 // A row, or in a two-shot call a group of rows, one of each rank, is handled by a cluster of eight blocks, a thread has one
-// vector of eight elements of each. Row statistics go through the cluster's shared memory. Measured against NCCL in benchmarks/README.md.
+// vector of eight elements of each. Row statistics go through the cluster's shared memory.
 #pragma once
 
 #include "peer.cuh"

@@ -3,9 +3,9 @@
 // `attention_plan` finds the runs of tokens that follow each other in one slot, once per step, and cuts them into items;
 // `attention` (every layer) deals items x KV heads to a persistent grid. Rows of an item are (token, query head of the
 // group) pairs; attention_rows.cuh has what a warp does with them, over pages of bfloat16 or e4m3.
-//   decode item:  a run of at most 16 rows, or a piece of one of a few more, and one chunk of its positions. All four warps have the same rows; each takes
-//                 sixteen of the 64 positions of a stage, and the four sums are added. Where a run has several chunks, the
-//                 item of the last adds the others' sums to its own (attention_splits.cuh).
+//   decode item:  a run of at most 16 rows, or a piece of one of a few more, and one chunk of its positions. All four warps
+//                 have the same rows; each takes sixteen of the 64 positions of a stage, and the four sums are added. Where
+//                 a run has several chunks, the item of the last adds the others' sums to its own (attention_splits.cuh).
 //   prefill item: up to 64 rows over all their positions; each warp has sixteen rows.
 // Chunks start at multiples of a length that depends on the run's own length alone, so results do not depend on what
 // else is in the batch. A fifth warp announces items and fetches their queries and stages of 64 positions ahead, across

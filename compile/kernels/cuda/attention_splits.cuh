@@ -1,5 +1,5 @@
-// Runs, or pieces of them, whose positions are cut into chunks. Their items leave sums in places of their own (slots.cuh), and that of
-// the last chunk adds them, in the order of positions.
+// Runs, or pieces of them, whose positions are cut into chunks. Their items leave sums in places of their own (slots.cuh),
+// and that of the last chunk adds them, in the order of positions.
 //
 // Why the last may wait for the others: it comes after them in the plan, blocks take items in the plan's order, and all of
 // a kernel's blocks run before one of the next kernel does. So of all items that are not done, the first waits for none.
