@@ -6,6 +6,7 @@
 #include "attention_fragments.cuh"
 #include "attention_plan.cuh"
 #include "grouped_scales.cuh"
+#include "hopper.cuh"
 #include "rope.cuh"
 
 namespace tpserve::cuda {
@@ -118,14 +119,18 @@ struct Rows {
   }
 
   /// Queries of sixteen rows from shared memory, as the fetching warp put them.
+  /// When it ends, they are read: their place can be given back.
   __device__ void load_queries(uint32_t queries) {
     const int lane = threadIdx.x % 32;
+    uint32_t words = 0;
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       load_matrices(q[k], queries + (lane % 16) * kHeadDim * 2 + (k * 2 + lane / 16) * 16);
+      words |= q[k][0];
 #pragma unroll
       for (int i = 0; i < 4; ++i) q[k][i] = F::query2(q[k][i]);
     }
+    await_loaded(words);
   }
 
   __device__ void load_queries(const AttentionParams<KV>& p, const Item& item, int head, int first_row) {

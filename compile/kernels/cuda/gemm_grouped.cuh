@@ -1,6 +1,7 @@
 // A stage of the GEMM with grouped scales: 256 e4m3 of K in groups, each with a scale for every token.
 #pragma once
 
+#include "hopper.cuh"
 #include "wgmma.cuh"
 
 namespace tpserve::cuda {
@@ -37,8 +38,7 @@ struct GroupedStage {
       wgmma_wait<1>();
       add_scaled(sums, fresh[0], mine);
       wgmma_wait<0>();
-      add_scaled(sums, fresh[1], mine + padded / 2);
-      give_back(empty);
+      give_back(empty, add_scaled(sums, fresh[1], mine + padded / 2));
     } else {  // the scales are read while the products run, and the stage is free once the last of these end
 #pragma unroll 1  // unrolled, addresses of all rounds would take registers
       for (int first = 0; first < kGroups; first += kAtOnce) {
@@ -55,7 +55,7 @@ struct GroupedStage {
         wgmma_wait<0>();
 #pragma unroll
         for (int g = 0; g < kAtOnce; ++g) keep(fresh[g]);
-        if (first + kAtOnce == kGroups) give_back(empty);
+        if (first + kAtOnce == kGroups) give_back(empty, words_of(scale));
 #pragma unroll
         for (int g = 0; g < kAtOnce; ++g) {
 #pragma unroll
@@ -83,19 +83,35 @@ struct GroupedStage {
     for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(fresh[i])::"memory");
   }
 
-  static __device__ __forceinline__ void add_scaled(float (&sums)[kRegisters], float (&fresh)[kRegisters],
-                                                    const float2* mine) {
+  /// Returns the words of all scales together.
+  static __device__ __forceinline__ uint32_t add_scaled(float (&sums)[kRegisters], float (&fresh)[kRegisters],
+                                                        const float2* mine) {
     keep(fresh);
+    uint32_t words = 0;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const float2 scale = mine[i * 4];
+      words |= __float_as_uint(scale.x);
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[i * 4 + j] = fmaf(fresh[i * 4 + j], j % 2 == 0 ? scale.x : scale.y, sums[i * 4 + j]);
     }
+    return words;
   }
 
-  /// One arrival a warp, after all of its lanes have read their scales.
-  static __device__ __forceinline__ void give_back(uint64_t* empty) {
+  /// One word of each load, together.
+  static __device__ __forceinline__ uint32_t words_of(const float2 (&scale)[kAtOnce][kVectors]) {
+    uint32_t words = 0;
+#pragma unroll
+    for (int g = 0; g < kAtOnce; ++g) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) words |= __float_as_uint(scale[g][i].x);
+    }
+    return words;
+  }
+
+  /// One arrival a warp, after all of its lanes have read their scales, which `words` are of.
+  static __device__ __forceinline__ void give_back(uint64_t* empty, uint32_t words) {
+    await_loaded(words);
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(empty);
   }

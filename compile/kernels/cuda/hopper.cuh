@@ -41,6 +41,14 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
+/// Ends when `word` is in its register. Before an arrival that lets bulk copies overwrite shared memory, of words that all
+/// of the warp's loads from it have a part in: the arrival alone does not wait for loads. They queue behind the stores of
+/// other warps, and behind stores to other GPUs they were seen to read what the copy after the arrival brought.
+__device__ __forceinline__ void await_loaded(uint32_t word) {
+  // Only an instruction that takes the word waits for it. A nap would do no harm.
+  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0x7fc0dead;\n@p nanosleep.u32 20;\n}" ::"r"(word) : "memory");
+}
+
 /// kThreads of the block, whole warps, meet at one of its barriers.
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void meet() {

@@ -241,6 +241,7 @@ inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint6
   barrier.bytes -= bytes;
   advance(barrier);
 }
+inline void await_loaded(uint32_t) {}
 inline void async_proxy_fence() { store_pending(); }
 
 struct RingPlace {
