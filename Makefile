@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 TP ?= 2
 
-.PHONY: serve observe test quick lint types unit unit-doors unit-engine integration integration-doors \
+.PHONY: serve observe test quick lint types unit unit-doors unit-engine unit-compile integration integration-doors \
   integration-exact integration-engine integration-faults soak test-gpu goldens proto clean help
 
 help:               ## list the targets
@@ -23,7 +23,7 @@ test: quick integration   ## everything that needs no GPU
 
 # Two of these at once: most of them keep one core busy.
 quick: $(VENV)/.dev   ## style, types and unit tests
-	$(MAKE) --jobs=2 --output-sync=target unit-doors unit-engine types lint
+	$(MAKE) --jobs=2 --output-sync=target unit-compile unit-engine unit-doors types lint
 
 lint: $(VENV)/.dev   ## style
 	$(BIN)/ruff check .
@@ -32,15 +32,20 @@ lint: $(VENV)/.dev   ## style
 types: $(VENV)/.dev   ## strict types
 	$(BIN)/mypy
 
-unit: unit-doors unit-engine   ## tests without processes or models
+unit: unit-compile unit-engine unit-doors   ## tests without processes or models
 
 UNIT_DOORS := tests/unit/gateway tests/unit/router tests/unit/python_engine tests/unit/chat_cli tests/unit/bench tests/unit/deploy
 
 unit-doors: $(VENV)/.dev   ## those of the doors, the benchmark and the deployment
 	$(BIN)/pytest $(UNIT_DOORS)
 
+UNIT_COMPILE := tests/unit/compile tests/unit/collectives
+
+unit-compile: $(VENV)/.dev   ## those of the compiled library, its kernels and collectives
+	$(BIN)/pytest $(UNIT_COMPILE)
+
 unit-engine: $(VENV)/.dev   ## all others
-	$(BIN)/pytest tests/unit $(UNIT_DOORS:%=--ignore=%)
+	$(BIN)/pytest tests/unit $(patsubst %,--ignore=%,$(UNIT_DOORS) $(UNIT_COMPILE))
 
 # Two of these at once: with three, two cores were so busy that answers missed their deadlines. Those of faults run alone.
 integration: $(VENV)/.dev   ## tests of the real server with the demo model

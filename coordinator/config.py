@@ -31,6 +31,9 @@ class SchedulerConfig:
     """Plans sent ahead of their results. 1 is the plain path: plan, wait, plan; 2 hides the host behind the device."""
     enable_prefix_cache: bool = True
     """Keep full pages of ended sequences for prompts that start alike."""
+    patience_steps: int = 32
+    """Steps from its arrival on in which shorter prompts pass a prompt, begun or not; then it goes before all that came
+    later. 0: prompts in arrival order."""
     aging_steps: int = 256
     """Steps after which a waiting sequence is passed by no later one any more."""
     max_passed_sequences: int = 32
@@ -61,7 +64,7 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} is {value}; set it to 1 or more")
-        for name in ("aging_steps", "max_passed_sequences"):
+        for name in ("patience_steps", "aging_steps", "max_passed_sequences"):
             value = getattr(self, name)
             if value < 0:
                 raise ConfigError(f"{name} is {value}; set it to 0 or more")

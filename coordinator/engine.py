@@ -18,7 +18,8 @@ from tpserve.coordinator.cluster import Cluster
 from tpserve.coordinator.errors import ClusterError, RankLost
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.request import QueueFull, Request, RequestInvalid, TokenEvent
-from tpserve.coordinator.scheduler import Scheduler, SchedulerStats
+from tpserve.coordinator.scheduler import Scheduler
+from tpserve.coordinator.scheduler_stats import SchedulerStats
 from tpserve.coordinator.step_log import StepLog, StepTrace
 from tpserve.coordinator.tracing import RequestSpans, Tracing
 from tpserve.proto.messages import Grammar, SamplingParams, StepResult

@@ -16,7 +16,7 @@ from prometheus_client.samples import Sample
 from tpserve.coordinator.client import RankState
 from tpserve.coordinator.metric_values import CounterFamily, Histogram, HistogramFamily, counter_metric, gauge_metric
 from tpserve.coordinator.metrics_catalogue import BY_NAME, CATALOGUE, VLLM_PREFIX, MetricSpec
-from tpserve.coordinator.scheduler import SchedulerStats
+from tpserve.coordinator.scheduler_stats import SchedulerStats
 from tpserve.proto.messages import StepResult
 
 Compat = Literal["none", "vllm"]

@@ -4,9 +4,9 @@ Pure and deterministic: no clock, I/O, random numbers or asyncio; the same calls
 every sequence. Knows nothing of text, tensors or workers other than the contract in `worker.proto`.
 
 There is no prefill phase and no decode phase. Computed tokens of each sequence catch up with its tokens: a step gives
-one token to every decoding slot, and what is left of the token budget to chunks of known tokens, first of running
-sequences and then of waiting ones. "Known tokens" are the prompt and, after a preemption or the loss of the group, the
-tokens emitted so far.
+one token to every decoding slot, and what is left of the token budget to chunks of known tokens, of sequences that have
+begun and of those that wait, the shortest first (`prompt_turns`). "Known tokens" are the prompt and, after a preemption
+or the loss of the group, the tokens emitted so far.
 
 Plans are made ahead of results. A worker runs plans in order, so whatever plan k frees, plan k may hand out, and pages
 and slots are freed here as soon as it is decided that the next plan will remove their slot.
@@ -18,13 +18,13 @@ A decode step touches only the sequences for which something changes, unless it 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.decode_progress import BoundedProgress, DecodeProgress, StepProgress
 from tpserve.coordinator.draft_length import DraftLength, make_draft_length
 from tpserve.coordinator.integrity import check_sequences
 from tpserve.coordinator.kv_pages import KVPages
+from tpserve.coordinator.prompt_turns import prompts_in_turn
 from tpserve.coordinator.request import (
     QueueFull,
     Request,
@@ -35,37 +35,10 @@ from tpserve.coordinator.request import (
     checked_max_len,
     make_group,
 )
+from tpserve.coordinator.scheduler_stats import SchedulerStats
 from tpserve.coordinator.sequence_list import SequenceList
 from tpserve.coordinator.slot_table import SlotTable
 from tpserve.proto.messages import FinishReason, PromptChunk, SlotAdd, StepPlan, StepResult
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """Gauges, and counters since the start."""
-
-    num_running: int
-    """Sequences with a slot."""
-    num_waiting: int
-    """Sequences without one that still have tokens to schedule."""
-    num_deferred: int
-    """Of those, that wait for the prompt of another choice of their request."""
-    num_queued_requests: int
-    """Requests of which nothing has run."""
-    num_pages: int
-    page_size: int
-    """Tokens in one page."""
-    has_prefix_cache: bool
-    num_held_pages: int
-    num_evictable_pages: int
-    """Pages kept only for their content; they count as free."""
-    num_prefix_query_tokens: int
-    """Prompt tokens of sequences that have started."""
-    num_prefix_hit_tokens: int
-    """Of those, found computed: in the prefix cache, or by another choice of the request."""
-    num_preemptions: int
-    num_steps: int
-    """Plans made."""
 
 
 class Scheduler:
@@ -263,12 +236,8 @@ class Scheduler:
         touched: list[Sequence] = []
         chunks: list[PromptChunk] = []
         added: list[SlotAdd] = []
-        for sequence in self._prefilling:
-            if budget == 0:
-                break
-            budget -= self._run_chunk(sequence, budget, chunks, touched)
-        if not (num_draft_tokens and self._config.drafts_on_device):
-            self._admit(step, budget, added, chunks, touched)
+        admits = not (num_draft_tokens and self._config.drafts_on_device)
+        self._feed_prompts(step, budget, admits, added, chunks, touched)
         if not chunks and not num_decoding:
             return None
         removed = self._slots.take_removed()
@@ -359,37 +328,55 @@ class Scheduler:
 
     # ---- admission
 
-    def _admit(
-        self, step: int, budget: int, added: list[SlotAdd], chunks: list[PromptChunk], touched: list[Sequence]
+    def _feed_prompts(
+        self,
+        step: int,
+        budget: int,
+        admits: bool,
+        added: list[SlotAdd],
+        chunks: list[PromptChunk],
+        touched: list[Sequence],
     ) -> None:
-        """Let waiting sequences run while budget, slots and pages last.
+        """Give the step's budget to prompts that have begun and, while slots and pages last, to those that wait.
 
-        In arrival order, but one without room may be passed by later ones that have it, unless it has waited
-        `aging_steps` or has run before: such a one bars the way until it fits, which it does at the latest when
+        Whose turn it is, `prompts_in_turn` says. One without room may be passed by others that have it, unless it has
+        waited `aging_steps` or has run before: such a one bars the way until it fits, which it does at the latest when
         nothing else runs.
         """
-        if not self._admission_open:
-            return
+        admits = admits and self._admission_open and self._slots.num_free > 0
+        waiting = self._waiting if admits else ()
+        patience_steps = min(self._config.patience_steps, self._config.aging_steps)
         num_passed = 0
-        for sequence in self._waiting:
-            if budget == 0 or self._slots.num_free == 0:
+        for sequence in prompts_in_turn((*self._prefilling, *waiting), step, patience_steps):
+            if budget == 0:
                 return
-            if sequence.group.prompt_leader is not None:
-                continue  # it waits for a choice of its own request, not for room
-            if sequence.resume_after_step <= self._last_result:
-                matched = self._pages.match(sequence)
-                # Each running sequence takes at most one page in the next page_size steps; with that much left over,
-                # nobody is preempted soon for the sake of the one admitted now.
-                if self._pages.fits(sequence, matched, headroom=len(self._running)):
-                    added.append(self._start(sequence, matched))
-                    budget -= self._run_chunk(sequence, budget, chunks, touched)
+            if sequence.status is SequenceStatus.WAITING:
+                if not self._admission_open or self._slots.num_free == 0 or sequence.group.prompt_leader is not None:
+                    continue  # the last waits for a choice of its own request, not for room
+                if not self._try_start(sequence, added):
+                    num_passed += 1
+                    if (
+                        sequence.has_run
+                        or step - sequence.waiting_since_step >= self._config.aging_steps
+                        or num_passed > self._config.max_passed_sequences
+                    ):
+                        self._admission_open = False
                     continue
-            if sequence.has_run or step - sequence.waiting_since_step >= self._config.aging_steps:
-                break
-            num_passed += 1
-            if num_passed > self._config.max_passed_sequences:
-                break
-        self._admission_open = False
+            budget -= self._run_chunk(sequence, budget, chunks, touched)
+        if admits and self._slots.num_free:
+            self._admission_open = False
+
+    def _try_start(self, sequence: Sequence, added: list[SlotAdd]) -> bool:
+        """Move a waiting sequence into the batch, if it may run again and there are pages for it."""
+        if sequence.resume_after_step > self._last_result:
+            return False
+        matched = self._pages.match(sequence)
+        # Each running sequence takes at most one page in the next page_size steps; with that much left over, nobody is
+        # preempted soon for the sake of the one admitted now.
+        if not self._pages.fits(sequence, matched, headroom=len(self._running)):
+            return False
+        added.append(self._start(sequence, matched))
+        return True
 
     def _start(self, sequence: Sequence, matched: list[int]) -> SlotAdd:
         """Move a waiting sequence into the batch."""

@@ -271,6 +271,7 @@ async def test_stall_shows_and_passes(server: Server) -> None:
                 for probe in ("startup", "ready", "live")
             }
         )
+        time.sleep(0.5)  # a stall begins when a plan has waited so long; its step, which began later, must take as long
 
     with watch.watching():
         await run_beside(server, stand_still)

@@ -21,6 +21,13 @@ def plan_of(loop: Loop) -> StepPlan:
     return plan
 
 
+def chunk_lengths(loop: Loop) -> list[int]:
+    """Tokens of each prompt in the next step, which is run."""
+    plan = plan_of(loop)
+    loop.update()
+    return [len(chunk.token_ids) for chunk in plan.chunks]
+
+
 def first_stop(request: Request, position: int) -> int:
     """Token that the request samples at an output position, and not before."""
     tokens, _ = expected_output(request, 0, 64)
@@ -266,7 +273,7 @@ class TestPrefixCache:
         loop.run()
         loop.add(make_request(2, prompt=range(12)), make_request(3, prompt=[*range(8), 20]))
         plan = plan_of(loop)
-        assert [(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks] == [(8, 4), (8, 1)]
+        assert [(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks] == [(8, 1), (8, 4)]
         assert plan.added_slots[0].page_ids[:2] == loop.plans[0].added_slots[0].page_ids[:2]
         assert {event.request_id: event.num_cached_tokens for event in loop.update()} == {2: 8, 3: 8}
         plan_of(loop)
@@ -393,6 +400,40 @@ class TestPreemption:
 
 
 class TestFairness:
+    def test_shorter_prompts_pass_a_longer_one_that_has_begun(self) -> None:
+        loop = Loop(make_config(max_num_batched_tokens=16, num_pages=128))
+        requests = [make_request(i, prompt=n, max_tokens=2) for i, n in ((1, 50), (2, 20), (3, 6))]
+        loop.add(requests[0])
+        assert chunk_lengths(loop) == [16]
+        loop.add(*requests[1:])
+        assert chunk_lengths(loop) == [6, 10]
+        assert chunk_lengths(loop) == [10, 5]  # one token of the budget is a decode's
+        loop.run()
+        check_texts(loop, *requests)
+
+    def test_who_has_waited_long_goes_before_shorter_ones(self) -> None:
+        """One arrives in each step that would fill it."""
+        loop = Loop(make_config(max_num_batched_tokens=8, num_pages=128, patience_steps=4))
+        long = make_request(1, prompt=30, max_tokens=1)
+        loop.add(long)
+        firsts = []
+        for request_id in range(2, 10):
+            loop.add(make_request(request_id, prompt=8, max_tokens=1))
+            firsts.append(plan_of(loop).chunks[0].token_ids)
+            loop.update()
+        assert firsts[:4] == [make_request(i, prompt=8).prompt_token_ids for i in (2, 3, 4, 5)]
+        assert [token for tokens in firsts[4:] for token in tokens] == list(long.prompt_token_ids)
+
+    @pytest.mark.parametrize("patience_steps", [0, 3, 32])
+    def test_texts_do_not_hang_on_whose_turn_it_was(self, patience_steps: int) -> None:
+        loop = Loop(make_config(max_num_batched_tokens=9, patience_steps=patience_steps))
+        requests = [make_request(i, prompt=1 + i * 11 % 37, max_tokens=4) for i in range(1, 9)]
+        for request in requests:
+            loop.add(request)
+            loop.step()
+        loop.run()
+        check_texts(loop, *requests)
+
     def test_a_small_request_passes_one_that_has_no_room(self) -> None:
         loop = Loop(make_config(num_pages=16))
         loop.add(make_request(1, prompt=20, max_tokens=20))
@@ -430,7 +471,7 @@ class TestFairness:
         assert [len(chunk.token_ids) for chunk in plan_of(loop).chunks] == [4]
 
     def test_the_search_for_smaller_requests_is_bounded(self) -> None:
-        loop = Loop(make_config(num_pages=16, max_passed_sequences=2))
+        loop = Loop(make_config(num_pages=16, max_passed_sequences=2, patience_steps=0))
         loop.add(make_request(1, prompt=20, max_tokens=20))
         loop.step()
         loop.add(*(make_request(i, prompt=55) for i in (2, 3, 4)), make_request(5, prompt=4))

@@ -1,0 +1,176 @@
+"""Whether shorter prompts should pass longer ones: simulated serving with the real scheduler and measured step times.
+
+Regime: the peers' closed loop of C clients with their lengths (`--lengths`), two plans in flight, one GPU group whose
+steps take what `gpu_timeline` measured of Llama-3-70B fp8 TP=4 on H200s: decodes by their number, steps with prompts by
+their tokens. No model runs, so only times are simulated; `gpu_server_70b_tp4.json` says what they were with prompts in
+arrival order.
+
+Run: python benchmarks/prompt_order.py --lengths FILE [--output FILE].
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import statistics
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests")]
+
+from simulated_worker import SimulatedWorker
+from tpserve.coordinator.config import SchedulerConfig
+from tpserve.coordinator.request import Request
+from tpserve.coordinator.scheduler import Scheduler
+from tpserve.proto.messages import SamplingParams, StepResult
+
+DECODE_MS = [(0, 5.9), (1, 6.03), (8, 6.17), (16, 6.73), (32, 7.81), (64, 8.65)]
+"""Step times by decodes."""
+MIXED_MS = [(64, 8.65), (96, 11.0), (128, 11.8), (256, 15.5), (512, 23.9)]
+"""By tokens, of steps with prompts: at 64 and 512 measured, between them estimated from shares of an H100's."""
+ALONE_MS = 0.3
+"""What a prompt adds to a step that is no larger than one of decodes; estimated."""
+HOST_MS = 3.0
+"""From a client to a plan and from a result back, together; estimated."""
+MEASURED_EACH, LEAST_MEASURED = 3, 8
+"""Requests of each client that count, after a first shorter one."""
+
+
+@dataclass(slots=True)
+class Served:
+    """One request; times in ms."""
+
+    client: int
+    num_tokens: int
+    counts: bool
+    sent: float
+    times: list[float] = field(default_factory=list)
+
+
+def between(points: list[tuple[int, float]], at: int) -> float:
+    """Return the piecewise linear value; after the last point, the last."""
+    for (left, low), (right, high) in pairwise(points):
+        if at <= right:
+            return low + (high - low) * (at - left) / (right - left)
+    return points[-1][1]
+
+
+def step_ms(num_decodes: int, num_prompt_tokens: int) -> float:
+    """Return what a step takes."""
+    total = num_decodes + num_prompt_tokens
+    if total <= DECODE_MS[-1][0]:
+        return between(DECODE_MS, total) + (ALONE_MS if num_prompt_tokens else 0.0)
+    return between(MIXED_MS, total)
+
+
+class Simulation:
+    """A closed loop of clients before one scheduler."""
+
+    def __init__(self, lengths: dict[str, list[int]], concurrency: int, patience_steps: int) -> None:
+        self._prompts, self._outputs = lengths["prompt_len"], lengths["output_len"]
+        self._num_measured = max(LEAST_MEASURED, MEASURED_EACH * concurrency)
+        config = SchedulerConfig(
+            max_num_seqs=64,
+            max_num_batched_tokens=512,
+            max_model_len=8192,
+            page_size=16,
+            num_pages=40_000,
+            enable_prefix_cache=False,
+            patience_steps=patience_steps,
+        )
+        self._scheduler, self._worker = Scheduler(config), SimulatedWorker(config, next_step=1)
+        self.served: list[Served] = []
+        self._next = 0
+        self._arrivals: list[tuple[float, int, int]] = []
+        """Time, index in `served`, prompt tokens."""
+        for client in range(concurrency):  # each begins with a request of its own length, so that they end one by one
+            place = len(self._prompts) - 1 - client
+            share = (client + 0.5) / concurrency
+            num_tokens = max(2, int(min(self._outputs[place], 190) * share)) if concurrency > 1 else 16
+            self._send(Served(client, num_tokens, False, 0.0), self._prompts[place])
+
+    def _send(self, request: Served, num_prompt_tokens: int) -> None:
+        self.served.append(request)
+        heapq.heappush(self._arrivals, (request.sent + HOST_MS / 2, len(self.served) - 1, num_prompt_tokens))
+
+    def _take_in(self, now: float) -> None:
+        while self._arrivals and self._arrivals[0][0] <= now:
+            _, index, length = heapq.heappop(self._arrivals)
+            prompt = tuple((index * 31 + i) % 997 for i in range(length))
+            sampling = SamplingParams(temperature=0.0)
+            self._scheduler.add_request(Request(index, prompt, sampling, self.served[index].num_tokens))
+
+    def run(self) -> None:
+        """Serve until all that count have ended."""
+        now, free_at = 0.0, 0.0
+        in_flight: deque[tuple[float, StepResult]] = deque()
+        while sum(len(each.times) == each.num_tokens for each in self.served if each.counts) < self._num_measured:
+            self._take_in(now)
+            while (plan := self._scheduler.schedule()) is not None:
+                result = self._worker.execute(plan)
+                num_decodes = len(result.slots) - sum(chunk.sample for chunk in plan.chunks)
+                took = step_ms(num_decodes, sum(len(chunk.token_ids) for chunk in plan.chunks))
+                free_at = max(free_at, now) + took
+                in_flight.append((free_at, result))
+            if not in_flight or (len(in_flight) < 2 and self._arrivals and self._arrivals[0][0] < in_flight[0][0]):
+                now = self._arrivals[0][0]
+                continue
+            now, result = in_flight.popleft()
+            self._take_in(now)
+            for event in self._scheduler.update(result):
+                request = self.served[event.request_id]
+                request.times += [now + HOST_MS / 2] * len(event.token_ids)
+                if event.finish is not None:
+                    place, self._next = self._next, self._next + 1
+                    follower = Served(
+                        request.client,
+                        self._outputs[place % len(self._outputs)],
+                        place < self._num_measured,
+                        request.times[-1],
+                    )
+                    self._send(follower, self._prompts[place % len(self._prompts)])
+
+    def summary(self) -> dict[str, float]:
+        """Return means and percentiles in ms, as the peers' client defines them."""
+        done = [each for each in self.served if each.counts and len(each.times) > 1]
+        ttft = sorted(each.times[0] - each.sent for each in done)
+        gaps = sorted(after - before for each in done for before, after in pairwise(each.times))
+        return {
+            "tpot_mean_ms": statistics.mean((each.times[-1] - each.times[0]) / (len(each.times) - 1) for each in done),
+            "itl_p99_ms": gaps[int(len(gaps) * 0.99)],
+            "ttft_mean_ms": statistics.mean(ttft),
+            "ttft_p50_ms": ttft[len(ttft) // 2],
+            "ttft_p99_ms": ttft[int(len(ttft) * 0.99)],
+            "ttft_max_ms": ttft[-1],
+        }
+
+
+def main() -> None:
+    """Simulate all points and print them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=Path, required=True, help="the peers' file of prompt_len and output_len")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--patience-steps", type=int, nargs="+", default=[0, 8, 16, 32])
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    lengths = json.loads(args.lengths.read_text())
+    points = []
+    for concurrency in args.concurrency:
+        for patience_steps in args.patience_steps:
+            simulation = Simulation(lengths, concurrency, patience_steps)
+            simulation.run()
+            point = {"concurrency": concurrency, "patience_steps": patience_steps, **simulation.summary()}
+            points.append({name: round(value, 2) for name, value in point.items()})
+            print(points[-1], flush=True)
+    if args.output:
+        step_times = {"decode_ms": DECODE_MS, "mixed_ms": MIXED_MS, "alone_ms": ALONE_MS, "host_ms": HOST_MS}
+        text = json.dumps({"benchmark": "prompt_order", "simulated": True, **step_times, "points": points}, indent=1)
+        args.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
