@@ -352,7 +352,7 @@ class Scheduler:
                 return
             if sequence.status is SequenceStatus.WAITING:
                 if not self._admission_open or self._slots.num_free == 0 or sequence.group.prompt_leader is not None:
-                    continue  # the last waits for a choice of its own request, not for room
+                    continue  # no room for anybody, or it waits for a choice of its own request
                 if not self._try_start(sequence, added):
                     num_passed += 1
                     if (
