@@ -117,10 +117,21 @@ def breakdown(events: list[Event]) -> tuple[dict[str, float], float, float]:
     return medians, statistics.median(steps), statistics.median(idle)
 
 
+ENUMERATORS = {
+    "Ring": ("whole", "half"),
+    "End": ("memory", "silu", "peers"),
+    "Mode": ("plain", "norm", "quantize"),
+    "Out": ("bf16", "grouped"),
+}
+"""Names of template arguments that a kernel's name has as numbers."""
+
+
 def short(name: str) -> str:
-    """Return a kernel's name with its sizes only."""
-    name = re.sub(r"\(tpserve::cuda::.*|\(anonymous namespace\)::|tpserve::cuda::|<unnamed>::|void ", "", name)
-    return name.partition("(")[0].strip()
+    """Return a kernel's name with its template arguments only."""
+    name = re.sub(r"\(anonymous namespace\)::|tpserve::cuda::|<unnamed>::|void |__nv_", "", name)
+    for enumeration, enumerators in ENUMERATORS.items():
+        name = re.sub(rf"\({enumeration}\)(\d)", lambda match, names=enumerators: names[int(match[1])], name)
+    return name.partition("(")[0].replace("> >", ">>").strip()
 
 
 def main() -> None:
