@@ -21,7 +21,7 @@ from tpserve.collectives.names import (
 )
 from tpserve.collectives.rendezvous import Rendezvous
 
-ONE_SHOT_MAX_BYTES = {2: 1 << 20, 4: 196_608, 8: 98_304}
+ONE_SHOT_MAX_BYTES = {2: 1 << 20, 4: 262_144, 8: 98_304}
 """Size of a call up to which every rank sends its rows to every other (one-shot), if they are 128 at most; larger calls
 reduce where the row belongs (two-shot). TP=2 and 4: where both took the same time on H200s with rows of 8192; 8: an
 estimate."""

@@ -107,7 +107,7 @@ class PushGroup {
     reduce<Mode::kPlain, false>(p, x.size(0), stream_of(out));
   }
 
-  /// `gemm`: if given, x is the scratch memory of its output, (rows, hidden), which few rows never see.
+  /// `gemm`: if given, x is the scratch memory of its output, (rows, hidden), which up to kMaxPushedRows rows never see.
   void add_rms_norm(const GemmCall* gemm, const TensorView& x, const TensorView& residual, const TensorView& weight,
                     double eps, const TensorView& residual_out, const TensorView& out) const {
     ReduceParams p = params(x, residual, weight, eps, residual_out);

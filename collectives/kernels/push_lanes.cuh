@@ -10,7 +10,7 @@
 
 namespace tpserve::cuda {
 
-constexpr int kMaxPushedRows = 64;  // of a call; with more, a GEMM's tiles take turns and its sums go by memory
+constexpr int kMaxPushedRows = 128;  // of a call; with more, a GEMM's tiles take turns and its sums go by memory
 static_assert(kMaxPushedRows <= kOneShotRows && kMaxPushedRows <= kPieceRows);
 
 struct TileVector {

@@ -27,7 +27,7 @@ from tpserve.compile.operators import GROUP_SIZE
 SILU_GROUP_SIZE = 32
 """The same of SiLU(gate) * up of few tokens."""
 MAX_GROUPED_TOKENS = 128
-MAX_SILU_GROUPED_TOKENS = 32
+MAX_SILU_GROUPED_TOKENS = 16
 """Of more tokens groups are larger: whole rows, or of SiLU `GROUP_SIZE`. As `kernels/cuda/grouped_scales.cuh` has it,
 since the sums differ by what shares a scale."""
 

@@ -33,7 +33,7 @@ from tpserve.collectives.names import GEMM_ALL_REDUCE_ADD_RMS_NORM
 from tpserve.proto.packing import packed_shape
 
 KINDS = ("gemm", "gemm_bias", "gemm_fp8", "gemm_fp8_grouped", "gemm_fp8_grouped_bias", "gemm_fp8_after_silu")
-MOST_PUSHED = 64
+MOST_PUSHED = 128
 POISON = 0xABCD
 
 
@@ -112,7 +112,7 @@ class Product:
 
     def _group_size(self, rows: int) -> int:
         """Elements of K with a scale of their own, as grouped_scales.cuh has it."""
-        return 32 if self._after_silu and rows <= 32 else 128
+        return 32 if self._after_silu and rows <= 16 else 128
 
     def operands(self, rows: int) -> list[Any]:
         """Of this rank's GEMM."""

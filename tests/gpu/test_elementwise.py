@@ -104,7 +104,7 @@ def test_grouped_quantisation(kernels: Kernels, rows: int, size: int) -> None:
     activated = gate / (1 + cupy.exp(-gate)) * up
     x = random_bf16((rows, size), 2.0, size + 1)
     for name, source, expected, groups, group in (
-        ("silu_mul_grouped", interleaved(gate_up), activated, 8, 32 if rows <= 32 else 128),
+        ("silu_mul_grouped", interleaved(gate_up), activated, 8, 32 if rows <= 16 else 128),
         ("quantize_fp8_grouped", x, x.float64(), 2, 128),
     ):
         values, scales = poisoned((rows, size), FP8), poisoned((size // 256, groups, padded(rows)), np.float32)

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(256)
 
 // --- Host -----------------------------------------------------------------------------------------------------------
 
-template <typename T, int kTokens, int kBlocks, Ring kRing, int kGroup = 0, End kEnd = End::kMemory>
+template <typename T, int kTokens, int kBlocks, Ring kRing, int kGroup, End kEnd>
 void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   using S = Shape<kTokens, kBlocks, kRing, kGroup, kEnd>;
   if constexpr (kBlocks == 1) {
@@ -48,9 +48,9 @@ void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
 }
 
 /// One tile of all tokens, p.M <= kMost of them.
-template <typename T, int kMost, int kGroup = 0, End kEnd = End::kMemory>
+template <typename T, int kMost, int kGroup, End kEnd>
 void dispatch_few(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
-  static_assert(kMost == 32 || kMost == 64);
+  static_assert(kMost == 16 || kMost == 64);
   const auto with_ring = [&](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
     if (p.packed_base < whole_min_stages(kTokens)) return run<T, kTokens, 1, Ring::kHalf, kGroup, kEnd>(p, x, K, stream);
@@ -58,8 +58,10 @@ void dispatch_few(const GemmParams& p, const T* x, int64_t K, cudaStream_t strea
   };
   if (p.M <= 8) return with_ring(std::integral_constant<int, 8>());
   if (p.M <= 16) return with_ring(std::integral_constant<int, 16>());
-  if (p.M <= 32) return with_ring(std::integral_constant<int, 32>());
-  if constexpr (kMost == 64) with_ring(std::integral_constant<int, 64>());
+  if constexpr (kMost == 64) {
+    if (p.M <= 32) return with_ring(std::integral_constant<int, 32>());
+    with_ring(std::integral_constant<int, 64>());
+  }
 }
 
 /// More than 128 tokens, which the scales are one by one of.
@@ -69,21 +71,26 @@ void dispatch_wide(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   const WideChoice choice = choose_wide(p.M, p.channel_blocks, units_of_k);
   p.plan = choice.plan;
   switch (choice.tokens) {
-    case 96: return run<T, 96, kWideBlocks, Ring::kWhole>(p, x, K, stream);
-    case 128: return run<T, 128, kWideBlocks, Ring::kWhole>(p, x, K, stream);
-    case 160: return run<T, 160, kWideBlocks, Ring::kWhole>(p, x, K, stream);
-    case 192: return run<T, 192, kWideBlocks, Ring::kWhole>(p, x, K, stream);
-    default: return run<T, 256, kWideBlocks, Ring::kWhole>(p, x, K, stream);
+    case 96: return run<T, 96, kWideBlocks, Ring::kWhole, 0, End::kMemory>(p, x, K, stream);
+    case 128: return run<T, 128, kWideBlocks, Ring::kWhole, 0, End::kMemory>(p, x, K, stream);
+    case 160: return run<T, 160, kWideBlocks, Ring::kWhole, 0, End::kMemory>(p, x, K, stream);
+    case 192: return run<T, 192, kWideBlocks, Ring::kWhole, 0, End::kMemory>(p, x, K, stream);
+    default: return run<T, 256, kWideBlocks, Ring::kWhole, 0, End::kMemory>(p, x, K, stream);
   }
 }
 
-template <typename T, int kGroup>
+template <typename T, int kGroup, End kEnd>
 void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
-  if (p.M <= 64) return dispatch_few<T, 64, kGroup>(p, x, K, stream);
-  static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
-  if (p.M <= 96) return run<T, 96, 1, Ring::kWhole, kGroup>(p, x, K, stream);
-  if (p.M <= 128) return run<T, 128, 1, Ring::kWhole, kGroup>(p, x, K, stream);
-  dispatch_wide<T>(p, x, K, stream);
+  if constexpr (kGroup == kSiluGroupSize) {
+    static_assert(kMaxSiluGroupedTokens == 16, "the tiles that there are");
+    return dispatch_few<T, 16, kGroup, kEnd>(p, x, K, stream);
+  } else {
+    if (p.M <= 64) return dispatch_few<T, 64, kGroup, kEnd>(p, x, K, stream);
+    static_assert(kMaxGroupedTokens == 128 && kMaxPushedRows == 128, "the tiles of one block of channels");
+    if (p.M <= 96) return run<T, 96, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
+    if (p.M <= 128) return run<T, 128, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
+    if constexpr (kEnd == End::kMemory) dispatch_wide<T>(p, x, K, stream);
+  }
 }
 
 /// Operands of a product of `N` channels.
@@ -138,8 +145,6 @@ struct Product {
 /// Queues a product; with a target, the one that the ranks get.
 template <int kGroup, typename T>
 void queue(Product<T>& product, const PushTarget* target) {
-  static_assert(kMaxSiluGroupedTokens == 32 && kMaxPushedRows == 64, "the tiles that there are of few tokens");
-  constexpr int kMost = kGroup == kSiluGroupSize ? 32 : 64;
   GemmParams& p = product.params;
   if (product.M == 0) return;
   if (target != nullptr) {
@@ -148,13 +153,9 @@ void queue(Product<T>& product, const PushTarget* target) {
                                 << " bits, only bfloat16 of up to " << kMaxPushedRows << " rows is sent to peers";
     }
     p.push = *target;
-    return dispatch_few<T, kMost, kGroup, End::kPeers>(p, product.tokens, product.K, product.stream);
+    return dispatch<T, kGroup, End::kPeers>(p, product.tokens, product.K, product.stream);
   }
-  if constexpr (kGroup == kSiluGroupSize) {
-    dispatch_few<T, kMost, kGroup>(p, product.tokens, product.K, product.stream);
-  } else {
-    dispatch<T, kGroup>(p, product.tokens, product.K, product.stream);
-  }
+  dispatch<T, kGroup, End::kMemory>(p, product.tokens, product.K, product.stream);
 }
 
 constexpr int kSiluGroups = 2 * kGroupSize / kSiluGroupSize;  // of 256 elements

@@ -17,7 +17,7 @@ struct GroupedStage {
   static_assert(!kOverlap || kGroups == 2);
   // Groups whose products run at once, each with sums of its own. More of them would take registers that the kernel after
   // this one needs to start beside it; memory is slower than the products by far.
-  static constexpr int kFitting = kRegisters <= 16 ? 32 / kRegisters : 2;
+  static constexpr int kFitting = kRegisters <= 8 ? 64 / kRegisters : 2;
   static constexpr int kAtOnce = kFitting < kGroups ? kFitting : kGroups;
   static_assert(kGroups % kAtOnce == 0);
 

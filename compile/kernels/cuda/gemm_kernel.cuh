@@ -44,7 +44,6 @@ struct Shape {
   static constexpr int kTokens = kTokens_, kBlocks = kBlocks_, kGroup = kGroup_;
   static constexpr bool kGrouped = kGroup != 0, kSilu = kEnd == End::kSilu, kPush = kEnd == End::kPeers;
   static_assert((!kGrouped && kEnd == End::kMemory) || kBlocks == 1);
-  static_assert(!kPush || kTokens <= kMaxPushedRows);
   static constexpr int kTilesOfK = kBlocks == 1 ? 2 : 1;  // 128-byte tiles of K in a stage
   static constexpr int kWeightBytes = kTilesOfK * kBlocks * kTileBytes, kTokenBytes = kTilesOfK * kTokens * 128;
   static constexpr int kBytes = kWeightBytes + kTokenBytes;
@@ -154,7 +153,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   // So are those of groups that take turns: products under a condition would be serialised by the compiler otherwise.
   constexpr bool kPromote = S::kAlternate || (sizeof(T) == 1 && kBlocks == 1);
   constexpr int kRegisters = kTokens / 2, kVectors = kTokens / 8;
+  // Blocks whose partial sums are asked for before the last product, since they are mostly there.
   constexpr int kEarly = kBlocks > 1 ? 0 : kTokens <= 16 ? 4 : kTokens <= 32 ? 2 : kTokens <= 64 ? 1 : 0;
+  constexpr bool kByChannel = sizeof(T) == 1, kByToken = kByChannel && !S::kGrouped;
+  constexpr bool kHoldScales = kBlocks == 1 && kTokens < 128;  // over the products, while registers allow it
   extern __shared__ uint8_t memory[];
   __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
   __shared__ PushEpoch epoch;
@@ -207,18 +209,20 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     for (int i = 0; i < kRegisters; ++i) sums[i] = 0.0f;
     int held = -1;  // slot of a product still running
     const int sharers = kBlocks == 1 && started_here && stop < tile_end ? sharers_of(p, cta, stop, tile_end) : 0;
-    uint4 early[kEarly > 0 ? kEarly : 1][kVectors];  // partial sums asked for before the last product, for they are mostly there
-    const auto load_early = [&](int from) {
-#pragma unroll
-      for (int j = 0; j < kEarly; ++j) {
-#pragma unroll
-        for (int b = 0; b < kVectors; ++b) {
-          if (from + j <= sharers) early[j][b] = load_slot(slot + static_cast<size_t>(from + j) * kSlot + b * 128);
-        }
+    uint4 early[kEarly > 0 ? kEarly : 1][kVectors];
+    const int channel = tile * 64 + warp % 4 * 16;
+    const auto make_scales = [&] { return TileScales<kByChannel, kByToken, kTokens>(p, channel, 0); };
+    const auto held_scales = [&] {
+      if constexpr (kHoldScales) {
+        return make_scales();
+      } else {
+        return 0;
       }
-    };
+    }();
     for (; unit < stop; ++unit) {
-      if (kEarly > 0 && writer && unit == stop - 1) load_early(1);
+      if constexpr (kEarly > 0) {
+        if (writer && unit == stop - 1) ask_partials(early, slot, kSlot, sharers);
+      }
       if (!S::kAlternate || place.slot % 2 == group) {  // a slot always belongs to the same group: phases stay apart
         barrier_wait(full + place.slot, place.parity);
         const uint32_t stage = ring + place.slot * S::kBytes;
@@ -297,29 +301,23 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         }
         continue;
       }
-      for (int c = 1; c <= sharers; c += kEarly > 0 ? kEarly : 1) {  // partial sums of the blocks after this one
-        if constexpr (kEarly > 0) {
-          if (c > 1) load_early(c);
-#pragma unroll
-          for (int j = 0; j < kEarly; ++j) {
-            if (c + j > sharers) break;
-#pragma unroll
-            for (int b = 0; b < kVectors; ++b) {
-              add_partial(sums, b, early[j][b], slot + static_cast<size_t>(c + j) * kSlot + b * 128);
-            }
-          }
-        } else {
-          add_partials<kTokens>(sums, slot + static_cast<size_t>(c) * kSlot, 0, kVectors);
-        }
+      if constexpr (kEarly > 0) take_partials(sums, early, slot, kSlot, sharers);
+      for (int c = kEarly + 1; c <= sharers; ++c) {
+        add_partials<kTokens>(sums, slot + static_cast<size_t>(c) * kSlot, 0, kVectors);
       }
-      constexpr bool kByChannel = sizeof(T) == 1, kByToken = kByChannel && !S::kGrouped;
-      const int channel = tile * 64 + warp % 4 * 16;
-      if constexpr (S::kSilu) {
-        write_silu<T, kTokens>(p, sums, tile);
-      } else if constexpr (S::kPush) {
-        write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, PeerTile(p.push, epoch.wait(), channel, p.M, p.N));
+      const auto write = [&](const auto& scales) {
+        if constexpr (S::kSilu) {
+          write_silu<kByChannel, kTokens>(p, sums, tile, scales);
+        } else if constexpr (S::kPush) {
+          write_tile<kTokens>(p, sums, channel, scales, PeerTile(p.push, epoch.wait(), channel, p.M, p.N));
+        } else {
+          write_tile<kTokens>(p, sums, channel, scales, MemoryTile{p, channel});
+        }
+      };
+      if constexpr (kHoldScales) {
+        write(held_scales);
       } else {
-        write_tile<kByChannel, kByToken, kTokens>(p, sums, channel, MemoryTile{p, channel});
+        write(make_scales());
       }
     }
   }

@@ -1,12 +1,11 @@
-// What the GEMMs share: their parameters, the slots of partial sums, and how a finished tile is written.
+// What the GEMMs share: their parameters, and how a finished tile is written.
 #pragma once
 
 #include <cuda.h>
 
 #include "gemm_cursor.cuh"
+#include "gemm_tile.cuh"
 #include "push_tile.cuh"
-#include "slots.cuh"
-#include "token_scales.cuh"
 #include "wgmma.cuh"
 
 namespace tpserve::cuda {
@@ -46,41 +45,6 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   return r;
 }
 
-/// What finishes the sums of a thread's two channels, `channel` + lane / 4 and the eighth after it.
-template <bool kByChannel, bool kByToken>
-struct ChannelScales {
-  float scale[2] = {1.0f, 1.0f}, bias[2] = {0.0f, 0.0f};
-
-  __device__ __forceinline__ ChannelScales(const GemmParams& p, int channel) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int at = channel + threadIdx.x % 32 / 4 + h * 8;
-      if (at >= p.N) continue;
-      if (kByChannel) scale[h] = __ldg(p.channel_scale + at);
-      if (p.bias != nullptr) bias[h] = __ldg(p.bias + at);
-    }
-  }
-
-  /// With the scales of two tokens: value 2 h + i is of channel h and token i.
-  __device__ __forceinline__ void apply(const float* sums, float2 of_tokens, float (&values)[4]) const {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float factor = scale[j / 2] * (j % 2 == 0 ? of_tokens.x : of_tokens.y);
-      values[j] = fmaf(sums[j], factor, bias[j / 2]);
-    }
-  }
-
-  /// Of tokens `m` and the next: value 2 h + i is of channel h and token m + i.
-  __device__ __forceinline__ void apply(const GemmParams& p, const float* sums, int m, float (&values)[4]) const {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float factor = scale[j / 2];
-      if (kByToken) factor *= m + j % 2 < p.M ? __ldcg(p.token_scale + m + j % 2) : 0.0f;
-      values[j] = kByChannel ? fmaf(sums[j], factor, bias[j / 2]) : sums[j] + bias[j / 2];
-    }
-  }
-};
-
 /// Takes a warp's tile of 16 channels x all tokens, eight tokens at a time, for the output in memory.
 struct MemoryTile {
   static constexpr bool kToPeers = false;
@@ -89,37 +53,23 @@ struct MemoryTile {
 
   /// `pairs`: of token lane / 4 of the eight, channels 2 (lane % 4) and the next, and those eight further on.
   __device__ __forceinline__ void store(int eight, const uint32_t (&pairs)[2]) const {
-    const int lane = threadIdx.x % 32, m = eight * 8 + lane / 4;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int n = channel + h * 8 + lane % 4 * 2;
-      if (m < p.M && n < p.N) {
-        *reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(m) * p.N + n) = pairs[h];
-      }
+    const int lane = threadIdx.x % 32, m = eight * 8 + lane / 4, n = channel + lane % 4 * 4;
+    const uint2 four = four_channels(pairs[0], pairs[1]);
+    if (m < p.M && n < p.N) {
+      *reinterpret_cast<uint2*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(m) * p.N + n) = four;
     }
   }
 };
 
-/// Scales by channel, and by token, and gives a warp's 16 channels x kTokens tokens to `tile`.
-template <bool kByChannel, bool kByToken, int kTokens, typename Tile>
-__device__ __forceinline__ void write_tile(const GemmParams& p, float (&sums)[kTokens / 2], int channel, const Tile& tile) {
+/// Scales a warp's 16 channels x kTokens tokens and gives them to `tile`.
+template <int kTokens, typename Scales, typename Tile>
+__device__ __forceinline__ void write_tile(const GemmParams& p, const float (&sums)[kTokens / 2], int channel,
+                                           const Scales& scales, const Tile& tile) {
   const int lane = threadIdx.x % 32, column = lane % 4 * 2;
-  const ChannelScales<kByChannel, kByToken> scales(p, channel);
-  const auto held = [&] {
-    if constexpr (kByToken) {
-      return TokenScales<kTokens>(p, 0);
-    } else {
-      return 0;
-    }
-  }();
 #pragma unroll
   for (int b = 0; b < kTokens / 8; ++b) {
     float values[4];
-    if constexpr (kByToken) {
-      scales.apply(sums + b * 4, held.pair(b, column), values);
-    } else {
-      scales.apply(p, sums + b * 4, b * 8 + column, values);
-    }
+    scales.apply(sums, b, values);
     if (!Tile::kToPeers && p.out_float32) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -140,15 +90,6 @@ __device__ __forceinline__ int sharers_of(const GemmParams& p, int cta, int cove
   int count = 0;
   while (covered < tile_end) covered += p.base + (cta + ++count < p.rem);
   return count;
-}
-
-/// Adds four partial sums once they are there, and marks their place as empty again.
-template <int kRegisters>
-__device__ __forceinline__ void add_partial(float (&sums)[kRegisters], int b, uint4 v, float4* place) {
-  while (is_empty(v)) v = load_slot(place);
-  empty_slot(place);
-  sums[b * 4] += __uint_as_float(v.x), sums[b * 4 + 1] += __uint_as_float(v.y);
-  sums[b * 4 + 2] += __uint_as_float(v.z), sums[b * 4 + 3] += __uint_as_float(v.w);
 }
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,

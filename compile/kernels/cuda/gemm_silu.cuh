@@ -76,16 +76,15 @@ __device__ __forceinline__ void store_groups(const GemmParams& p, const float (&
 
 /// The activations of a finished tile of 64 channels, all of them present: bf16, or e4m3 with grouped scales, as the tokens.
 /// `sums` of the first warp group, which calls it whole.
-template <typename T, int kTokens>
-__device__ __forceinline__ void write_silu(const GemmParams& p, float (&sums)[kTokens / 2], int tile) {
-  constexpr bool kFp8 = sizeof(T) == 1;
-  const int warp = threadIdx.x / 32, column = threadIdx.x % 4 * 2;
-  const ChannelScales<kFp8, kFp8> scales(p, tile * 64 + warp * 16);
+template <bool kFp8, int kTokens, typename Scales>
+__device__ __forceinline__ void write_silu(const GemmParams& p, const float (&sums)[kTokens / 2], int tile,
+                                           const Scales& scales) {
+  const int warp = threadIdx.x / 32;
   float activations[kTokens / 4];
 #pragma unroll
   for (int b = 0; b < kTokens / 8; ++b) {
     float values[4];
-    scales.apply(p, sums + b * 4, b * 8 + column, values);
+    scales.apply(sums, b, values);
     // Gate and up as the plain product stores them.
     const uint32_t gate = pack2(values[0], values[1]), up = pack2(values[2], values[3]);
     activations[b * 2] = silu(low_half(gate)) * low_half(up);

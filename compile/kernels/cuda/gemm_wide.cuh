@@ -16,20 +16,14 @@ __device__ __forceinline__ void keep_here(T& value) {
 template <int kTokens>
 __device__ __forceinline__ void add_partials(float (&sums)[kTokens / 2], float4* place, int from, int to) {
   constexpr int kVectors = kTokens / 8;
-  constexpr int kBatch = kVectors <= 24 ? kVectors : kVectors / 2;  // that are asked for at once: a trip to L2 for each
+  constexpr int kBatch = kVectors <= 24 ? kVectors : kVectors / 2;  // for which there are registers
   static_assert(kVectors % kBatch == 0);
 #pragma unroll
   for (int b = 0; b < kVectors; b += kBatch) {
     if (b + kBatch <= from || b >= to) continue;
-    uint4 v[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (b + i >= from && b + i < to) v[i] = load_slot(place + (b + i) * 128);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (b + i >= from && b + i < to) add_partial(sums, b + i, v[i], place + (b + i) * 128);
-    }
+    uint4 asked[kBatch];
+    ask_partial(asked, place + b * 128, from - b, to - b);
+    take_partial(sums + b * 4, asked, place + b * 128, from - b, to - b);
   }
 }
 
@@ -49,43 +43,18 @@ __device__ __forceinline__ void exchange_pieces(float (&sums)[kTokens / 2], floa
   }
 }
 
-/// Nothing of bfloat16 tokens.
-template <bool kFp8, int kTokens>
-struct HeldScales {
-  __device__ __forceinline__ HeldScales(const GemmParams&, int) {}
-  __device__ __forceinline__ float2 pair(int, int) const { return make_float2(1.0f, 1.0f); }
-};
-template <int kTokens>
-struct HeldScales<true, kTokens> : TokenScales<kTokens> {
-  using TokenScales<kTokens>::TokenScales;
-};
-
-/// Two words of a lane, of four channels each, from `pairs` as the transposed products of a warp's first and second eight
-/// channels have them: token lane / 4, channels 2 (lane % 4) and the next -> channels 4 (lane % 4) to the third after it.
-__device__ __forceinline__ uint2 four_channels(uint32_t first, uint32_t second) {
-  const int lane = threadIdx.x % 32, quarter = lane % 4, base = lane - quarter;
-  // Even lanes give the first pair and then the second, odd ones the other way round: so two exchanges are enough. For each
-  // of four lanes, in four bits, the one whose word it takes.
-  constexpr unsigned kSources[] = {0x3120, 0x2031};
-  const bool odd = lane % 2 != 0;
-  const uint32_t a = __shfl_sync(~0u, odd ? second : first, base + (kSources[0] >> quarter * 4 & 3));
-  const uint32_t b = __shfl_sync(~0u, odd ? first : second, base + (kSources[1] >> quarter * 4 & 3));
-  return quarter < 2 ? make_uint2(a, b) : make_uint2(b, a);
-}
-
 /// Writes a warp's 16 channels x kTokens tokens, of the vectors of eight tokens those from `from` to `to`.
 template <bool kFp8, int kTokens>
 __device__ __forceinline__ void write_rows(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token, int from,
                                            int to) {
   const int lane = threadIdx.x % 32, column = lane % 4 * 2;
-  const ChannelScales<kFp8, kFp8> scales(p, channel);
   const auto each = [&](const auto& store) {
-    const HeldScales<kFp8, kTokens> held(p, token);
+    const TileScales<kFp8, kFp8, kTokens> scales(p, channel, token);
 #pragma unroll
     for (int b = 0; b < kTokens / 8; ++b) {
       if (b < from || b >= to) continue;
       float values[4];
-      scales.apply(sums + b * 4, held.pair(b, column), values);
+      scales.apply(sums, b, values);
       store(b, values);
     }
   };

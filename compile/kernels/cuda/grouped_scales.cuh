@@ -20,7 +20,7 @@ namespace tpserve::cuda {
 constexpr int kGroupSize = 128;
 constexpr int kMaxGroupedTokens = 128;
 constexpr int kSiluGroupSize = 32;
-constexpr int kMaxSiluGroupedTokens = 32;
+constexpr int kMaxSiluGroupedTokens = 16;  // of more, the next GEMM loses more by small groups than a kernel costs
 
 /// Places of tokens in a group: a piece of two groups is whole 16-byte words.
 TPSERVE_SCALES int64_t padded_tokens(int64_t num_tokens) { return (num_tokens + 7) / 8 * 8; }

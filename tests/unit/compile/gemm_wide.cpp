@@ -74,7 +74,7 @@ extern "C" int finish_tile(int tokens, int pieces, int team, int tile, int membe
                            const float* channel_scale, const float* token_scale, const float* bias, void* out,
                            int out_float32, int M, int N) {
   const WidePlan plan{64, team, 1, pieces, 0, 0};
-  const GemmParams p{{channel_scale, token_scale, bias, out, nullptr, M, N, 0}, plan, out_float32 != 0};
+  const GemmParams p{channel_scale, token_scale, bias, out, nullptr, M, N, 0, plan, out_float32 != 0};
   const bool good = token_scale != nullptr ? finish<fp8>(tokens, p, sums, tile, member)
                                            : finish<bf16>(tokens, p, sums, tile, member);
   return good ? 0 : 1;

@@ -24,9 +24,10 @@ NUM_ACTIVATIONS = 160
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder, here = tmp_path_factory.mktemp("silu"), Path(__file__).parent
-    for name in ("gemm_silu.cuh", "silu.cuh", "grouped_scales.cuh"):
-        shutil.copy(ROOT / "compile/kernels/cuda" / name, folder)
-    shutil.copy(here / "gemm_silu_parts.h", folder / "gemm_parts.cuh")
+    for name in ("gemm_silu", "gemm_tile", "gemm_plan", "token_scales", "silu", "grouped_scales"):
+        shutil.copy(ROOT / f"compile/kernels/cuda/{name}.cuh", folder)
+    shutil.copy(here / "gemm_parts_on_host.h", folder / "gemm_parts.cuh")
+    (folder / "slots.cuh").touch()
     shutil.copy(here / "gemm_silu.cpp", folder)
     command = ["c++", "-std=c++20", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread", "gemm_silu.cpp"]
     subprocess.run([*command, "-o", "silu.so"], check=True, timeout=120, cwd=folder)
@@ -78,7 +79,7 @@ def test_bf16_activations_stand_in_their_order(library: ctypes.CDLL, num_m: int,
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("num_m", [1, 2, 7, 8, 9, 16, 17, 31, 32])
+@pytest.mark.parametrize("num_m", [1, 2, 7, 8, 9, 15, 16])
 def test_e4m3_activations_have_a_scale_for_each_tile(library: ctypes.CDLL, num_m: int, bias: bool) -> None:
     rng = np.random.default_rng(num_m)
     sums = sums_of(num_m, num_m + 100)

@@ -99,7 +99,7 @@ def quantized(x: Array, scales: Scales) -> tuple[Array, Array]:
     if scales == "grouped" and tokens <= 128:
         group = 128
     elif scales == "silu" and tokens <= 128:
-        group = 32 if tokens <= 32 else 128
+        group = 32 if tokens <= 16 else 128
     elif scales == "grouped":
         x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
     groups = x.reshape(tokens, columns // group, group)

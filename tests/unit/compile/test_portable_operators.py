@@ -206,7 +206,7 @@ def test_silu(tokens: int, size: int) -> None:
     assert scales.shape == (tokens, 1 if size % 256 else size // 32)
     if tokens:
         assert relative_error(plain, expected) < BF16_ERROR
-        group = size if size % 256 or tokens > 128 else 32 if tokens <= 32 else 128
+        group = size if size % 256 or tokens > 128 else 32 if tokens <= 16 else 128
         check_quantized(codes, scales, expected, group)
 
 

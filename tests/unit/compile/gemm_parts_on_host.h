@@ -1,4 +1,5 @@
-// Stands in for gemm_parts.cuh on the host: a thread for each of the warp group's, warps that exchange through memory.
+// Stands in for gemm_parts.cuh and slots.cuh on the host: a thread for each of the warp group's, warps that exchange
+// through memory.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +7,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <thread>
+
+#include "gemm_plan.cuh"
 
 #define __device__
 #define __forceinline__ inline
@@ -15,6 +20,16 @@ struct float2 {
   float x, y;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+struct uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+using float4 = uint4;
+inline float __ldg(const float* p) { return *p; }
+inline float __ldcg(const float* p) { return *p; }
 inline float __expf(float x) { return std::exp(x); }
 
 struct Thread {
@@ -53,6 +68,15 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
   return float_of(exchanged(bits_of(x), [&](uint32_t(&words)[32]) { return words[threadIdx.x % 32 ^ mask]; }));
 }
 
+inline float __uint_as_float(uint32_t bits) { return float_of(bits); }
+
+inline float __shfl_sync(unsigned, float x, int lane) {
+  return float_of(exchanged(bits_of(x), [&](uint32_t(&words)[32]) { return words[lane]; }));
+}
+inline uint32_t __shfl_sync(unsigned, uint32_t x, int lane) {
+  return exchanged(x, [&](uint32_t(&words)[32]) { return words[lane]; });
+}
+
 namespace tpserve::cuda {
 
 using std::fabs;
@@ -70,6 +94,8 @@ struct GemmParams {
   void* out;
   float* out_scale;
   int M, N, padded_tokens;
+  WidePlan plan;
+  bool out_float32;
 };
 
 /// As the device: element 2 (lane % 4) + i of row lane / 4 goes to row 2 (lane % 4) + i.
@@ -108,18 +134,24 @@ inline uint32_t fp8_code(float x) {
 }
 inline uint32_t pack2_fp8(float a, float b) { return fp8_code(a) | fp8_code(b) << 8; }
 
-template <bool kByChannel, bool kByToken>
-struct ChannelScales {
-  int channel;
-  ChannelScales(const GemmParams&, int first) : channel(first + threadIdx.x % 32 / 4) {}
-  void apply(const GemmParams& p, const float* sums, int m, float (&values)[4]) const {
-    for (int j = 0; j < 4; ++j) {
-      const int n = channel + j / 2 * 8;
-      float factor = kByChannel ? p.channel_scale[n] : 1.0f;
-      if (kByToken) factor *= m + j % 2 < p.M ? p.token_scale[m + j % 2] : 0.0f;
-      values[j] = std::fma(sums[j], factor, p.bias == nullptr ? 0.0f : p.bias[n]);
-    }
-  }
-};
+inline std::mutex slots_mutex;  // 16 bytes come and go at once
+inline bool is_empty(uint4 v) { return v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u; }
+inline uint4 load_slot(const float4* p) {
+  std::unique_lock lock(slots_mutex);
+  const uint4 v = *p;
+  lock.unlock();
+  if (is_empty(v)) std::this_thread::yield();
+  return v;
+}
+inline void store_slot(float4* p, float x, float y, float z, float w) {
+  std::lock_guard lock(slots_mutex);
+  *p = {bits_of(x), bits_of(y), bits_of(z), bits_of(w)};
+}
+inline void empty_slot(float4* p) {
+  std::lock_guard lock(slots_mutex);
+  *p = {~0u, ~0u, ~0u, ~0u};
+}
 
 }  // namespace tpserve::cuda
+
+#include "gemm_tile.cuh"
