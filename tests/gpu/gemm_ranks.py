@@ -33,7 +33,7 @@ from tpserve.collectives.names import GEMM_ALL_REDUCE_ADD_RMS_NORM
 from tpserve.proto.packing import packed_shape
 
 KINDS = ("gemm", "gemm_bias", "gemm_fp8", "gemm_fp8_grouped", "gemm_fp8_grouped_bias", "gemm_fp8_after_silu")
-MOST_PUSHED = 128
+MOST_PUSHED = 512
 POISON = 0xABCD
 
 

@@ -124,7 +124,7 @@ def test_a_late_rank_is_named(kernel_library: Path) -> None:
     assert results[1]["late"] == -1
 
 
-PUSHED_ROWS = [1, 2, 7, 8, 9, 16, 17, 24, 25, 63, 64, 65, 96, 97, 128]
+PUSHED_ROWS = [1, 2, 7, 8, 9, 16, 17, 24, 25, 63, 64, 65, 97, 128, 130, 191, 300, 512]
 TWO_SHOT_HIDDEN = 16384
 """Rows of which fewer than 64 are two-shot with two ranks too."""
 
@@ -135,9 +135,9 @@ TWO_SHOT_HIDDEN = 16384
 def test_a_gemm_that_sends_its_tiles_gives_the_bits_of_one_that_does_not(
     kernel_library: Path, world_size: int, hidden: int, size: int
 ) -> None:
-    arguments = ["--checks", "products", "--sizes", str(hidden), str(size), *rows([*PUSHED_ROWS, 129, 300])]
+    arguments = ["--checks", "products", "--sizes", str(hidden), str(size), *rows([*PUSHED_ROWS, 513])]
     results = run_ranks(kernel_library, world_size, "push", hidden, arguments, GEMM_RANKS)
-    assert results[0]["calls"] == 6 * (len(PUSHED_ROWS) + 2) * 2
+    assert results[0]["calls"] == 6 * (len(PUSHED_ROWS) + 1) * 2
 
 
 @two_gpus
@@ -157,7 +157,7 @@ def test_gemms_before_nccl(kernel_library: Path) -> None:
 @pytest.mark.parametrize(("world_size", "hidden"), [(2, TWO_SHOT_HIDDEN), (4, 4096)])
 def test_calls_with_and_without_pushing_take_turns(kernel_library: Path, world_size: int, hidden: int) -> None:
     arguments = ["--checks", "turns", "--iterations", str(6000 // world_size), "--also-hidden", "576"]
-    arguments += rows([1, 3, 8, 20, 65, 97, 130])
+    arguments += rows([1, 3, 8, 20, 65, 97, 130, 600])
     run_ranks(kernel_library, world_size, "push", hidden, arguments, GEMM_RANKS)
 
 
@@ -172,7 +172,7 @@ def test_two_thousand_calls_of_one_graph(kernel_library: Path, world_size: int) 
 
 
 @two_gpus
-@pytest.mark.parametrize("num_rows", [4, 60, 100])
+@pytest.mark.parametrize("num_rows", [4, 60, 200])
 def test_a_rank_that_does_not_push_is_named(kernel_library: Path, num_rows: int) -> None:
     arguments = ["--checks", "late", "--timeout", "1", *rows([num_rows])]
     results = run_ranks(kernel_library, 2, "push", TWO_SHOT_HIDDEN, arguments, GEMM_RANKS)

@@ -17,7 +17,7 @@ Kernels = Callable[[str], Any]
 pytestmark = pytest.mark.gpu
 
 ALL_M = [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 128, 129, 200]
-FUSED_FP8, FUSED_BF16 = 32, 64
+FUSED_FP8, FUSED_BF16 = 16, 64
 
 
 def padded(num_tokens: int) -> int:

@@ -65,17 +65,17 @@ void dispatch_few(const GemmParams& p, const T* x, int64_t K, cudaStream_t strea
 }
 
 /// More than 128 tokens, which the scales are one by one of.
-template <typename T>
+template <typename T, End kEnd>
 void dispatch_wide(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   const int units_of_k = static_cast<int>((K * sizeof(T) + 127) / 128);
   const WideChoice choice = choose_wide(p.M, p.channel_blocks, units_of_k);
   p.plan = choice.plan;
   switch (choice.tokens) {
-    case 96: return run<T, 96, kWideBlocks, Ring::kWhole, 0, End::kMemory>(p, x, K, stream);
-    case 128: return run<T, 128, kWideBlocks, Ring::kWhole, 0, End::kMemory>(p, x, K, stream);
-    case 160: return run<T, 160, kWideBlocks, Ring::kWhole, 0, End::kMemory>(p, x, K, stream);
-    case 192: return run<T, 192, kWideBlocks, Ring::kWhole, 0, End::kMemory>(p, x, K, stream);
-    default: return run<T, 256, kWideBlocks, Ring::kWhole, 0, End::kMemory>(p, x, K, stream);
+    case 96: return run<T, 96, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
+    case 128: return run<T, 128, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
+    case 160: return run<T, 160, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
+    case 192: return run<T, 192, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
+    default: return run<T, 256, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
   }
 }
 
@@ -86,10 +86,10 @@ void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
     return dispatch_few<T, 16, kGroup, kEnd>(p, x, K, stream);
   } else {
     if (p.M <= 64) return dispatch_few<T, 64, kGroup, kEnd>(p, x, K, stream);
-    static_assert(kMaxGroupedTokens == 128 && kMaxPushedRows == 128, "the tiles of one block of channels");
+    static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
     if (p.M <= 96) return run<T, 96, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
     if (p.M <= 128) return run<T, 128, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
-    if constexpr (kEnd == End::kMemory) dispatch_wide<T>(p, x, K, stream);
+    dispatch_wide<T, kEnd>(p, x, K, stream);
   }
 }
 

@@ -10,7 +10,7 @@
 // kBlocks 2 every block of a tile in pieces does so for its share of the tokens (gemm_wide.cuh). Always in block order, so
 // sums have one order. Slots are their own flags (slots.cuh).
 //
-// Tiles go to memory, or for a reduction over ranks straight to where it wants them (push_tile.cuh): with the same bits.
+// Tiles go to memory, or for a reduction over ranks straight to where it wants them (peer_tile.cuh): with the same bits.
 //
 // One warp fetches; it fills the ring with weights before `pdl_wait`, while the kernel before still runs.
 //
@@ -43,7 +43,7 @@ template <int kTokens_, int kBlocks_, Ring kRing, int kGroup_, End kEnd>
 struct Shape {
   static constexpr int kTokens = kTokens_, kBlocks = kBlocks_, kGroup = kGroup_;
   static constexpr bool kGrouped = kGroup != 0, kSilu = kEnd == End::kSilu, kPush = kEnd == End::kPeers;
-  static_assert((!kGrouped && kEnd == End::kMemory) || kBlocks == 1);
+  static_assert((!kGrouped && !kSilu) || kBlocks == 1);
   static constexpr int kTilesOfK = kBlocks == 1 ? 2 : 1;  // 128-byte tiles of K in a stage
   static constexpr int kWeightBytes = kTilesOfK * kBlocks * kTileBytes, kTokenBytes = kTilesOfK * kTokens * 128;
   static constexpr int kBytes = kWeightBytes + kTokenBytes;
@@ -61,11 +61,16 @@ struct Shape {
   static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
   static constexpr int kGroups = 256 / (kGrouped ? kGroup : 512);  // of a stage, 0 without
   static constexpr int kScaleBytes = kGroups * kTokens * sizeof(float);           // of a stage, behind the ring
-  static constexpr int kSharedBytes = kStages * (kBytes + kScaleBytes) + kExtra + 1024;
+  static constexpr int kStagedTokens = kTokens < kStageTokens ? kTokens : kStageTokens;
+  static constexpr int kPeerStageBytes = kPush ? kStagedTokens * kStageStride : 0;  // of a warp group that sends
+  static constexpr int kSharedBytes = kStages * (kBytes + kScaleBytes) + kExtra + kBlocks * kPeerStageBytes + 1024;
+  static_assert(kSharedBytes <= 226 * 1024, "what a block can have, less its barriers");
   // With few tokens the ring of weights is filled at a measured pace and the first activations have their own barrier.
   static constexpr bool kPaced = kTokens == 8;
   static constexpr int kPace = 3;
 };
+
+constexpr int kPeerBarrier = 3;  // and the next: of the warp groups that send tiles
 
 #define TPSERVE_BAR(op, id, count) asm volatile("bar." op " " #id ", " #count ";" ::: "memory")
 
@@ -162,6 +167,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   __shared__ PushEpoch epoch;
   const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
   uint8_t* behind_ring = memory + (ring - shared_address(memory)) + S::kStages * S::kBytes;
+  uint8_t* const peer_stage = behind_ring + S::kExtra + S::kStages * S::kScaleBytes;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cta = blockIdx.x;
   const auto run = [&] {
     if constexpr (kBlocks > 1) {
@@ -292,7 +298,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     if (!writer) continue;
     if constexpr (kBlocks > 1) {
-      finish_wide<T, kTokens, kBlocks>(p, sums, tile, run, slot);
+      finish_wide<T, S>(p, sums, tile, run, slot, {epoch, peer_stage + group * S::kPeerStageBytes, kPeerBarrier + group});
     } else {
       if (!started_here) {
 #pragma unroll
@@ -309,7 +315,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         if constexpr (S::kSilu) {
           write_silu<kByChannel, kTokens>(p, sums, tile, scales);
         } else if constexpr (S::kPush) {
-          write_tile<kTokens>(p, sums, channel, scales, PeerTile(p.push, epoch.wait(), channel, p.M, p.N));
+          const PeerTile to(p.push, epoch.wait(), channel, p.M, p.N, peer_stage, kPeerBarrier);
+          write_tile<kTokens>(p, sums, channel, scales, to);
         } else {
           write_tile<kTokens>(p, sums, channel, scales, MemoryTile{p, channel});
         }

@@ -61,13 +61,16 @@ struct MemoryTile {
   }
 };
 
-/// Scales a warp's 16 channels x kTokens tokens and gives them to `tile`.
+/// Scales a warp's 16 channels x kTokens tokens and gives them to `tile`. By the whole warp group.
 template <int kTokens, typename Scales, typename Tile>
 __device__ __forceinline__ void write_tile(const GemmParams& p, const float (&sums)[kTokens / 2], int channel,
                                            const Scales& scales, const Tile& tile) {
   const int lane = threadIdx.x % 32, column = lane % 4 * 2;
 #pragma unroll
   for (int b = 0; b < kTokens / 8; ++b) {
+    if constexpr (Tile::kToPeers) {
+      if (b * 8 % kStageTokens == 0) tile.open();
+    }
     float values[4];
     scales.apply(sums, b, values);
     if (!Tile::kToPeers && p.out_float32) {
@@ -81,6 +84,10 @@ __device__ __forceinline__ void write_tile(const GemmParams& p, const float (&su
 #pragma unroll
       for (int h = 0; h < 2; ++h) pairs[h] = transpose_8x8(pack2(values[h * 2], values[h * 2 + 1]));
       tile.store(b, pairs);
+    }
+    if constexpr (Tile::kToPeers) {
+      const int row = b * 8 / kStageTokens * kStageTokens, end = b * 8 + 8 - row;
+      if (end == kStageTokens || b == kTokens / 8 - 1) tile.send(row, 0, end);
     }
   }
 }

@@ -81,29 +81,66 @@ __device__ __forceinline__ void write_rows(const GemmParams& p, float (&sums)[kT
   });
 }
 
-/// Of a tile of a team's run, its `member`'s tokens.
-template <typename T, int kTokens, int kBlocks>
-__device__ __forceinline__ void write_wide(const GemmParams& p, float (&sums)[kTokens / 2], int tile, int member, int from,
-                                           int to) {
+/// What kernels that send wide tiles to peers need for it.
+struct PeerStage {
+  PushEpoch& epoch;
+  uint8_t* stage;
+  int barrier;
+};
+
+/// The same to peers. By the whole warp group.
+template <bool kFp8, int kTokens>
+__device__ __forceinline__ void send_rows(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token, int from,
+                                          int to, const PeerStage& by) {
+  constexpr int kVectors = kStageTokens / 8;
+  const TileScales<kFp8, kFp8, kTokens> scales(p, channel, token);
+  const PeerTile tile(p.push, by.epoch.wait(), channel, p.M, p.N, by.stage, by.barrier);
+#pragma unroll
+  for (int b = 0; b < kTokens / 8; ++b) {
+    const int first = b / kVectors * kVectors;
+    if (b == first) tile.open();
+    if (b >= from && b < to) {
+      float values[4];
+      scales.apply(sums, b, values);
+      uint32_t pairs[2];  // of channels of one token
+#pragma unroll
+      for (int h = 0; h < 2; ++h) pairs[h] = transpose_8x8(pack2(values[h * 2], values[h * 2 + 1]));
+      tile.store(b, pairs);
+    }
+    if (b + 1 == first + kVectors || b + 1 == kTokens / 8) {
+      tile.send(token + first * 8, (max(from, first) - first) * 8, (min(to, b + 1) - first) * 8);
+    }
+  }
+}
+
+/// Of a tile of a team's run, its `member`'s tokens. `S`: the kernel's Shape.
+template <typename T, typename S>
+__device__ __forceinline__ void write_wide(const GemmParams& p, float (&sums)[S::kTokens / 2], int tile, int member, int from,
+                                           int to, const PeerStage& by) {
+  constexpr bool kFp8 = sizeof(T) == 1;
   const int warp = threadIdx.x / 32;
-  const int channel = (tile / p.plan.run_tokens * kBlocks + warp / 4) * 64 + warp % 4 * 16;
-  const int token = (tile % p.plan.run_tokens + member) * kTokens;
-  write_rows<sizeof(T) == 1, kTokens>(p, sums, channel, token, from, to);
+  const int channel = (tile / p.plan.run_tokens * S::kBlocks + warp / 4) * 64 + warp % 4 * 16;
+  const int token = (tile % p.plan.run_tokens + member) * S::kTokens;
+  if constexpr (S::kPush) {
+    send_rows<kFp8, S::kTokens>(p, sums, channel, token, from, to, by);
+  } else {
+    write_rows<kFp8, S::kTokens>(p, sums, channel, token, from, to);
+  }
 }
 
 /// The end of a tile, or of this block's piece of it. `slot`: this thread's place in the block's.
-template <typename T, int kTokens, int kBlocks>
-__device__ __forceinline__ void finish_wide(const GemmParams& p, float (&sums)[kTokens / 2], int tile, const WideRun& run,
-                                            float4* slot) {
-  constexpr int kVectors = kTokens / 8;
+template <typename T, typename S>
+__device__ __forceinline__ void finish_wide(const GemmParams& p, float (&sums)[S::kTokens / 2], int tile, const WideRun& run,
+                                            float4* slot, const PeerStage& by) {
+  constexpr int kVectors = S::kTokens / 8;
   const int pieces = p.plan.pieces;
-  if (pieces == 1) return write_wide<T, kTokens, kBlocks>(p, sums, tile, run.member, 0, kVectors);
-  const size_t next_slot = static_cast<size_t>(p.plan.team) * kBlocks * kVectors * 128;
+  if (pieces == 1) return write_wide<T, S>(p, sums, tile, run.member, 0, kVectors, by);
+  const size_t next_slot = static_cast<size_t>(p.plan.team) * S::kBlocks * kVectors * 128;
   const int part = run.piece % pieces;
   int from = part * kVectors / pieces, to = (part + 1) * kVectors / pieces;
   keep_here(from), keep_here(to);
-  exchange_pieces<kTokens>(sums, slot, next_slot, part, pieces, from, to);
-  write_wide<T, kTokens, kBlocks>(p, sums, tile, run.member, from, to);
+  exchange_pieces<S::kTokens>(sums, slot, next_slot, part, pieces, from, to);
+  write_wide<T, S>(p, sums, tile, run.member, from, to, by);
 }
 
 }  // namespace tpserve::cuda

@@ -55,6 +55,12 @@ __device__ __forceinline__ void meet() {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
+/// The same at a barrier that is not known before.
+template <int kThreads>
+__device__ __forceinline__ void meet_at(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 /// A place in a ring of buffers and the parity its barriers are waited for with.
 struct RingPlace {
   int slot = 0;

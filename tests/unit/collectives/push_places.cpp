@@ -1,6 +1,6 @@
 // What the threads of push.cu and of GEMMs that push do to the buffers of push_places.cuh, one after the other on the host,
 // for test_push_places.py. A place holds 0 while it is free, else a number that tells who wrote it.
-#include "push_lanes.cuh"
+#include "push_stage.cuh"
 
 using namespace tpserve::cuda;
 
@@ -29,46 +29,23 @@ void release(const Places& places, const Memory& m, bool one_shot, int rank, uns
   }
 }
 
-/// What a lane gives to an exchange of gather_vector(); `words`: two of each of 32 lanes.
-uint32_t given(const uint32_t* words, int lane, int index) {
-  uint32_t found = 0;
-  int call = 0;
-  gather_vector(lane, words[lane * 2], words[lane * 2 + 1], [&](uint32_t value, int mask) {
-    if (call == index) found = value;
-    const int mine = call++;
-    return mine < index ? given(words, lane ^ mask, mine) : 0u;
-  });
-  return found;
-}
-
 }  // namespace
 
 extern "C" {
-/// The vectors that 32 lanes send: (32, 4) words, and for each lane its token and its vector's number.
-void vectors_of_lanes(const uint32_t* words, uint32_t* out, int* tokens, int* vectors) {
-  for (int lane = 0; lane < 32; ++lane) {
-    int call = 0;
-    const TileVector v = gather_vector(lane, words[lane * 2], words[lane * 2 + 1], [&](uint32_t, int mask) {
-      return given(words, lane ^ mask, call++);
-    });
-    for (int i = 0; i < 4; ++i) out[lane * 4 + i] = v.word[i];
-    const Places places{2, 100};
-    const TileSender sender(PushRows::of(places, true, 0), 0, lane, 6);
-    tokens[lane] = sender.token;
-    vectors[lane] = static_cast<int>(sender.first - places.one_shot(0, 0, sender.token));
-  }
-}
+/// Where a stage has a channel of a token, in bytes.
+int stage_place(int token, int channel) { return staged_at(token, channel); }
 
 /// Sends a rank's rows as its GEMM does, tile by tile; returns how many places were not free.
 int push(int num_ranks, int row_vectors, Memory* ranks, int one_shot, int rank, int buffer, int rows, int vectors, int tag) {
   const Places places{num_ranks, row_vectors};
+  const PushRows push_rows = PushRows::of(places, one_shot, rank);
   int taken = 0;
-  for (int vector = 0; vector < vectors; vector += 2) {
-    for (int lane = 0; lane < 32; ++lane) {
-      if (vector + lane % 2 >= vectors) continue;
-      const TileSender sender(PushRows::of(places, one_shot, rank), buffer, lane, vector);
-      for (int eight = 0; eight * 8 + sender.token < rows; ++eight) {
-        sender.send(eight, [&](int holder, unsigned place) {
+  for (int first = 0; first < vectors; first += TileSender::kVectors) {
+    for (int thread = 0; thread < kStageThreads; ++thread) {
+      const TileSender sender(thread);
+      if (first + sender.vector >= vectors) continue;
+      for (int row = sender.token; row < rows; row += TileSender::kStep) {
+        sender.send(push_rows, buffer, first, row, [&](int holder, unsigned place) {
           taken += put(one_shot ? ranks[holder].one_shot : ranks[holder].two_shot, place, tag);
         });
       }

@@ -99,14 +99,14 @@ struct Product {
 
   void send(int block, int thread, unsigned epoch) const {
     const Call& c = calls[call];
-    for (int tile = block * 2 + thread; tile * 2 < c.vectors; tile += kProductBlocks * 2) {
-      for (int eight = 0; eight * 8 < c.rows; ++eight) {
-        for (int lane = 0; lane < 32; ++lane) {
-          const TileSender sender(target.rows, epoch % kBuffers, lane, tile * 2);
-          const int row = eight * 8 + sender.token, vector = tile * 2 + lane % 2;
-          if (row >= c.rows || vector >= c.vectors) continue;
-          const uint4 values = sendable(vector_of(call, rank, row, vector));
-          sender.send(eight, [&](int holder, unsigned place) {
+    for (int first = (block * 2 + thread) * TileSender::kVectors; first < c.vectors;
+         first += kProductBlocks * 2 * TileSender::kVectors) {
+      for (int of_group = 0; of_group < kStageThreads; ++of_group) {
+        const TileSender sender(of_group);
+        if (first + sender.vector >= c.vectors) continue;
+        for (int row = sender.token; row < c.rows; row += TileSender::kStep) {
+          const uint4 values = sendable(vector_of(call, rank, row, first + sender.vector));
+          sender.send(target.rows, epoch % kBuffers, first, row, [&](int holder, unsigned place) {
             store_peer(reinterpret_cast<uint4*>(target.base[holder]) + place, values);
           });
         }

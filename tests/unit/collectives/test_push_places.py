@@ -165,23 +165,21 @@ def test_models_of_several_sizes_share_the_buffers(places: ctypes.CDLL, num_rank
                 break
 
 
-def test_lanes_exchange_their_words_for_whole_vectors(places: ctypes.CDLL) -> None:
-    """A warp comes with tokens of eight in rows of 16 channels: pairs of channels, the low and the high eight."""
-    tile = np.arange(8 * 8, dtype=np.uint32).reshape(8, 2, 4)  # (token, vector, pair)
-    words = np.ascontiguousarray(np.moveaxis(tile, 1, 2))  # (token, pair, vector): lane 4 token + pair
-    out, tokens, vectors = np.zeros((32, 4), np.uint32), np.zeros(32, np.int32), np.zeros(32, np.int32)
-    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (words, out, tokens, vectors))
-    places.vectors_of_lanes(*pointers)
-    for lane in range(32):
-        assert out[lane].tolist() == tile[tokens[lane], vectors[lane] - 6].tolist()
-    assert sorted(zip(tokens.tolist(), (vectors - 6).tolist(), strict=True)) == sorted([*np.ndindex(8, 2)] * 2)
-    assert vectors[:4].tolist() == [6, 7, 6, 7]  # neighbouring lanes fill a sector
+def test_a_stage_has_each_tokens_channels_in_one_piece_and_lanes_in_banks_of_their_own(places: ctypes.CDLL) -> None:
+    found = np.array([[places.stage_place(token, channel) for channel in range(64)] for token in range(64)])
+    assert (np.diff(found, axis=1) == 2).all()
+    assert (found[:, ::8] % 16 == 0).all(), "vectors are read whole"
+    assert (np.diff(found[:, 0]) >= 128).all(), "tokens overlap"
+    for channel in range(0, 64, 8):  # what a warp writes at once: words of pairs of channels of eight tokens
+        for token in range(0, 64, 8):
+            words = found[token : token + 8, channel : channel + 8 : 2] // 4
+            assert len(set((words % 32).ravel())) == 32
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 @pytest.mark.parametrize("is_one_shot", [True, False])
 def test_a_gemm_pushes_every_row_once(places: ctypes.CDLL, num_ranks: int, is_one_shot: bool) -> None:
-    for rows, vectors in ((1, 2), (7, 25), (8, 9), (63, 4), (64, 1)):
+    for rows, vectors in ((1, 2), (7, 25), (8, 9), (17, 16), (63, 4), (64, 1), (100, 7)):
         group = Group(places, num_ranks, 30)
         for rank in range(num_ranks):
             sent = Call(is_one_shot, True, rows, vectors, 1, None)

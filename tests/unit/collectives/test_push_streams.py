@@ -15,7 +15,7 @@ from scripts import ROOT
 
 KERNELS = ROOT / "collectives/kernels"
 UNIT = Path(__file__).parents[1]
-HEADERS = ["peer.cuh", "push_places.cuh", "push_lanes.cuh", "push_tile.cuh", "push_rows.cuh"]
+HEADERS = ["peer.cuh", "push_places.cuh", "push_stage.cuh", "peer_tile.cuh", "push_tile.cuh", "push_rows.cuh"]
 Changes = dict[str, tuple[str, str]]
 
 

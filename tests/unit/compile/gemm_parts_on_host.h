@@ -89,6 +89,25 @@ struct fp8 {
 };
 constexpr float kFp8Max = 448.0f;
 
+/// Kernels that send tiles to peers; their stage is tested with them.
+using std::max, std::min;
+inline uint4 sendable(uint4 v) { return v; }
+inline void store_peer(uint4* p, uint4 v) { *p = v; }
+template <int kThreads>
+void meet_at(int) {
+  static_assert(kThreads == 128);
+  group_barrier.arrive_and_wait();
+}
+struct PushEpoch {
+  unsigned wait() { return 0; }
+};
+
+}  // namespace tpserve::cuda
+
+#include "peer_tile.cuh"
+
+namespace tpserve::cuda {
+
 struct GemmParams {
   const float *channel_scale, *token_scale, *bias;
   void* out;
@@ -96,6 +115,7 @@ struct GemmParams {
   int M, N, padded_tokens;
   WidePlan plan;
   bool out_float32;
+  PushTarget push;
 };
 
 /// As the device: element 2 (lane % 4) + i of row lane / 4 goes to row 2 (lane % 4) + i.

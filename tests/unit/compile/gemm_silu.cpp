@@ -44,11 +44,11 @@ int run(const GemmParams& p, const float* sums, int tokens) {
 
 /// `sums`: (N, tokens). Returns 1 for a tile that there is not.
 extern "C" int silu_bf16(const float* sums, int tokens, const float* bias, uint16_t* out, int M, int N) {
-  return run<bf16>({nullptr, nullptr, bias, out, nullptr, M, N, 0, {}, false}, sums, tokens);
+  return run<bf16>({nullptr, nullptr, bias, out, nullptr, M, N, 0, {}, false, {}}, sums, tokens);
 }
 
 extern "C" int silu_fp8(const float* sums, int tokens, const float* channel_scale, const float* token_scale,
                         const float* bias, uint8_t* out, float* out_scale, int M, int N) {
   const int padded = static_cast<int>(padded_tokens(M));
-  return run<fp8>({channel_scale, token_scale, bias, out, out_scale, M, N, padded, {}, false}, sums, tokens);
+  return run<fp8>({channel_scale, token_scale, bias, out, out_scale, M, N, padded, {}, false, {}}, sums, tokens);
 }

@@ -16,8 +16,14 @@ void on_threads(int count, const std::function<void(int)>& body) {
   for (std::thread& thread : threads) thread.join();
 }
 
+template <int kTokens_, bool kPush_>
+struct Shape {
+  static constexpr int kTokens = kTokens_, kBlocks = kWideBlocks;
+  static constexpr bool kPush = kPush_;
+};
+
 /// `sums`: (pieces, 64, kTokens), the parts of the tile's first 64 channels. False if a slot is not empty in the end.
-template <typename T, int kTokens>
+template <typename T, int kTokens, bool kPush>
 bool finish(const GemmParams& p, const float* sums, int tile, int member) {
   constexpr int kVectors = kTokens / 8;
   constexpr size_t kSlot = kWideBlocks * kVectors * 128;
@@ -39,15 +45,19 @@ bool finish(const GemmParams& p, const float* sums, int tile, int member) {
     const int from = part * kVectors / pieces, to = (part + 1) * kVectors / pieces;
     exchange_pieces<kTokens>(mine, slots.data() + part * next + thread, next, part, pieces, from, to);
   });
+  using S = Shape<kTokens, kPush>;
+  PushEpoch epoch;
+  std::vector<uint4> stage(kStageTokens * kStageStride / sizeof(uint4));
+  const PeerStage by{epoch, reinterpret_cast<uint8_t*>(stage.data()), 3};
   for (int part = 0; part < pieces; ++part) {
     on_threads(128, [&](int thread) {
       float(&sums_of_thread)[kTokens / 2] = own[part * 128 + thread].sums;
       if (pieces == 1) {  // as the kernel ends it; of more, the blocks cannot shuffle at once here
         const WideRun run(p.plan, member);
-        return finish_wide<T, kTokens, kWideBlocks>(p, sums_of_thread, tile, run, slots.data() + thread);
+        return finish_wide<T, S>(p, sums_of_thread, tile, run, slots.data() + thread, by);
       }
       const int from = part * kVectors / pieces, to = (part + 1) * kVectors / pieces;
-      write_wide<T, kTokens, kWideBlocks>(p, sums_of_thread, tile, member, from, to);
+      write_wide<T, S>(p, sums_of_thread, tile, member, from, to, by);
     });
   }
   for (const float4& slot : slots) {
@@ -56,26 +66,32 @@ bool finish(const GemmParams& p, const float* sums, int tile, int member) {
   return true;
 }
 
-template <typename T>
+template <typename T, bool kPush>
 bool finish(int tokens, const GemmParams& p, const float* sums, int tile, int member) {
   switch (tokens) {
-    case 96: return finish<T, 96>(p, sums, tile, member);
-    case 160: return finish<T, 160>(p, sums, tile, member);
-    case 192: return finish<T, 192>(p, sums, tile, member);
-    case 256: return finish<T, 256>(p, sums, tile, member);
+    case 96: return finish<T, 96, kPush>(p, sums, tile, member);
+    case 160: return finish<T, 160, kPush>(p, sums, tile, member);
+    case 192: return finish<T, 192, kPush>(p, sums, tile, member);
+    case 256: return finish<T, 256, kPush>(p, sums, tile, member);
     default: return false;
   }
 }
 
 }  // namespace
 
-/// Of the team's `tile` and `member`; with scales e4m3 tokens, else bfloat16. Returns 0, or 1 if a slot is not empty.
+/// Of the team's `tile` and `member`; with scales e4m3 tokens, else bfloat16. With `peer` the rows go to `out` and to `peer`,
+/// as those of two ranks in a one-shot call. Returns 0, or 1 if a slot is not empty.
 extern "C" int finish_tile(int tokens, int pieces, int team, int tile, int member, const float* sums,
                            const float* channel_scale, const float* token_scale, const float* bias, void* out,
-                           int out_float32, int M, int N) {
+                           void* peer, int out_float32, int M, int N) {
   const WidePlan plan{64, team, 1, pieces, 0, 0};
-  const GemmParams p{channel_scale, token_scale, bias, out, nullptr, M, N, 0, plan, out_float32 != 0};
-  const bool good = token_scale != nullptr ? finish<fp8>(tokens, p, sums, tile, member)
-                                           : finish<bf16>(tokens, p, sums, tile, member);
+  const PushTarget push{{static_cast<uint8_t*>(out), static_cast<uint8_t*>(peer)}, nullptr,
+                        {true, 0, 2, 0, 0, 0, static_cast<unsigned>(N / 8)}};
+  const GemmParams p{channel_scale, token_scale, bias, out, nullptr, M, N, 0, plan, out_float32 != 0, push};
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    return peer != nullptr ? finish<T, true>(tokens, p, sums, tile, member) : finish<T, false>(tokens, p, sums, tile, member);
+  };
+  const bool good = token_scale != nullptr ? run(fp8{}) : run(bf16{});
   return good ? 0 : 1;
 }

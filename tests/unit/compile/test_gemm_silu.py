@@ -27,7 +27,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     for name in ("gemm_silu", "gemm_tile", "gemm_plan", "token_scales", "silu", "grouped_scales"):
         shutil.copy(ROOT / f"compile/kernels/cuda/{name}.cuh", folder)
     shutil.copy(here / "gemm_parts_on_host.h", folder / "gemm_parts.cuh")
-    (folder / "slots.cuh").touch()
+    for name in ("peer_tile.cuh", "push_stage.cuh", "push_places.cuh"):
+        shutil.copy(ROOT / "collectives/kernels" / name, folder)
+    for name in ("slots.cuh", "hopper.cuh", "peer.cuh"):
+        (folder / name).touch()
     shutil.copy(here / "gemm_silu.cpp", folder)
     command = ["c++", "-std=c++20", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread", "gemm_silu.cpp"]
     subprocess.run([*command, "-o", "silu.so"], check=True, timeout=120, cwd=folder)

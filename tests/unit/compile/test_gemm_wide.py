@@ -25,7 +25,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     for name in ("gemm_wide.cuh", "gemm_tile.cuh", "gemm_plan.cuh", "token_scales.cuh"):
         shutil.copy(ROOT / "compile/kernels/cuda" / name, folder)
     shutil.copy(here / "gemm_parts_on_host.h", folder / "gemm_parts.cuh")
-    (folder / "slots.cuh").touch()
+    for name in ("peer_tile.cuh", "push_stage.cuh", "push_places.cuh"):
+        shutil.copy(ROOT / "collectives/kernels" / name, folder)
+    for name in ("slots.cuh", "hopper.cuh", "peer.cuh"):
+        (folder / name).touch()
     shutil.copy(here / "gemm_wide.cpp", folder)
     command = ["c++", "-std=c++20", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread"]
     subprocess.run([*command, "gemm_wide.cpp", "-o", "wide.so"], check=True, timeout=120, cwd=folder)
@@ -36,23 +39,23 @@ def address(array: Array | None) -> ctypes.c_void_p | None:
     return None if array is None else ctypes.c_void_p(array.ctypes.data)
 
 
-@pytest.mark.parametrize("float32", [False, True], ids=["bf16 out", "float32 out"])
+@pytest.mark.parametrize("to", ["bf16", "float32", "peers"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize(("tokens", "pieces"), [(96, 1), (96, 8), (160, 3), (192, 2), (256, 1), (256, 3), (256, 4)])
-def test_tiles_are_added_scaled_and_stored(
-    library: ctypes.CDLL, tokens: int, pieces: int, fp8: bool, float32: bool
-) -> None:
+def test_tiles_are_added_scaled_and_stored(library: ctypes.CDLL, tokens: int, pieces: int, fp8: bool, to: str) -> None:
     team, tile, member = 2, 1, 1
     first_channel, first_token = tile * 128, member * tokens
     num_n, num_m = first_channel + 40, first_token + tokens - 13  # neither channels nor tokens fill the tile
     rng = np.random.default_rng(tokens + pieces)
     sums = rng.normal(0, 2, (pieces, 64, tokens)).astype(np.float32)
     channel, token, bias = (rng.uniform(0.5, 1.5, n).astype(np.float32) for n in (num_n, num_m, num_n))
+    float32 = to == "float32"
     out = np.full((num_m + 1, num_n), 0x1234, np.uint32 if float32 else np.uint16)
+    peer = out.copy() if to == "peers" else None
     scales = (channel, token) if fp8 else (None, None)
     sizes = (tokens, pieces, team, tile, member)
     inputs = (sums, *scales, bias)
-    status = library.finish_tile(*sizes, *map(address, inputs), address(out), int(float32), num_m, num_n)
+    status = library.finish_tile(*sizes, *map(address, inputs), address(out), address(peer), int(float32), num_m, num_n)
     assert status == 0, "a slot was not emptied"
     expected = sums.astype(np.float64).sum(0)[:40, : tokens - 13].T
     if fp8:
@@ -62,6 +65,7 @@ def test_tiles_are_added_scaled_and_stored(
     np.testing.assert_allclose(
         found[first_token:-1, first_channel:], expected, rtol=1e-5 if float32 else 5e-3, atol=1e-5
     )
+    assert peer is None or (peer == out).all()
     untouched = out == 0x1234
     assert untouched[:first_token].all()
     assert untouched[:, :first_channel].all()
