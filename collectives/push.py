@@ -23,8 +23,8 @@ from tpserve.collectives.rendezvous import Rendezvous
 
 ONE_SHOT_MAX_BYTES = {2: 1 << 20, 4: 262_144, 8: 98_304}
 """Size of a call up to which every rank sends its rows to every other (one-shot), if they are 128 at most; larger calls
-reduce where the row belongs (two-shot). As measured with rows of 8192 within steps, in which GEMMs send them: TP=4: of 16
-rows one-shot is faster, of 32 no more; 2: where both took the same time alone; 8: an estimate."""
+reduce where the row belongs (two-shot). As measured with rows of 8192. TP=4: within steps, whose GEMMs send them; of 16
+rows one-shot is faster, of 32 no more. 2: where both took the same time alone. 8: an estimate."""
 _GATHER_BYTES = 16 << 20
 """Of one rank's part of an all-gather that is sent at once; larger ones go in pieces."""
 

@@ -192,7 +192,7 @@ def test_groups_of_32_are_no_worse_than_groups_of_128(kernels: Kernels, size: in
     assert errors[0] < 1.05 * errors[1] < 5e-2, errors
 
 
-@pytest.mark.parametrize("num_m", [1, 8, 13, 32])
+@pytest.mark.parametrize("num_m", [1, 8, 13, 16])
 def test_zeros_huge_values_and_nan(kernels: Kernels, num_m: int) -> None:
     size, num_k = 512, 512
     layer = Layer(kernels, size, num_k, 64)
