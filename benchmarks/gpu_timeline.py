@@ -130,7 +130,8 @@ def short(name: str) -> str:
     """Return a kernel's name with its template arguments only."""
     name = re.sub(r"\(anonymous namespace\)::|tpserve::cuda::|<unnamed>::|void |__nv_", "", name)
     for enumeration, enumerators in ENUMERATORS.items():
-        name = re.sub(rf"\({enumeration}\)(\d)", lambda match, names=enumerators: names[int(match[1])], name)
+        for number, enumerator in enumerate(enumerators):
+            name = name.replace(f"({enumeration}){number}", enumerator)
     return name.partition("(")[0].replace("> >", ">>").strip()
 
 

@@ -81,14 +81,14 @@ __device__ __forceinline__ void write_rows(const GemmParams& p, float (&sums)[kT
   });
 }
 
-/// What kernels that send wide tiles to peers need for it.
+/// What a warp group needs to send its wide tiles to peers.
 struct PeerStage {
   PushEpoch& epoch;
   uint8_t* stage;
   int barrier;
 };
 
-/// The same to peers. By the whole warp group.
+/// As `write_rows`, but to peers. By the whole warp group.
 template <bool kFp8, int kTokens>
 __device__ __forceinline__ void send_rows(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token, int from,
                                           int to, const PeerStage& by) {
