@@ -1,6 +1,6 @@
 """Collectives between the GPUs of one host over peer memory: no library call, no host, one kernel each.
 
-A GEMM before an all-reduce is part of it: with few rows it sends its sums to the peers by itself.
+A GEMM before an all-reduce is part of it: of up to 512 rows it sends its sums to the peers by itself.
 
 Owns the workspaces that ranks map from one another. The protocol is in kernels/peer.cuh and kernels/push.cu.
 """

@@ -96,6 +96,21 @@ __device__ __forceinline__ void take_partial(float* sums, uint4 (&asked)[kCount]
   }
 }
 
+/// Adds the partial sums at `place`, of the vectors of eight tokens from `from` to `to`.
+template <int kTokens>
+__device__ __forceinline__ void add_partials(float (&sums)[kTokens / 2], float4* place, int from, int to) {
+  constexpr int kVectors = kTokens / 8;
+  constexpr int kBatch = kVectors <= 24 ? kVectors : kVectors / 2;  // for which there are registers
+  static_assert(kVectors % kBatch == 0);
+#pragma unroll
+  for (int b = 0; b < kVectors; b += kBatch) {
+    if (b + kBatch <= from || b >= to) continue;
+    uint4 asked[kBatch];
+    ask_partial(asked, place + b * 128, from - b, to - b);
+    take_partial(sums + b * 4, asked, place + b * 128, from - b, to - b);
+  }
+}
+
 /// Asks for the partial sums of the first kBlocks blocks after this one, as far as `sharers` go. `slot`: this thread's place
 /// of its own block; the next block's is `next` further on.
 template <int kBlocks, int kVectors>

@@ -12,21 +12,6 @@ __device__ __forceinline__ void keep_here(T& value) {
   asm volatile("" : "+r"(value));
 }
 
-/// Adds the partial sums at `place`, of the vectors of eight tokens from `from` to `to`.
-template <int kTokens>
-__device__ __forceinline__ void add_partials(float (&sums)[kTokens / 2], float4* place, int from, int to) {
-  constexpr int kVectors = kTokens / 8;
-  constexpr int kBatch = kVectors <= 24 ? kVectors : kVectors / 2;  // for which there are registers
-  static_assert(kVectors % kBatch == 0);
-#pragma unroll
-  for (int b = 0; b < kVectors; b += kBatch) {
-    if (b + kBatch <= from || b >= to) continue;
-    uint4 asked[kBatch];
-    ask_partial(asked, place + b * 128, from - b, to - b);
-    take_partial(sums + b * 4, asked, place + b * 128, from - b, to - b);
-  }
-}
-
 /// Gives the other blocks of a tile this block's sums of their vectors, and adds theirs of its own, in block order. `slot`:
 /// this thread's place of this block, `part` of `pieces`; the next part's is `next_slot` further on.
 template <int kTokens>

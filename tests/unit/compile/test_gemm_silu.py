@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
-
-from scripts import ROOT
 
 Array = npt.NDArray[Any]
 BF16, FP8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
@@ -22,19 +18,8 @@ NUM_ACTIVATIONS = 160
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder, here = tmp_path_factory.mktemp("silu"), Path(__file__).parent
-    for name in ("gemm_silu", "gemm_tile", "gemm_plan", "token_scales", "silu", "grouped_scales"):
-        shutil.copy(ROOT / f"compile/kernels/cuda/{name}.cuh", folder)
-    shutil.copy(here / "gemm_parts_on_host.h", folder / "gemm_parts.cuh")
-    for name in ("peer_tile.cuh", "push_stage.cuh", "push_places.cuh"):
-        shutil.copy(ROOT / "collectives/kernels" / name, folder)
-    for name in ("slots.cuh", "hopper.cuh", "peer.cuh"):
-        (folder / name).touch()
-    shutil.copy(here / "gemm_silu.cpp", folder)
-    command = ["c++", "-std=c++20", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread", "gemm_silu.cpp"]
-    subprocess.run([*command, "-o", "silu.so"], check=True, timeout=120, cwd=folder)
-    return ctypes.CDLL(str(folder / "silu.so"))
+def library(build_tile_ends: Callable[[str], ctypes.CDLL]) -> ctypes.CDLL:
+    return build_tile_ends("gemm_silu")
 
 
 def address(array: Array | None) -> ctypes.c_void_p | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -13,26 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from scripts import ROOT
-
 Array = npt.NDArray[Any]
 BF16 = ml_dtypes.bfloat16
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder, here = tmp_path_factory.mktemp("wide"), Path(__file__).parent
-    for name in ("gemm_wide.cuh", "gemm_tile.cuh", "gemm_plan.cuh", "token_scales.cuh"):
-        shutil.copy(ROOT / "compile/kernels/cuda" / name, folder)
-    shutil.copy(here / "gemm_parts_on_host.h", folder / "gemm_parts.cuh")
-    for name in ("peer_tile.cuh", "push_stage.cuh", "push_places.cuh"):
-        shutil.copy(ROOT / "collectives/kernels" / name, folder)
-    for name in ("slots.cuh", "hopper.cuh", "peer.cuh"):
-        (folder / name).touch()
-    shutil.copy(here / "gemm_wide.cpp", folder)
-    command = ["c++", "-std=c++20", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([*command, "gemm_wide.cpp", "-o", "wide.so"], check=True, timeout=120, cwd=folder)
-    return ctypes.CDLL(str(folder / "wide.so"))
+def library(build_tile_ends: Callable[[str], ctypes.CDLL]) -> ctypes.CDLL:
+    return build_tile_ends("gemm_wide")
 
 
 def address(array: Array | None) -> ctypes.c_void_p | None:
