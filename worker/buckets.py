@@ -10,9 +10,9 @@ import numpy as np
 from tpserve.worker.arrays import Array
 from tpserve.worker.batch import StepArrays
 
-# None under 8: GEMMs take eight tokens in the time of one, and a step of one padded to eight measured 4.33 ms where one
-# captured for it alone took 4.49 (8B, benchmarks/README.md).
-_DECODE_BUCKETS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256)
+# GEMMs take eight tokens in the time of one, but reductions do not: 70B on four GPUs 6.05 -> 5.91 ms at one sequence,
+# 5.96 at two, 6.05 at four (benchmarks/README.md).
+_DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256)
 # From 64 on whole tiles of the GEMMs: a tile that is padded takes longer than a whole one, 136 tokens more than 192.
 _MIXED_BUCKETS = (32, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 

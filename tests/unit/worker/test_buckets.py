@@ -59,7 +59,7 @@ def test_a_step_with_two_tokens_of_a_slot_never_runs_as_a_decode(max_num_seqs: i
 
 def test_a_prompt_of_one_token_may_run_beside_decodes_as_one_of_them() -> None:
     buckets = make_buckets(8, 64)
-    assert chosen(buckets, step_of([3, 0, 7], 2)) == Bucket(8, 8, decode_only=True)
+    assert chosen(buckets, step_of([3, 0, 7], 2)) == Bucket(4, 4, decode_only=True)
     assert chosen(buckets, step_of([3, 0, 3], 2)) == Bucket(32, 8)
 
 
