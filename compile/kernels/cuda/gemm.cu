@@ -40,11 +40,11 @@ void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   using S = Shape<kTokens, kBlocks, kRing, kGroup, kEnd>;
   if constexpr (kBlocks == 1) {
     p.units_of_k = p.packed_k;
-    p.base = p.packed_base, p.rem = p.packed_rem;
+    p.narrow = plan_narrow(p.channel_blocks, p.packed_k, kTokens);
   } else {
     p.units_of_k = p.plan.units_of_k;
   }
-  launch(gemm_kernel<T, S>, kGrid, S::kThreads, S::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
+  launch(gemm_kernel<T, S>, kBlocks == 1 ? p.narrow.grid : kGrid, S::kThreads, S::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
 }
 
 /// One tile of all tokens, p.M <= kMost of them.

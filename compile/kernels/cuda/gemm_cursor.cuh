@@ -34,18 +34,22 @@ struct WeightCursor {
   }
 };
 
-/// The units of a block's run, one after the other: of up to 128 tokens, whose weights are read in the packed order.
+/// The units of a block's run, one after the other: of up to 128 tokens.
 template <int kTokens, int kBlocks>
 struct UnitCursor {
   static_assert(kBlocks == 1);
   static constexpr int token = 0;
   int k;  // unit within its tile
+  WeightCursor weights[1];
 
   template <typename Params>
-  constexpr UnitCursor(const Params& p, int unit) : k(unit % p.units_of_k) {}
+  constexpr UnitCursor(const Params& p, const NarrowRun& run) : k(run.first % p.units_of_k), weights{} {
+    if (run.first < run.end) weights[0].start(p, run.first);
+  }
   template <typename Params>
   constexpr void advance(const Params& p) {
     if (++k == p.units_of_k) k = 0;
+    weights[0].advance(p);
   }
 };
 

@@ -3,12 +3,12 @@
 // Swapped operands: weights are wgmma's A (64 channels), tokens its B, so that few tokens waste nothing. One kernel:
 //   kBlocks 1 (M <= 128): a unit of work is one packed stage, 64 channels x 256 bytes of K, against all tokens.
 //   kBlocks 2 (M > 128):  a unit is 128 channels x 128 bytes of K against 96 to 256 tokens; each warp group has 64 channels.
-// Units are dealt to kGrid blocks in contiguous runs: for kBlocks 1 in equal ones in the order (channels, K) (stream-K),
-// else as a plan says (gemm_plan.cuh). For kBlocks 1 the packed order is the order in which the grid reads: unit i of block
-// c is stage i * kGrid + c, so all blocks together read one contiguous span at a time. A run that starts inside a tile
-// leaves float32 partial sums in its block's slot of the workspace, and the block that started the tile adds them; for
-// kBlocks 2 every block of a tile in pieces does so for its share of the tokens (gemm_wide.cuh). Always in block order, so
-// sums have one order. Slots are their own flags (slots.cuh).
+// Units are dealt to blocks in contiguous runs of the order (channels, K), as a plan says (gemm_plan.cuh). For kBlocks 1 and
+// kGrid blocks the packed order is the order in which they read: unit i of block c is stage i * kGrid + c, so all blocks
+// together read one contiguous span at a time. A run that starts inside a tile leaves float32 partial sums in its block's
+// slot of the workspace, and the block that started the tile adds them; for kBlocks 2 every block of a tile in pieces does
+// so for its share of the tokens (gemm_wide.cuh). Always in block order, so sums have one order. Slots are their own flags
+// (slots.cuh).
 //
 // Tiles go to memory, or for a reduction over ranks straight to where it wants them (peer_tile.cuh): with the same bits.
 //
@@ -74,20 +74,6 @@ constexpr int kPeerBarrier = 3;  // and the next: of the warp groups that send t
 
 #define TPSERVE_BAR(op, id, count) asm volatile("bar." op " " #id ", " #count ";" ::: "memory")
 
-/// What a block does of a product of up to 128 tokens: units.
-struct NarrowRun {
-  int first, end;
-};
-
-template <int kRegisters, bool kMore>
-__device__ __forceinline__ void set_registers() {
-  if constexpr (kMore) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-  } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-  }
-}
-
 /// The warp that fetches; one lane works.
 template <typename T, typename S>
 __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ring, uint64_t* full, uint64_t* empty,
@@ -97,14 +83,12 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
   const int token_bytes = S::kTokenBytes + stage_scales * 4;       // what a stage brings after pdl_wait
   const uint64_t once = evict_first_policy();
   const int ahead = count < S::kStages ? count : S::kStages;
-  const uint8_t* source = p.weights + static_cast<size_t>(blockIdx.x) * kStageBytes;
   UnitCursor<kTokens, kBlocks> tokens = weights;
   const auto load_weights = [&](int slot, int bytes) {
     const uint32_t target = ring + slot * S::kBytes;
     if constexpr (kBlocks == 1) {
       barrier_expect(full + slot, bytes);
-      bulk_copy_once(target, source, kStageBytes, full + slot, once);
-      source += static_cast<size_t>(kGrid) * kStageBytes;
+      bulk_copy_once(target, weights.weights[0].address(p, 0), kStageBytes, full + slot, once);
     } else {
       const int present = min(p.channel_blocks - weights.block, kBlocks);
       barrier_expect(full + slot, bytes - (kBlocks - present) * kTileBytes);
@@ -113,8 +97,8 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
         if (i >= present) break;
         bulk_copy(target + i * kTileBytes, weights.weights[i].address(p, weights.k % 2), kTileBytes, full + slot);
       }
-      weights.advance(p);
     }
+    weights.advance(p);
   };
   const auto load_tokens = [&](int slot, uint64_t* barrier) {
     const uint32_t target = ring + slot * S::kBytes + S::kWeightBytes;
@@ -173,7 +157,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if constexpr (kBlocks > 1) {
       return WideRun(p.plan, cta);
     } else {
-      return NarrowRun{p.base * cta + min(cta, p.rem), p.base * (cta + 1) + min(cta + 1, p.rem)};
+      return NarrowRun{p.narrow.first(cta), p.narrow.first(cta + 1)};
     }
   }();
   const int first = run.first, end = run.end;
@@ -189,11 +173,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (warp >= S::kConsumers * 4) {
     if constexpr (S::kGiveRegisters) set_registers<S::kProducerRegisters, false>();
     if (warp == S::kConsumers * 4 && lane == 0) {
-      if constexpr (kBlocks > 1) {
-        produce<T, S>(p, &map, ring, full, empty, &epoch, {p, run}, end - first);
-      } else {
-        produce<T, S>(p, &map, ring, full, empty, &epoch, {p, first}, end - first);
-      }
+      produce<T, S>(p, &map, ring, full, empty, &epoch, {p, run}, end - first);
     }
     return;
   }

@@ -23,12 +23,12 @@ struct GemmParams {
   int M, N;
   int padded_tokens;                   // of a group of grouped scales, taken or given
   int units_of_k;                      // per tile
-  int base, rem;                       // units of block c: base + (c < rem)
   int channel_blocks;                  // of 64 channels
   int packed_k, packed_base, packed_rem;  // stages of K per 64 channels, and their runs
   bool out_float32;
-  WidePlan plan;    // of more than 128 tokens, whose blocks take no base + (c < rem) units
-  PushTarget push;  // of kernels whose tiles go to peers
+  NarrowPlan narrow;  // of up to 128 tokens
+  WidePlan plan;      // of more
+  PushTarget push;    // of kernels whose tiles go to peers
 };
 
 __device__ __forceinline__ void tensor_copy(uint32_t target, const CUtensorMap* map, int k, int token, uint64_t* barrier) {
@@ -37,12 +37,6 @@ __device__ __forceinline__ void tensor_copy(uint32_t target, const CUtensorMap* 
           target),
       "l"(map), "r"(k), "r"(token), "r"(shared_address(barrier))
       : "memory");
-}
-
-__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
-  uint32_t r;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-  return r;
 }
 
 /// Takes a warp's tile of 16 channels x all tokens, eight tokens at a time, for the output in memory.
@@ -95,7 +89,7 @@ __device__ __forceinline__ void write_tile(const GemmParams& p, const float (&su
 /// Blocks after `cta` that have a part of the units [covered, tile_end).
 __device__ __forceinline__ int sharers_of(const GemmParams& p, int cta, int covered, int tile_end) {
   int count = 0;
-  while (covered < tile_end) covered += p.base + (cta + ++count < p.rem);
+  while (covered < tile_end) covered += p.narrow.base + (cta + ++count < p.narrow.rem);
   return count;
 }
 

@@ -1,7 +1,8 @@
-// How the units of a wide product (more than 128 tokens) are dealt to the blocks of the grid. A plan is of integers
-// only, so that the host, which makes it, the device, which follows it, and a test agree.
+// How the units of a product are dealt to the blocks of the grid. A plan is of integers only, so that the host, which makes
+// it, the device, which follows it, and a test agree.
 //
-// A tile is 128 channels by as many tokens as the plan says, a unit 128 bytes of K of it. A team is `team` neighbouring
+// Up to 128 tokens: in runs along (channels, K), whole tiles where these nearly fill the grid. More tokens, wide products:
+// a tile is 128 channels by as many tokens as the plan says, a unit 128 bytes of K of it. A team is `team` neighbouring
 // blocks: they go through the same channels and K at the same time, each with its own token tile, so that weights come
 // from memory once. A tile is whole, or cut along K into `pieces`, equal but for one unit:
 //   one piece: teams take runs of whole tiles, of which nothing is added;
@@ -16,6 +17,29 @@ namespace tpserve::cuda {
 
 constexpr int kGrid = 132;      // blocks, one per multiprocessor; part of the packed layout
 constexpr int kWideBlocks = 2;  // of 64 channels, in a tile
+
+/// Of a product of up to 128 tokens, whose units are 64 channels x 256 bytes of K, tile after tile.
+struct NarrowPlan {
+  int grid, base, rem;  // blocks; units of block c: base + (c < rem)
+
+  constexpr int first(int cta) const { return base * cta + (cta < rem ? cta : rem); }
+};
+
+/// What a block does of it: units.
+struct NarrowRun {
+  int first, end;
+};
+
+/// For up to kMostAligned tokens each block has whole tiles, or each tile equally many blocks, where that leaves few
+/// multiprocessors without work; else each block has as many units as the others, which of more tokens costs less.
+constexpr NarrowPlan plan_narrow(int tiles, int units_of_k, int tokens) {
+  constexpr int kLeastGrid = 120, kMostAligned = 96;  // as measured in decode steps (benchmarks/README.md)
+  const int units = tiles * units_of_k;
+  for (int grid = kGrid; grid >= kLeastGrid && tokens <= kMostAligned; --grid) {
+    if (tiles % grid == 0 || (grid % tiles == 0 && units_of_k % (grid / tiles) == 0)) return {grid, units / grid, 0};
+  }
+  return {kGrid, units / kGrid, units % kGrid};
+}
 
 struct WidePlan {
   int units_of_k;        // of a tile

@@ -41,6 +41,13 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
+/// Of a warp's 8 x 8 matrix of 16 bits, a row by four lanes, two elements each.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
 /// Ends when `word` is in its register. Before an arrival that lets bulk copies overwrite shared memory, of words that all
 /// of the warp's loads from it have a part in: the arrival alone does not wait for loads. They queue behind the stores of
 /// other warps, and behind stores to other GPUs they were seen to read what the copy after the arrival brought.
@@ -59,6 +66,16 @@ __device__ __forceinline__ void meet() {
 template <int kThreads>
 __device__ __forceinline__ void meet_at(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
+/// Changes how many registers each thread of a warp group has: more, when other groups of the block have given some back.
+template <int kRegisters, bool kMore>
+__device__ __forceinline__ void set_registers() {
+  if constexpr (kMore) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  }
 }
 
 /// A place in a ring of buffers and the parity its barriers are waited for with.

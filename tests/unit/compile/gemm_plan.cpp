@@ -1,5 +1,5 @@
-// Follows the plans of wide products block by block on the host, with the arithmetic that the kernel and its fetching warp
-// use: which units each block takes, what it fetches for them, and who adds whose partial sums.
+// Follows the plans of products block by block on the host, with the arithmetic that the kernel and its fetching warp use:
+// which units each block takes, what it fetches for them, and who adds whose partial sums.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -15,7 +15,15 @@ struct Params {
   const uint8_t* weights;
   WidePlan plan;
   int channel_blocks, packed_k, packed_base, packed_rem;
+  int units_of_k = 0;  // of up to 128 tokens
 };
+
+/// As packing.py deals stages.
+int64_t packed_place(const Params& p, int stage) {
+  const int longer = p.packed_rem * (p.packed_base + 1);
+  const int block = stage < longer ? stage / (p.packed_base + 1) : p.packed_rem + (stage - longer) / p.packed_base;
+  return static_cast<int64_t>(stage - p.packed_base * block - std::min(block, p.packed_rem)) * kGrid + block;
+}
 
 #define CHECK(condition)                                                                            \
   if (!(condition)) {                                                                               \
@@ -49,11 +57,8 @@ int follow(const Params& p, int token_tiles, char* why) {
         uint8_t& once = taken[whole_tile * units + fetch.k];
         CHECK(once++ == 0);
         for (int i = 0; i < kBlocks && fetch.block + i < p.channel_blocks; ++i) {
-          // As packing.py deals stages.
-          const int stage = (fetch.block + i) * p.packed_k + fetch.k / 2, longer = p.packed_rem * (p.packed_base + 1);
-          const int block = stage < longer ? stage / (p.packed_base + 1) : p.packed_rem + (stage - longer) / p.packed_base;
-          const int begin = p.packed_base * block + std::min(block, p.packed_rem);
-          const int64_t place = static_cast<int64_t>(stage - begin) * kGrid + block;
+          const int stage = (fetch.block + i) * p.packed_k + fetch.k / 2;
+          const int64_t place = packed_place(p, stage);
           CHECK(fetch.weights[i].address(p, fetch.k % 2) - p.weights == place * kStageBytes + fetch.k % 2 * kTileBytes);
         }
         fetch.advance(p);
@@ -123,4 +128,31 @@ extern "C" int follow_plan(int M, int channel_blocks, int64_t row_bytes, int tok
   const int units = static_cast<int>((row_bytes + 127) / 128), token_tiles = (M + tokens - 1) / tokens;
   const WidePlan w = plan_wide((channel_blocks + kWideBlocks - 1) / kWideBlocks, token_tiles, units, pieces);
   return follow(tokens, params_of(channel_blocks, row_bytes, w), token_tiles, why);
+}
+
+/// The plan for up to 128 tokens, written to `plan` (grid, base, rem) and followed; then the most blocks that a tile has.
+extern "C" int follow_narrow(int tokens, int channel_blocks, int64_t row_bytes, int* values, char* why) {
+  const int units = static_cast<int>((row_bytes + 255) / 256);
+  const NarrowPlan plan = plan_narrow(channel_blocks, units, tokens);
+  Params p = params_of(channel_blocks, row_bytes, {});
+  p.units_of_k = units;
+  int cta = -1, tile = -1, unit = -1;
+  CHECK(plan.grid <= kGrid);
+  std::vector<int> taken(static_cast<size_t>(channel_blocks) * units), blocks(channel_blocks);
+  for (cta = 0; cta < plan.grid; ++cta) {
+    const NarrowRun run{plan.first(cta), plan.first(cta + 1)};
+    UnitCursor<8, 1> fetch(p, run);
+    for (unit = run.first; unit < run.end; ++unit) {
+      tile = unit / units;
+      CHECK(tile < channel_blocks && taken[unit]++ == 0 && fetch.k == unit % units);
+      CHECK(fetch.weights[0].address(p, 0) - p.weights == packed_place(p, unit) * kStageBytes);
+      if (unit == run.first || fetch.k == 0) ++blocks[tile];
+      fetch.advance(p);
+    }
+  }
+  cta = -1;
+  for (unit = 0; unit < static_cast<int>(taken.size()); ++unit) CHECK(taken[unit] == 1);
+  values[0] = plan.grid, values[1] = plan.base, values[2] = plan.rem;
+  values[3] = *std::max_element(blocks.begin(), blocks.end());
+  return 0;
 }

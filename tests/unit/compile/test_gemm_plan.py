@@ -1,4 +1,4 @@
-"""Plans of wide products: every unit taken once, every tile finished once, weights found, and fast ones chosen."""
+"""Plans of products: every unit taken once, every tile finished once, weights found, and fast ones chosen."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     shape = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
     loaded.follow_chosen.argtypes = [*shape, ctypes.c_void_p, ctypes.c_char_p]
+    loaded.follow_narrow.argtypes = [*shape, ctypes.c_void_p, ctypes.c_char_p]
     loaded.most_pieces.argtypes = [*shape, ctypes.c_int]
     loaded.follow_plan.argtypes = [*shape, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
     return loaded
@@ -109,3 +110,27 @@ def test_chosen_plans_are_near_the_fastest_measured(library: ctypes.CDLL) -> Non
         lost.append(row["us"][name] / min(row["us"].values()))
     assert np.mean(lost) < 1.01
     assert max(lost) < 1.15
+
+
+def narrow(library: Any, tokens: int, num_n: int, row_bytes: int) -> list[int]:
+    """Return blocks, units of each, blocks with one more, and the most that share a tile; the plan was followed."""
+    values, why = (ctypes.c_int * 4)(), ctypes.create_string_buffer(200)
+    status = library.follow_narrow(tokens, -(-num_n // 64), row_bytes, values, why)
+    assert status == 0, (tokens, num_n, row_bytes, list(values), why.value)
+    return list(values)
+
+
+def test_narrow_plans_cover_every_unit_once(library: ctypes.CDLL) -> None:
+    rng = np.random.default_rng(3)
+    shapes = [*SHAPES, *((int(n) * 8, int(k) * 16) for n, k in rng.integers(1, 3000, (100, 2)))]
+    for num_n, row_bytes in shapes:
+        for tokens in (8, 16, 32, 64, 96, 128):
+            narrow(library, tokens, num_n, row_bytes)
+
+
+def test_few_tokens_have_whole_tiles_where_nearly_all_blocks_get_one(library: ctypes.CDLL) -> None:
+    assert narrow(library, 64, 8192, 2048) == [128, 8, 0, 1], "o of 70B on four ranks"
+    assert narrow(library, 64, 8192, 7168) == [128, 28, 0, 1], "down: on 128 of 132 blocks"
+    assert narrow(library, 8, 4096, 8192) == [128, 16, 0, 2], "8B: half a tile each"
+    assert narrow(library, 64, 2560, 8192) == [132, 9, 92, 5], "qkv: 40 tiles do not divide"
+    assert narrow(library, 128, 8192, 7168)[0] == 132, "of more tokens all blocks are worth more"
