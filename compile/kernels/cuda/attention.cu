@@ -2,118 +2,41 @@
 //
 // `attention_plan` finds the runs of tokens that follow each other in one slot, once per step, and cuts them into items;
 // `attention` (every layer) deals items x KV heads to a persistent grid. Rows of an item are (token, query head of the
-// group) pairs; attention_rows.cuh has what a warp does with them, over pages of bfloat16 or e4m3.
-//   decode item:  a run of at most 16 rows, or a piece of one of a few more, and one chunk of its positions. All four warps
-//                 have the same rows; each takes sixteen of the 64 positions of a stage, and the four sums are added. Where
-//                 a run has several chunks, the item of the last adds the others' sums to its own (attention_splits.cuh).
-//   prefill item: up to 64 rows over all their positions; each warp has sixteen rows.
+// group) pairs; pages are of bfloat16 or e4m3.
+//   decode item:  a run of at most 16 rows, or a piece of one of a few more, and one chunk of its positions
+//                 (attention_decode.cuh). All eight warps have the same rows, and positions of their own.
+//   prefill item: up to 128 rows over all their positions; each warp has sixteen rows (attention_rows.cuh).
 // Chunks start at multiples of a length that depends on the run's own length alone, so results do not depend on what
-// else is in the batch. A fifth warp announces items and fetches their queries and stages of 64 positions ahead, across
-// items, so that the others never wait for an address.
+// else is in the batch. A ninth warp announces items and fetches their stages of 64 positions ahead, across items, so that
+// the others never wait for an address.
 //
 // New tokens are turned and appended by a kernel of its own (rope.cu) or, in a step in which each token is its slot's
-// only one, by the fifth warp: between two GEMMs a kernel costs more than what it does. Both give the same bits.
-#include "attention_fetch.cuh"
-#include "attention_splits.cuh"
+// only one, here: between two GEMMs a kernel costs more than what it does. Both give the same bits.
+#include "attention_decode.cuh"
+#include "attention_rows.cuh"
 #include "elementwise.cuh"
 
 namespace tpserve::cuda {
 namespace {
 
-constexpr int kThreads = (kConsumerWarps + 1) * 32;
+/// How many threads a kernel has, and registers. Spilled ones would be read from L2: shared memory leaves little to L1.
+template <bool kDecodeOnly, int kTiles>
+struct Threads {
+  // Four warps to fetch, of which one does, leave their registers to the consumers: of the 168 that all begin with.
+  static constexpr bool kGiveRegisters = !kDecodeOnly || kTiles > 1;
+  [[maybe_unused]] static constexpr int kProducerRegisters = kDecodeOnly ? 96 : 56;
+  [[maybe_unused]] static constexpr int kConsumerRegisters = kDecodeOnly ? 200 : 224;
+  static constexpr int kCount = (kConsumerWarps + (kGiveRegisters ? 4 : 1)) * 32;
+};
 
-__device__ __forceinline__ void consumer_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
-
-/// Adds the four warps' sums, (w + w2) + (w1 + w3) whichever warp w `role` 0 is; the result is in that warp.
-template <typename KV, int kHeadDim>
-__device__ void add_warps(Shared<KV, kHeadDim>& shared, Rows<KV, kHeadDim>& rows, float scale, int role,
-                          bool many_rows) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  rows.finish_sums();
-  if (lane % 4 == 0) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      shared.top[warp][lane / 4 + h * 8] = rows.top[h];
-      shared.sum[warp][lane / 4 + h * 8] = rows.sum[h];
-    }
-  }
-  consumer_sync();
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = lane / 4 + h * 8;
-    float best = -INFINITY, total = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kConsumerWarps; ++w) best = fmaxf(best, shared.top[w][row]);
-    const float shift = best == -INFINITY ? 0.0f : best * scale;
-#pragma unroll
-    for (int w = 0; w < kConsumerWarps; ++w) total += shared.sum[w][row] * exp2f(shared.top[w][row] * scale - shift);
-    const float factor = exp2f(rows.top[h] * scale - shift);
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) rows.out[n][h * 2] *= factor, rows.out[n][h * 2 + 1] *= factor;
-    rows.top[h] = best, rows.sum[h] = total;
-  }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (h == 1 && !many_rows) break;
-    const auto put = [&](int to) {
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 4; ++i) shared.added[to][i * 32 + lane] = rows.out[i / 2][h * 2 + i % 2];
-    };
-    const auto take = [&](int from) {
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 4; ++i) rows.out[i / 2][h * 2 + i % 2] += shared.added[from][i * 32 + lane];
-    };
-    if (h == 1) consumer_sync();
-    if (role >= 2) put(role - 2);
-    consumer_sync();
-    if (role < 2) take(role);
-    if (role == 1) put(1);
-    consumer_sync();
-    if (role == 0) take(1);
-  }
-}
-
-/// `finisher`: the warp that ends the item while the others go on to the next.
-template <typename KV, int kHeadDim, Out kOut>
-__device__ void consume_decode(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
-                               int finisher, RingPlace& place, Rows<KV, kHeadDim>& rows) {
-  using S = Shared<KV, kHeadDim>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Range range(item, p.window);
-  const ScoreScale<KV> scale(p);
-  rows.start(p, item, 0);
-  for (int stage = range.first_stage(); stage <= range.last_stage(); ++stage) {
-    barrier_wait(&shared.full[place.slot], place.parity);
-    const int position = stage * kStageRows + warp * kSliceRows;
-    if (position < range.end && position + kSliceRows > range.begin) {
-      rows.template attend<1>(shared_address(shared.stage[place.slot]) + warp * S::kSliceBytes, position, range,
-                              p.window, scale.of(p));
-    }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.empty[place.slot]);
-    place.advance(S::kStages);
-  }
-  const int role = (warp - finisher) & (kConsumerWarps - 1);
-  add_warps(shared, rows, scale.of(p), role, item.count * p.group > 8);
-  if (role != 0) return;
-  if (item.num_splits == 1) {
-    rows.template write<kOut>(p, item, head, 0);
-    return;
-  }
-  // Chunks of a window start above zero; partial sums are kept by their order.
-  const int begin = p.window > 0 ? max(0, item.position - p.window + 1) : 0;
-  const int split = item.split - begin / item.chunk;
-  store_partial(p, item, head, item.first_place + split, rows);
-  if (split + 1 == item.num_splits) add_splits<KV, kHeadDim, kOut>(p, item, head);
-}
-
-template <typename KV, int kHeadDim, Out kOut>
-__device__ void consume_prefill(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
-                                RingPlace& place, Rows<KV, kHeadDim>& rows) {
+template <Out kOut, typename KV, int kHeadDim>
+__device__ __forceinline__ void consume_prefill(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared,
+                                                const Item& item, int head, RingPlace& place) {
   using S = Shared<KV, kHeadDim>;
   const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
   const Range range(item, p.window);
   const ScoreScale<KV> scale(p);
+  Rows<KV, kHeadDim> rows;
   rows.start(p, item, first_row);
   rows.load_queries(p, item, head, first_row);
   const bool any = first_row < item.count * p.group;
@@ -135,6 +58,7 @@ template <typename KV, int kHeadDim, Out kOut>
 __device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int head) {
   constexpr int kItems = kOut == Out::kBf16 ? 8 : 16;  // of 16 bytes
   const int width = p.group * kHeadDim / kItems;
+#pragma unroll 1
   for (int i = threadIdx.x; i < item.count * width; i += kConsumerWarps * 32) {
     const int64_t at = out_at<kHeadDim>(p, item.token + i / width, head * p.group) + i % width * kItems;
     if constexpr (kOut == Out::kBf16) {
@@ -144,16 +68,20 @@ __device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int 
     }
   }
   if constexpr (kOut == Out::kGrouped) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < item.count * p.group; i += kConsumerWarps * 32) {
       p.scales[scale_at(head * p.group + i % p.group, item.token + i / p.group, p.num_tokens)] = 0.0f;
     }
   }
 }
 
-/// `kDecodeOnly`: of a step in which each token is its slot's only one; it appends them on the way.
-template <typename KV, int kHeadDim, Out kOut, bool kDecodeOnly>
-__global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_constant__ AttentionParams<KV> p) {
+/// `kDecodeOnly`: of a step in which each token is its slot's only one; it appends them on the way. `kTiles`: of eight rows,
+/// that its decode items have at most.
+template <typename KV, int kHeadDim, Out kOut, bool kDecodeOnly, int kTiles>
+__global__ void __launch_bounds__(Threads<kDecodeOnly, kTiles>::kCount, 1)
+    attention_kernel(const __grid_constant__ AttentionParams<KV> p) {
   using S = Shared<KV, kHeadDim>;
+  using T = Threads<kDecodeOnly, kTiles>;
   extern __shared__ __align__(1024) uint8_t memory[];
   S& shared = *reinterpret_cast<S*>(memory);
   if (threadIdx.x == 0) {
@@ -167,29 +95,38 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const __grid_con
   }
   pdl_launch();
   __syncthreads();
-  if (threadIdx.x / 32 == kConsumerWarps) return fetch_items<KV, kHeadDim, kDecodeOnly>(p, shared);
-  pdl_wait();
+  if (threadIdx.x / 32 >= kConsumerWarps) {
+    if constexpr (T::kGiveRegisters) set_registers<T::kProducerRegisters, false>();
+    if (threadIdx.x / 32 == kConsumerWarps) fetch_items<kDecodeOnly>(p, shared);
+    return;
+  }
+  if constexpr (T::kGiveRegisters) set_registers<T::kConsumerRegisters, true>();
+  bool waited = !kDecodeOnly;
+  if (waited) pdl_wait();
   const int num_items = (__ldcg(p.plan) + __ldcg(p.plan + 1)) * p.kv.num_kv_heads;
   RingPlace place, header;
-  Rows<KV, kHeadDim> rows;
-  int finisher = 0;
   for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
     barrier_wait(&shared.header_full[header.slot], header.parity);
     const Item item = shared.item[header.slot];
     const int head = shared.head[header.slot];
-    if (item.kind == kDecode) rows.load_queries(shared_address(shared.queries[header.slot]));
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.header_empty[header.slot]);
     header.advance(S::kHeaders);
     if (item.kind == kPadding) {
+      if (!waited) pdl_wait();
+      waited = true;
       write_zeros<KV, kHeadDim, kOut>(p, item, head);
-    } else if (kDecodeOnly || item.kind == kDecode) {
-      consume_decode<KV, kHeadDim, kOut>(p, shared, item, head, finisher, place, rows);
-      finisher = (finisher + 1) % kConsumerWarps;
+    } else if constexpr (kDecodeOnly) {
+      consume_decode<kTiles, kOut, true>(p, shared, item, head, waited, place);
+    } else if (item.kind == kPrefill) {
+      consume_prefill<kOut>(p, shared, item, head, place);
+    } else if (item.count * p.group <= 8) {
+      consume_decode<1, kOut, false>(p, shared, item, head, waited, place);
     } else {
-      consume_prefill<KV, kHeadDim, kOut>(p, shared, item, head, place, rows);
+      consume_decode<2, kOut, false>(p, shared, item, head, waited, place);
     }
   }
+  if (!waited) pdl_wait();
 }
 
 /// Words of the plan of a step with T tokens of S slots: of any such step, or of one in which each token is its slot's only
@@ -259,10 +196,13 @@ void run(const AttentionParams<KV>& p, int device, cudaStream_t stream) {
   int num_sms = 0;
   check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "SM count");
   const int64_t max_items = (static_cast<int64_t>(p.layout.max_wide) + p.layout.max_decode) * p.kv.num_kv_heads;
-  const dim3 grid(static_cast<unsigned>(max_items < 2 * num_sms ? max_items : 2 * num_sms));
-  const auto kernel = p.layout.decode_only() ? attention_kernel<KV, kHeadDim, kOut, true>
-                                             : attention_kernel<KV, kHeadDim, kOut, false>;
-  launch(kernel, grid, kThreads, sizeof(Shared<KV, kHeadDim>), stream, p);
+  const auto blocks = static_cast<unsigned>(max_items < num_sms ? max_items : num_sms);
+  const auto queue = [&](auto kernel, int threads) {
+    launch(kernel, blocks, static_cast<unsigned>(threads), sizeof(Shared<KV, kHeadDim>), stream, p);
+  };
+  if (!p.layout.decode_only()) return queue(attention_kernel<KV, kHeadDim, kOut, false, 2>, Threads<false, 2>::kCount);
+  if (p.group <= 8) return queue(attention_kernel<KV, kHeadDim, kOut, true, 1>, Threads<true, 1>::kCount);
+  queue(attention_kernel<KV, kHeadDim, kOut, true, 2>, Threads<true, 2>::kCount);
 }
 
 template <typename KV>
@@ -400,11 +340,6 @@ void qk_norm_attention_fp8_grouped(TensorView qkv, TensorView q_weight, TensorVi
   attend_grouped<fp8>({qkv, kv_layer, positions, token_slots, page_table, rope, plan, scale, window, workspace, q},
                       {&q_weight, &k_weight, eps}, scales_from(kv_scale), out, scales);
 }
-
-template <typename S>
-constexpr bool kTwoFit = 2 * (sizeof(S) + 1024) <= 228 * 1024;
-static_assert(kTwoFit<Shared<bf16, 128>> && kTwoFit<Shared<fp8, 128>>, "two blocks must fit on a multiprocessor");
-static_assert(kTwoFit<Shared<bf16, 64>> && kTwoFit<Shared<fp8, 64>>, "two blocks must fit on a multiprocessor");
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_plan_size, attention_plan_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_workspace_size, attention_workspace_size);

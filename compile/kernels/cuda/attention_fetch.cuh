@@ -1,8 +1,9 @@
-// The fifth warp of attention's blocks: it announces items and fetches what the other four read, ahead of them and across
-// items. In a step that only decodes it also turns each item's queries and appends its token's key and value.
+// The ninth warp of attention's blocks: it announces items and fetches the stages that the other eight read, ahead of them
+// and across items. In a step that only decodes it also appends each token's key and value.
 #pragma once
 
-#include "attention_rows.cuh"
+#include "attention_fragments.cuh"
+#include "attention_params.cuh"
 #include "hopper.cuh"
 
 namespace tpserve::cuda {
@@ -10,16 +11,39 @@ namespace tpserve::cuda {
 template <typename KV, int kHeadDim>
 struct Shared {
   static constexpr int kSliceBytes = Fragments<KV, kHeadDim>::kSliceBytes;
-  static constexpr int kStages = (96 << 10) / (kStageRows / kSliceRows * kSliceBytes);
+  static constexpr int kStageBytes = kStageRows / kSliceRows * kSliceBytes;
+  static constexpr int kStages = (96 << 10) / kStageBytes;
   static constexpr int kHeaders = 2;  // items announced ahead
-  alignas(128) uint8_t stage[kStages][kStageRows / kSliceRows * kSliceBytes];
-  alignas(16) uint8_t queries[kHeaders][kDecodeRows * kHeadDim * 2];  // of decode items
-  float added[2][kHeadDim / 4 * 32];  // sums of two warps, eight rows
-  float top[kConsumerWarps][kDecodeRows], sum[kConsumerWarps][kDecodeRows];
+  alignas(128) uint8_t stage[kStages][kStageBytes];
+  float2 state[kConsumerWarps][kDecodeRows];  // top score and sum of weights of a warp's rows
   Item item[kHeaders];
   int head[kHeaders];
   uint64_t full[kStages], empty[kStages];
   uint64_t header_full[kHeaders], header_empty[kHeaders];
+};
+
+/// Tiles of eight rows that a decode item has.
+__device__ __forceinline__ int tiles_of(const Item& item, int group) { return item.count * group <= 8 ? 1 : 2; }
+
+/// Where the warps of a decode item of so many tiles leave their sums for one another: in as many places of the ring as
+/// that takes, behind the item's stages.
+template <typename KV, int kHeadDim>
+struct Scratch {
+  using S = Shared<KV, kHeadDim>;
+  int warp_bytes, stages;
+
+  __device__ __forceinline__ explicit Scratch(int tiles)
+      : warp_bytes(tiles * 8 * kHeadDim * static_cast<int>(sizeof(float))),
+        stages((kConsumerWarps * warp_bytes + S::kStageBytes - 1) / S::kStageBytes) {}
+  static_assert(kConsumerWarps * 2 * 8 * kHeadDim * sizeof(float) <= S::kStages * S::kStageBytes);
+
+  /// A warp's sums, where the first place is `slot`.
+  __device__ __forceinline__ float* of(S& shared, int slot, int warp) const {
+    const int warps_of_stage = S::kStageBytes / warp_bytes;
+    int at = slot + warp / warps_of_stage;
+    if (at >= S::kStages) at -= S::kStages;
+    return reinterpret_cast<float*>(shared.stage[at] + warp % warps_of_stage * warp_bytes);
+  }
 };
 
 /// Where an item's stages are, and which of them is next.
@@ -80,161 +104,126 @@ struct StageFetch {
   }
 };
 
-/// The token of a decode item: its queries of one KV head and, if the item's range has its position, its key and value.
-/// The warp's lanes have several heads at once.
+/// Key and value of the token of a decode item, if the item's range has its position: of one KV head, the key in the first
+/// lanes and the value in those that follow.
 template <typename KV, int kHeadDim>
-struct DecodeToken {
-  static constexpr int kLanes = kHeadDim / 16, kHeads = 32 / kLanes;  // lanes of a head, heads of a pass
-  static constexpr int kPasses = (kDecodeRows + 2 + kHeads - 1) / kHeads;
+struct NewKeyValue {
+  static constexpr int kLanes = kHeadDim / 16;  // of a head
 
-  Floats q_weight, k_weight;  // if there is a norm
-  float key_scale, value_scale;
+  Floats weight;  // of keys, if there is a norm
+  float scale;
   Floats angles;
-  HeadPart parts[kPasses];
+  HeadPart part;
   int page;
+
+  static __device__ __forceinline__ bool present() { return threadIdx.x % 32 < 2 * kLanes; }
+  static __device__ __forceinline__ HeadKind kind() {
+    return threadIdx.x % 32 < kLanes ? HeadKind::kKey : HeadKind::kValue;
+  }
+  static __device__ __forceinline__ int dimension() { return threadIdx.x % kLanes * 8; }
 
   /// Parameters, which no kernel writes: before `pdl_wait`.
   __device__ void load_parameters(const AttentionParams<KV>& p) {
-    key_scale = stored_scale(p.kv, HeadKind::kKey), value_scale = stored_scale(p.kv, HeadKind::kValue);
-    if (p.added.q_weight == nullptr) return;
-    const int d = threadIdx.x % kLanes * 8;
-    q_weight.load<kHeadDim>(p.added.q_weight + d), k_weight.load<kHeadDim>(p.added.k_weight + d);
+    scale = stored_scale(p.kv, kind());
+    weight = {};
+    if (p.added.k_weight != nullptr) weight.load<kHeadDim>(p.added.k_weight + dimension());
   }
 
-  /// Issues all loads; nothing waits for them here.
-  __device__ void load(const AttentionParams<KV>& p, const Item& item, int head, bool appends) {
-    const int lane = threadIdx.x % 32, d = lane % kLanes * 8;
-    const int num_kv = p.kv.num_kv_heads;
-    const bf16* row = p.added.qkv + static_cast<int64_t>(item.token) * (p.group + 2) * num_kv * kHeadDim + d;
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int place = pass * kHeads + lane / kLanes;
-      parts[pass] = {};
-      if (place < p.group + (appends ? 2 : 0)) {
-        parts[pass].template load<kHeadDim>(row + head_at(place, head, p.group, num_kv) * kHeadDim);
-      }
-    }
-    angles.template load<kHeadDim>(p.added.rope + static_cast<int64_t>(item.position) * kHeadDim + d);
-    page = 0;
-    if (appends) {
-      page = __ldcg(p.kv.table + static_cast<int64_t>(item.slot) * p.kv.pages_per_slot + item.position / p.kv.page_size);
+  /// What is known of a token before it is projected.
+  __device__ void look_up(const AttentionParams<KV>& p, const Item& item) {
+    angles.load<kHeadDim>(p.added.rope + static_cast<int64_t>(item.position) * kHeadDim + dimension());
+    page = __ldcg(p.kv.table + static_cast<int64_t>(item.slot) * p.kv.pages_per_slot + item.position / p.kv.page_size);
+  }
+
+  /// Issues the loads; nothing waits for them here.
+  __device__ void load(const AttentionParams<KV>& p, const Item& item, int head) {
+    const int num_kv = p.kv.num_kv_heads, place = p.group + (kind() == HeadKind::kValue);
+    const int64_t first = static_cast<int64_t>(item.token) * (p.group + 2) * num_kv;
+    part = {};
+    if (present()) {
+      part.template load<kHeadDim>(p.added.qkv + (first + head_at(place, head, p.group, num_kv)) * kHeadDim + dimension());
     }
   }
 
-  /// Puts queries where the consumers read them, and key and value in their page.
-  __device__ void put(const AttentionParams<KV>& p, const Item& item, int head, bool appends, uint8_t* queries) {
-    const int lane = threadIdx.x % 32, d = lane % kLanes * 8;
-    const int num_places = p.group + (appends ? 2 : 0);
-    const bool has_norm = p.added.q_weight != nullptr;
-#pragma unroll 1
-    for (int first = 0; first < num_places; first += kHeads) {  // one piece of code: it is read from memory once a step
-      const int place = first + lane / kLanes;
-      const HeadKind kind = place < p.group ? HeadKind::kQuery : place == p.group ? HeadKind::kKey : HeadKind::kValue;
-      Floats weight{};
-      if (has_norm) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          weight.first[i] = kind == HeadKind::kQuery ? q_weight.first[i] : k_weight.first[i];
-          weight.second[i] = kind == HeadKind::kQuery ? q_weight.second[i] : k_weight.second[i];
-        }
-      }
-      HeadPart part = parts[0];
-      const Floats turned = turn<kHeadDim>(part, kind, angles, weight, has_norm, p.added.eps);
-      if (place < p.group) part.template store<kHeadDim>(reinterpret_cast<bf16*>(queries) + place * kHeadDim + d);
-      if (appends && first + kHeads > p.group) {
-        const StoredPart<KV> stored(part, turned, kind == HeadKind::kKey ? key_scale : value_scale, kind, d);
-        if (place >= p.group && place < num_places) {
-          stored.template store<kHeadDim>(p.kv, page, item.position % p.kv.page_size, head, kind, d);
-        }
-      }
-#pragma unroll
-      for (int pass = 1; pass < kPasses; ++pass) parts[pass - 1] = parts[pass];
+  /// Puts them in their page.
+  __device__ void put(const AttentionParams<KV>& p, const Item& item, int head) {
+    const Floats turned = turn<kHeadDim>(part, kind(), angles, weight, p.added.k_weight != nullptr, p.added.eps);
+    const StoredPart<KV> stored(part, turned, scale, kind(), dimension());
+    if (present()) {
+      stored.template store<kHeadDim>(p.kv, page, item.position % p.kv.page_size, head, kind(), dimension());
     }
   }
 };
 
-/// Waits until an item's place is free, and writes what it is; lane 0.
+/// Announces an item once its place is free.
 template <typename KV, int kHeadDim>
-__device__ __forceinline__ void put_header(Shared<KV, kHeadDim>& shared, const Item& item, int head,
-                                           const RingPlace& header) {
-  barrier_wait(&shared.header_empty[header.slot], header.parity ^ 1);
-  shared.item[header.slot] = item;
-  shared.head[header.slot] = head;
-}
-
-/// Announces an item, with copies of its queries if it is for decoding, and fetches its stages.
-template <typename KV, int kHeadDim>
-__device__ void fetch_item(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
-                           RingPlace& header, RingPlace& place) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t token_bytes = p.group * kHeadDim * 2;
-  const bool decode = item.kind == kDecode;
-  if (lane == 0) {
-    put_header(shared, item, head, header);
-    barrier_expect(&shared.header_full[header.slot], decode ? item.count * token_bytes : 0);
+__device__ __forceinline__ void announce(Shared<KV, kHeadDim>& shared, const Item& item, int head,
+                                         const RingPlace& header) {
+  if (threadIdx.x % 32 == 0) {
+    barrier_wait(&shared.header_empty[header.slot], header.parity ^ 1);
+    shared.item[header.slot] = item;
+    shared.head[header.slot] = head;
+    barrier_arrive(&shared.header_full[header.slot]);
   }
   __syncwarp();
-  if (decode && lane < item.count) {
-    const int64_t row = static_cast<int64_t>(item.token + lane) * p.kv.num_kv_heads * p.group + head * p.group;
-    bulk_copy(shared_address(shared.queries[header.slot]) + lane * token_bytes, p.q + row * kHeadDim, token_bytes,
-              &shared.header_full[header.slot]);
+}
+
+/// Gives the consumers of a decode item places of the ring for their sums.
+template <typename KV, int kHeadDim>
+__device__ __forceinline__ void give_scratch(Shared<KV, kHeadDim>& shared, const Item& item, int group, RingPlace& place) {
+  for (int i = Scratch<KV, kHeadDim>(tiles_of(item, group)).stages; i > 0; --i) {
+    if (threadIdx.x % 32 == 0) {
+      barrier_wait(&shared.empty[place.slot], place.parity ^ 1);
+      barrier_arrive(&shared.full[place.slot]);
+    }
+    place.advance(Shared<KV, kHeadDim>::kStages);
   }
-  if (item.kind == kPadding) return;
+  __syncwarp();
+}
+
+/// Fetches an item's stages.
+template <typename KV, int kHeadDim>
+__device__ void fetch_item(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
+                           RingPlace& place) {
   StageFetch<KV, kHeadDim> fetch(p, item, Range(item, p.window));
   while (fetch.stage < fetch.end) fetch.next(p, shared, head, place);
 }
 
-/// The same in a step that only decodes, where the queries are still to be turned. Of a token's items the one whose range
-/// has its position appends it, and no other reads what that changes: ranges begin at multiples of a stage.
+/// The same in a step that only decodes, where the token is still to be appended. Of its items the one whose range has its
+/// position does so, and no other reads what that changes: ranges begin at multiples of a stage.
 ///
-/// `first`: the block's first item, whose older positions are fetched while the kernels before still run.
+/// `first`: the block's first item, of whose older positions the ring is filled while the kernels before still run.
 template <typename KV, int kHeadDim>
-__device__ void fetch_and_append(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
-                                 bool first, DecodeToken<KV, kHeadDim>& token, RingPlace& header, RingPlace& place) {
-  const int lane = threadIdx.x % 32;
-  if (item.kind == kPadding) {
-    pdl_wait();
-    if (lane == 0) {
-      put_header(shared, item, head, header);
-      barrier_arrive(&shared.header_full[header.slot]);
-    }
-    __syncwarp();
-    return;
-  }
+__device__ void fetch_and_append(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item,
+                                 int head, bool first, NewKeyValue<KV, kHeadDim>& token, RingPlace& place) {
   const Range range(item, p.window);
   const bool appends = range.has_newest(item);
-  if (!first) token.load(p, item, head, appends);
+  if (appends) token.look_up(p, item);
+  if (appends && !first) token.load(p, item, head);
   StageFetch<KV, kHeadDim> fetch(p, item, range);
-  // Meanwhile, stages that the new position is not in: as many as there is room for before the item is announced, since
-  // nobody empties a stage of an item that nobody knows of.
   const int newest = fetch.end - (appends ? 1 : 0);
-  const int announced_at = min(newest, fetch.stage + Shared<KV, kHeadDim>::kStages);
-  if (first) {
-    while (fetch.stage < announced_at) fetch.next(p, shared, head, place);
-    pdl_wait();
-    token.load(p, item, head, appends);
-  }
+  const int before = first ? min(newest, fetch.stage + Shared<KV, kHeadDim>::kStages) : newest;
   while (true) {
-    if (fetch.stage == announced_at) {
-      if (lane == 0) put_header(shared, item, head, header);
-      __syncwarp();
-      token.put(p, item, head, appends, shared.queries[header.slot]);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&shared.header_full[header.slot]);
+    if (fetch.stage == before) {
+      if (first) {
+        pdl_wait();
+        if (appends) token.load(p, item, head);
+      }
+      if (appends) {
+        token.put(p, item, head);
+        async_proxy_fence();  // what each lane has put in the page, before any lane copies it
+        __syncwarp();
+      }
     }
     if (fetch.stage == fetch.end) return;
-    if (fetch.stage == newest) {  // what each lane has put in the page, before any lane copies it
-      async_proxy_fence();
-      __syncwarp();
-    }
     fetch.next(p, shared, head, place);
   }
 }
 
-/// All that the fifth warp does: items of the plan from the block's number on, as many further as there are blocks.
-template <typename KV, int kHeadDim, bool kAppends>
+/// All that the ninth warp does: items of the plan from the block's number on, as many further as there are blocks.
+template <bool kAppends, typename KV, int kHeadDim>
 __device__ void fetch_items(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared) {
-  DecodeToken<KV, kHeadDim> token;
+  NewKeyValue<KV, kHeadDim> token;
   if constexpr (kAppends) {  // the plan has ended before any kernel after it started (decode_plan_kernel)
     token.load_parameters(p);
   } else {
@@ -250,16 +239,21 @@ __device__ void fetch_items(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& 
   };
   if (num_wide > 0 && blockIdx.x < num_items) next = load_item(at(blockIdx.x));
   RingPlace place, header;
+  bool first = true;
   for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
     const Item item = next;
     if (i + static_cast<int>(gridDim.x) < num_items) next = load_item(at(i + gridDim.x));
     const int head = (i < num_wide ? i : i - num_wide) % num_heads;
-    if constexpr (kAppends) {
-      fetch_and_append(p, shared, item, head, i == static_cast<int>(blockIdx.x), token, header, place);
-    } else {
-      fetch_item(p, shared, item, head, header, place);
-    }
+    announce(shared, item, head, header);
     header.advance(Shared<KV, kHeadDim>::kHeaders);
+    if (item.kind == kPadding) continue;
+    if constexpr (kAppends) {
+      fetch_and_append(p, shared, item, head, first, token, place);
+      first = false;
+    } else {
+      fetch_item(p, shared, item, head, place);
+    }
+    if (item.kind == kDecode) give_scratch(shared, item, p.group, place);
   }
 }
 

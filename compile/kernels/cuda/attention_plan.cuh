@@ -6,7 +6,7 @@
 
 namespace tpserve::cuda {
 
-constexpr int kConsumerWarps = 4;
+constexpr int kConsumerWarps = 8;
 constexpr int kTileRows = 16 * kConsumerWarps;
 constexpr int kPlanThreads = 1024;
 constexpr int kMaxPlanTokens = 32768;

@@ -1,69 +1,12 @@
-// Sixteen query rows in a warp: their products with slices of sixteen positions, and the online softmax between them.
+// Sixteen query rows of a prompt in a warp: their products with slices of sixteen positions, and the online softmax
+// between them.
 #pragma once
 
-#include <type_traits>
-
 #include "attention_fragments.cuh"
-#include "attention_plan.cuh"
-#include "grouped_scales.cuh"
+#include "attention_params.cuh"
 #include "hopper.cuh"
-#include "rope.cuh"
 
 namespace tpserve::cuda {
-
-template <typename KV>
-struct AttentionParams {
-  NewTokens added;  // of a step that only decodes
-  const bf16* q;    // of any other
-  PagedKV<KV> kv;
-  int32_t* plan;
-  float* partial;  // places of slots.cuh
-  bf16* out;       // or, with a scale for each token and head:
-  fp8* quantized;
-  float* scales;
-  int num_tokens, group, window;
-  float scale_log2;  // scale * log2(e): weights are exp2((score - max) * scale_log2)
-  PlanLayout layout;
-};
-
-/// What scores are multiplied by; of e4m3 pages it is read once an item.
-template <typename KV>
-struct ScoreScale {
-  __device__ explicit ScoreScale(const AttentionParams<KV>&) {}
-  __device__ float of(const AttentionParams<KV>& p) const { return p.scale_log2; }
-};
-template <>
-struct ScoreScale<fp8> {
-  float value;
-  __device__ explicit ScoreScale(const AttentionParams<fp8>& p) : value(p.scale_log2 * __ldg(p.kv.scales)) {}
-  __device__ float of(const AttentionParams<fp8>&) const { return value; }
-};
-
-/// What sums of weighted values are multiplied by.
-template <typename KV>
-__device__ __forceinline__ float value_scale(const AttentionParams<KV>& p) {
-  if constexpr (std::is_same_v<KV, fp8>) return __ldg(p.kv.scales + 1);
-  return 1.0f;
-}
-
-/// What attention gives: bfloat16, or e4m3 with a scale for each head, which is a group (grouped_scales.cuh).
-enum class Out { kBf16, kGrouped };
-
-/// Where a row's output begins: of a token and a query head.
-template <int kHeadDim, typename KV>
-__device__ __forceinline__ int64_t out_at(const AttentionParams<KV>& p, int token, int query_head) {
-  return (static_cast<int64_t>(token) * p.kv.num_kv_heads * p.group + query_head) * kHeadDim;
-}
-
-/// Stores the scale of a head whose largest magnitude is `largest`; returns what its values are multiplied by. One lane
-/// of those that have the head gives `writes`.
-template <typename KV>
-__device__ __forceinline__ float store_scale(const AttentionParams<KV>& p, int token, int query_head, float largest,
-                                             bool writes) {
-  largest = fmaxf(largest, 1e-12f);
-  if (writes) p.scales[scale_at(query_head, token, p.num_tokens)] = largest / kFp8Max;
-  return kFp8Max / largest;
-}
 
 /// Writes a row of an item from its first token on; `values(i)` are a thread's, of dimensions 8 n + 2 (lane % 4) and the next
 /// for i = 2 n and 2 n + 1, `sum` is that of weights. The four lanes of a row go the same way, and no others shuffle with them.
@@ -116,21 +59,6 @@ struct Rows {
     }
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.0f;
-  }
-
-  /// Queries of sixteen rows from shared memory, as the fetching warp put them.
-  /// When it ends, they are read: their place can be given back.
-  __device__ void load_queries(uint32_t queries) {
-    const int lane = threadIdx.x % 32;
-    uint32_t words = 0;
-#pragma unroll
-    for (int k = 0; k < kHeadDim / 16; ++k) {
-      load_matrices(q[k], queries + (lane % 16) * kHeadDim * 2 + (k * 2 + lane / 16) * 16);
-      words |= q[k][0];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) q[k][i] = F::query2(q[k][i]);
-    }
-    await_loaded(words);
   }
 
   __device__ void load_queries(const AttentionParams<KV>& p, const Item& item, int head, int first_row) {

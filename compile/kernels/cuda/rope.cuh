@@ -58,6 +58,19 @@ struct HeadPart {
   }
 };
 
+/// A dimension and its partner, turned by an angle.
+__device__ __forceinline__ float turned_first(float x, float y, float cosine, float sine) {
+  return __fmaf_rn(x, cosine, -__fmul_rn(y, sine));
+}
+__device__ __forceinline__ float turned_second(float x, float y, float cosine, float sine) {
+  return __fmaf_rn(y, cosine, __fmul_rn(x, sine));
+}
+
+/// Of two dimensions and of their partners.
+__device__ __forceinline__ float pair_squares(float x0, float x1, float y0, float y1) {
+  return __fmaf_rn(y1, y1, __fmaf_rn(y0, y0, __fmaf_rn(x1, x1, __fmul_rn(x0, x0))));
+}
+
 /// Normalises, where there is a norm, and turns queries and keys; returns the same in float32. Values stay as they are.
 /// All lanes of the warp take part: those of a head, which follow each other, add up its squares.
 template <int kHeadDim>
@@ -67,23 +80,23 @@ __device__ __forceinline__ Floats turn(HeadPart& part, HeadKind kind, const Floa
   unpack8(part.first, f.first), unpack8(part.second, f.second);
   float factor = 1.0f;
   if (has_norm) {
-    float squares = 0.0f;
+    float squares[4];  // of two dimensions and their partners
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      squares = __fmaf_rn(f.first[i], f.first[i], squares);
-      squares = __fmaf_rn(f.second[i], f.second[i], squares);
+    for (int j = 0; j < 4; ++j) {
+      squares[j] = pair_squares(f.first[j * 2], f.first[j * 2 + 1], f.second[j * 2], f.second[j * 2 + 1]);
+#pragma unroll
+      for (int offset = kHeadDim / 32; offset > 0; offset /= 2) squares[j] += __shfl_xor_sync(~0u, squares[j], offset);
     }
-#pragma unroll
-    for (int offset = kHeadDim / 32; offset > 0; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-    factor = rsqrtf(__fmaf_rn(squares, 1.0f / kHeadDim, eps));
+    const float sum = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    factor = rsqrtf(__fmaf_rn(sum, 1.0f / kHeadDim, eps));
   }
   if (kind == HeadKind::kValue) return f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float x = f.first[i], y = f.second[i];
     if (has_norm) x *= factor * weight.first[i], y *= factor * weight.second[i];
-    f.first[i] = __fmaf_rn(x, angles.first[i], -__fmul_rn(y, angles.second[i]));
-    f.second[i] = __fmaf_rn(y, angles.first[i], __fmul_rn(x, angles.second[i]));
+    f.first[i] = turned_first(x, y, angles.first[i], angles.second[i]);
+    f.second[i] = turned_second(x, y, angles.first[i], angles.second[i]);
   }
   part.first = pack8(f.first), part.second = pack8(f.second);
   return f;

@@ -1,7 +1,9 @@
-// The fifth warp of attention's blocks, and the kernel that appends any tokens, on the host.
+// The warp of attention's blocks that fetches, how the others take queries, and the kernel that appends any tokens, on the
+// host.
 #include <atomic>
 
 #include "attention_fetch.cuh"
+#include "attention_queries.cuh"
 #include "rope.cu"
 
 using namespace tpserve::cuda;
@@ -33,13 +35,14 @@ NewTokens tokens_of(const Case& c) {
   return {reinterpret_cast<const bf16*>(c.qkv), c.q_weight, c.k_weight, c.rope, 1e-6f};
 }
 
-/// What the four consuming warps got of an item.
+/// What the consuming warps got of an item.
 struct Got {
   Item item;
   int head;
-  std::vector<uint8_t> queries;
   std::vector<std::vector<uint8_t>> stages;
 };
+
+std::atomic<int> num_overwritten;  // bytes of sums that something else came to stand in
 
 /// The consumers' part of the barriers; they are slow now and then.
 template <typename KV, int kHeadDim>
@@ -52,7 +55,6 @@ void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int blo
     barrier_wait(&shared.header_full[header.slot], header.parity);
     Got& mine = got.emplace_back();
     mine.item = shared.item[header.slot], mine.head = shared.head[header.slot];
-    mine.queries.assign(shared.queries[header.slot], shared.queries[header.slot] + p.group * kHeadDim * 2);
     if (i % 3 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
     for (int w = 0; w < kConsumerWarps; ++w) barrier_arrive(&shared.header_empty[header.slot]);
     header.advance(S::kHeaders);
@@ -64,7 +66,52 @@ void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int blo
       for (int w = 0; w < kConsumerWarps; ++w) barrier_arrive(&shared.empty[place.slot]);
       place.advance(S::kStages);
     }
+    if (mine.item.kind != kDecode) continue;
+    // Their places in the ring, which they fill while nothing else is copied there.
+    const Scratch<KV, kHeadDim> scratch(tiles_of(mine.item, p.group));
+    const int slot = place.slot;
+    RingPlace last = place;
+    for (int k = 0; k < scratch.stages; ++k, last.advance(S::kStages)) barrier_wait(&shared.full[last.slot], last.parity);
+    const auto each = [&](const auto& visit) {
+      for (int w = 0; w < kConsumerWarps; ++w) {
+        auto* bytes = reinterpret_cast<uint8_t*>(scratch.of(shared, slot, w));
+        for (int k = 0; k < scratch.warp_bytes; ++k) visit(bytes[k], static_cast<uint8_t>(w * 31 + i));
+      }
+    };
+    each([](uint8_t& byte, uint8_t value) { byte = value; });
+    if (i % 3 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    each([&](uint8_t& byte, uint8_t value) { num_overwritten += byte != value; });
+    for (int k = 0; k < scratch.stages; ++k, place.advance(S::kStages)) {
+      for (int w = 0; w < kConsumerWarps; ++w) barrier_arrive(&shared.empty[place.slot]);
+    }
   }
+}
+
+/// The bfloat16 queries of an item, (rows, D), as one warp of the others takes them.
+template <int kHeadDim, int kTiles>
+std::vector<uint16_t> queries_of(const AttentionParams<bf16>& p, const Item& item, int head, bool projected) {
+  std::vector<uint16_t> rows(static_cast<size_t>(kTiles) * 8 * kHeadDim);
+  run_block(dim3(), dim3(), 0, 32, [&] {
+    Queries<bf16, kHeadDim, kTiles> queries;
+    if (projected) {
+      const QueryAngles<kHeadDim> angles(p.added.rope, item.position);
+      queries.load_projected(p, item, head);
+      queries.turn_projected(p.added, angles);
+    } else {
+      queries.load(p, item, head);
+    }
+    const int lane = threadIdx.x;
+    for (int t = 0; t < kTiles; ++t) {
+      for (int k = 0; k < kHeadDim / 16; ++k) {
+        for (int h = 0; h < 2; ++h) {
+          uint16_t* at = rows.data() + (t * 8 + lane / 4) * kHeadDim + k * 16 + h * 8 + lane % 4 * 2;
+          at[0] = queries.pair[t][k][h] & 0xFFFF, at[1] = queries.pair[t][k][h] >> 16;
+        }
+      }
+    }
+  });
+  rows.resize(static_cast<size_t>(item.count) * p.group * kHeadDim);
+  return rows;
 }
 
 /// Whether the stages are the pages' slices, as the pages are in the end.
@@ -108,7 +155,7 @@ int fetch(const Case& c, bool decode_only) {
     kernel(c.positions, c.slots, c.num_tokens, c.num_slots, p.group, c.num_kv_heads, c.window, layout, p.plan);
   });
   std::atomic<int> num_bad = 0;
-  gave_up = false;
+  gave_up = false, num_overwritten = 0;
   std::vector<Got> got;
   for (int block = 0; block < c.num_blocks; ++block) {
     auto shared = std::make_unique<Shared<KV, kHeadDim>>();
@@ -122,7 +169,7 @@ int fetch(const Case& c, bool decode_only) {
     }
     std::thread consumer([&] { consume(p, *shared, block, c.num_blocks, got); });
     run_block(dim3(c.num_blocks), dim3(block), kConsumerWarps * 32, 32, [&] {
-      decode_only ? fetch_items<KV, kHeadDim, true>(p, *shared) : fetch_items<KV, kHeadDim, false>(p, *shared);
+      decode_only ? fetch_items<true>(p, *shared) : fetch_items<false>(p, *shared);
       num_bad += static_cast<int>(!pending_stores.empty());  // never fenced
     });
     consumer.join();
@@ -135,13 +182,19 @@ int fetch(const Case& c, bool decode_only) {
       continue;
     }
     num_bad += !has_slices<KV, kHeadDim>(p, each);
+    if (c.times[each.item.token * c.num_kv_heads + each.head]++ > 0) continue;
+    // Queries are the same of pages of either type, which float16 holds no better here.
+    AttentionParams<bf16> plain{.layout = layout};
+    plain.added = p.added, plain.q = p.q, plain.group = p.group, plain.kv.num_kv_heads = c.num_kv_heads;
+    const auto queries = tiles_of(each.item, p.group) == 1
+                             ? queries_of<kHeadDim, 1>(plain, each.item, each.head, decode_only)
+                             : queries_of<kHeadDim, 2>(plain, each.item, each.head, decode_only);
     uint16_t* target = c.q + row * kHeadDim;
-    int32_t& times = c.times[each.item.token * c.num_kv_heads + each.head];
-    const bool known = times++ > 0 || !decode_only;
-    if (known && std::memcmp(target, each.queries.data(), each.queries.size()) != 0) ++num_bad;
-    std::memcpy(target, each.queries.data(), each.queries.size());
+    const size_t size = queries.size() * sizeof(queries[0]);
+    if (!decode_only && std::memcmp(target, queries.data(), size) != 0) ++num_bad;  // as the kernel before has turned them
+    std::memcpy(target, queries.data(), size);
   }
-  return num_bad + gave_up;
+  return num_bad + gave_up + num_overwritten;
 }
 
 }  // namespace

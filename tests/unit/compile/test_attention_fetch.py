@@ -1,7 +1,7 @@
-"""The warp that fetches for attention in a step that only decodes, run on the host by 32 threads.
+"""The warp that fetches for attention in a step that only decodes, and how the others take queries, run on the host.
 
-It turns queries, appends keys and values and copies pages, through modelled barriers, bulk copies and proxies. What it
-gives is compared with float64, and bit for bit with the kernel that appends any tokens.
+One appends keys and values and copies pages, through modelled barriers, bulk copies and proxies; the others turn
+queries. What they give is compared with float64, and bit for bit with the kernel that appends any tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +20,16 @@ import pytest
 from scripts import ROOT
 
 KERNELS = ROOT / "compile/kernels/cuda"
-HEADERS = ["attention_fetch.cuh", "attention_rows.cuh", "attention_fragments.cuh", "attention_items.cuh"]
-HEADERS += ["attention_plan.cuh", "kv.cuh", "kv_layout.cuh", "rope.cuh", "rope.cu", "grouped_scales.cuh"]
+HEADERS = ["attention_fetch.cuh", "attention_params.cuh", "attention_queries.cuh", "attention_fragments.cuh"]
+HEADERS += [
+    "attention_items.cuh",
+    "attention_plan.cuh",
+    "kv.cuh",
+    "kv_layout.cuh",
+    "rope.cuh",
+    "rope.cu",
+    "grouped_scales.cuh",
+]
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 SCALES = np.array([0.037, 0.021], np.float32)
 STARTS = [0, 1, 15, 16, 17, 63, 64, 127, 128, 255, 256, 257, 510, 511, 512, 513, 700, 1023, 1024, 1100]
@@ -192,13 +200,15 @@ def test_any_number_of_blocks_shares_the_items(warp: ctypes.CDLL, num_blocks: in
     [
         ("attention_fetch.cuh", "async_proxy_fence();", ""),
         ("attention_fetch.cuh", "fetch.end - (appends ? 1 : 0)", "fetch.end"),
-        ("attention_fetch.cuh", "if (place >= p.group && place < num_places)", "if (place > p.group)"),
-        ("rope.cuh", "__fmaf_rn(y, angles.first[i], __fmul_rn", "__fmaf_rn(y, angles.first[i], -__fmul_rn"),
-        ("attention_fetch.cuh", "kind == HeadKind::kQuery ? q_weight.first[i]", "true ? q_weight.first[i]"),
+        ("attention_fetch.cuh", "part = {};\n    if (present())", "part = {};\n    if (kind() == HeadKind::kKey)"),
+        ("rope.cuh", "__fmaf_rn(y, cosine, __fmul_rn", "__fmaf_rn(y, cosine, -__fmul_rn"),
+        ("attention_queries.cuh", "(weight + kHeadDim / 2)", "(weight)"),
+        ("attention_queries.cuh", "p.added.qkv + (token + head * p.group", "p.added.qkv + (token + head"),
+        ("attention_fetch.cuh", "kConsumerWarps * warp_bytes + S::kStageBytes - 1", "kConsumerWarps * warp_bytes - 1"),
     ],
 )
 def test_a_wrong_rule_is_noticed(name: str, right: str, wrong: str, tmp_path: Path) -> None:
-    step = Step((8, 1, 128), BF16, norm=True)
+    step = Step((16, 2, 128), BF16, norm=True)
     library = build(tmp_path, {name: (right, wrong)})
     with pytest.raises(AssertionError):
         step.check(*step.run(library))
