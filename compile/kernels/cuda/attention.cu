@@ -75,6 +75,12 @@ __device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int 
   }
 }
 
+/// Of all that an item has, for `await_loaded`.
+__device__ __forceinline__ uint32_t words_of(const Item& item) {
+  return item.token | item.count | item.kind | item.slot | item.position | item.split | item.num_splits | item.first_row |
+         item.chunk | item.first_place;
+}
+
 /// `kDecodeOnly`: of a step in which each token is its slot's only one; it appends them on the way. `kTiles`: of eight rows,
 /// that its decode items have at most.
 template <typename KV, int kHeadDim, Out kOut, bool kDecodeOnly, int kTiles>
@@ -109,6 +115,7 @@ __global__ void __launch_bounds__(Threads<kDecodeOnly, kTiles>::kCount, 1)
     barrier_wait(&shared.header_full[header.slot], header.parity);
     const Item item = shared.item[header.slot];
     const int head = shared.head[header.slot];
+    await_loaded(words_of(item) | head);
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.header_empty[header.slot]);
     header.advance(S::kHeaders);
