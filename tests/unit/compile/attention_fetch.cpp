@@ -79,7 +79,7 @@ void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int blo
       }
     };
     each([](uint8_t& byte, uint8_t value) { byte = value; });
-    if (i % 3 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    if (i / num_blocks < 4) std::this_thread::sleep_for(std::chrono::milliseconds(20));  // for what follows to come
     each([&](uint8_t& byte, uint8_t value) { num_overwritten += byte != value; });
     for (int k = 0; k < scratch.stages; ++k, place.advance(S::kStages)) {
       for (int w = 0; w < kConsumerWarps; ++w) barrier_arrive(&shared.empty[place.slot]);
@@ -87,31 +87,27 @@ void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int blo
   }
 }
 
-/// The bfloat16 queries of an item, (rows, D), as one warp of the others takes them.
+/// Puts the bfloat16 queries of an item, (rows, D), where they belong in `rows`, as one warp of the others takes them.
 template <int kHeadDim, int kTiles>
-std::vector<uint16_t> queries_of(const AttentionParams<bf16>& p, const Item& item, int head, bool projected) {
-  std::vector<uint16_t> rows(static_cast<size_t>(kTiles) * 8 * kHeadDim);
-  run_block(dim3(), dim3(), 0, 32, [&] {
-    Queries<bf16, kHeadDim, kTiles> queries;
-    if (projected) {
-      const QueryAngles<kHeadDim> angles(p.added.rope, item.position);
-      queries.load_projected(p, item, head);
-      queries.turn_projected(p.added, angles);
-    } else {
-      queries.load(p, item, head);
-    }
-    const int lane = threadIdx.x;
-    for (int t = 0; t < kTiles; ++t) {
-      for (int k = 0; k < kHeadDim / 16; ++k) {
-        for (int h = 0; h < 2; ++h) {
-          uint16_t* at = rows.data() + (t * 8 + lane / 4) * kHeadDim + k * 16 + h * 8 + lane % 4 * 2;
-          at[0] = queries.pair[t][k][h] & 0xFFFF, at[1] = queries.pair[t][k][h] >> 16;
-        }
+void take_queries(const AttentionParams<bf16>& p, const Item& item, int head, bool projected, uint16_t* rows) {
+  Queries<bf16, kHeadDim, kTiles> queries;
+  if (projected) {
+    const QueryAngles<kHeadDim> angles(p.added.rope, item.position);
+    queries.load_projected(p, item, head);
+    queries.turn_projected(p.added, angles);
+  } else {
+    queries.load(p, item, head);
+  }
+  const int lane = threadIdx.x;
+  for (int t = 0; t < kTiles; ++t) {
+    if (t * 8 + lane / 4 >= item.count * p.group) continue;
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      for (int h = 0; h < 2; ++h) {
+        uint16_t* at = rows + (t * 8 + lane / 4) * kHeadDim + k * 16 + h * 8 + lane % 4 * 2;
+        at[0] = queries.pair[t][k][h] & 0xFFFF, at[1] = queries.pair[t][k][h] >> 16;
       }
     }
-  });
-  rows.resize(static_cast<size_t>(item.count) * p.group * kHeadDim);
-  return rows;
+  }
 }
 
 /// Whether the stages are the pages' slices, as the pages are in the end.
@@ -174,25 +170,33 @@ int fetch(const Case& c, bool decode_only) {
     });
     consumer.join();
   }
+  // Queries are the same of pages of either type, which float16 holds no better here.
+  AttentionParams<bf16> plain{.layout = layout};
+  plain.added = p.added, plain.q = p.q, plain.group = p.group, plain.kv.num_kv_heads = c.num_kv_heads;
+  const size_t size = static_cast<size_t>(c.num_tokens) * c.num_heads * kHeadDim;
+  std::vector<uint16_t> queries(c.q, c.q + size);
+  const auto all_queries = [&](const auto& visit) {
+    for (const Got& each : got) {
+      if (gave_up || each.item.kind == kPadding) continue;
+      visit(each, queries.data() + (static_cast<int64_t>(each.item.token) * c.num_heads + each.head * p.group) * kHeadDim);
+    }
+  };
+  run_block(dim3(), dim3(), 0, 32, [&] {
+    all_queries([&](const Got& each, uint16_t* rows) {
+      tiles_of(each.item, p.group) == 1 ? take_queries<kHeadDim, 1>(plain, each.item, each.head, decode_only, rows)
+                                        : take_queries<kHeadDim, 2>(plain, each.item, each.head, decode_only, rows);
+    });
+  });
+  if (!decode_only) num_bad += std::memcmp(c.q, queries.data(), size * 2) != 0;  // as the kernel before has turned them
+  std::memcpy(c.q, queries.data(), size * 2);
   for (const Got& each : got) {
     if (gave_up) break;
-    const int64_t row = static_cast<int64_t>(each.item.token) * c.num_heads + each.head * p.group;
     if (each.item.kind == kPadding) {
       for (int i = 0; i < each.item.count; ++i) num_bad += c.slots[each.item.token + i] >= 0;
       continue;
     }
     num_bad += !has_slices<KV, kHeadDim>(p, each);
-    if (c.times[each.item.token * c.num_kv_heads + each.head]++ > 0) continue;
-    // Queries are the same of pages of either type, which float16 holds no better here.
-    AttentionParams<bf16> plain{.layout = layout};
-    plain.added = p.added, plain.q = p.q, plain.group = p.group, plain.kv.num_kv_heads = c.num_kv_heads;
-    const auto queries = tiles_of(each.item, p.group) == 1
-                             ? queries_of<kHeadDim, 1>(plain, each.item, each.head, decode_only)
-                             : queries_of<kHeadDim, 2>(plain, each.item, each.head, decode_only);
-    uint16_t* target = c.q + row * kHeadDim;
-    const size_t size = queries.size() * sizeof(queries[0]);
-    if (!decode_only && std::memcmp(target, queries.data(), size) != 0) ++num_bad;  // as the kernel before has turned them
-    std::memcpy(target, queries.data(), size);
+    ++c.times[each.item.token * c.num_kv_heads + each.head];
   }
   return num_bad + gave_up + num_overwritten;
 }
