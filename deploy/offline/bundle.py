@@ -190,7 +190,8 @@ def write_archive(tree: Path, output: Path) -> int:
         member.mtime, member.uid, member.gid, member.uname, member.gname = 0, 0, 0, "", ""
         return member
 
-    filters: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
+    # Ray's programs repeat one another over tens of megabytes.
+    filters: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 128 << 20}]
     with lzma.open(output, "wb", filters=filters) as compressed, tarfile.open(fileobj=compressed, mode="w") as archive:
         for path, name in members():
             archive.add(path, name, recursive=False, filter=plain)

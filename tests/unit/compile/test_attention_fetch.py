@@ -211,5 +211,4 @@ def test_a_wrong_rule_is_noticed(name: str, right: str, wrong: str, tmp_path: Pa
     step = Step((16, 2, 128), BF16, norm=True)
     library = build(tmp_path, {name: (right, wrong)})
     with pytest.raises(AssertionError):
-        for _ in range(8):  # what comes too early may come in time once
-            step.check(*step.run(library))
+        step.check(*step.run(library))
