@@ -19,14 +19,18 @@
 namespace tpserve::cuda {
 namespace {
 
-/// How many threads a kernel has, and registers. Spilled ones would be read from L2: shared memory leaves little to L1.
+/// How many threads a kernel has. Where more than one tile's registers are needed, four warps to fetch, of which one does,
+/// leave theirs to the consumers: spilled ones are slow here, since shared memory leaves little to L1.
 template <bool kDecodeOnly, int kTiles>
 struct Threads {
-  // Four warps to fetch, of which one does, leave their registers to the consumers: of the 168 that all begin with.
   static constexpr bool kGiveRegisters = !kDecodeOnly || kTiles > 1;
-  [[maybe_unused]] static constexpr int kProducerRegisters = kDecodeOnly ? 96 : 56;
-  [[maybe_unused]] static constexpr int kConsumerRegisters = kDecodeOnly ? 200 : 224;
   static constexpr int kCount = (kConsumerWarps + (kGiveRegisters ? 4 : 1)) * 32;
+};
+
+/// Of the 168 that all begin with.
+template <bool kDecodeOnly>
+struct Registers {
+  static constexpr int kProducer = kDecodeOnly ? 96 : 56, kConsumer = kDecodeOnly ? 200 : 224;
 };
 
 template <Out kOut, typename KV, int kHeadDim>
@@ -75,7 +79,7 @@ __device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int 
   }
 }
 
-/// Of all that an item has, for `await_loaded`.
+/// A word that all of an item's have a part in, for `await_loaded`.
 __device__ __forceinline__ uint32_t words_of(const Item& item) {
   return item.token | item.count | item.kind | item.slot | item.position | item.split | item.num_splits | item.first_row |
          item.chunk | item.first_place;
@@ -102,11 +106,11 @@ __global__ void __launch_bounds__(Threads<kDecodeOnly, kTiles>::kCount, 1)
   pdl_launch();
   __syncthreads();
   if (threadIdx.x / 32 >= kConsumerWarps) {
-    if constexpr (T::kGiveRegisters) set_registers<T::kProducerRegisters, false>();
+    if constexpr (T::kGiveRegisters) set_registers<Registers<kDecodeOnly>::kProducer, false>();
     if (threadIdx.x / 32 == kConsumerWarps) fetch_items<kDecodeOnly>(p, shared);
     return;
   }
-  if constexpr (T::kGiveRegisters) set_registers<T::kConsumerRegisters, true>();
+  if constexpr (T::kGiveRegisters) set_registers<Registers<kDecodeOnly>::kConsumer, true>();
   bool waited = !kDecodeOnly;
   if (waited) pdl_wait();
   const int num_items = (__ldcg(p.plan) + __ldcg(p.plan + 1)) * p.kv.num_kv_heads;
@@ -120,20 +124,19 @@ __global__ void __launch_bounds__(Threads<kDecodeOnly, kTiles>::kCount, 1)
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.header_empty[header.slot]);
     header.advance(S::kHeaders);
     if (item.kind == kPadding) {
-      if (!waited) pdl_wait();
-      waited = true;
+      wait_once(waited);
       write_zeros<KV, kHeadDim, kOut>(p, item, head);
     } else if constexpr (kDecodeOnly) {
       consume_decode<kTiles, kOut, true>(p, shared, item, head, waited, place);
     } else if (item.kind == kPrefill) {
       consume_prefill<kOut>(p, shared, item, head, place);
-    } else if (item.count * p.group <= 8) {
+    } else if (tiles_of(item, p.group) == 1) {
       consume_decode<1, kOut, false>(p, shared, item, head, waited, place);
     } else {
       consume_decode<2, kOut, false>(p, shared, item, head, waited, place);
     }
   }
-  if (!waited) pdl_wait();
+  wait_once(waited);
 }
 
 /// Words of the plan of a step with T tokens of S slots: of any such step, or of one in which each token is its slot's only

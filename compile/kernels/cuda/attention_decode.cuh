@@ -302,8 +302,13 @@ __device__ __forceinline__ void finish_decode(const AttentionParams<KV>& p, Shar
   }
 }
 
-/// A decode item of at most 8 kTiles rows. `waited`: whether this thread has been at `pdl_wait`, before which a step that only
-/// decodes has more to do.
+/// `waited`: whether this thread has been at `pdl_wait`, before which a step that only decodes has more to do.
+__device__ __forceinline__ void wait_once(bool& waited) {
+  if (!waited) pdl_wait();
+  waited = true;
+}
+
+/// A decode item of at most 8 kTiles rows.
 template <int kTiles, Out kOut, bool kProjected, typename KV, int kHeadDim>
 __device__ __forceinline__ void consume_decode(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item,
                                                int head, bool& waited, RingPlace& place) {
@@ -314,8 +319,7 @@ __device__ __forceinline__ void consume_decode(const AttentionParams<KV>& p, Sha
   Queries<KV, kHeadDim, kTiles> queries;
   if constexpr (kProjected) {
     const QueryAngles<kHeadDim> angles(p.added.rope, item.position);
-    if (!waited) pdl_wait();
-    waited = true;
+    wait_once(waited);
     queries.load_projected(p, item, head);
     queries.turn_projected(p.added, angles);
   } else {

@@ -44,7 +44,8 @@ void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   } else {
     p.units_of_k = p.plan.units_of_k;
   }
-  launch(gemm_kernel<T, S>, kBlocks == 1 ? p.narrow.grid : kGrid, S::kThreads, S::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
+  const int blocks = kBlocks == 1 ? p.narrow.grid : kGrid;
+  launch(gemm_kernel<T, S>, blocks, S::kThreads, S::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
 }
 
 /// One tile of all tokens, p.M <= kMost of them.
