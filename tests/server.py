@@ -34,6 +34,8 @@ START_TIMEOUT_S = 240.0
 """The first start in an empty cache compiles kernels and graph."""
 _MARK = "TPSERVE_TEST_SERVER"
 _POLL_S = 0.05
+_LISTEN = "0A"
+"""The state of a listening socket in /proc/net/tcp."""
 
 T = TypeVar("T")
 
@@ -85,7 +87,8 @@ class Footprint:
     """What a server holds on this machine besides memory."""
 
     mark: str
-    ports: set[int] = field(default_factory=set)
+    sockets: dict[int, int] = field(default_factory=dict)
+    """The port of each listening socket, by the socket's inode: a port alone may be somebody else's a moment later."""
     folders: set[Path] = field(default_factory=set)
     shared_memory: set[Path] = field(default_factory=set)
     ray_folder_was_there: bool = field(default_factory=lambda: Path("/tmp/ray").exists())
@@ -96,11 +99,7 @@ class Footprint:
             with suppress(psutil.Error, OSError):
                 text = " ".join([*process.cmdline(), process.environ().get("PROMETHEUS_MULTIPROC_DIR", "")])
                 self.folders.update(map(Path, re.findall(r"/tmp/tpserve-[\w-]+", text)))
-                self.ports.update(
-                    connection.laddr.port
-                    for connection in process.net_connections("inet")
-                    if connection.status == psutil.CONN_LISTEN
-                )
+                self.sockets.update(_listening(process.pid))
                 maps = Path(f"/proc/{process.pid}/maps").read_text()
                 self.shared_memory.update(map(Path, re.findall(r"/dev/shm/\S+", maps)))
 
@@ -110,9 +109,8 @@ class Footprint:
         found += [str(path) for path in (*self.folders, *self.shared_memory) if path.exists()]
         if not self.ray_folder_was_there and Path("/tmp/ray").exists():
             found.append("/tmp/ray")
-        if not found:  # a port may belong to somebody else by now, but not to nobody
-            found = [f"port {port}" for port in self.ports if not _can_bind(port)]
-        return found
+        listening = _listening_sockets()
+        return found + [f"port {port}" for inode, port in self.sockets.items() if inode in listening]
 
     def assert_gone(self, within_s: float) -> None:
         deadline = time.monotonic() + within_s
@@ -127,12 +125,25 @@ def _cmdline(process: psutil.Process) -> list[str]:
     return []
 
 
-def _can_bind(port: int) -> bool:
-    try:
-        with socket.create_server(("127.0.0.1", port)):
-            return True
-    except OSError:
-        return False
+def _listening_sockets(pid: int | str = "self") -> dict[int, int]:
+    """Return the ports of all listening TCP sockets in the network namespace of a process, by the sockets' inodes."""
+    found = {}
+    tables = [Path(f"/proc/{pid}/net/{name}") for name in ("tcp", "tcp6")]
+    for table in filter(Path.exists, tables):  # a system may be without IPv6
+        for line in table.read_text().splitlines()[1:]:
+            columns = line.split()  # 1: address and port in hexadecimal, 3: the state, 9: the inode
+            if columns[3] == _LISTEN:
+                found[int(columns[9])] = int(columns[1].rpartition(":")[2], 16)
+    return found
+
+
+def _listening(pid: int) -> dict[int, int]:
+    """Return the ports on which a process itself listens, by its sockets' inodes."""
+    held = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            held.add(str(entry.readlink()))
+    return {inode: port for inode, port in _listening_sockets(pid).items() if f"socket:[{inode}]" in held}
 
 
 class Server:
