@@ -107,7 +107,7 @@ class Engine:
 
     def run(self, way: Way, prompts: Sequence[Sequence[int]], num_tokens: int, sampling: SamplingParams) -> Outcome:
         """Decode every prompt at once; TPOT is the mean over sequences, from its first token to its last."""
-        speculation = self._config.speculation
+        method = self._config.speculation and self._config.speculation.method
         scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=self._config.max_num_seqs,
@@ -119,7 +119,8 @@ class Engine:
                 max_in_flight_steps=1,
                 max_num_draft_tokens=way.num_draft_tokens,
                 draft_length=way.draft_length,
-                drafts_are_sparse=speculation is not None and speculation.method in SPARSE_METHODS,
+                drafts_are_sparse=method in SPARSE_METHODS,
+                drafts_cost_upkeep=method == "eagle3",
             )
         )
         seated: set[int] = set()

@@ -138,6 +138,7 @@ async def run(
 ) -> int:
     """Serve until SIGTERM, and tell `parent` where; return the exit code."""
     metrics = Metrics(config.model_name, cache_dtype=manifest.kv.dtype, compat=config.metrics_compat)
+    method, on_device = (config.speculation or {}).get("method"), manifest.target["kind"] == "cuda"
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
@@ -149,9 +150,10 @@ async def run(
             enable_prefix_cache=config.enable_prefix_cache,
             max_num_draft_tokens=(config.speculation or {}).get("max_num_draft_tokens", 0),
             draft_length=config.draft_length,
-            drafts_on_device=manifest.target["kind"] == "cuda",
-            drafts_are_sparse=(config.speculation or {}).get("method") in SPARSE_METHODS,
-            prefix_lookahead=int((config.speculation or {}).get("method") == "eagle3"),
+            drafts_on_device=on_device,
+            drafts_are_sparse=method in SPARSE_METHODS,
+            drafts_cost_upkeep=method == "eagle3" and not on_device,
+            prefix_lookahead=int(method == "eagle3"),
         )
     )
     engine_config = EngineConfig(

@@ -37,6 +37,8 @@ _TRIAL_SHARE = 0.01
 """Of time may go to trying lengths that do not pay."""
 _FIRST_TRIAL_AFTER = 200
 _MAX_TRIAL_AFTER = 20_000
+_GIVES_UP_AFTER = 64
+"""Plain steps at a batch size before its sequences are given up."""
 
 
 @dataclass(slots=True)
@@ -129,6 +131,14 @@ class AdaptiveLength:
                 size.length, size.num_stayed = 0, 0
         return size.length
 
+    def gives_up(self, num_decoding: int) -> bool:
+        """See DraftLength: no draft has paid for a while, nor would it if every sequence was drafted for."""
+        size = self._size_of(num_decoding)
+        if size.length or size.trial is not None or size.num_stayed < _GIVES_UP_AFTER:
+            return False
+        best = max(self._speed(size, length, drafting=1.0) for length in range(1, self.max_num_draft_tokens + 1))
+        return best <= self._speed(size, 0) * (1 + _MIN_GAIN)
+
     def observe(self, result: StepResult, num_draft_tokens: int, num_drafting: int) -> None:
         """See DraftLength."""
         if not result.slots:
@@ -195,10 +205,16 @@ class AdaptiveLength:
         elif length:
             size.trial_after = _FIRST_TRIAL_AFTER
 
-    def _speed(self, size: _Size, length: int) -> float:
-        """Tokens of one sequence for a microsecond; 0 if nothing is known."""
+    def _speed(self, size: _Size, length: int, drafting: float | None = None) -> float:
+        """Tokens of one sequence for a microsecond; 0 if nothing is known.
+
+        Parameters
+        ----------
+        drafting
+            Share of the sequences that are drafted for; None: as in the step to choose for.
+        """
         step_us = self._step_us(size, length)
-        return self._tokens(length) / step_us if step_us else 0.0
+        return self._tokens(length, self._drafting if drafting is None else drafting) / step_us if step_us else 0.0
 
     def _step_us(self, size: _Size, length: int) -> float:
         """Return the time of a step: measured, or on the line through the measured ones around or below it."""
@@ -212,11 +228,11 @@ class AdaptiveLength:
         low, high = size.times[below].step_us, size.times[above].step_us
         return low + (high - low) * (length - below) / (above - below)
 
-    def _tokens(self, length: int) -> float:
+    def _tokens(self, length: int, drafting: float) -> float:
         """Return the tokens that a sequence can expect of one step, on average over those that run."""
         overall = self._overall.accepted / self._overall.compared if self._overall.compared else 1.0
         rates = [
             (rate.accepted + _PRIOR_WEIGHT * overall) / (rate.compared + _PRIOR_WEIGHT) for rate in self._rates.values()
         ] or [overall]
         accepted = sum(sum(rate**position for position in range(1, length + 1)) for rate in rates) / len(rates)
-        return 1.0 + self._drafting * self._share * accepted
+        return 1.0 + drafting * self._share * accepted

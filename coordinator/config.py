@@ -48,6 +48,9 @@ class SchedulerConfig:
     in prompts drafts for nobody."""
     drafts_are_sparse: bool = False
     """Whether the proposer has nothing for most sequences, as one that looks tokens up."""
+    drafts_cost_upkeep: bool = False
+    """Whether the proposer works in every step for every sequence that it may be asked to draft for, as a head on the
+    ranks of a CPU does. Then a rule may give sequences up, see `DraftLength.gives_up`."""
     prefix_lookahead: int = 0
     """Tokens behind a page that what is kept of it hangs on: 1 with an EAGLE-3 head, whose last pair of a page takes
     the token behind. A page is then shared by sequences that agree on it."""

@@ -27,6 +27,12 @@ class DraftLength(Protocol):
             Of them, how many may be drafted for, one or more: the others get one token in a step whatever is chosen.
         """
 
+    def gives_up(self, num_decoding: int) -> bool:
+        """Return whether sequences that decode need not be drafted for any more, but for one in so many.
+
+        Asked if keeping a proposer ready for them costs something, see `SchedulerConfig.drafts_cost_upkeep`.
+        """
+
     def observe(self, result: StepResult, num_draft_tokens: int, num_drafting: int) -> None:
         """Learn from a step that was planned with so many draft tokens, for so many of its decoding sequences."""
 
@@ -43,6 +49,10 @@ class FixedLength:
     def choose(self, num_decoding: int, num_drafting: int) -> int:
         """See DraftLength."""
         return self._num_draft_tokens
+
+    def gives_up(self, num_decoding: int) -> bool:
+        """See DraftLength."""
+        return False
 
     def observe(self, result: StepResult, num_draft_tokens: int, num_drafting: int) -> None:
         """See DraftLength."""
@@ -62,6 +72,10 @@ class TableLength:
         """See DraftLength."""
         length = next((length for below, length in _MLC_TABLE if num_decoding < below), 0)
         return min(length, self._most) if num_decoding * (length + 1) <= self._max_num_seqs else 0
+
+    def gives_up(self, num_decoding: int) -> bool:
+        """See DraftLength."""
+        return False
 
     def observe(self, result: StepResult, num_draft_tokens: int, num_drafting: int) -> None:
         """See DraftLength."""

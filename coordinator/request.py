@@ -110,7 +110,7 @@ class Sequence:
     next_page_step: int = 0
     """Step that writes the first token past the page table, while DECODING."""
     speculates: bool = False
-    """Whether draft tokens are verified for it."""
+    """Whether draft tokens are verified for it; not any more, once it was given up."""
     planned: deque[int] = field(default_factory=deque)
     """With speculation, the most tokens that each step in flight can give it, oldest first."""
     waiting_since_step: int = 0
@@ -131,13 +131,15 @@ class RequestGroup:
     num_unfinished: int = 0
     started: bool = False
     """Whether one of the sequences has run."""
+    speculates: bool = False
+    """Whether its sequences are drafted for when they start."""
     prompt_leader: Sequence | None = None
     """The sequence that is computing the prompt's full pages, for which the other choices wait."""
 
 
 def make_group(request: Request, first_order: int, max_len: int, step: int, speculates: bool) -> RequestGroup:
     """Return the sequences of a request, waiting since `step`, in arrival order from `first_order` on."""
-    group = RequestGroup(request, num_unfinished=request.n)
+    group = RequestGroup(request, num_unfinished=request.n, speculates=speculates)
     group.sequences = tuple(
         Sequence(
             group=group,

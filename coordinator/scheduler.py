@@ -40,6 +40,9 @@ from tpserve.coordinator.sequence_list import SequenceList
 from tpserve.coordinator.slot_table import SlotTable
 from tpserve.proto.messages import FinishReason, PromptChunk, SlotAdd, StepPlan, StepResult
 
+_WITNESS_INTERVAL = 8
+"""Of so many sequences one is drafted for even where drafts do not pay."""
+
 
 class Scheduler:
     """Continuous batching over paged KV, for one TP group."""
@@ -227,6 +230,7 @@ class Scheduler:
         if self._slots.num_in_flight >= self._config.max_in_flight_steps:
             return None
         step = self._next_step
+        undrafted = self._give_up_drafts()
         num_draft_tokens = self._choose_draft_length()
         appended = self._grow_page_tables(step, num_draft_tokens)
         if not self._num_drafting:
@@ -241,7 +245,7 @@ class Scheduler:
         if not chunks and not num_decoding:
             return None
         removed = self._slots.take_removed()
-        plan = StepPlan(step, removed, tuple(added), tuple(appended), tuple(chunks), num_draft_tokens)
+        plan = StepPlan(step, removed, tuple(added), tuple(appended), tuple(chunks), num_draft_tokens, undrafted)
         self._next_step += 1
         self._slots.open_step(step, num_decoding + sum(chunk.sample for chunk in chunks))
         self._progress.plan(step, num_draft_tokens)
@@ -270,6 +274,26 @@ class Scheduler:
             budget //= 2
         most = budget // self._num_decoding - 1  # on a device, each decoding slot has as many rows
         return max(0, min(self._draft_length.choose(self._num_decoding, self._num_drafting), most))
+
+    def _give_up_drafts(self) -> tuple[int, ...]:
+        """Draft no more for decoding sequences, where the rule says so; return their slots.
+
+        One in `_WITNESS_INTERVAL` goes on: its drafts show when they begin to pay. A sequence that starts again is
+        drafted for again.
+        """
+        if self._draft_length is None or not self._config.drafts_cost_upkeep or not self._num_drafting:
+            return ()
+        if not self._draft_length.gives_up(self._num_decoding):
+            return ()
+        given_up = [
+            sequence
+            for sequence in self._running
+            if sequence.status is SequenceStatus.DECODING and sequence.speculates and sequence.order % _WITNESS_INTERVAL
+        ]
+        for sequence in given_up:
+            sequence.speculates = False
+        self._num_drafting -= len(given_up)
+        return tuple(sequence.slot for sequence in given_up if sequence.slot is not None)
 
     def _grow_page_tables(self, step: int, num_draft_tokens: int) -> list[tuple[int, int]]:
         """Give pages to each decoding sequence that may write past its page table in this step.
@@ -429,6 +453,7 @@ class Scheduler:
     def _requeue(self, sequence: Sequence, has_run: bool) -> None:
         sequence.status = SequenceStatus.WAITING
         sequence.num_computed_tokens = 0
+        sequence.speculates = sequence.group.speculates
         sequence.has_run = sequence.has_run or has_run
         self._waiting.add(sequence)
         self._admission_open = True

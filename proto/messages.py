@@ -186,6 +186,8 @@ class StepPlan:
     chunks: tuple[PromptChunk, ...] = ()
     num_draft_tokens: int = 0
     """Verified for each slot that speculates, at most; 0 is plain decoding."""
+    undrafted_slots: tuple[int, ...] = ()
+    """Decoding slots that speculate no more, from this step on. Applied before all other fields."""
 
     def to_pb(self) -> worker_pb2.StepPlan:
         """Return the protobuf form."""
@@ -216,6 +218,7 @@ class StepPlan:
                 for chunk in self.chunks
             ],
             num_draft_tokens=self.num_draft_tokens,
+            undrafted_slots=self.undrafted_slots,
         )
 
     @classmethod
@@ -241,6 +244,7 @@ class StepPlan:
                 PromptChunk(chunk.slot, chunk.start, tuple(chunk.token_ids), chunk.sample) for chunk in pb.chunks
             ),
             num_draft_tokens=pb.num_draft_tokens,
+            undrafted_slots=tuple(pb.undrafted_slots),
         )
 
 

@@ -28,6 +28,7 @@ def make_config(
     max_passed_sequences: int = 32,
     max_num_draft_tokens: int = 0,
     drafts_on_device: bool = False,
+    drafts_cost_upkeep: bool = False,
 ) -> SchedulerConfig:
     """A small config; pages of 4 tokens."""
     return SchedulerConfig(
@@ -44,6 +45,7 @@ def make_config(
         max_passed_sequences=max_passed_sequences,
         max_num_draft_tokens=max_num_draft_tokens,
         drafts_on_device=drafts_on_device,
+        drafts_cost_upkeep=drafts_cost_upkeep,
     )
 
 

@@ -74,6 +74,7 @@ class _Slot:
     """Sampled and not fed back yet; None while the prompt is incomplete."""
     max_len: int = 0
     """Tokens at which it ends, if it speculates."""
+    is_drafted: bool = False
 
     @property
     def is_full(self) -> bool:
@@ -154,6 +155,7 @@ class SimulatedWorker:
 
     def _check_device(self, plan: StepPlan) -> None:
         """Require what a GPU does."""
+        require(not plan.undrafted_slots, "drafts are given up, which saves nothing here")
         for added in plan.added_slots:
             plain = added.sampling.needs_output_history or added.grammar is not None
             require(not (plain and added.max_len), f"slot {added.slot} speculates with penalties or a grammar")
@@ -171,7 +173,7 @@ class SimulatedWorker:
         assert slot.last_token is not None
         assert slot.next_position is not None
         random = Random(f"{plan.step_id} {number}")
-        most = max(0, min(plan.num_draft_tokens, slot.max_len - slot.next_position - 2))
+        most = max(0, min(plan.num_draft_tokens, slot.max_len - slot.next_position - 2)) if slot.is_drafted else 0
         num_drafts = random.choice([most, random.randint(0, most)])
         return _Work(number, slot.next_position, (slot.last_token,), num_drafts, random.randint(0, num_drafts))
 
@@ -180,6 +182,10 @@ class SimulatedWorker:
         return self.slots[number]
 
     def _apply_diff(self, plan: StepPlan) -> None:
+        for number in plan.undrafted_slots:
+            slot = self._slot(number)
+            require(slot.is_drafted and slot.last_token is not None, f"slot {number} has no drafts to be given up")
+            slot.is_drafted = False
         for number in plan.removed_slots:
             self._slot(number)
             del self.slots[number]
@@ -195,7 +201,11 @@ class SimulatedWorker:
                 f"slot {added.slot} has hits of {len(added.prefix_token_ids)} tokens",
             )
             self.slots[added.slot] = _Slot(
-                added.sampling, list(added.page_ids), list(added.output_token_ids), max_len=added.max_len
+                added.sampling,
+                list(added.page_ids),
+                list(added.output_token_ids),
+                max_len=added.max_len,
+                is_drafted=added.max_len > 0,
             )
         for number, page in plan.appended_pages:
             slot = self._slot(number)

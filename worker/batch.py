@@ -92,6 +92,7 @@ class Batch:
         self._row_starts = np.arange(max_num_seqs) * width
         self.num_tokens = np.zeros(max_num_seqs, np.int32)
         self._max_len = np.zeros(max_num_seqs, np.int32)
+        self._is_drafted = np.zeros(max_num_seqs, np.bool_)
         self._num_ending = 0  # occupied slots with a max_len
         self._decoding = np.empty(0, np.int32)
         self.ended = self._decoding
@@ -119,6 +120,13 @@ class Batch:
             table holds.
         """
         changed: list[tuple[int, int, int]] = []
+        for slot in plan.undrafted_slots:
+            self._require_slot(plan, slot)
+            self._require(
+                self._occupied[slot] and self._is_drafted[slot],
+                f"step {plan.step_id} ends the drafts of slot {slot}, which has none",
+            )
+            self._is_drafted[slot] = False
         if plan.removed_slots:
             for slot in plan.removed_slots:
                 self._require_slot(plan, slot)
@@ -144,6 +152,7 @@ class Batch:
             self._occupied[slot] = True
             self.num_tokens[slot] = 0
             self._max_len[slot] = added.max_len
+            self._is_drafted[slot] = added.max_len > 0
             self._num_ending += bool(added.max_len)
             self.tokens[slot, : len(added.prefix_token_ids)] = added.prefix_token_ids
             for page in added.page_ids:
@@ -164,7 +173,7 @@ class Batch:
         """Return how many draft tokens each slot of `running` may verify, (B,) int32: at most what it lacks but one."""
         slots = self.running()
         left: Array = self._max_len[slots] - self.num_tokens[slots] - 1
-        return left.clip(0, max_num_draft_tokens)
+        return left.clip(0, max_num_draft_tokens) * self._is_drafted[slots]
 
     def prepare(self, plan: StepPlan, draft: DraftTokens | None = None) -> StepArrays:
         """Lay out the tokens of a step: decoding slots first, each with its draft tokens, then the plan's chunks.

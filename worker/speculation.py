@@ -47,6 +47,9 @@ class Speculator:
         """Take a plan's removals, additions and pages. Before the batch does, which refuses a plan that is wrong."""
         self._proposer.begin(plan.step_id)
         num_slots = len(self._batch.num_tokens)
+        for slot in plan.undrafted_slots:
+            if slot < num_slots:
+                self._proposer.give_up(slot)
         for slot in plan.removed_slots:
             if slot < num_slots:
                 self._proposer.remove(slot)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StepPlan(_message.Message):
-    __slots__ = ("step_id", "removed_slots", "added_slots", "append_slots", "append_pages", "chunks", "num_draft_tokens")
+    __slots__ = ("step_id", "removed_slots", "added_slots", "append_slots", "append_pages", "chunks", "num_draft_tokens", "undrafted_slots")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     REMOVED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     ADDED_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class StepPlan(_message.Message):
     APPEND_PAGES_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNDRAFTED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     removed_slots: _containers.RepeatedScalarFieldContainer[int]
     added_slots: _containers.RepeatedCompositeFieldContainer[SlotAdd]
@@ -23,7 +24,8 @@ class StepPlan(_message.Message):
     append_pages: _containers.RepeatedScalarFieldContainer[int]
     chunks: _containers.RepeatedCompositeFieldContainer[PromptChunk]
     num_draft_tokens: int
-    def __init__(self, step_id: _Optional[int] = ..., removed_slots: _Optional[_Iterable[int]] = ..., added_slots: _Optional[_Iterable[_Union[SlotAdd, _Mapping]]] = ..., append_slots: _Optional[_Iterable[int]] = ..., append_pages: _Optional[_Iterable[int]] = ..., chunks: _Optional[_Iterable[_Union[PromptChunk, _Mapping]]] = ..., num_draft_tokens: _Optional[int] = ...) -> None: ...
+    undrafted_slots: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step_id: _Optional[int] = ..., removed_slots: _Optional[_Iterable[int]] = ..., added_slots: _Optional[_Iterable[_Union[SlotAdd, _Mapping]]] = ..., append_slots: _Optional[_Iterable[int]] = ..., append_pages: _Optional[_Iterable[int]] = ..., chunks: _Optional[_Iterable[_Union[PromptChunk, _Mapping]]] = ..., num_draft_tokens: _Optional[int] = ..., undrafted_slots: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SlotAdd(_message.Message):
     __slots__ = ("slot", "sampling", "page_ids", "output_token_ids", "grammar", "max_len", "prefix_token_ids")

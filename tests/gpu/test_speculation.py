@@ -21,6 +21,7 @@ from gpu_devices import NUM_DEVICES
 from rank_group import RankGroup, RankProcesses, run_scheduler
 from scripts import ROOT
 from tpserve.coordinator.config import SchedulerConfig
+from tpserve.coordinator.draft_length import FixedLength
 from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.messages import SamplingParams
@@ -222,17 +223,14 @@ def test_switching_between_plain_and_verified_steps_changes_no_text(
     assert min(same) > 20
 
 
-class Cycle:
+class Cycle(FixedLength):
     """A rule that goes round."""
 
     def __init__(self, lengths: list[int]) -> None:
+        super().__init__(max(lengths))
         self._lengths = lengths
         self._next = 0
 
     def choose(self, num_decoding: int, num_drafting: int) -> int:
         self._next += 1
         return self._lengths[(self._next - 1) % len(self._lengths)]
-
-    def observe(self, result: object, num_draft_tokens: int, num_drafting: int) -> None: ...
-
-    def forget(self, slot: int) -> None: ...

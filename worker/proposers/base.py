@@ -14,9 +14,9 @@ class Proposer(Protocol):
     """Guesses how the sequences of some slots go on. Never wrong, only useless: the target verifies each token.
 
     It reads the tokens of a slot in `Batch.tokens` and their number in `Batch.num_tokens`. Every rank proposes the
-    same, from the same plans. The order of calls in a step: `begin`; `remove`, `add` and `grow` as the plan says,
-    before the batch takes it; `propose`, if the step verifies drafts; `emitted`, if it ran tokens; `settle`, if it
-    proposed; `computed`, if it ran tokens.
+    same, from the same plans. The order of calls in a step: `begin`; `give_up`, `remove`, `add` and `grow` as the plan
+    says, before the batch takes it; `propose`, if the step verifies drafts; `emitted`, if it ran tokens; `settle`, if
+    it proposed; `computed`, if it ran tokens.
 
     A draft model (`draft.DraftModel`) needs tokens alone, and looks back at them whenever it is asked. An EAGLE-3 head
     (`eagle.EagleHead`) needs the target's hidden rows besides, which are there once: in `computed`, for all tokens of a
@@ -29,6 +29,9 @@ class Proposer(Protocol):
 
     def add(self, added: SlotAdd) -> None:
         """Take a sequence that enters the batch, whether it speculates or not."""
+
+    def give_up(self, slot: int) -> None:
+        """Learn that a sequence which decodes is never asked about again: it need not be kept up with."""
 
     def grow(self, page: int) -> None:
         """Take a fresh page that is put at the end of some slot's table."""
@@ -92,6 +95,9 @@ class TextProposer:
         """Nothing is kept by step."""
 
     def add(self, added: SlotAdd) -> None:
+        """Nothing is kept by slot."""
+
+    def give_up(self, slot: int) -> None:
         """Nothing is kept by slot."""
 
     def grow(self, page: int) -> None:

@@ -82,6 +82,9 @@ class DraftModel:
         if added.max_len:
             self._sampler.add(replace(added, sampling=replace(added.sampling, num_logprobs=None)))
 
+    def give_up(self, slot: int) -> None:
+        """Nothing is done for a slot before it is asked about."""
+
     def grow(self, page: int) -> None:
         """Take a fresh page: what it held is gone."""
         self._valid[page] = False

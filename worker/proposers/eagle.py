@@ -110,6 +110,10 @@ class EagleHead:
         if added.max_len:
             self._sampler.add(replace(added, sampling=replace(added.sampling, num_logprobs=None)))
 
+    def give_up(self, slot: int) -> None:
+        """Take no more rows of a sequence. What was left aside is computed with the next pass, for the pages' sake."""
+        self._is_lost[slot] = True
+
     def grow(self, page: int) -> None:
         """Take a fresh page: what it held is gone."""
         self._valid[page] = False

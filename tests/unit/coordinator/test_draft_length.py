@@ -136,6 +136,45 @@ def test_it_follows_the_batch_and_the_requests() -> None:
     assert machine.chosen[-1] >= 3, "what was given up is tried again"
 
 
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_sequences_are_given_up_where_drafts_never_pay(batch: int) -> None:
+    machine = Machine(memory_bound, 0.02)
+    rule = AdaptiveLength(MOST)
+    assert not rule.gives_up(batch)  # nothing is known yet
+    machine.run(rule, batch, 300)
+    assert rule.gives_up(batch)
+
+
+def test_nobody_is_given_up_where_drafts_pay() -> None:
+    machine = Machine(memory_bound, 0.8)
+    rule = AdaptiveLength(MOST)
+    for _ in range(1000):
+        machine.run(rule, 4, 1)
+        assert not rule.gives_up(4)
+    machine.run(rule, 128, 300)
+    assert rule.gives_up(128)
+    assert not rule.gives_up(4)
+
+
+def test_the_drafts_of_one_show_when_others_need_no_longer_be_given_up() -> None:
+    """One sequence of eight is drafted for, in trials: of its own it would never pay, but of all it does."""
+    machine = Machine(memory_bound, 0.02)
+    rule = AdaptiveLength(MOST)
+    machine.run(rule, 8, 300)
+    machine.num_plain = 7
+    machine.run(rule, 8, 1000)
+    assert rule.gives_up(8)
+    machine.rate = 0.9
+    num_steps = 0
+    while rule.gives_up(8):
+        machine.run(rule, 8, 100)
+        num_steps += 100
+        assert num_steps < 30_000
+    machine.num_plain = 0  # those that come from now on
+    machine.run(rule, 8, 100)
+    assert machine.chosen[-1] >= 3
+
+
 def test_lookups_that_seldom_find_something_are_worth_their_cost_or_not() -> None:
     cheap = Machine(lambda batch, length: 5000.0 + 50.0 * length, 0.8, coverage=0.2)
     machine_rule = AdaptiveLength(MOST, are_sparse=True)

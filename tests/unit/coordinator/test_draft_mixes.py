@@ -8,6 +8,7 @@ import pytest
 
 from builders import Loop, make_config, make_request
 from simulated_worker import expected_output
+from tpserve.coordinator.draft_length import FixedLength
 from tpserve.coordinator.request import Request
 from tpserve.proto.messages import StepPlan, StepResult
 from unit.coordinator.test_scheduler_random import ANYTHING
@@ -108,21 +109,20 @@ def test_the_rows_of_those_who_may_not_are_counted() -> None:
     assert max(plan.num_draft_tokens for plan in plans) == 2
 
 
-class Rule:
+class Rule(FixedLength):
     """Notes what it is asked and told."""
 
     def __init__(self) -> None:
+        super().__init__(2)
         self.asked: list[tuple[int, int]] = []
         self.told: list[tuple[int, int]] = []
 
     def choose(self, num_decoding: int, num_drafting: int) -> int:
         self.asked.append((num_decoding, num_drafting))
-        return 2
+        return super().choose(num_decoding, num_drafting)
 
     def observe(self, result: StepResult, num_draft_tokens: int, num_drafting: int) -> None:
         self.told.append((num_draft_tokens, num_drafting))
-
-    def forget(self, slot: int) -> None: ...
 
 
 def test_the_rule_is_told_for_how_many_it_drafts() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from builders import Loop, make_config, make_request
 from simulated_worker import expected_output
 from tpserve.coordinator.config import ConfigError, SchedulerConfig
+from tpserve.coordinator.draft_length import FixedLength
 from tpserve.coordinator.request import QueueFull, Request, RequestGroup, RequestInvalid, Sequence, choice_seed
 from tpserve.coordinator.slot_table import ResultMismatch
 from tpserve.proto.messages import FinishReason, PromptChunk, StepPlan, StepResult
@@ -19,6 +20,17 @@ def plan_of(loop: Loop) -> StepPlan:
     plan = loop.plan()
     assert plan is not None
     return plan
+
+
+class RuleAtHand(FixedLength):
+    """Drafts a token each until it is told that this does not pay."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.has_had_enough = False
+
+    def gives_up(self, num_decoding: int) -> bool:
+        return self.has_had_enough
 
 
 def chunk_lengths(loop: Loop) -> list[int]:
@@ -164,6 +176,34 @@ class TestSteps:
         loop.step()
         plan = plan_of(loop)
         assert (plan.chunks, plan.num_draft_tokens) == ((), 3)
+
+    def test_sequences_whose_drafts_do_not_pay_are_given_up_but_for_one(self) -> None:
+        loop = Loop(make_config(max_num_draft_tokens=3, drafts_cost_upkeep=True, max_num_batched_tokens=96))
+        rule = RuleAtHand()
+        cast("Any", loop.scheduler)._draft_length = rule
+        loop.add(*(make_request(i, prompt=5, max_tokens=40) for i in range(8)))
+        loop.step()
+        assert plan_of(loop).undrafted_slots == ()
+        rule.has_had_enough = True
+        assert plan_of(loop).undrafted_slots == tuple(range(1, 8))
+        assert loop.plan() is None  # two are in flight
+        loop.update()
+        loop.update()
+        loop.lose_group()
+        rule.has_had_enough = False
+        loop.step()
+        assert all(added.max_len for added in loop.plans[-1].added_slots)  # they start again with drafts
+        rule.has_had_enough = True
+        assert len(plan_of(loop).undrafted_slots) == 7
+
+    def test_nobody_is_given_up_where_that_saves_nothing(self) -> None:
+        loop = Loop(make_config(max_num_draft_tokens=3))
+        rule = RuleAtHand()
+        rule.has_had_enough = True
+        cast("Any", loop.scheduler)._draft_length = rule
+        loop.add(make_request(1, prompt=5, max_tokens=40), make_request(2, prompt=5, max_tokens=40))
+        loop.run()
+        assert not any(plan.undrafted_slots for plan in loop.plans)
 
     def test_a_pure_decode_step_is_a_few_bytes(self) -> None:
         loop = Loop(make_config(max_num_seqs=32, max_num_batched_tokens=512, num_pages=512))

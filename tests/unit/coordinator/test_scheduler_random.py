@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from typing import Any, cast
 
 import pytest
 
 from builders import Loop, make_config
 from simulated_worker import VOCAB_SIZE, expected_output
 from tpserve.coordinator.config import SchedulerConfig
+from tpserve.coordinator.draft_length import FixedLength
 from tpserve.coordinator.request import QueueFull, Request, RequestInvalid
 from tpserve.proto.messages import Grammar, GrammarKind, SamplingParams
 
@@ -29,6 +31,8 @@ class Scenario:
     num_steps: int = 1500
     num_prefixes: int = 0
     """Prompts start with one of that many common prefixes."""
+    gives_up: float = 0.0
+    """Probability that a step gives up the drafts of who decodes."""
     grammar: float = 0.0
     """Probability that a request has a grammar, which the simulated worker does not follow."""
     preempts: bool = False
@@ -71,6 +75,15 @@ SCENARIOS = {
         num_prefixes=2,
         preempts=True,
     ),
+    "speculation_given_up": Scenario(
+        make_config(max_num_draft_tokens=4, max_in_flight_steps=3, num_pages=24, drafts_cost_upkeep=True),
+        gives_up=0.05,
+        abort=0.02,
+        group_loss=0.003,
+        max_n=2,
+        num_prefixes=2,
+        preempts=True,
+    ),
     "speculation_group_losses": Scenario(
         make_config(max_num_draft_tokens=2, num_pages=24), group_loss=0.02, max_n=3, num_prefixes=2, abort=0.02
     ),
@@ -83,6 +96,17 @@ SCENARIOS = {
         preempts=True,
     ),
 }
+
+
+class SometimesGivesUp(FixedLength):
+    """Always drafts for whom it may."""
+
+    def __init__(self, scenario: Scenario, random: Random) -> None:
+        super().__init__(scenario.config.max_num_draft_tokens)
+        self._random, self._probability = random, scenario.gives_up
+
+    def gives_up(self, num_decoding: int) -> bool:
+        return self._random.random() < self._probability
 
 
 def random_request(random: Random, request_id: int, scenario: Scenario, prefixes: list[list[int]]) -> Request:
@@ -107,6 +131,8 @@ def test_every_text_is_the_one_computed_alone(name: str, seed: int) -> None:
     random = Random(f"{name} {seed}")
     loop = Loop(scenario.config)
     scheduler = loop.scheduler
+    if scenario.gives_up:
+        cast("Any", scheduler)._draft_length = SometimesGivesUp(scenario, random)
     prefixes = [
         [random.randrange(VOCAB_SIZE) for _ in range(random.randint(3, 24))] for _ in range(scenario.num_prefixes)
     ]
@@ -134,6 +160,7 @@ def test_every_text_is_the_one_computed_alone(name: str, seed: int) -> None:
     loop.run()
 
     assert len(requests) > 20
+    assert any(plan.undrafted_slots for plan in loop.plans) == (scenario.gives_up > 0)
     for (request_id, choice), output in loop.outputs.items():
         tokens, finish = expected_output(requests[request_id], choice, scenario.config.max_model_len)
         if (request_id, choice) in aborted and output.finish is None:

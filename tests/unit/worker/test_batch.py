@@ -99,6 +99,9 @@ BUSY = StepPlan(1, added_slots=(add(0, 1),), chunks=(PromptChunk(0, 0, (1, 2, 3,
         (StepPlan(2, added_slots=(add(0, 2),)), "step 2 adds slot 0, which is taken"),
         (StepPlan(2, added_slots=(add(4, 2),)), "step 2 names slot 4 of 4"),
         (StepPlan(2, removed_slots=(9,)), "step 2 names slot 9 of 4"),
+        (StepPlan(2, undrafted_slots=(0,)), "step 2 ends the drafts of slot 0, which has none"),
+        (StepPlan(2, undrafted_slots=(1,)), "step 2 ends the drafts of slot 1, which has none"),
+        (StepPlan(2, undrafted_slots=(9,)), "step 2 names slot 9 of 4"),
         (StepPlan(2, appended_pages=((1, 6),)), "step 2 gives a page to slot 1, which is free"),
         (StepPlan(2, appended_pages=((0, 6), (0, 7), (0, 8))), "slot 0 has more pages than its table's 3"),
         (StepPlan(2), "step 2: a decoding slot has no page for its next token"),
@@ -187,6 +190,19 @@ def test_drafts_stand_behind_their_slots_and_their_rows_behind_the_first_ones() 
     assert batch.ended.tolist() == [2]
     batch.apply(StepPlan(4, removed_slots=(2,)))
     assert (batch.prepare(StepPlan(4)).sample_slots.tolist(), batch.ended.tolist()) == ([3, 0, 1], [])
+
+
+def test_a_slot_that_is_given_up_is_drafted_for_no_more_and_ends_as_before() -> None:
+    batch = decoding_batch()
+    batch.apply(StepPlan(2, undrafted_slots=(3,)))
+    assert batch.draft_limits(5).tolist() == [0, 0, 0]
+    for step, num_running in ((2, 3), (3, 2), (4, 2)):
+        run(batch, StepPlan(step), [7] * num_running)
+    assert batch.running().tolist() == [0]
+    added = StepPlan(5, (3,), (speculating(3, 9, 1, 2),), ((0, 6),), (PromptChunk(3, 4, (3,), sample=True),))
+    run(batch, added, [7, 7])
+    assert batch.running().tolist() == [0, 3]
+    assert batch.draft_limits(5).tolist() == [0, 2]
 
 
 def test_more_rows_than_the_library_takes_are_refused() -> None:

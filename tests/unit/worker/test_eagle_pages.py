@@ -97,10 +97,12 @@ class Served:
 
     def __init__(self, runner: Any, *, num_pages: int = 64, ahead: int = 1, budget: int = 64) -> None:
         self.num_draft_tokens = MOST
+        self.has_had_enough = False
+        self.num_given_up = 0
         self.scheduler = Scheduler(
             SchedulerConfig(
                 NUM_SLOTS, budget, 200, PAGE, num_pages, max_in_flight_steps=ahead, max_num_draft_tokens=MOST,
-                prefix_lookahead=1,
+                prefix_lookahead=1, drafts_cost_upkeep=True,
             )
         )  # fmt: skip
         cast("Any", self.scheduler)._draft_length = self
@@ -110,6 +112,9 @@ class Served:
 
     def choose(self, num_decoding: int, num_drafting: int) -> int:
         return self.num_draft_tokens
+
+    def gives_up(self, num_decoding: int) -> bool:
+        return self.has_had_enough
 
     def observe(self, result: StepResult, num_draft_tokens: int, num_drafting: int) -> None:
         """In place of a rule."""
@@ -124,6 +129,7 @@ class Served:
     def step(self) -> None:
         while (plan := self.scheduler.schedule()) is not None:
             self.scheduler.check_integrity()
+            self.num_given_up += len(plan.undrafted_slots)
             self._pending.append(self._runner.execute(StepPlan.from_pb(plan.to_pb())))
         if self._pending:
             for event in self.scheduler.update(self._pending.popleft()):
@@ -185,8 +191,41 @@ def test_pages_of_a_slot_without_rows_are_not_trusted(runner: Any, num_hits: int
     assert sum(finds.drafted) == 0
 
 
-@pytest.mark.parametrize(("ahead", "seed"), [(1, 0), (2, 1), (2, 2)])
-def test_under_the_scheduler(runner: Any, reference: ReferenceHead, ahead: int, seed: int) -> None:
+def test_who_is_given_up_costs_no_rows_and_leaves_its_prompts_pages(runner: Any, reference: ReferenceHead) -> None:
+    fill_pages(runner)
+    served = Served(runner)
+    served.num_draft_tokens = 0
+    prompt = tokens(13, 2 * PAGE + 3)
+    for number in range(2):  # the first is the one that is drafted for in any case
+        served.add(number, [number, *prompt], 60)
+    served.step()
+    served.has_had_enough = True
+    served.step()
+    head = head_of(runner)
+    num_rows = head._num_rows.copy()
+    for _ in range(40):
+        served.step()
+    assert (head._num_rows - num_rows)[:2].tolist() == [40, 0]
+    served.has_had_enough = False
+    served.num_draft_tokens = MOST
+    served.finish()
+    made, _ = runner.take_proposals()
+    assert made
+    assert all(proposal.tokens[0] == 0 for proposal in made)
+    # Its prompt's pages have what the head needs. Those behind do not, and whoever finds them is not drafted for.
+    served.add(2, [1, *prompt[: 2 * PAGE], 5], 8)
+    served.finish()
+    found, silent = runner.take_proposals()
+    assert (len(found) > 3, silent) == (True, 0)
+    check_proposals([*made[-8:], *found], reference)
+    served.add(3, [1, *prompt, *served.outputs[1][:50], 5], 8)
+    served.finish()
+    made, silent = runner.take_proposals()
+    assert (made, silent > 3) == ([], True)
+
+
+@pytest.mark.parametrize(("ahead", "seed", "give_up"), [(1, 0, 0.0), (2, 1, 0.0), (2, 2, 0.0), (2, 3, 0.3)])
+def test_under_the_scheduler(runner: Any, reference: ReferenceHead, ahead: int, seed: int, give_up: float) -> None:
     """Hits, chunks, preemption and clients that go, with pages for three sequences."""
     fill_pages(runner)
     rng = random.Random(seed)
@@ -202,17 +241,19 @@ def test_under_the_scheduler(runner: Any, reference: ReferenceHead, ahead: int, 
             served.step()
             if rng.random() < 0.1:
                 served.num_draft_tokens = rng.choice([0, 0, 1, MOST])
+            served.has_had_enough = rng.random() < give_up
             if rng.random() < 0.03:
                 served.scheduler.abort(rng.randrange(number + 1))
         prompts.append([*prompt, *served.outputs[number]])
-    served.num_draft_tokens = MOST
+    served.num_draft_tokens, served.has_had_enough = MOST, False
     served.finish()
     stats = served.scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.num_prefix_hit_tokens > 200
     made, silent = runner.take_proposals()
     assert len(made) > 100
-    assert silent == 0
+    assert (served.num_given_up >= 5) == (give_up > 0)
+    assert silent == 0 or give_up  # who finds pages of one that was given up is not drafted for
     check_proposals(rng.sample(made, 80), reference)
 
 
