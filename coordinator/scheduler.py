@@ -17,11 +17,10 @@ A decode step touches only the sequences for which something changes, unless it 
 
 from __future__ import annotations
 
-from collections import deque
-
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.decode_progress import BoundedProgress, DecodeProgress, StepProgress
-from tpserve.coordinator.draft_length import DraftLength, make_draft_length
+from tpserve.coordinator.draft_length import DraftLength
+from tpserve.coordinator.drafting import Drafting
 from tpserve.coordinator.integrity import check_sequences
 from tpserve.coordinator.kv_pages import KVPages
 from tpserve.coordinator.prompt_turns import prompts_in_turn
@@ -40,14 +39,17 @@ from tpserve.coordinator.sequence_list import SequenceList
 from tpserve.coordinator.slot_table import SlotTable
 from tpserve.proto.messages import FinishReason, PromptChunk, SlotAdd, StepPlan, StepResult
 
-_WITNESS_INTERVAL = 8
-"""Of so many sequences one is drafted for even where drafts do not pay."""
-
 
 class Scheduler:
-    """Continuous batching over paged KV, for one TP group."""
+    """Continuous batching over paged KV, for one TP group.
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    Parameters
+    ----------
+    draft_length
+        With speculation, a rule in place of the one that the configuration names.
+    """
+
+    def __init__(self, config: SchedulerConfig, draft_length: DraftLength | None = None) -> None:
         self._config = config
         self._groups: dict[int, RequestGroup] = {}
         self._waiting = SequenceList()
@@ -55,19 +57,13 @@ class Scheduler:
         self._running = SequenceList()
         self._slots = SlotTable(config.max_num_seqs)
         self._pages = self._make_pages()
-        self._progress: DecodeProgress = StepProgress(config.page_size)
-        self._draft_length: DraftLength | None = None
-        if config.max_num_draft_tokens:
-            self._progress = BoundedProgress(config.page_size)
-            self._draft_length = make_draft_length(config)
-        self._planned_drafts: deque[tuple[int, int]] = deque()
-        """With speculation, of each step in flight: its draft tokens, and how many sequences they are for."""
+        progress = BoundedProgress if config.max_num_draft_tokens else StepProgress
+        self._progress: DecodeProgress = progress(config.page_size)
+        self._drafting = Drafting(config, draft_length)
         self._next_step = 1
         self._last_result = 0
         self._next_order = 0
         self._num_decoding = 0
-        self._num_drafting = 0
-        """Of the decoding sequences, those that may be drafted for."""
         self._num_queued = 0
         self._num_query_tokens = 0
         self._num_hit_tokens = 0
@@ -90,7 +86,7 @@ class Scheduler:
     @property
     def speculates(self) -> bool:
         """Whether steps may verify draft tokens."""
-        return self._draft_length is not None
+        return self._config.max_num_draft_tokens > 0
 
     @property
     def num_running(self) -> int:
@@ -140,7 +136,8 @@ class Scheduler:
             self._groups.values(), self._waiting, self._prefilling, running, self._num_decoding, self._num_queued
         )
         num_drafting = sum(s.speculates for s in running if s.status is SequenceStatus.DECODING)
-        assert num_drafting == self._num_drafting, f"{self._num_drafting} counted as drafting, {num_drafting} are"
+        counted = self._drafting.num_drafting
+        assert num_drafting == counted, f"{counted} counted as drafting, {num_drafting} are"
         self._progress.check_integrity(self._num_decoding)
 
     def take_started(self) -> list[tuple[int, int]]:
@@ -167,10 +164,7 @@ class Scheduler:
         max_len = checked_max_len(request, self._config)
         if self._num_queued >= self._config.max_num_queued_requests + self._slots.num_free:
             raise QueueFull(f"{self._num_queued} requests wait already; try again later")
-        sampling = request.sampling
-        speculates = self._draft_length is not None and not sampling.wants_hidden
-        if self._config.drafts_on_device:
-            speculates = speculates and request.grammar is None and not sampling.needs_output_history
+        speculates = self._drafting.may_draft_for(request)
         group = make_group(request, self._next_order, max_len, self._next_step, speculates)
         self._next_order += request.n
         self._groups[request.request_id] = group
@@ -202,11 +196,11 @@ class Scheduler:
         self._slots.reset()
         self._pages = self._make_pages()
         self._progress.clear()
-        self._planned_drafts.clear()
+        self._drafting.clear()
         self._running.clear()
         self._prefilling.clear()
         self._waiting.clear()
-        self._num_decoding = self._num_drafting = 0
+        self._num_decoding = 0
         self._last_result = self._next_step - 1
         for group in self._groups.values():
             group.prompt_leader = None
@@ -230,10 +224,11 @@ class Scheduler:
         if self._slots.num_in_flight >= self._config.max_in_flight_steps:
             return None
         step = self._next_step
-        undrafted = self._give_up_drafts()
-        num_draft_tokens = self._choose_draft_length()
+        undrafted = self._drafting.give_up(self._num_decoding, self._running)
+        has_prompts = bool(self._prefilling or (self._waiting and self._admission_open and self._slots.num_free))
+        num_draft_tokens = self._drafting.choose(self._num_decoding, has_prompts)
         appended = self._grow_page_tables(step, num_draft_tokens)
-        if not self._num_drafting:
+        if not self._drafting.num_drafting:
             num_draft_tokens = 0  # those whom they were for have just been preempted
         num_decoding = self._num_decoding
         budget = self._config.max_num_batched_tokens - num_decoding * (1 + num_draft_tokens)
@@ -249,8 +244,7 @@ class Scheduler:
         self._next_step += 1
         self._slots.open_step(step, num_decoding + sum(chunk.sample for chunk in chunks))
         self._progress.plan(step, num_draft_tokens)
-        if self._draft_length is not None:
-            self._planned_drafts.append((num_draft_tokens, self._num_drafting))
+        self._drafting.plan(num_draft_tokens)
         # From here on things count for the next plan: what this one computes may be shared, and who ends here leaves.
         for sequence in touched:
             self._after_chunk(sequence, step)
@@ -258,42 +252,6 @@ class Scheduler:
             self._vacate(sequence)
             sequence.status = SequenceStatus.DRAINING
         return plan
-
-    def _choose_draft_length(self) -> int:
-        """Return the draft tokens of the next step: what the rule says, as far as the token budget goes.
-
-        Half of the budget is kept for prompts while there are any. Sequences that may not be drafted for get one token
-        in the same step; where there are no others, it is a plain one.
-        """
-        if self._draft_length is None or not self._num_drafting:
-            return 0
-        budget = self._config.max_num_batched_tokens
-        if self._prefilling or (self._waiting and self._admission_open and self._slots.num_free):
-            if self._config.drafts_on_device:
-                return 0
-            budget //= 2
-        most = budget // self._num_decoding - 1  # on a device, each decoding slot has as many rows
-        return max(0, min(self._draft_length.choose(self._num_decoding, self._num_drafting), most))
-
-    def _give_up_drafts(self) -> tuple[int, ...]:
-        """Draft no more for decoding sequences, where the rule says so; return their slots.
-
-        One in `_WITNESS_INTERVAL` goes on: its drafts show when they begin to pay. A sequence that starts again is
-        drafted for again.
-        """
-        if self._draft_length is None or not self._config.drafts_cost_upkeep or not self._num_drafting:
-            return ()
-        if not self._draft_length.gives_up(self._num_decoding):
-            return ()
-        given_up = [
-            sequence
-            for sequence in self._running
-            if sequence.status is SequenceStatus.DECODING and sequence.speculates and sequence.order % _WITNESS_INTERVAL
-        ]
-        for sequence in given_up:
-            sequence.speculates = False
-        self._num_drafting -= len(given_up)
-        return tuple(sequence.slot for sequence in given_up if sequence.slot is not None)
 
     def _grow_page_tables(self, step: int, num_draft_tokens: int) -> list[tuple[int, int]]:
         """Give pages to each decoding sequence that may write past its page table in this step.
@@ -346,7 +304,7 @@ class Scheduler:
         if sequence.num_computed_tokens == len(sequence.tokens):
             self._prefilling.remove(sequence)
             self._num_decoding += 1
-            self._num_drafting += sequence.speculates
+            self._drafting.begin(sequence)
             sequence.status = SequenceStatus.DECODING
             self._progress.begin(sequence, step)
 
@@ -428,8 +386,7 @@ class Scheduler:
         needs_output = sequence.sampling.needs_output_history or grammar is not None
         output = sequence.tokens[sequence.num_prompt_tokens :] if needs_output else ()
         slot = self._slots.acquire(sequence)
-        if self._draft_length is not None:
-            self._draft_length.forget(slot)
+        self._drafting.start(slot)
         if not sequence.speculates:
             return SlotAdd(slot, sequence.sampling, tuple(sequence.page_ids), tuple(output), grammar)
         prefix = tuple(sequence.tokens[:num_cached])
@@ -469,7 +426,7 @@ class Scheduler:
         self._running.remove(sequence)
         if sequence.status is SequenceStatus.DECODING:
             self._num_decoding -= 1
-            self._num_drafting -= sequence.speculates
+            self._drafting.leave(sequence)
             self._progress.leave(sequence)
         else:
             self._prefilling.remove(sequence)
@@ -511,8 +468,7 @@ class Scheduler:
         """
         sequences = self._slots.close_step(result)
         self._last_result = result.step_id
-        if self._draft_length is not None:
-            self._draft_length.observe(result, *self._planned_drafts.popleft())
+        self._drafting.observe(result)
         logprobs, failures = result.logprobs, result.failures
         finished, progress = SequenceStatus.FINISHED, self._progress
         events: list[TokenEvent] = []

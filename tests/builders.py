@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from simulated_worker import SimulatedWorker
 from tpserve.coordinator.config import SchedulerConfig
+from tpserve.coordinator.draft_length import DraftLength
 from tpserve.coordinator.request import Request, TokenEvent
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.messages import FinishReason, SamplingParams, StepPlan, StepResult
@@ -78,9 +79,9 @@ class Output:
 class Loop:
     """A scheduler and a simulated worker; the state is checked after every move."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, draft_length: DraftLength | None = None) -> None:
         self.config = config
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(config, draft_length)
         self.worker = SimulatedWorker(config, next_step=1)
         self.plans: list[StepPlan] = []
         self.results: deque[StepResult] = deque()

@@ -203,7 +203,7 @@ def test_a_slot_drafts_whenever_it_may(folder: Path) -> None:
 
 
 def make_scheduler(lengths: list[int]) -> Scheduler:
-    scheduler = Scheduler(
+    return Scheduler(
         SchedulerConfig(
             max_num_seqs=NUM_SLOTS,
             max_num_batched_tokens=256,
@@ -213,10 +213,9 @@ def make_scheduler(lengths: list[int]) -> Scheduler:
             max_num_draft_tokens=MOST,
             drafts_on_device=True,
             prefix_lookahead=1,
-        )
+        ),
+        Cycle(lengths),
     )
-    scheduler._draft_length = Cycle(lengths)
-    return scheduler
 
 
 def successors(head: TinyHead) -> list[int]:

@@ -21,7 +21,7 @@ from gpu_devices import NUM_DEVICES
 from rank_group import RankGroup, RankProcesses, run_scheduler
 from scripts import ROOT
 from tpserve.coordinator.config import SchedulerConfig
-from tpserve.coordinator.draft_length import FixedLength
+from tpserve.coordinator.draft_length import DraftLength, FixedLength
 from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.messages import SamplingParams
@@ -121,7 +121,7 @@ def test_rows_are_those_of_the_host(host: ctypes.CDLL, kernels: Callable[[str], 
     both.assert_equal()
 
 
-def make_scheduler(num_draft_tokens: int) -> Scheduler:
+def make_scheduler(num_draft_tokens: int, draft_length: DraftLength | None = None) -> Scheduler:
     return Scheduler(
         SchedulerConfig(
             max_num_seqs=MAX_NUM_SEQS,
@@ -131,7 +131,8 @@ def make_scheduler(num_draft_tokens: int) -> Scheduler:
             num_pages=NUM_PAGES,
             max_num_draft_tokens=num_draft_tokens,
             drafts_on_device=True,
-        )
+        ),
+        draft_length,
     )
 
 
@@ -213,8 +214,7 @@ def test_switching_between_plain_and_verified_steps_changes_no_text(
     """The draft catches up with what plain steps have left out, more than its window covers."""
     texts = []
     for lengths in ([0], [3], [0] * 9 + [2] * 3):
-        scheduler = make_scheduler(MOST)
-        scheduler._draft_length = Cycle(lengths)
+        scheduler = make_scheduler(MOST, Cycle(lengths))
         prompt = tuple(goldens[0]["prompt_token_ids"])
         scheduler.add_request(Request(1, prompt, SamplingParams(temperature=0.7, seed=5), 80))
         texts.append([token for event in run_scheduler(group, scheduler) for token in event.token_ids])

@@ -168,9 +168,7 @@ def test_texts_of_a_mix_are_those_of_plain_decoding(
 ) -> None:
     requests = mix(engine, goldens)
     plain = engine.run(requests, make_scheduler(0))
-    scheduler = make_scheduler(MOST)
-    scheduler._draft_length = Cycle(lengths)
-    run = engine.run(requests, scheduler)
+    run = engine.run(requests, make_scheduler(MOST, Cycle(lengths)))
     assert not any(any(result.drafted) for result in plain.results)
     assert len(run.mixed) > 5
     check(goldens, [answer.token_ids for answer in run.answers[: len(goldens)]], TYPES)

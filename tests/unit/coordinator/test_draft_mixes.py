@@ -8,13 +8,19 @@ import pytest
 
 from builders import Loop, make_config, make_request
 from simulated_worker import expected_output
-from tpserve.coordinator.draft_length import FixedLength
+from tpserve.coordinator.draft_length import DraftLength, FixedLength
 from tpserve.coordinator.request import Request
 from tpserve.proto.messages import StepPlan, StepResult
 from unit.coordinator.test_scheduler_random import ANYTHING
 
 
-def make_loop(*, max_in_flight_steps: int = 2, max_num_seqs: int = 8, max_num_batched_tokens: int = 32) -> Loop:
+def make_loop(
+    *,
+    max_in_flight_steps: int = 2,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 32,
+    draft_length: DraftLength | None = None,
+) -> Loop:
     config = make_config(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -22,7 +28,7 @@ def make_loop(*, max_in_flight_steps: int = 2, max_num_seqs: int = 8, max_num_ba
         max_num_draft_tokens=3,
         drafts_on_device=True,
     )
-    return Loop(config)
+    return Loop(config, draft_length)
 
 
 def penalised(request_id: int, max_tokens: int) -> Request:
@@ -126,9 +132,8 @@ class Rule(FixedLength):
 
 
 def test_the_rule_is_told_for_how_many_it_drafts() -> None:
-    loop = make_loop()
     rule = Rule()
-    loop.scheduler._draft_length = rule
+    loop = make_loop(draft_length=rule)
     plans, results = run(loop, free(0, 9), penalised(1, 9), free(2, 9))
     assert (3, 2) in rule.asked
     assert all(0 < drafting <= decoding for decoding, drafting in rule.asked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -178,9 +178,8 @@ class TestSteps:
         assert (plan.chunks, plan.num_draft_tokens) == ((), 3)
 
     def test_sequences_whose_drafts_do_not_pay_are_given_up_but_for_one(self) -> None:
-        loop = Loop(make_config(max_num_draft_tokens=3, drafts_cost_upkeep=True, max_num_batched_tokens=96))
         rule = RuleAtHand()
-        cast("Any", loop.scheduler)._draft_length = rule
+        loop = Loop(make_config(max_num_draft_tokens=3, drafts_cost_upkeep=True, max_num_batched_tokens=96), rule)
         loop.add(*(make_request(i, prompt=5, max_tokens=40) for i in range(8)))
         loop.step()
         assert plan_of(loop).undrafted_slots == ()
@@ -197,10 +196,9 @@ class TestSteps:
         assert len(plan_of(loop).undrafted_slots) == 7
 
     def test_nobody_is_given_up_where_that_saves_nothing(self) -> None:
-        loop = Loop(make_config(max_num_draft_tokens=3))
         rule = RuleAtHand()
         rule.has_had_enough = True
-        cast("Any", loop.scheduler)._draft_length = rule
+        loop = Loop(make_config(max_num_draft_tokens=3), rule)
         loop.add(make_request(1, prompt=5, max_tokens=40), make_request(2, prompt=5, max_tokens=40))
         loop.run()
         assert not any(plan.undrafted_slots for plan in loop.plans)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
-from typing import Any, cast
 
 import pytest
 
@@ -129,10 +128,8 @@ def random_request(random: Random, request_id: int, scenario: Scenario, prefixes
 def test_every_text_is_the_one_computed_alone(name: str, seed: int) -> None:
     scenario = SCENARIOS[name]
     random = Random(f"{name} {seed}")
-    loop = Loop(scenario.config)
+    loop = Loop(scenario.config, SometimesGivesUp(scenario, random) if scenario.gives_up else None)
     scheduler = loop.scheduler
-    if scenario.gives_up:
-        cast("Any", scheduler)._draft_length = SometimesGivesUp(scenario, random)
     prefixes = [
         [random.randrange(VOCAB_SIZE) for _ in range(random.randint(3, 24))] for _ in range(scenario.num_prefixes)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -103,9 +103,9 @@ class Served:
             SchedulerConfig(
                 NUM_SLOTS, budget, 200, PAGE, num_pages, max_in_flight_steps=ahead, max_num_draft_tokens=MOST,
                 prefix_lookahead=1, drafts_cost_upkeep=True,
-            )
+            ),
+            self,
         )  # fmt: skip
-        cast("Any", self.scheduler)._draft_length = self
         self.outputs: dict[int, list[int]] = {}
         self._runner = runner
         self._pending: deque[StepResult] = deque()
