@@ -1,6 +1,6 @@
 // All-reduce over peer memory, alone or fused with residual + RMSNorm (+ quantisation to e4m3), and all-gather.
 //
-// push_rows.cuh has the kernels that reduce rows.
+// push_rows.cuh has the kernels that reduce rows, push_gather.cuh the one that gathers columns.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/string.h>
@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "gemm.cuh"
+#include "push_gather.cuh"
 #include "push_rows.cuh"
 
 namespace tpserve::cuda {
@@ -32,57 +33,6 @@ __global__ void __launch_bounds__(256)
   const bool own_it = row % world_size == rank;
   for (int v = threadIdx.x; v < row_vectors; v += 256) {
     out[row * row_vectors + v] = own_it ? load_l2(x + row * row_vectors + v) : uint4{};
-  }
-}
-
-struct GatherParams {
-  const uint4* x;
-  uint4* out;
-  uint8_t* base[kMaxRanks];
-  size_t at, slot_bytes;  // of the buffers in a workspace, and of one source's part
-  uint64_t timeout_ns;
-  int rank, world_size, row_vectors;  // 16-byte vectors of a row of x
-  int64_t count;                      // vectors of x
-};
-
-/// A block sends its share of the vectors to everybody, says so, waits for the others' shares and puts them in place.
-__global__ void __launch_bounds__(512) all_gather_kernel(const __grid_constant__ GatherParams p) {
-  pdl_launch();
-  pdl_wait();
-  Control* control = reinterpret_cast<Control*>(p.base[p.rank]);
-  const unsigned epoch = *static_cast<volatile unsigned*>(&control->gather.epoch), buffer = epoch % 2;
-  const auto slot_of = [&](int holder, int source) {
-    return reinterpret_cast<uint4*>(p.base[holder] + p.at + (buffer * p.world_size + source) * p.slot_bytes);
-  };
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x, row = p.row_vectors;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const auto place = [&](int source, int64_t i) { return (i / row * p.world_size + source) * row + i % row; };
-  for (int64_t i = begin; i < p.count; i += step) {
-    const uint4 v = load_l2(p.x + i);
-    p.out[place(p.rank, i)] = v;
-    for (int k = 1; k < p.world_size; ++k) store_peer(slot_of((p.rank + k) % p.world_size, p.rank) + i, v);
-  }
-  advance(&control->gather, epoch, {});  // its buffers need no freeing: flags tell what has come
-  const unsigned target = epoch + 1;
-  if (threadIdx.x < static_cast<unsigned>(p.world_size) && static_cast<int>(threadIdx.x) != p.rank) {
-    const int peer = threadIdx.x;
-    // The barrier in `advance` puts the block's stores before this; the fence makes them so for the peer.
-    __threadfence_system();
-    unsigned* flag = &reinterpret_cast<Control*>(p.base[peer])->flags[p.rank][blockIdx.x];
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(target) : "memory");
-    const unsigned* own = &control->flags[peer][blockIdx.x];
-    Patience patience;
-    while (true) {
-      unsigned seen;
-      asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(own) : "memory");
-      if (static_cast<int>(seen - target) >= 0 || patience.is_over(control, p.timeout_ns, peer)) break;
-    }
-  }
-  __syncthreads();
-  for (int k = 1; k < p.world_size; ++k) {
-    const int source = (p.rank + k) % p.world_size;
-    const uint4* slot = slot_of(p.rank, source);
-    for (int64_t i = begin; i < p.count; i += step) p.out[place(source, i)] = load_l2(slot + i);
   }
 }
 
@@ -158,8 +108,8 @@ class PushGroup {
       p.timeout_ns = timeout_ns_;
       p.rank = rank_, p.world_size = world_size_;
       p.row_vectors = static_cast<int>(row_bytes / 16), p.count = count * row_bytes / 16;
-      const int64_t blocks = std::min<int64_t>(kGatherBlocks, (p.count + 511) / 512);
-      launch(all_gather_kernel, dim3(static_cast<unsigned>(blocks)), 512, 0, stream_of(out), p);
+      const int64_t blocks = std::min<int64_t>(kGatherBlocks, (p.count + kGatherThreads - 1) / kGatherThreads);
+      launch(all_gather_kernel, dim3(static_cast<unsigned>(blocks)), kGatherThreads, 0, stream_of(out), p);
     }
   }
 
