@@ -70,8 +70,12 @@ T __shfl_xor_sync(unsigned, T value, int offset) {
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) { return exchanged(value, lane & 31); }
 inline uint32_t __ballot_sync(unsigned, bool value) {
+  Warp& warp = *warp_of_thread;
+  warp.values[threadIdx.x % 32] = value;
+  __syncwarp();
   uint32_t mask = 0;
-  for (int lane = 0; lane < 32; ++lane) mask |= exchanged<uint32_t>(value, lane) << lane;
+  for (int lane = 0; lane < 32; ++lane) mask |= static_cast<uint32_t>(warp.values[lane]) << lane;
+  __syncwarp();
   return mask;
 }
 inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
