@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import secrets
+import select
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import IO, Any
 
 from tpserve.coordinator.process import bind
@@ -16,6 +18,9 @@ from tpserve.coordinator.process import bind
 RAY_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Makes a Ray of one host take 127.0.0.1 as its address, as it does on those two systems: at any other one its daemons
 and every rank listen on all interfaces."""
+
+
+_POLL_S = 0.1
 
 
 class ServeError(RuntimeError):
@@ -69,9 +74,13 @@ def ray_environment(ray_address: str | None) -> dict[str, str]:
     return environment
 
 
-def first_words(name: str, process: subprocess.Popen[str], key: str) -> str:
-    """Wait until a process tells where it listens."""
+def first_words(
+    name: str, process: subprocess.Popen[str], key: str, meanwhile: Callable[[], None] = lambda: None
+) -> str:
+    """Wait until a process tells where it listens; call `meanwhile` now and then, which may raise."""
     assert process.stdout is not None
+    while not select.select([process.stdout], [], [], _POLL_S)[0]:
+        meanwhile()
     line = process.stdout.readline()
     facts: dict[str, str] = json.loads(line) if line else {}
     if key not in facts:

@@ -349,7 +349,9 @@ class _Server:
 
         shared = bind(args.host, args.port)
         self._keeper = GatewayKeeper(shared, spawn, args.gateway_processes, metrics_dir)
-        urls = [first_words("gateway", gateway, "url") for gateway in self._keeper.processes]
+        # A gateway tries for long to meet its coordinator, which may have ended: its ranks could not start.
+        ended = self._raise_if_coordinator_ended
+        urls = [first_words("gateway", gateway, "url", ended) for gateway in self._keeper.processes]
         return urls[0]
 
     def _await_engine(self, address: str) -> None:
@@ -381,15 +383,18 @@ class _Server:
 
     def _raise_if_ended(self) -> None:
         """Start a gateway again that has ended; without the coordinator, or when gateways end again and again, fail."""
-        coordinator = self._coordinator
-        if coordinator is not None and coordinator.poll() is not None:
-            assert coordinator.stdout is not None
-            raise ServeError(last_words("coordinator", coordinator, coordinator.stdout.readline()))
+        self._raise_if_coordinator_ended()
         if self._keeper is not None:
             try:
                 self._keeper.look()
             except GatewayLost as error:
                 raise ServeError(str(error)) from None
+
+    def _raise_if_coordinator_ended(self) -> None:
+        coordinator = self._coordinator
+        if coordinator is not None and coordinator.poll() is not None:
+            assert coordinator.stdout is not None
+            raise ServeError(last_words("coordinator", coordinator, coordinator.stdout.readline()))
 
 
 def check_doors(args: argparse.Namespace) -> None:

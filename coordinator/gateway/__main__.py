@@ -72,6 +72,7 @@ class Server(TlsServer):
         num_live = self._service.engine.num_live_requests
         logger.info("%s: draining %d requests, at most %g s", signal.Signals(signum).name, num_live, timeout_s)
         self.should_exit = True
+        self._service.engine.stop_waiting()  # one that still starts would look for its coordinator first
         asyncio.get_running_loop().call_later(
             timeout_s, self._service.engine.fail_all, EngineUnavailable("The server is shutting down", retry_after_s=1)
         )

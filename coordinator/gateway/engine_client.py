@@ -118,6 +118,10 @@ class EngineClient:
         """Begin to connect, in the background."""
         self._task = asyncio.create_task(self._run(), name="engine-session")
 
+    def stop_waiting(self) -> None:
+        """End `wait_connected` although there is no session: the gateway is to end."""
+        self._connected.set()
+
     async def wait_connected(self, timeout_s: float) -> None:
         """Wait for a session, or for the time to pass."""
         with contextlib.suppress(TimeoutError):

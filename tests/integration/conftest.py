@@ -9,6 +9,8 @@ import pytest
 from server import json_line, run_cli
 from shared_cache import new_home
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported; see tests/unit/conftest.py
+
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import re
 import signal
@@ -40,6 +41,20 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     flags = ("--tp", "2", "--max-num-seqs", "8", "--max-num-queued-reqs", "8", "--step-timeout", "6")
     with Server.running(demo_model, *flags, folder=folder) as running:
         yield running
+
+
+Undisturbed = Callable[[int], list[str]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Server) -> Undisturbed:
+    """The texts of `long_requests` of so many tokens, asked once, when nothing was wrong."""
+
+    async def ask(num_tokens: int) -> list[str]:
+        async with server.async_client() as client:
+            return await texts(client, num_tokens)
+
+    return functools.cache(lambda num_tokens: asyncio.run(ask(num_tokens)))
 
 
 def long_requests(num_tokens: int) -> list[dict[str, Any]]:
@@ -143,7 +158,7 @@ def wait_rebuilt(server: Server, old: dict[int, int], within_s: float) -> None:
     until(rebuilt, within_s=within_s, what="a new group")
 
 
-async def expected_texts(client: openai.AsyncOpenAI, num_tokens: int) -> list[str]:
+async def texts(client: openai.AsyncOpenAI, num_tokens: int) -> list[str]:
     streams = [Stream(client, request) for request in long_requests(num_tokens)]
     await asyncio.gather(*(stream.run() for stream in streams))
     assert [stream.error for stream in streams] == [None] * len(streams)
@@ -158,12 +173,12 @@ async def all_have_text(streams: list[Stream], num_chars: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 0])
-async def test_killed_rank(server: Server, rank: int) -> None:
+async def test_killed_rank(server: Server, undisturbed: Undisturbed, rank: int) -> None:
     """kill -9 while eight requests stream."""
     old = server.rank_pids()
     watch = HealthWatch(server)
+    expected = await asyncio.to_thread(undisturbed, 80)
     async with server.async_client() as client:
-        expected = await expected_texts(client, 80)
         streams = [Stream(client, request) for request in long_requests(80)]
         tasks = [asyncio.create_task(stream.run()) for stream in streams]
         await all_have_text(streams, 60)
@@ -183,18 +198,18 @@ async def test_killed_rank(server: Server, rank: int) -> None:
         assert down
         assert down[0] < 1.5
         assert not watch.healthy_between(killed_at + down[0], killed_at + down[-1])
-        assert await expected_texts(client, 80) == expected
+        assert await texts(client, 80) == expected
     wait_idle(server)
     assert server.metric(f"ranks_lost_total{{rank={rank}}}") == 1
 
 
-async def test_hanging_rank_is_named_and_replaced(server: Server) -> None:
+async def test_hanging_rank_is_named_and_replaced(server: Server, undisturbed: Undisturbed) -> None:
     """A rank that is alive and does nothing: its peers wait in a collective."""
     old = server.rank_pids()
     num_rebuilds = server.metric("group_rebuilds_total")
     watch = HealthWatch(server)
+    expected = await asyncio.to_thread(undisturbed, 40)
     async with server.async_client() as client:
-        expected = await expected_texts(client, 40)
         streams = [Stream(client, request) for request in long_requests(40)]
         tasks = [asyncio.create_task(stream.run()) for stream in streams]
         await all_have_text(streams, 1)
@@ -213,15 +228,15 @@ async def test_hanging_rank_is_named_and_replaced(server: Server) -> None:
         lost = server.log[server.log.rindex("lost rank") :].splitlines()[0]
         assert re.match(r"lost rank 1: waited for in vain; rank 0 says of step \d+: TimeoutError", lost), lost
         assert server.metric("group_rebuilds_total") == num_rebuilds + 1
-        assert await expected_texts(client, 40) == expected
+        assert await texts(client, 40) == expected
     wait_idle(server)
 
 
-async def run_beside(server: Server, disturb: Callable[[int], None]) -> None:
+async def run_beside(server: Server, undisturbed: Undisturbed, disturb: Callable[[int], None]) -> None:
     """Stream while `disturb(pid of rank 1)` runs in a thread: right texts, and the same group before and after."""
     old = server.rank_pids()
+    expected = await asyncio.to_thread(undisturbed, 60)
     async with server.async_client() as client:
-        expected = await expected_texts(client, 60)
         streams = [Stream(client, request) for request in long_requests(60)]
         tasks = [asyncio.create_task(stream.run()) for stream in streams]
         await all_have_text(streams, 1)
@@ -236,7 +251,7 @@ async def run_beside(server: Server, disturb: Callable[[int], None]) -> None:
     await asyncio.to_thread(until, lambda: server.health()[0] == 200, within_s=2, what="ready")
 
 
-async def test_slowed_rank_is_named_and_kept(server: Server) -> None:
+async def test_slowed_rank_is_named_and_kept(server: Server, undisturbed: Undisturbed) -> None:
     """A rank that has a quarter of its time: no reason to end the group, and the metrics say which it is."""
 
     def straggling() -> list[float]:
@@ -251,13 +266,13 @@ async def test_slowed_rank_is_named_and_kept(server: Server) -> None:
             time.sleep(0.02)
 
     before = straggling()
-    await run_beside(server, slow_down)
+    await run_beside(server, undisturbed, slow_down)
     waited = [after - first for after, first in zip(straggling(), before, strict=True)]
     assert waited[1] > 0.5, waited
     assert waited[1] > waited[0], waited  # who shares its cores with others is late sometimes, too
 
 
-async def test_stall_shows_and_passes(server: Server) -> None:
+async def test_stall_shows_and_passes(server: Server, undisturbed: Undisturbed) -> None:
     """A rank that stands still for less than its deadline: not ready meanwhile, and ready again."""
     watch = HealthWatch(server)
     probes: dict[str, int] = {}
@@ -274,7 +289,7 @@ async def test_stall_shows_and_passes(server: Server) -> None:
         time.sleep(0.5)  # a stall begins when a plan has waited so long; its step, which began later, must take as long
 
     with watch.watching():
-        await run_beside(server, stand_still)
+        await run_beside(server, undisturbed, stand_still)
     assert probes == {"startup": 200, "ready": 503, "live": 200}
     assert watch.states[:3] == ["ready", "stalled", "ready"]
     assert re.search(r"engine is STALLED: no step has finished for \d\.\d s; rank \d has finished step", server.log)

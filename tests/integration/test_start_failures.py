@@ -209,7 +209,9 @@ def test_worker_that_cannot_start(tmp_path: Path, tiny_folder: Path) -> None:
     assert "the checkpoint has no tensor" in error
     weights["model.embed_tokens.weight"] = np.zeros((49152, 32), np.float32)
     save_file(weights, folder / "model.safetensors")
-    assert "the checkpoint gives" in serve(tmp_path, folder).only_error()
+    outcome = serve(tmp_path, folder)
+    assert "the checkpoint gives" in outcome.only_error()
+    assert outcome.duration_s < 30, "the gateway's patience with a coordinator that has ended is nobody else's"
 
 
 def test_an_engine_that_would_be_open_to_a_network(tmp_path: Path, tiny_folder: Path) -> None:

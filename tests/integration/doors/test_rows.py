@@ -108,7 +108,7 @@ def short_model(demo_model: Path, cache_home: Path, tmp_path: Path) -> Path:
         (folder / file.name).symlink_to(file)
     config = json.loads((converted / "config.json").read_text())
     (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
     return folder
 
 

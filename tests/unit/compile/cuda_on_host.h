@@ -1,10 +1,11 @@
-// What kernels take of CUDA, run by threads of the host: a warp is 32 of them, which meet at its shuffles. Stands in
-// for common.cuh and hopper.cuh in tests. Barriers in shared memory, bulk copies and the proxies' order are modelled:
+// What kernels take of CUDA, run on the host: a block's threads are contexts that one thread of the host runs in turn, each
+// until it meets others, at shuffles for example. Stands in for common.cuh and hopper.cuh in tests. Barriers in shared memory, bulk copies and the proxies' order are modelled:
 // what a thread stores with `__stcg` is seen by bulk copies only after that thread's `async_proxy_fence`.
 #pragma once
 
+#include <ucontext.h>
+
 #include <atomic>
-#include <barrier>
 #include <chrono>
 #include <cmath>
 #include <condition_variable>
@@ -44,19 +45,51 @@ inline thread_local dim3 threadIdx, blockIdx, gridDim;
 
 // --- Warps ----------------------------------------------------------------------------------------------------------
 
+/// Where a number of threads wait for one another.
+struct Meeting {
+  int arrived = 0, phase = 0;
+};
 struct Warp {
-  std::barrier<> all{32};
+  Meeting all;
   uint64_t values[32];
 };
-inline thread_local Warp* warp_of_thread;
-inline thread_local std::barrier<>* block_of_thread;
+struct PendingStore {
+  void* target;
+  char bytes[16];
+  int size;
+};
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Warp* warp;
+  std::vector<PendingStore> stores;  // while another runs
+  bool ended = false;
+};
+struct Block {
+  const std::function<void()>* body;
+  std::vector<Thread> threads;
+  ucontext_t host;
+  Thread* running;
+  Meeting all;
+};
+inline thread_local Block* block_of_thread;  // of the host; none: it runs no kernel
 
-inline void __syncwarp() { warp_of_thread->all.arrive_and_wait(); }
-inline void __syncthreads() { block_of_thread->arrive_and_wait(); }
+inline void let_others_run() { swapcontext(&block_of_thread->running->context, &block_of_thread->host); }
+inline void meet(Meeting& meeting, int count) {
+  const int phase = meeting.phase;
+  if (++meeting.arrived == count) {
+    meeting.arrived = 0, ++meeting.phase;
+    return;
+  }
+  while (meeting.phase == phase) let_others_run();
+}
+inline Warp& own_warp() { return *block_of_thread->running->warp; }
+inline void __syncwarp() { meet(own_warp().all, 32); }
+inline void __syncthreads() { meet(block_of_thread->all, static_cast<int>(block_of_thread->threads.size())); }
 
 template <typename T>
 T exchanged(T value, int from) {
-  Warp& warp = *warp_of_thread;
+  Warp& warp = own_warp();
   std::memcpy(&warp.values[threadIdx.x % 32], &value, sizeof(T));
   __syncwarp();
   std::memcpy(&value, &warp.values[from], sizeof(T));
@@ -70,8 +103,12 @@ T __shfl_xor_sync(unsigned, T value, int offset) {
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) { return exchanged(value, lane & 31); }
 inline uint32_t __ballot_sync(unsigned, bool value) {
+  Warp& warp = own_warp();
+  warp.values[threadIdx.x % 32] = value;
+  __syncwarp();
   uint32_t mask = 0;
-  for (int lane = 0; lane < 32; ++lane) mask |= exchanged<uint32_t>(value, lane) << lane;
+  for (int lane = 0; lane < 32; ++lane) mask |= static_cast<uint32_t>(warp.values[lane]) << lane;
+  __syncwarp();
   return mask;
 }
 inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
@@ -79,31 +116,43 @@ inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int atomicAdd(int* p, int value) { return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST); }
 
+inline std::mutex memory_mutex;
+inline thread_local std::vector<PendingStore> pending_stores;
+
 /// Runs a block of `num_threads`, a multiple of 32, whose threads begin with number `first`.
-inline void run_block(dim3 grid, dim3 block, int first, int num_threads, const std::function<void()>& body) {
-  std::vector<std::unique_ptr<Warp>> warps(num_threads / 32);
-  for (auto& warp : warps) warp = std::make_unique<Warp>();
-  std::barrier<> all(num_threads);
-  std::vector<std::thread> threads;
+inline void run_block(dim3 grid, dim3 index, int first, int num_threads, const std::function<void()>& body) {
+  constexpr size_t kStackBytes = 64 << 10;
+  std::vector<Warp> warps(num_threads / 32);
+  Block block{&body, std::vector<Thread>(num_threads), {}, nullptr, {}};
   for (int t = 0; t < num_threads; ++t) {
-    threads.emplace_back([&, t] {
-      gridDim = grid, blockIdx = block, threadIdx = dim3(first + t);
-      warp_of_thread = warps[t / 32].get(), block_of_thread = &all;
-      body();
-    });
+    Thread& thread = block.threads[t];
+    thread.warp = &warps[t / 32], thread.stack.reset(new char[kStackBytes]);
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get(), thread.context.uc_stack.ss_size = kStackBytes;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, +[] {
+      (*block_of_thread->body)();
+      block_of_thread->running->ended = true;
+      let_others_run();
+    }, 0);
   }
-  for (auto& thread : threads) thread.join();
+  block_of_thread = &block;
+  gridDim = grid, blockIdx = index;
+  for (int left = num_threads; left > 0;) {
+    for (int t = 0; t < num_threads; ++t) {
+      Thread& thread = block.threads[t];
+      if (thread.ended) continue;
+      block.running = &thread, threadIdx = dim3(first + t);
+      pending_stores.swap(thread.stores);
+      swapcontext(&block.host, &thread.context);
+      pending_stores.swap(thread.stores);
+      left -= thread.ended;
+    }
+  }
+  block_of_thread = nullptr;
 }
 
 // --- Memory ---------------------------------------------------------------------------------------------------------
-
-struct PendingStore {
-  void* target;
-  char bytes[16];
-  int size;
-};
-inline std::mutex memory_mutex;
-inline thread_local std::vector<PendingStore> pending_stores;
 
 template <typename T>
 void __stcg(T* target, T value) {
@@ -220,9 +269,17 @@ inline void barrier_expect(uint64_t* at, uint32_t bytes) {
 }
 inline void barrier_arrive(uint64_t* at) { barrier_expect(at, 0); }
 inline void barrier_wait(uint64_t* at, uint32_t parity) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
   std::unique_lock lock(barrier_mutex);
-  const auto done = [&] { return (barriers.at(at).phase & 1u) != parity; };
-  if (gave_up || barrier_changed.wait_for(lock, std::chrono::seconds(10), [&] { return done() || gave_up; })) return;
+  const auto done = [&] { return gave_up || (barriers.at(at).phase & 1u) != parity; };
+  if (done()) return;
+  if (block_of_thread == nullptr && barrier_changed.wait_until(lock, deadline, done)) return;
+  while (block_of_thread != nullptr && std::chrono::steady_clock::now() < deadline) {
+    lock.unlock();
+    let_others_run();  // it may wait for what another thread of its block copies
+    lock.lock();
+    if (barrier_changed.wait_for(lock, std::chrono::milliseconds(1), done)) return;
+  }
   gave_up = true;
   barrier_changed.notify_all();
 }

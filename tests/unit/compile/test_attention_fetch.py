@@ -48,7 +48,7 @@ class Case(ctypes.Structure):
 
 
 def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None) -> ctypes.CDLL:
-    """Compile the kernels' headers for the host, some of them with a text replaced."""
+    """Compile the kernels' headers for the host, some of them with a text replaced: then for one kind of page alone."""
     for name in HEADERS:
         text = (KERNELS / name).read_text()
         if changes and name in changes:
@@ -62,6 +62,7 @@ def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None) -> ct
         shutil.copy(Path(__file__).with_name(name), folder)
     command = ["c++", "-std=c++20", "-O1", "-Wall", "-Werror", "-ffp-contract=off", "-Wno-unknown-pragmas"]
     command += ["-Wno-sign-compare", "-Wno-unused-function"]
+    command += ["-DBF16_128_ALONE"] if changes else []
     command += ["-pthread", "-shared", "-fPIC", f"-I{folder}", str(folder / "attention_fetch.cpp")]
     subprocess.run([*command, "-o", str(folder / "fetch.so")], check=True, timeout=120)
     return ctypes.CDLL(str(folder / "fetch.so"))
