@@ -14,7 +14,6 @@ import openai
 import pytest
 
 from server import MODEL_NAME, Server, chat_request, json_line, run_cli, until
-from tpserve.compile.native import CPU_KERNEL_SOURCES
 
 FLAGS = ("--tp", "2", "--max-num-seqs", "8")
 DUMMY = ("--load-format", "dummy", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")
@@ -180,31 +179,14 @@ def test_row_26_cache_policies(tiny_folder: Path, tmp_path: Path, cache_home: Pa
     assert sorted(path.name for path in (home / "lib").iterdir()) == [first.name]
 
 
-COMPILER = """#!/bin/sh
-case " $* " in *" -fvisibility=hidden "*) ;; *) exec "{real}" "$@" ;; esac
-echo "$*" >> "{calls}"
-for target; do :; done
-case " $* " in *" -c "*) : > "$target" ;; *) cp "{kernels}" "$target" ;; esac
-"""
-"""Of our kernels it makes a copy of those that are built, in no time; of anything else what g++ makes."""
-
-
 def test_row_26_policy_off_keeps_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    """All is built again. Not by g++, which takes half a minute: the cold caches of other tests show what it does."""
-    compiled = run_cli("compile", tiny_folder, *DUMMY, folder=tmp_path)
-    kernels = Path(json_line(compiled.stdout)["artifact_dir"]) / "kernels.so"
-    home, scratch, compiler = tmp_path / "home", tmp_path / "scratch", tmp_path / "bin/g++"
-    for folder in (home, scratch, compiler.parent):
-        folder.mkdir()
-    calls = tmp_path / "calls"
-    compiler.write_text(COMPILER.format(real=shutil.which("g++"), calls=calls, kernels=kernels))
-    compiler.chmod(0o755)
-    path = os.pathsep.join([str(compiler.parent), os.environ["PATH"]])
-    environ = {"TPSERVE_HOME": str(home), "TMPDIR": str(scratch), "PATH": path}
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    home.mkdir()
+    scratch.mkdir()
+    environ = {"TPSERVE_HOME": str(home), "TMPDIR": str(scratch)}
     with Server.running(tiny_folder, *DUMMY, "--jit-policy", "OFF", folder=tmp_path, environ=environ) as server:
         assert list(scratch.iterdir())
         assert server.health()[0] == 200
-    assert len(calls.read_text().splitlines()) == len(CPU_KERNEL_SOURCES) + 1, "each source and the library"
     assert not list(scratch.iterdir())
     assert not list(home.iterdir())
 
