@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -81,6 +81,8 @@ WAYS = [
     Way("auto", "auto", MOST),
     # As in a server that has run for a while: what steps cost is known, what these requests accept is not.
     Way("auto, second wave", "auto", MOST, waves=2),
+    # At concurrency 8 the 17th sequence is among these: it is drafted for even where drafts do not pay (`drafting.py`).
+    Way("auto, third wave", "auto", MOST, waves=3),
 ]
 
 
@@ -92,6 +94,31 @@ class Outcome:
     drafted: int
     accepted: int
     drafts: int
+    step_s: float = 0.0
+    """In steps that only decode."""
+    proposer_s: float = 0.0
+    """Of it, in calls of the proposer."""
+
+
+class Stopwatch:
+    """In place of an object: adds up the time in its methods."""
+
+    def __init__(self, inner: object) -> None:
+        self._inner = inner
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if not callable(value):
+            return value
+
+        def timed(*args: Any) -> Any:
+            started = time.perf_counter()
+            out = value(*args)
+            self.seconds += time.perf_counter() - started
+            return out
+
+        return timed
 
 
 class Engine:
@@ -104,6 +131,9 @@ class Engine:
         self.manifest = Manifest.load(config.artifact_dir)
         self._runner = Runner(config, lambda done, total: None)
         self._next_step = 1
+        self._stopwatch = Stopwatch(self._runner._speculator)
+        if self._runner._speculator is not None:
+            cast("Any", self._runner)._speculator = self._stopwatch
 
     def run(self, way: Way, prompts: Sequence[Sequence[int]], num_tokens: int, sampling: SamplingParams) -> Outcome:
         """Decode every prompt at once; TPOT is the mean over sequences, from its first token to its last."""
@@ -135,7 +165,11 @@ class Engine:
                 plan = scheduler.schedule()
                 assert plan is not None
                 seated = (seated - set(plan.removed_slots)) | {added.slot for added in plan.added_slots}
+                started, proposer_s = time.perf_counter(), self._stopwatch.seconds
                 result = self._runner.execute(replace(plan, step_id=self._next_step))
+                if not plan.chunks:
+                    outcome.step_s += time.perf_counter() - started
+                    outcome.proposer_s += self._stopwatch.seconds - proposer_s
                 self._next_step += 1
                 events = scheduler.update(replace(result, step_id=plan.step_id))
                 now = time.perf_counter()
@@ -195,6 +229,7 @@ def compare(
                 "tpot_ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
                 "tpot_ms": round(1e3 * statistics.median(outcome.tpot_s for outcome in found[way.name]), 3),
                 "accept_rate": round(accepted / drafted, 4) if drafted else None,
+                "proposer_share": round(statistics.median(out.proposer_s / out.step_s for out in found[way.name]), 4),
                 "accept_length": round(1 + accepted / drafts, 4) if drafts else None,
             }
             rows.append(row)

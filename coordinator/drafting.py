@@ -10,7 +10,7 @@ from tpserve.coordinator.draft_length import DraftLength, make_draft_length
 from tpserve.coordinator.request import Request, Sequence, SequenceStatus
 from tpserve.proto.messages import StepResult
 
-_WITNESS_INTERVAL = 8
+_WITNESS_INTERVAL = 16
 """Of so many sequences one is drafted for even where drafts do not pay."""
 
 

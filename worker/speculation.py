@@ -74,8 +74,8 @@ class Speculator:
             raise PlanError(
                 f"step {plan.step_id} asks for {count} draft tokens, this replica verifies {self._max_num_draft_tokens}"
             )
-        limits = self._batch.draft_limits(count)
-        if not limits.any():
+        limits = self._batch.draft_limits(count) if count else None
+        if limits is None or not limits.any():
             return None
         started = time.perf_counter()
         self._drafting = self._batch.running()

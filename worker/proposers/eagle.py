@@ -162,6 +162,8 @@ class EagleHead:
         aux : tensor (T, 3 * target's hidden size) float32
             By the step's tokens.
         """
+        if self._is_lost[arrays.token_slots].all():
+            return  # where drafts were given up, a step is to cost what a plain one does
         rows = np.from_dlpack(aux)
         starts = np.flatnonzero(np.diff(arrays.token_slots, prepend=-1))  # a slot's tokens stand side by side
         slots, firsts = arrays.token_slots[starts], arrays.positions[starts]

@@ -1,6 +1,7 @@
 // What kernels take of CUDA, run on the host: a block's threads are contexts that one thread of the host runs in turn, each
-// until it meets others, at shuffles for example. Stands in for common.cuh and hopper.cuh in tests. Barriers in shared memory, bulk copies and the proxies' order are modelled:
-// what a thread stores with `__stcg` is seen by bulk copies only after that thread's `async_proxy_fence`.
+// until it meets others, at shuffles for example. Stands in for common.cuh and hopper.cuh in tests. Barriers in shared
+// memory, bulk copies and the proxies' order are modelled: what a thread stores with `__stcg` is seen by bulk copies only
+// after that thread's `async_proxy_fence`.
 #pragma once
 
 #include <ucontext.h>
