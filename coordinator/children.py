@@ -18,8 +18,7 @@ from tpserve.coordinator.process import bind
 RAY_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Makes a Ray of one host take 127.0.0.1 as its address, as it does on those two systems: at any other one its daemons
 and every rank listen on all interfaces."""
-
-
+_NICENESS = "RAY_worker_niceness"
 _POLL_S = 0.1
 
 
@@ -66,6 +65,8 @@ def ray_environment(ray_address: str | None) -> dict[str, str]:
     environment = {"RAY_USAGE_STATS_ENABLED": "0"}
     # A rank chooses its GPU by number: peer memory needs every GPU visible in every rank.
     environment |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    # Ray starts actors at nice 15, behind all else that a host runs: made for batch jobs, and here each step waits.
+    environment |= {_NICENESS: os.environ.get(_NICENESS, "0")}
     if ray_address is None:
         environment |= RAY_ON_LOOPBACK
     if ray_address is None and "RAY_AUTH_MODE" not in os.environ:

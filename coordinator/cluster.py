@@ -258,7 +258,9 @@ class Cluster:
                 each.cancel()
         ranks = order(places, self._node_id)
         self._actors = [self._actors[at] for at in ranks]
-        return [places[at] for at in ranks]
+        places = [places[at] for at in ranks]
+        _warn_of_niceness(places)
+        return places
 
     async def _configure(self, places: Sequence[Place]) -> list[RankConfig]:
         """Return each rank's configuration; its node has by then what the rank loads."""
@@ -331,6 +333,19 @@ class Cluster:
             ray.shutdown()
         if self._temp_dir is not None:
             remove_folder(self._temp_dir)
+
+
+def _warn_of_niceness(places: Sequence[Place]) -> None:
+    """Say which ranks other processes of their hosts go before, by the way that Ray was started there."""
+    own = os.nice(0)
+    late = [f"rank {rank} on {place.node}" for rank, place in enumerate(places) if place.niceness > own]
+    if late:
+        logger.warning(
+            "%s run at nice %d: other processes of these hosts go before them; start Ray there with "
+            "RAY_worker_niceness=0",
+            ", ".join(late),
+            max(place.niceness for place in places),
+        )
 
 
 def _processes_of(temp_dir: Path) -> Iterator[tuple[int, str]]:

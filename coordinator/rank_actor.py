@@ -27,7 +27,8 @@ class RankActor:
         context = ray.get_runtime_context()
         given = context.get_accelerator_ids().get("GPU", [])
         device = _cuda_ordinal(given[0], os.environ.get("CUDA_VISIBLE_DEVICES")) if given else None
-        return Place(context.get_node_id(), socket.gethostname(), ray.util.get_node_ip_address(), device)
+        host = ray.util.get_node_ip_address()
+        return Place(context.get_node_id(), socket.gethostname(), host, device, os.nice(0))
 
     def has_files(self, folder: Path, files: Sequence[FileFacts]) -> bool:
         """Tell whether this node has these files in a folder of the same path; see `tpserve.worker.reception`."""

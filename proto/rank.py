@@ -112,6 +112,8 @@ class Place:
     """Address at which other nodes reach it."""
     device: int | None
     """GPU that Ray gave it, as CUDA numbers them there; None if it was given none."""
+    niceness: int = 0
+    """Of its process: the higher, the more others of its host go before it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -434,6 +434,9 @@ containers:
     {{- end }}
     env:
       {{- include "tpserve.env" . | nindent 6 }}
+      {{- if eq $v.engine.ray.mode "kuberay" }}
+      - {name: RAY_worker_niceness, value: "0"}  # or ranks come after all else in the pod
+      {{- end }}
       {{- include "tpserve.routerEnv" . | nindent 6 }}
       {{- include "tpserve.engineTlsEnv" . | trim | nindent 6 }}
       {{- with $v.engine.extraEnv }}
@@ -529,6 +532,7 @@ containers:
     imagePullPolicy: {{ $v.image.pullPolicy }}
     env:
       {{- include "tpserve.env" . | nindent 6 }}
+      - {name: RAY_worker_niceness, value: "0"}
       {{- with $v.engine.extraEnv }}
       {{- toYaml . | nindent 6 }}
       {{- end }}

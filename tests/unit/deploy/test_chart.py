@@ -225,6 +225,9 @@ def test_pods_of_a_group_reach_each_other_and_nobody_else_reaches_their_ray() ->
     (cluster,) = of_kind("kuberay-two-nodes", "RayCluster")
     head, (workers,) = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
     assert head["rayStartParams"]["num-cpus"] == workers["rayStartParams"]["num-cpus"] == "4"
+    for group in (head, workers):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "RAY_worker_niceness", "value": "0"} in container["env"]
 
 
 def test_only_the_router_and_the_scraper_reach_replicas_behind_it() -> None:

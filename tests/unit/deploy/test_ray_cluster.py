@@ -49,6 +49,7 @@ def test_ray_is_started_by_its_own_flags(role: str) -> None:
     assert flags <= known, flags - known
     assert ("--head" in flags) == (role == "head")
     assert "RAY_AUTH_MODE=token" in words, "everybody else could run code on the nodes"
+    assert "RAY_worker_niceness=0" in words, "ranks would come after all other processes of their node"
 
 
 def test_each_machine_is_examined_by_a_command_that_there_is() -> None:
