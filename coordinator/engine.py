@@ -310,7 +310,7 @@ class Engine:
                     break
                 trace.host("schedule", begun, plan.step_id)
                 if scheduler.speculates:
-                    self._metrics.count_draft_length(plan.num_draft_tokens)
+                    self._metrics.count_drafting(plan.num_draft_tokens, len(plan.undrafted_slots))
                 if idle:
                     self._after_idle.add(plan.step_id)
                     idle = False

@@ -184,9 +184,10 @@ class Metrics:
         for position in range(max(accepted)):
             by_position.inc(sum(count for num, count in accepted.items() if num > position), str(position))
 
-    def count_draft_length(self, num_draft_tokens: int) -> None:
-        """Count a plan by the draft tokens that it asks for, where there is a proposer."""
+    def count_drafting(self, num_draft_tokens: int, num_given_up: int) -> None:
+        """Count a plan by the draft tokens that it asks for, and who gets none any more; where there is a proposer."""
         self._counters["spec_decode_steps"].inc(1, str(num_draft_tokens))
+        self._counters["spec_decode_given_up"].inc(num_given_up)
 
     def observe_group(self, results: Sequence[StepResult]) -> None:
         """Compare the ranks in a step that all have finished.

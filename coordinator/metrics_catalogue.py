@@ -262,6 +262,7 @@ CATALOGUE: tuple[MetricSpec, ...] = (
         "Steps by the most draft tokens that they might verify for a sequence; 0 is plain decoding.",
         ["length"],
     ),
+    _own("counter", "spec_decode_given_up", "Sequences that got no more drafts, since these pay for none at present."),
     # ---- the gateway
     _http("counter", "http_requests", "HTTP requests answered, by route and status code.", ["route", "code"]),
     _http("gauge", "http_requests_in_flight", "HTTP requests being answered.", ["route"]),

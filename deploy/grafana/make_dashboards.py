@@ -303,6 +303,12 @@ SPECULATION = Board(
             ((rate("spec_decode_steps_total", "length"), "{{length}} draft tokens"),),
             "0 is plain decoding: with `auto`, where drafts do not pay.",
         ),
+        Panel(
+            "Sequences given up",
+            "ops",
+            ((rate("spec_decode_given_up_total"), "sequences"),),
+            "With `auto` and an EAGLE-3 head on CPUs: keeping it ready for them cost more than it brought.",
+        ),
         Panel("Step time, with drafts", "s", quantiles("step_seconds", where='kind="verify"')),
         Panel(
             "Time spent on drafting",

@@ -85,6 +85,23 @@ def test_answers_are_those_of_plain_decoding(server: Server, expected: list[Any]
     assert metrics["tpserve_prefix_cache_hits_total"] > 0
 
 
+def test_sequences_are_given_up_where_a_head_only_guesses(
+    folder: Path, head: MarkovHead, expected: list[Any], tmp_path: Path
+) -> None:
+    TinyHead(head.target).write(tmp_path / "head")
+    flags = ["--draft-model", str(tmp_path / "head"), "--num-speculative-tokens", "auto"]
+    with Server.running(folder / "target", *FLAGS, *flags, folder=tmp_path) as server:
+        for _ in range(20):
+            assert asyncio.run(answers(server)) == expected
+            if server.metric("spec_decode_given_up_total"):
+                break
+        assert server.metric("spec_decode_given_up_total") > 0
+        drafts = server.metric("spec_decode_num_drafts_total")
+        assert asyncio.run(answers(server)) == expected
+        # Of twelve choices one in 16, and only in trials.
+        assert server.metric("spec_decode_num_drafts_total") - drafts < 40
+
+
 def test_a_head_that_is_of_no_use_here_is_refused(folder: Path, head: MarkovHead, tmp_path: Path) -> None:
     small = TinyHead(MODELS["llama_4q_2kv"])
     other = replace(small, target=deep(MODELS["llama_9q_3kv_tied"]))

@@ -93,8 +93,8 @@ def test_drafts_are_counted_by_position() -> None:
     metrics.observe_step(replace(result, step_us=5000, draft_us=700), None)
     metrics.observe_step(StepResult(2, slots=(0, 1), token_ids=(0, 0), num_tokens=2, step_us=1000), None)
     metrics.observe_step(replace(result, num_tokens=20), None)  # nine tokens of a prompt beside
-    for length in (2, 0, 2):
-        metrics.count_draft_length(length)
+    for length, num_given_up in ((2, 0), (0, 3), (2, 1)):
+        metrics.count_drafting(length, num_given_up)
     found = {name.removeprefix("tpserve_"): value for name, value in samples(metrics.text()).items()}
     assert found["spec_decode_num_drafts_total"] == 6
     assert found["spec_decode_num_draft_tokens_total"] == 12
@@ -103,6 +103,7 @@ def test_drafts_are_counted_by_position() -> None:
     assert found["spec_decode_num_accepted_tokens_per_pos_total{position=1}"] == 2
     assert found["spec_decode_draft_seconds_total"] == pytest.approx(700e-6)
     assert found["spec_decode_steps_total{length=2}"] == 2
+    assert found["spec_decode_given_up_total"] == 4
     kinds = {kind: found[f"step_seconds_count{{kind={kind}}}"] for kind in ("decode", "verify", "mixed")}
     assert kinds == {"decode": 1, "verify": 1, "mixed": 1}
 
