@@ -179,7 +179,13 @@ def check(case: Case, runs: Runs) -> None:
             )
             wanted = exact.astype(case.page_type)
             distance = np.abs(stored.view(bits).astype(int) - wanted.view(bits).astype(int))
-            assert distance.max() <= (1 if case.qk_norm else 0)  # a norm's float32 may be on a tie's other side
+            if case.qk_norm:
+                # A norm's float32 may be on a tie's other side; and where a rotation's terms nearly cancel, what is
+                # left keeps the terms' error, which may be several steps of so small a number.
+                error = np.abs(stored.astype(np.float64) - wanted.astype(np.float64))
+                assert not ((distance > 1) & (error > 2**-21 * np.abs(new[t]).max())).any()
+            else:
+                assert not distance.any()
             apart += int(np.count_nonzero(distance))
     assert apart <= 1e-3 * 2 * k.size
     written = np.unique([pages.table[slot, position // PAGE] for slot, position in zip(slots, positions, strict=True)])
