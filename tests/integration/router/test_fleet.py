@@ -44,7 +44,8 @@ def test_the_router_is_started_again_and_ray_is_not(tiny_folder: Path, tmp_path:
         raylet.kill()
         assert server.process.wait(ENDED_WITHIN_S) == 1, server.report("the exit code")
         assert "tpserve serve: error: Ray has lost its raylet: start the server again" in server.log
-        server.footprint.assert_gone(within_s=5)
+        # Ray's agent has its title for a command line, so it is not found to be killed: it leaves by itself.
+        server.footprint.assert_gone(within_s=20)
     finally:
         server.kill_all()
 
