@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import logging
 import os
-import select
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.group_layout import GroupLayout, order
 from tpserve.coordinator.process import make_ray_temp_dir, remove_folder
 from tpserve.coordinator.rank_actor import RankActor
+from tpserve.coordinator.ray_daemons import RayDaemons
 from tpserve.coordinator.ray_nodes import describe, find_own_node, wait_head_lost
 from tpserve.proto.rank import (
     COORDINATOR_TLS_NAME,
@@ -41,8 +41,6 @@ _OBJECT_STORE_BYTES = 80 << 20
 """Ray's smallest; nothing of ours is put there."""
 _TEMP_DIR_BYTES = 16 << 20
 """For Ray's sockets and logs; without room for logs it goes on, without room to start it does not come up."""
-_DAEMONS = ("gcs_server", "raylet")
-"""Without which Ray starts and ends nothing."""
 _PLACE_TIMEOUT_S = 30.0
 """For a place in a cluster that stands already."""
 _TELL_AFTER_S = 5.0
@@ -96,8 +94,8 @@ class Cluster:
         """Of this process, in the present group; None: its ranks are on loopback."""
         self._pidfds: list[int] = []
         """Of the ranks that run on this machine."""
-        self._daemons: dict[str, int] = {}
-        """Of a Ray that was started here: pidfds by name."""
+        self._daemons: RayDaemons | None = None
+        """Of a Ray that was started here."""
 
     def connect(self) -> None:
         """Start or join Ray and reserve a place for each rank. Blocks for seconds.
@@ -132,8 +130,7 @@ class Cluster:
             self._node_id = ray.get_runtime_context().get_node_id()
             if self._config.ray_address is None:
                 assert self._temp_dir is not None
-                found = {name: pid for pid, name in _processes_of(self._temp_dir)}
-                self._daemons = {name: os.pidfd_open(found[name]) for name in _DAEMONS}
+                self._daemons = RayDaemons(self._temp_dir)
         except Exception as error:  # Ray raises bare Exception when a daemon does not come up
             raise ClusterError(
                 f"Ray cannot be {'joined' if self._config.ray_address else 'started'}: {error}"
@@ -165,13 +162,14 @@ class Cluster:
         if self._config.ray_address is not None:
             self._head_lost = await wait_head_lost()
             return self._head_lost
+        assert self._daemons is not None
         loop, lost = asyncio.get_running_loop(), asyncio.Event()
-        for pidfd in self._daemons.values():
+        for pidfd in self._daemons.pidfds:
             loop.add_reader(pidfd, lost.set)
         try:
             await lost.wait()
         finally:
-            for pidfd in self._daemons.values():
+            for pidfd in self._daemons.pidfds:
                 loop.remove_reader(pidfd)
         return self._lost()
 
@@ -184,8 +182,7 @@ class Cluster:
         """Return what Ray has lost; empty while it works."""
         if self._head_lost:
             return self._head_lost
-        ended, _, _ = select.select(self._daemons.values(), [], [], 0)
-        return ", ".join(name for name, pidfd in self._daemons.items() if pidfd in ended)
+        return "" if self._daemons is None else self._daemons.lost()
 
     async def start_ranks(self) -> Sequence[RankAddress]:
         """Start every rank of a new group and return their addresses by rank, the draft's own behind the model's.
@@ -321,11 +318,9 @@ class Cluster:
     def shutdown(self) -> None:
         """End the ranks, and Ray if it was started here; leave nothing behind. Blocks."""
         if self._lost():
-            # What Ray does to end takes minutes without its daemons.
             self._end_ranks()
-            for pid, _ in _processes_of(self._temp_dir) if self._temp_dir is not None else ():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            if self._daemons is not None:
+                self._daemons.kill()
         elif ray.is_initialized():
             self._end_ranks()
             if self._placement is not None:
@@ -346,16 +341,6 @@ def _warn_of_niceness(places: Sequence[Place]) -> None:
             ", ".join(late),
             max(place.niceness for place in places),
         )
-
-
-def _processes_of(temp_dir: Path) -> Iterator[tuple[int, str]]:
-    """Yield pid and name of each process of the Ray that has this folder, whoever its parent is by now."""
-    for process in Path("/proc").glob("[0-9]*"):
-        if int(process.name) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):  # gone meanwhile
-            if f"{temp_dir}/".encode() in (process / "cmdline").read_bytes():
-                yield int(process.name), (process / "comm").read_text().strip()
 
 
 async def _result(ref: Any) -> Any:
