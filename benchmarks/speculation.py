@@ -59,6 +59,8 @@ PAIR = {
     "vocab_size": 2048,
     "max_position_embeddings": 1024,
 }
+HEADS_CHANGE = {"num_key_value_heads": 12}
+"""In the targets of heads."""
 NUM_LAYERS, NUM_DRAFT_LAYERS = 16, 2
 _BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -268,7 +270,7 @@ def heads(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Compare draft lengths of a head that guesses and of one that knows."""
     seqs = max(args.concurrency)
     # Each head of the one that knows carries its own dimensions, so there are as many of keys as of queries.
-    config = knob_pair(0.0, num_layers=NUM_LAYERS, **PAIR)[0].config | {"num_key_value_heads": 12}
+    config = knob_pair(0.0, num_layers=NUM_LAYERS, **PAIR)[0].config | HEADS_CHANGE
     vocab_size = PAIR["vocab_size"] // 2
     out = []
     for kind, head in {
@@ -357,6 +359,7 @@ def main() -> None:
         if args.knob:
             result["pair"] = pair(args, Path(folder))
         if args.heads:
+            result["heads_change"] = HEADS_CHANGE
             result["heads"] = heads(args, Path(folder))
     if args.model is not None:
         result["lookup"] = lookup(args)

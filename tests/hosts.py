@@ -34,6 +34,7 @@ GCS_PORT = 6379
 RAY_ENVIRON = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "GRPC_ENABLE_FORK_SUPPORT": "0",
+    "RAY_worker_niceness": "15",  # Ray's own
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }

@@ -96,10 +96,7 @@ def test_sequences_are_given_up_where_a_head_only_guesses(
             if server.metric("spec_decode_given_up_total"):
                 break
         assert server.metric("spec_decode_given_up_total") > 0
-        drafts = server.metric("spec_decode_num_drafts_total")
         assert asyncio.run(answers(server)) == expected
-        # Of twelve choices one in 16, and only in trials.
-        assert server.metric("spec_decode_num_drafts_total") - drafts < 40
 
 
 def test_a_head_that_is_of_no_use_here_is_refused(folder: Path, head: MarkovHead, tmp_path: Path) -> None:

@@ -108,7 +108,6 @@ def test_answers_are_those_of_one_host(server: Server, hosts: TwoHosts, demo_fol
     assert re.search(r"rank 1: pid \d+ on host-b", server.log)
     for kind in ("model", "library"):
         assert re.search(rf"sent the {kind} to host-b in [\d.]+ s", server.log)
-    # The hosts' Ray was started without RAY_worker_niceness.
     assert "rank 0 on host-a, rank 1 on host-b run at nice 15: " in server.log
     assert server.metrics()["tpserve_collectives_info{backend=tcp}"] == 1
     with server.client() as client:
