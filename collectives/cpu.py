@@ -36,7 +36,7 @@ class CollectiveStats:
     num_bytes: int
     """Put in by this rank."""
     busy_us: float
-    """Time inside calls, waiting included."""
+    """Time inside calls, waiting included, but not what the process was stopped for."""
 
     def __add__(self, other: CollectiveStats) -> CollectiveStats:
         """Return the totals of two communicators together."""

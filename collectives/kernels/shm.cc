@@ -231,6 +231,7 @@ class Communicator {
           bytes(size),
           begin(now_ns()),
           exceptions(std::uncaught_exceptions()) {
+      self.waited_ns_ = self.absent_ns_ = 0;
       if (self.header_ == nullptr) TVM_FFI_THROW(RuntimeError) << "communicator of rank " << self.rank_ << " is closed";
       if (self.broken_) {
         TVM_FFI_THROW(RuntimeError) << "communicator of rank " << self.rank_ << " failed in call " << self.sequence_
@@ -242,7 +243,8 @@ class Communicator {
       Totals& totals = self.totals_[static_cast<int64_t>(op) - 1];
       totals.num_calls.fetch_add(1, std::memory_order_relaxed);
       totals.num_bytes.fetch_add(bytes, std::memory_order_relaxed);
-      totals.busy_ns.fetch_add(now_ns() - begin, std::memory_order_relaxed);
+      const int64_t whole = now_ns() - begin, absent = self.absent_ns_ + absence(whole - self.waited_ns_);
+      totals.busy_ns.fetch_add(whole - absent, std::memory_order_relaxed);
     }
   };
 
@@ -384,6 +386,10 @@ class Communicator {
     }
   }
 
+  /// Of the time of what takes a slice at most, that in which this process did not run although it was free to: it was
+  /// stopped. Such a rank has waited for nobody, and is itself the one that is late.
+  static int64_t absence(int64_t ns) { return ns > 2 * kSleepSliceNs ? ns - kSleepSliceNs : 0; }
+
   bool has_published(const Rank& other) const {
     return static_cast<int32_t>(other.published.load(std::memory_order_acquire) - static_cast<uint32_t>(sequence_)) >= 0;
   }
@@ -391,6 +397,7 @@ class Communicator {
   void wait_for(Rank& other, Op op, int64_t begin) {
     int64_t now = begin;
     while (!has_published(other)) {
+      const int64_t before = now;
       check_flags(other, op);
       if (now - begin < spin_ns_) {
         for (int i = 0; i < 16; ++i) relax();
@@ -409,6 +416,8 @@ class Communicator {
         other.num_sleeping.fetch_sub(1);
       }
       now = now_ns();
+      waited_ns_ += now - before;
+      absent_ns_ += absence(now - before);
     }
   }
 
@@ -469,6 +478,7 @@ class Communicator {
   std::mutex call_mutex_, map_mutex_;
   uint64_t sequence_ = 0;
   bool broken_ = false;
+  int64_t waited_ns_ = 0, absent_ns_ = 0;  // of the present call: in its loops of waiting, and of all, see `absence`
   Totals totals_[2];  // by Op
 };
 

@@ -98,6 +98,32 @@ def start(library: str) -> Iterator[Start]:
         group.close()
 
 
+def one_reduction(communicator: SharedMemoryCommunicator, pipe: Connection) -> object:
+    """Rank 0 comes when it is told to; returns the microseconds that it took."""
+    if communicator.rank == 0:
+        pipe.recv()
+    x = part_of(communicator.rank, 16)
+    communicator.all_reduce(x, x)
+    return communicator.stats()["all_reduce"].busy_us
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_the_time_that_a_rank_was_stopped_is_no_waiting_for_others(start: Start, is_stopped: bool) -> None:
+    """Or two ranks of which one was stopped while it waited had waited alike, and neither came last."""
+    group = start(one_reduction, 2)
+    pids = group.receive_all("attached")
+    time.sleep(0.2)
+    if is_stopped:
+        os.kill(pids[1], signal.SIGSTOP)
+    time.sleep(1.0)
+    group.pipes[0].send("come")
+    group.receive("result", 0)
+    if is_stopped:
+        os.kill(pids[1], signal.SIGCONT)
+    waited_s = group.receive("result", 1) / 1e6
+    assert waited_s < 0.6 if is_stopped else waited_s > 0.9
+
+
 def reduce_and_gather(communicator: SharedMemoryCommunicator, _: Connection) -> object:
     reduced, gathered = [], []
     for size in SIZES:
