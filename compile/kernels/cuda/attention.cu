@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(Threads<kDecodeOnly, kTiles>::kCount, 1)
   if (waited) pdl_wait();
   const int num_items = (__ldcg(p.plan) + __ldcg(p.plan + 1)) * p.kv.num_kv_heads;
   RingPlace place, header;
-  for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
+  for (int turn = 0; item_of_turn(turn, blockIdx.x, gridDim.x) < num_items; ++turn) {
     barrier_wait(&shared.header_full[header.slot], header.parity);
     const Item item = shared.item[header.slot];
     const int head = shared.head[header.slot];

@@ -220,7 +220,7 @@ __device__ void fetch_and_append(const AttentionParams<KV>& p, Shared<KV, kHeadD
   }
 }
 
-/// All that the ninth warp does: items of the plan from the block's number on, as many further as there are blocks.
+/// All that the ninth warp does: the block's items of the plan.
 template <bool kAppends, typename KV, int kHeadDim>
 __device__ void fetch_items(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared) {
   NewKeyValue<KV, kHeadDim> token;
@@ -240,9 +240,10 @@ __device__ void fetch_items(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& 
   if (num_wide > 0 && blockIdx.x < num_items) next = load_item(at(blockIdx.x));
   RingPlace place, header;
   bool first = true;
-  for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
+  for (int turn = 0, i = blockIdx.x, later; i < num_items; i = later) {
     const Item item = next;
-    if (i + static_cast<int>(gridDim.x) < num_items) next = load_item(at(i + gridDim.x));
+    later = item_of_turn(++turn, blockIdx.x, gridDim.x);
+    if (later < num_items) next = load_item(at(later));
     const int head = (i < num_wide ? i : i - num_wide) % num_heads;
     announce(shared, item, head, header);
     header.advance(Shared<KV, kHeadDim>::kHeaders);

@@ -109,6 +109,12 @@ struct Range {
   TPSERVE_ITEMS bool has_newest(const Item& item) const { return end == item.position + item.count; }
 };
 
+/// What a block does in its turn, of all items times KV heads. Every other turn goes the other way round: who began with one
+/// of the longest goes on with one of the shortest.
+TPSERVE_ITEMS int item_of_turn(int turn, int block, int num_blocks) {
+  return turn * num_blocks + (turn % 2 == 0 ? block : num_blocks - 1 - block);
+}
+
 /// Heads of a decoding token that one KV head has, in places: the group's queries, the key, the value. Returns which of
 /// all heads of qkv, (Hq + 2 Hkv) queries, keys and values, stands there.
 TPSERVE_ITEMS int head_at(int place, int kv_head, int group, int num_kv_heads) {

@@ -51,7 +51,7 @@ void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int blo
   using S = Shared<KV, kHeadDim>;
   const int num_items = (p.plan[0] + p.plan[1]) * p.kv.num_kv_heads;
   RingPlace place, header;
-  for (int i = block; i < num_items; i += num_blocks) {
+  for (int turn = 0, i; (i = item_of_turn(turn, block, num_blocks)) < num_items; ++turn) {
     barrier_wait(&shared.header_full[header.slot], header.parity);
     Got& mine = got.emplace_back();
     mine.item = shared.item[header.slot], mine.head = shared.head[header.slot];
@@ -79,7 +79,7 @@ void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int blo
       }
     };
     each([](uint8_t& byte, uint8_t value) { byte = value; });
-    if (i / num_blocks < 4) std::this_thread::sleep_for(std::chrono::milliseconds(20));  // for what follows to come
+    if (turn < 4) std::this_thread::sleep_for(std::chrono::milliseconds(20));  // for what follows to come
     each([&](uint8_t& byte, uint8_t value) { num_overwritten += byte != value; });
     for (int k = 0; k < scratch.stages; ++k, place.advance(S::kStages)) {
       for (int w = 0; w < kConsumerWarps; ++w) barrier_arrive(&shared.empty[place.slot]);
@@ -202,6 +202,26 @@ int fetch(const Case& c, bool decode_only) {
 }
 
 }  // namespace
+
+/// Puts the decode items of a step's plan, (items, 4): token, split, splits, positions to the end of the chunk or run. Returns
+/// how many.
+extern "C" int decode_items(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group,
+                            int num_kv_heads, int window, int decode_only, int32_t* out) {
+  const PlanLayout layout(num_tokens, num_slots, decode_only != 0);
+  std::vector<int32_t> storage(layout.size() + 4, -1);
+  auto* plan = reinterpret_cast<int32_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) / 16 * 16);
+  run_block(dim3(), dim3(0), 0, (num_tokens / 32 + 1) * 32, [&] {
+    const auto kernel = decode_only ? decode_plan_kernel : plan_kernel;
+    kernel(positions, slots, num_tokens, num_slots, group, num_kv_heads, window, layout, plan);
+  });
+  for (int i = 0; i < plan[1]; ++i, out += 4) {
+    const Item& item = layout.decode(plan)[i];
+    const int first = item.split * item.chunk, end = item.position + item.count;
+    out[0] = item.token, out[1] = item.split, out[2] = item.num_splits;
+    out[3] = item.kind == kPadding ? 0 : (end < first + item.chunk ? end : first + item.chunk) - first;
+  }
+  return plan[1];
+}
 
 extern "C" int fetch_step(const Case* c, int head_dim, int is_fp8, int decode_only) {
   const bool d = decode_only != 0;

@@ -196,6 +196,43 @@ def test_any_number_of_blocks_shares_the_items(warp: ctypes.CDLL, num_blocks: in
     step.check(*step.run(warp, num_blocks=num_blocks))
 
 
+def decode_items(warp: Any, runs: list[tuple[int, int, int]], num_slots: int, *, decode_only: bool) -> Array:
+    """Return (items, 4) of runs (slot, position, tokens): token, split, splits, positions."""
+    tokens = [(slot, position + i) for slot, position, count in runs for i in range(count)]
+    slots, positions = (np.array(each, np.int32) for each in zip(*tokens, strict=True))
+    out = np.full((len(tokens) * 32, 4), -1, np.int32)
+    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (positions, slots)]
+    arguments = (len(tokens), num_slots, 8, 2, 0, int(decode_only), out.ctypes.data_as(ctypes.c_void_p))
+    return out[: warp.decode_items(*pointers, *arguments)]
+
+
+@pytest.mark.parametrize("decode_only", [True, False])
+def test_the_longest_items_stand_first_and_those_of_a_run_in_order(warp: ctypes.CDLL, decode_only: bool) -> None:
+    starts = np.random.default_rng(3).integers(0, 1500, 61).tolist()
+    runs = [*((slot, start, 1) for slot, start in enumerate(starts)), (-1, 0, 1), (61, 4000, 1), (62, 70_000, 1)]
+    found = decode_items(warp, runs, 63, decode_only=decode_only).tolist()
+    stages = [min(-(-positions // 64), 32) for *_, positions in found if positions]
+    assert stages == sorted(stages, reverse=True)
+    by_token: dict[int, list[list[int]]] = {}
+    for token, *rest in found:
+        by_token.setdefault(token, []).append(rest)
+    assert len(by_token) == len(runs) - (not decode_only)  # padding is a wide item there
+    for token, items in by_token.items():
+        slot, start, _ = runs[token]
+        if slot < 0:
+            continue
+        assert [split for split, *_ in items] == list(range(items[0][1]))
+        assert sum(positions for *_, positions in items) == start + 1
+
+
+@pytest.mark.parametrize("decode_only", [True, False])
+def test_a_batch_with_more_runs_than_slots_decodes_nothing(warp: ctypes.CDLL, decode_only: bool) -> None:
+    """Its items would overrun the plan."""
+    runs = [(0, 3000, 1), (1, 900, 1), (0, 2000, 1)]
+    assert len(decode_items(warp, runs, 2, decode_only=decode_only)) == 0
+    assert len(decode_items(warp, runs[:2], 2, decode_only=decode_only)) > 2
+
+
 @pytest.mark.parametrize(
     ("name", "right", "wrong"),
     [

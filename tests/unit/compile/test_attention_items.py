@@ -67,6 +67,13 @@ def test_a_plan_of_decodes_has_room_for_all_that_a_step_can_have(items: Any) -> 
                 assert items.partial_rows(tokens, slots, group) >= min(tokens, slots) * group
 
 
+@pytest.mark.parametrize("num_blocks", [1, 5, 7, 64])
+def test_every_item_is_somebodys_turn_once(items: Any, num_blocks: int) -> None:
+    turns = [[items.turn(turn, block, num_blocks) for turn in range(4)] for block in range(num_blocks)]
+    assert sorted(sum(turns, [])) == list(range(4 * num_blocks))
+    assert all(mine == sorted(mine) for mine in turns)
+
+
 def check_heads(library: Any) -> None:
     for group in range(1, 17):
         for num_kv_heads in (1, 2, 3, 8):
