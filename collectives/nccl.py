@@ -58,6 +58,10 @@ class NcclCommunicator:
         """Return a collective by its global name, for tests."""
         return self._functions[name]
 
+    def late_rank(self) -> int | None:
+        """Return None: NCCL waits without a deadline of ours, and who ends it is the coordinator."""
+        return None
+
     def register(self) -> None:
         """Make this communicator the one that compiled graphs call."""
         for name, function in self._functions.items():

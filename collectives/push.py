@@ -7,6 +7,7 @@ Owns the workspaces that ranks map from one another. The protocol is in kernels/
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, ClassVar
 
 import cupy
@@ -43,7 +44,7 @@ class PushCommunicator:
     max_hidden_size
         Of the rows that are reduced; models with smaller ones may share the group.
     timeout_s
-        Deadline of each wait on the device; `late_rank` then names who was waited for.
+        Deadline of each wait on the device; `late_rank` then tells who was waited for.
 
     Raises
     ------
@@ -72,7 +73,9 @@ class PushCommunicator:
         num_bytes = kernels["push_workspace_bytes"](*sizes)
         self._workspace = runtime.malloc(num_bytes)  # not from the pool: only whole allocations can be shared
         self._opened: list[int] = []
-        kernels["push_clear"](self._workspace, *sizes)
+        self._late = cupy.cuda.alloc_pinned_memory(4)
+        ctypes.memset(self._late.ptr, 0, 4)
+        kernels["push_clear"](self._workspace, *sizes, self._late.ptr)
         handles = rendezvous.exchange(bytes(runtime.ipcGetMemHandle(self._workspace)))
         addresses = []
         for peer, handle in enumerate(handles):
@@ -89,9 +92,12 @@ class PushCommunicator:
         one_shot_bytes = ONE_SHOT_MAX_BYTES[world_size]
         functions = kernels["push_create"](rank, addresses, max_hidden_size, _GATHER_BYTES, one_shot_bytes, timeout_s)
         self._functions = {name: functions[name] for name in functions}
-        self.late_address: int = kernels["push_late_address"](self._workspace)
-        """Device address of an int32: 0, or one more than the rank that a wait gave up on."""
         rendezvous.exchange(b"mapped")  # nobody may send before everybody is there
+
+    def late_rank(self) -> int | None:
+        """Return the rank that a wait of a step that has ended gave up on; kernels write it to the host's memory."""
+        word = ctypes.c_int32.from_address(self._late.ptr).value
+        return word - 1 if word else None
 
     def function(self, name: str) -> Any:
         """Return a collective by the last part of its global name, for tests.

@@ -1,7 +1,6 @@
 """A rank's place in its group of GPUs: which collectives the graph calls, and how a late rank shows.
 
-Nothing here runs within a step; kernels that wait in vain leave a word in device memory, which comes back with the
-step's results.
+Nothing here runs within a step; kernels that wait in vain leave a word in the host's memory.
 """
 
 from __future__ import annotations
@@ -11,13 +10,11 @@ import socket
 from typing import Any
 
 import cupy
-import numpy as np
 
 from tpserve.collectives.nccl import NcclCommunicator
 from tpserve.collectives.push import PushCommunicator
 from tpserve.collectives.rendezvous import Rendezvous
 from tpserve.proto.rank import RankConfig
-from tpserve.worker.device_weights import pinned
 from tpserve.worker.group_tls import group_tls
 
 logger = logging.getLogger(__name__)
@@ -38,8 +35,6 @@ class DeviceGroup:
         Of the rows that are reduced: the larger of a model's and that of a draft with the same ranks.
     door
         Rank 0's, or None.
-    num_staging
-        Results that may be on their way at once.
 
     Raises
     ------
@@ -50,7 +45,7 @@ class DeviceGroup:
     """
 
     def __init__(
-        self, kernels: Any, config: RankConfig, max_hidden_size: int, door: socket.socket | None, num_staging: int
+        self, kernels: Any, config: RankConfig, max_hidden_size: int, door: socket.socket | None
     ) -> None:
         self._rank = config.rank
         self._timeout_s = config.collective_timeout_s
@@ -70,14 +65,11 @@ class DeviceGroup:
             self._communicator = PushCommunicator(
                 kernels, self._rendezvous, config.rank, size, max_hidden_size, timeout_s=config.collective_timeout_s
             )
-            self._late_address = self._communicator.late_address
         else:
             if config.collectives == "auto":
                 logger.warning("ranks cannot map each other's memory: collectives go by NCCL, which is slower")
             self._communicator = NcclCommunicator(kernels, self._rendezvous, config.rank, size)
-            self._late_address = 0
         self._communicator.register()
-        self._late = [pinned(1, np.int32) for _ in range(num_staging)]
 
     @property
     def backend(self) -> str:
@@ -96,23 +88,17 @@ class DeviceGroup:
         if any(word != what.encode() for word in words):
             raise RuntimeError(f"rank {self._rank} is at {what!r}, the group at {[word.decode() for word in words]}")
 
-    def fetch(self, staging: int, stream: Any) -> None:
-        """Queue the copy of the word that names a late rank."""
-        if self._late_address:
-            host = self._late[staging].ctypes.data
-            cupy.cuda.runtime.memcpyAsync(host, self._late_address, 4, cupy.cuda.runtime.memcpyDeviceToHost, stream.ptr)
-
-    def raise_if_late(self, staging: int) -> None:
-        """Look at a word that has come.
+    def raise_if_late(self) -> None:
+        """Look whether a step that has ended waited in vain.
 
         Raises
         ------
         TimeoutError
             Naming the rank that a kernel waited for in vain.
         """
-        late = int(self._late[staging][0])
-        if late:
-            raise TimeoutError(f"rank {self._rank} waited {self._timeout_s:g} s in a collective for rank {late - 1}")
+        late = self._communicator.late_rank()
+        if late is not None:
+            raise TimeoutError(f"rank {self._rank} waited {self._timeout_s:g} s in a collective for rank {late}")
 
     def close(self) -> None:
         """Leave, when all ranks do."""

@@ -86,7 +86,7 @@ class DeviceRunner:
         self._group: DeviceGroup | None = None
         if config.tp_size > 1:  # before the library, which looks its collectives up
             sizes = [manifest.hidden_size] if draft is None else [manifest.hidden_size, draft[1].hidden_size]
-            self._group = DeviceGroup(self._kernels, config, max(sizes), door, _NUM_STAGING)
+            self._group = DeviceGroup(self._kernels, config, max(sizes), door)
         library = Library(config.artifact_dir, manifest, self._kernels, self._device)
         self._step = library.step
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
@@ -312,8 +312,6 @@ class DeviceRunner:
             self._sampler.fetch(len(arrays.sample_slots), arrays.sample_slots, staging, self._stream)
             if self._speculation is not None:
                 self._speculation.fetch(len(slots), staging, self._stream)
-            if self._group is not None:
-                self._group.fetch(staging, self._stream)
             hidden = {}
             if self._hidden_slots:
                 hidden = self._fetch_hidden(step.forward_hidden if rows else step.hidden, slots, 1 + drafts)
@@ -367,7 +365,7 @@ class DeviceRunner:
         self._use_device()
         self._events[pending.staging].synchronize()
         if self._group is not None:
-            self._group.raise_if_late(pending.staging)
+            self._group.raise_if_late()
         now = time.perf_counter()
         # It ran from the end of the step before it, or from its submission where the device had nothing to do.
         step_us = int((now - max(self._last_finish, pending.submitted)) * 1e6)

@@ -49,7 +49,8 @@ struct Turn {
 
 struct Control {
   Turn one_shot, two_shot, gather;
-  unsigned late;  // 1 + the rank that a wait gave up on; 0 while all is well
+  unsigned late;           // 1 + the rank that a wait gave up on; 0 while all is well
+  unsigned* late_on_host;  // the same for the host, so that no step needs a copy of it
   unsigned flags[kMaxRanks][kGatherBlocks];  // all-gather: calls whose part has come, by source and block
 };
 
@@ -134,7 +135,11 @@ struct Patience {
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
     if (since == 0) since = now;
     if (now - since < timeout_ns) return false;
-    atomicCAS(&control->late, 0u, static_cast<unsigned>(late_rank) + 1);
+    const unsigned word = static_cast<unsigned>(late_rank) + 1;
+    if (atomicCAS(&control->late, 0u, word) == 0) {
+      *static_cast<volatile unsigned*>(control->late_on_host) = word;
+      __threadfence_system();
+    }
     return true;
   }
 };

@@ -225,12 +225,16 @@ int64_t push_workspace_bytes(int64_t world_size, int64_t max_hidden, int64_t gat
 }
 
 /// Brings a new workspace of the current device into its first state; waits for it.
-void push_clear(int64_t workspace, int64_t world_size, int64_t max_hidden, int64_t gather_bytes) {
+void push_clear(int64_t workspace, int64_t world_size, int64_t max_hidden, int64_t gather_bytes, int64_t late_address) {
   check_group(world_size, max_hidden, gather_bytes);
   const Workspace at = workspace_of(world_size, max_hidden, gather_bytes);
   auto* memory = reinterpret_cast<uint8_t*>(workspace);
   check_cuda(cudaMemset(memory, 0, at.one_shot), "cudaMemset");
   check_cuda(cudaMemset(memory + at.one_shot, 0xff, at.total - at.one_shot), "cudaMemset");
+  auto* late_on_host = reinterpret_cast<unsigned*>(late_address);
+  check_cuda(cudaMemcpy(&reinterpret_cast<Control*>(memory)->late_on_host, &late_on_host, sizeof late_on_host,
+                        cudaMemcpyHostToDevice),
+             "cudaMemcpy");
   check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 
@@ -280,15 +284,9 @@ Map<String, Function> push_create(int64_t rank, Array<int64_t> workspaces, int64
   return out;
 }
 
-/// Address of the int32 word that names the rank a wait gave up on, plus one, in a workspace at `workspace`.
-int64_t push_late_address(int64_t workspace) {
-  return workspace + static_cast<int64_t>(offsetof(Control, late));
-}
-
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(push_workspace_bytes, push_workspace_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(push_clear, push_clear);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(push_create, push_create);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(push_late_address, push_late_address);
 
 }  // namespace
 }  // namespace tpserve::cuda

@@ -146,9 +146,9 @@ class Ranks:
 
     def late_rank(self) -> int:
         """Whom a wait has given up on, or -1."""
-        word = np.zeros(1, np.int32)
-        cupy.cuda.runtime.memcpy(word.ctypes.data, self.group.late_address, 4, cupy.cuda.runtime.memcpyDeviceToHost)
-        return int(word[0]) - 1
+        cupy.cuda.get_current_stream().synchronize()
+        late = self.group.late_rank()
+        return -1 if late is None else late
 
     def same_everywhere(self, arrays: tuple[Any, ...]) -> None:
         digest = b"".join(np.uint64(hash_of(array)).tobytes() for array in arrays)
