@@ -52,23 +52,32 @@ struct RowView {
   __device__ __forceinline__ float operator[](int i) const { return static_cast<float>(data[i]); }
 };
 
-/// Calls visit(i, logit) for this thread's share of the tokens [0, size), several loads in flight.
+/// Calls visit(i, logit) for this thread's share of the tokens [0, size), in any order: 16 bytes a load and several loads in
+/// flight, since one block alone goes through a row and mostly waits.
 template <typename T, typename Visit>
 __device__ __forceinline__ void for_each(const RowView<T>& row, int size, Visit&& visit) {
-  constexpr int kBatch = 8;
-  for (int first = 0; first < size; first += kThreads * kBatch) {
-    float logits[kBatch];
+  constexpr int kBatch = 4, kPerLoad = 16 / sizeof(T);
+  const int to_aligned = static_cast<int>(-reinterpret_cast<uintptr_t>(row.data) % 16 / sizeof(T));
+  const int head = to_aligned < size ? to_aligned : size, num_loads = (size - head) / kPerLoad;
+  const int tail = head + num_loads * kPerLoad, thread = static_cast<int>(threadIdx.x);
+  if (thread < head) visit(thread, row[thread]);
+  const uint4* source = reinterpret_cast<const uint4*>(row.data + head);
+  for (int first = thread; first < num_loads; first += kThreads * kBatch) {
+    uint4 loaded[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int i = first + j * kThreads + static_cast<int>(threadIdx.x);
-      if (i < size) logits[j] = row[i];
+      if (first + j * kThreads < num_loads) loaded[j] = source[first + j * kThreads];
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int i = first + j * kThreads + static_cast<int>(threadIdx.x);
-      if (i < size) visit(i, logits[j]);
+      const int place = first + j * kThreads;
+      if (place >= num_loads) break;
+      const T* logits = reinterpret_cast<const T*>(&loaded[j]);
+#pragma unroll
+      for (int k = 0; k < kPerLoad; ++k) visit(head + place * kPerLoad + k, static_cast<float>(logits[k]));
     }
   }
+  if (thread < size - tail) visit(tail + thread, row[tail + thread]);
 }
 
 }  // namespace tpserve::cuda
