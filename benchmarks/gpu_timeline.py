@@ -73,9 +73,12 @@ def record(ranks: RankGroup, scheduler: Scheduler, ids: range, wanted: Callable[
     return events
 
 
-def record_decodes(ranks: RankGroup, scheduler: Scheduler, ids: range, context: int) -> list[Event]:
-    """Record pure decode steps of sequences of `context` tokens."""
-    add_requests(scheduler, ids, context, WARM_UP_STEPS + RECORDED_STEPS + 40 + math.ceil(len(ids) * context / 64))
+def record_decodes(ranks: RankGroup, scheduler: Scheduler, ids: range, contexts: list[int]) -> list[Event]:
+    """Record pure decode steps of sequences of so many tokens, in turn."""
+    lengths = [contexts[i % len(contexts)] for i in range(len(ids))]
+    num_tokens = WARM_UP_STEPS + RECORDED_STEPS + 40 + math.ceil(sum(lengths) / 64)
+    for i, length in zip(ids, lengths, strict=True):
+        add_requests(scheduler, range(i, i + 1), length, num_tokens)
     return record(ranks, scheduler, ids, lambda prompt_tokens, num_tokens: not prompt_tokens and num_tokens == len(ids))
 
 
@@ -141,12 +144,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16, 32, 64])
     parser.add_argument("--mixed", type=int, nargs="*", default=[], help="tokens of mixed steps")
-    parser.add_argument("--context", type=int, default=256, help="prompt tokens of each sequence")
+    parser.add_argument("--context", type=int, nargs="+", default=[256], help="prompt tokens of sequences, in turn")
     parser.add_argument("--commit", default="", help="of the tree that is measured")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     manifest = Manifest.load(args.artifact)
-    num_pages = max([*args.concurrency, MIXED_DECODES]) * math.ceil((args.context * 3 + 200) / manifest.kv.page_size)
+    num_pages = max([*args.concurrency, MIXED_DECODES]) * math.ceil((max(args.context) * 3 + 200) / manifest.kv.page_size)
     processes = RankProcesses()
     points, next_id = {}, 0
     with processes.group(
