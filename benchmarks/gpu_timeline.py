@@ -149,7 +149,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     manifest = Manifest.load(args.artifact)
-    num_pages = max([*args.concurrency, MIXED_DECODES]) * math.ceil((max(args.context) * 3 + 200) / manifest.kv.page_size)
+    num_pages = max([*args.concurrency, MIXED_DECODES]) * math.ceil(
+        (max(args.context) * 3 + 200) / manifest.kv.page_size
+    )
     processes = RankProcesses()
     points, next_id = {}, 0
     with processes.group(

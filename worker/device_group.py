@@ -44,9 +44,7 @@ class DeviceGroup:
         If collectives over peer memory were asked for and the GPUs cannot reach one another.
     """
 
-    def __init__(
-        self, kernels: Any, config: RankConfig, max_hidden_size: int, door: socket.socket | None
-    ) -> None:
+    def __init__(self, kernels: Any, config: RankConfig, max_hidden_size: int, door: socket.socket | None) -> None:
         self._rank = config.rank
         self._timeout_s = config.collective_timeout_s
         size = config.tp_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def test_a_plan_of_decodes_has_room_for_all_that_a_step_can_have(items: Any) -> 
 @pytest.mark.parametrize("num_blocks", [1, 5, 7, 64])
 def test_every_item_is_somebodys_turn_once(items: Any, num_blocks: int) -> None:
     turns = [[items.turn(turn, block, num_blocks) for turn in range(4)] for block in range(num_blocks)]
-    assert sorted(sum(turns, [])) == list(range(4 * num_blocks))
+    assert sorted(chain.from_iterable(turns)) == list(range(4 * num_blocks))
     assert all(mine == sorted(mine) for mine in turns)
 
 
