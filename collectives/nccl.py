@@ -6,6 +6,7 @@ memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import cupy
@@ -57,6 +58,13 @@ class NcclCommunicator:
     def function(self, name: str) -> Any:
         """Return a collective by its global name, for tests."""
         return self._functions[name]
+
+    def gather_logits(
+        self, x: Any, vocab_size: int, slots: Any, greedy_state: Sequence[Any], out: Any, best: Any
+    ) -> bool:
+        """Queue the gathering of all columns of all rows, (R, columns) on each rank -> `out`; return False."""
+        self._all_gather(x, out)
+        return False
 
     def late_rank(self) -> int | None:
         """Return None: NCCL waits without a deadline of ours, and who ends it is the coordinator."""

@@ -8,6 +8,7 @@ Owns the workspaces that ranks map from one another. The protocol is in kernels/
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import cupy
@@ -98,6 +99,31 @@ class PushCommunicator:
         """Return the rank that a wait of a step that has ended gave up on; kernels write it to the host's memory."""
         word = ctypes.c_int32.from_address(self._late.ptr).value
         return word - 1 if word else None
+
+    def gather_logits(
+        self, x: Any, vocab_size: int, slots: Any, greedy_state: Sequence[Any], out: Any, best: Any
+    ) -> bool:
+        """Queue what brings logits by rank together, as far as a sampler wants them.
+
+        Parameters
+        ----------
+        x : (R, columns) float32
+        slots : (R,) int32
+            -1: padding, of which nothing is sent.
+        greedy_state : tensors by slot
+            Temperature, frequency and presence penalty, number of biases, of log-probabilities, and mask row. A row
+            that is greedy without any of the others needs its best token only.
+        out : (R, ranks * columns) float32
+            Gets the other rows.
+        best : (R, 8) int64
+            Gets, of rows that need no more, the best tokens of parts of the columns (kernels/ranked_token.cuh), and 0.
+
+        Returns
+        -------
+        True: `best` has been used.
+        """
+        self._functions["gather_logits"](x, vocab_size, slots, *greedy_state, out, best)
+        return True
 
     def function(self, name: str) -> Any:
         """Return a collective by the last part of its global name, for tests.

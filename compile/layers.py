@@ -29,6 +29,8 @@ class GraphContext:
     """Whether the layers' weights are e4m3 with a scale for each output channel."""
     quantized_kv: bool = False
     """Whether KV pages are e4m3 with a scale of keys and one of values for each layer."""
+    logits_by_rank: bool = False
+    """Whether each rank gives the logits of its own part of the vocabulary: a GPU's sampler wants few."""
     specs: dict[int, ParamSpec] = field(default_factory=dict)
     """By identity of the graph's parameter."""
 

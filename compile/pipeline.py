@@ -76,6 +76,7 @@ def _context(config: ModelConfig, sharding: Sharding, compile_config: CompileCon
         "wgmma64x256g132" if on_gpu else "panel16",
         quantized,
         compile_config.kv_cache_dtype == "fp8",
+        logits_by_rank=on_gpu,
     )
 
 

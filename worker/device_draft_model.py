@@ -45,6 +45,7 @@ class DeviceDraft:
         self, config: RankConfig, manifest: Manifest, kernels: Any, device: Any, stream: Any, progress: Progress
     ) -> None:
         self.manifest = manifest
+        self.logits_by_rank = config.tp_size > 1
         self._kernels = kernels
         self._step = Library(config.artifact_dir, manifest, kernels, device).step
         self._params = load_device_parameters(manifest, config, kernels, stream, progress)

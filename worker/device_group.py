@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import cupy
@@ -73,6 +74,11 @@ class DeviceGroup:
     def backend(self) -> str:
         """By which ranks exchange activations."""
         return self._communicator.backend
+
+    @property
+    def gather_logits(self) -> Callable[..., bool]:
+        """What brings logits by rank together, see `PushCommunicator.gather_logits`."""
+        return self._communicator.gather_logits
 
     def meet(self, what: str) -> None:
         """Wait until every rank has come as far.

@@ -57,6 +57,7 @@ class DeviceHead:
         target_params: Sequence[Any],
     ) -> None:
         self.manifest = manifest
+        self.logits_by_rank = False  # the head has so few tokens that its library brings them together
         self._kernels = kernels
         library = Library(config.artifact_dir, manifest, kernels, device)
         self._project, self._append, self._step = map(library.function, ("project", "append", "step"))

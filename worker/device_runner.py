@@ -108,6 +108,8 @@ class DeviceRunner:
             manifest.padded_vocab_size,
             _NUM_STAGING,
             manifest.max_num_rows,
+            None if self._group is None else self._group.gather_logits,
+            config.tp_size,
         )
         self._draft: DeviceDraft | None = None
         self._head: DeviceHead | None = None

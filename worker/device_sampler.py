@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupy
@@ -20,6 +20,10 @@ MAX_BIAS = 512
 """Entries of logit_bias that one sequence may have: graphs need a fixed size."""
 _LOGPROBS_STATE = 11
 """Place of `num_logprobs` among the kernel's parameters by slot."""
+_GREEDY_STATE = (0, 4, 5, 9, _LOGPROBS_STATE, 13)
+"""Places of temperature, frequency and presence penalty, and of `bias_count`, `num_logprobs` and mask rows."""
+_BEST_SLICES = 8
+"""Parts of a row's columns that have their best tokens told, as in kernels/cuda/ranked_token.cuh."""
 _FLOATS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty")
 
 
@@ -34,12 +38,24 @@ class DeviceSampler:
         Pinned copies, so that the host may prepare steps ahead.
     max_num_rows
         Of one step: more than slots where draft tokens are verified.
+    gather, num_ranks
+        In a group, `DeviceGroup.gather_logits`: logits then come by rank.
     """
 
     def __init__(
-        self, kernels: Any, max_num_seqs: int, vocab_size: int, width: int, num_staging: int, max_num_rows: int = 0
+        self,
+        kernels: Any,
+        max_num_seqs: int,
+        vocab_size: int,
+        width: int,
+        num_staging: int,
+        max_num_rows: int = 0,
+        gather: Callable[..., bool] | None = None,
+        num_ranks: int = 1,
     ) -> None:
         self._sample = kernels["sample"]
+        self._gather = gather
+        self._num_ranks = num_ranks
         self._max_num_seqs = max_num_seqs
         self._vocab_size = vocab_size
         size = -(-max_num_seqs // 4) * 4  # every array begins at a multiple of 16 bytes
@@ -83,8 +99,9 @@ class DeviceSampler:
             self._mask_rows[:max_num_seqs],
         )
         self._state = tuple(tvm_ffi.from_dlpack(array) for array in state)
-        # Logits with penalties and bias applied; width is the padded vocabulary.
+        # Logits with penalties and bias applied, and those that were gathered; width is the padded vocabulary.
         rows = -(-max(max_num_rows, max_num_seqs) // 4) * 4
+        self._best = tvm_ffi.from_dlpack(cupy.zeros((rows, _BEST_SLICES), cupy.int64))
         self._adjusted = tvm_ffi.from_dlpack(cupy.empty((rows, width), cupy.float32))
         self._out = _outputs(rows)
         # Made once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
@@ -153,22 +170,40 @@ class DeviceSampler:
         """Queue the sampling kernel; return the tensor of sampled ids, (R,) int32."""
         rows = slots.shape[0]
         out = [tensor._create_view((rows, *tensor.shape[1:])) for tensor in self._out_tensors]
-        adjusted = self._adjusted._create_view((rows, self._adjusted.shape[1]))
-        self._sample(logits, self._vocab_size, slots, positions, *self._state, adjusted, *out)
+        self._queue(logits, slots, positions, self._state, out, by_rank=self._gather is not None)
         return out[0]
 
-    def queue_draft(self, logits: Any, slots: Any, positions: Any) -> Any:
+    def queue_draft(self, logits: Any, slots: Any, positions: Any, *, by_rank: bool) -> Any:
         """Queue the sampling of a draft's logits by its slots' parameters; return the tensor of ids, (R,) int32.
 
         The numbers drawn are those that the target will draw at these positions, so the two agree as often as they can.
+
+        Parameters
+        ----------
+        by_rank
+            The draft has the model's ranks, and this is one rank's part of its logits.
         """
         rows = slots.shape[0]
         out = [tensor._create_view((rows, *tensor.shape[1:])) for tensor in self._draft_out]
-        # The draft pads its vocabulary no further than the model does: see `check_draft_manifest`.
-        adjusted = self._adjusted._create_view((rows, logits.shape[1]))
         state = (*self._state[:_LOGPROBS_STATE], self._no_logprobs, *self._state[_LOGPROBS_STATE + 1 :])
-        self._sample(logits, self._vocab_size, slots, positions, *state, adjusted, *out)
+        self._queue(logits, slots, positions, state, out, by_rank=by_rank)
         return out[0]
+
+    def _queue(
+        self, logits: Any, slots: Any, positions: Any, state: Sequence[Any], out: Sequence[Any], *, by_rank: bool
+    ) -> None:
+        rows, width = logits.shape
+        best = self._best._create_view((0, _BEST_SLICES))
+        # A draft pads its vocabulary no further than the model does: see `check_draft_manifest`.
+        adjusted = self._adjusted._create_view((rows, width * self._num_ranks if by_rank else width))
+        if by_rank:
+            assert self._gather is not None
+            places = self._best._create_view((rows, _BEST_SLICES))
+            greedy_state = [state[place] for place in _GREEDY_STATE]
+            if self._gather(logits, self._vocab_size, slots, greedy_state, adjusted, places):
+                best = places
+            logits = adjusted
+        self._sample(logits, best, self._vocab_size, slots, positions, *state, adjusted, *out)
 
     def fetch(self, num_rows: int, slots: Array, staging: int, stream: Any) -> None:
         """Queue the copies of a step's results to the host; `slots` are those of its rows, or of some of them."""

@@ -49,6 +49,8 @@ class DeviceProposer(Protocol):
     """What drafts for the slots of one rank: a model of its own, or a head."""
 
     manifest: Manifest
+    logits_by_rank: bool
+    """Whether a step gives one rank's part of the vocabulary."""
 
     def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
         """Take sequences that enter slots, in order with the steps on `stream`."""
@@ -150,7 +152,7 @@ class DeviceSpeculation:
         """
         run = Round(token_slots, num_slots, num_draft_tokens, page_table)
         for index, (logits, slots, positions) in enumerate(self._draft.steps(self._state, run)):
-            sampled = sampler.queue_draft(logits, slots, positions)
+            sampled = sampler.queue_draft(logits, slots, positions, by_rank=self._draft.logits_by_rank)
             self._kernels["draft_store"](*self._state, token_slots, run.stride, index, sampled, slots)
 
     def load(self, num_draft_tokens: int, tensors: Sequence[Any]) -> None:

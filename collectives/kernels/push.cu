@@ -1,6 +1,7 @@
 // All-reduce over peer memory, alone or fused with residual + RMSNorm (+ quantisation to e4m3), and all-gather.
 //
-// push_rows.cuh has the kernels that reduce rows, push_gather.cuh the one that gathers columns.
+// push_rows.cuh has the kernels that reduce rows, push_gather.cuh the one that gathers columns, push_logits.cuh the one that
+// gathers what the sampler wants of logits.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/string.h>
@@ -11,6 +12,7 @@
 
 #include "gemm.cuh"
 #include "push_gather.cuh"
+#include "push_logits.cuh"
 #include "push_rows.cuh"
 
 namespace tpserve::cuda {
@@ -110,6 +112,37 @@ class PushGroup {
       p.row_vectors = static_cast<int>(row_bytes / 16), p.count = count * row_bytes / 16;
       const int64_t blocks = std::min<int64_t>(kGatherBlocks, (p.count + kGatherThreads - 1) / kGatherThreads);
       launch(all_gather_kernel, dim3(static_cast<unsigned>(blocks)), kGatherThreads, 0, stream_of(out), p);
+    }
+  }
+
+  /// (R, columns) of each rank -> (R, ranks * columns), of rows that the sampler wants whole, and the best tokens of others.
+  void gather_logits(const TensorView& x, int64_t vocab_size, GreedyParams greedy, const TensorView& out,
+                     const TensorView& best) const {
+    const int64_t rows = x.size(0), columns = x.size(1);
+    check_multiple("columns", columns, 4);
+    LogitsParams p{};
+    p.x = checked<float>("x", x, {rows, columns});
+    p.out = checked<float>("out", out, {rows, columns * world_size_});
+    p.best = reinterpret_cast<RankedToken*>(checked<int64_t>("best", best, {rows, kBestSlices}));
+    std::copy(base_, base_ + world_size_, p.base);
+    p.at = at_.gather, p.slot_bytes = static_cast<size_t>(gather_bytes_);
+    p.timeout_ns = timeout_ns_;
+    p.rank = rank_, p.world_size = world_size_;
+    p.columns = static_cast<int>(columns), p.vocab_size = static_cast<int>(vocab_size);
+    const int64_t piece = std::min(rows, gather_bytes_ / (columns * 4));
+    if (rows > 0 && piece == 0) {
+      TVM_FFI_THROW(ValueError) << "a row of " << columns * 4 << " bytes, at most " << gather_bytes_ << " were reserved";
+    }
+    for (int64_t first = 0; first < rows; first += piece) {
+      const int64_t count = std::min(piece, rows - first);
+      LogitsParams q = p;
+      q.x += first * columns, q.out += first * columns * world_size_, q.best += first * kBestSlices;
+      q.greedy = greedy, q.greedy.slots += first;
+      q.num_rows = static_cast<int>(count);
+      const int64_t slices = std::min<int64_t>({kBestSlices, columns / 4, kGatherBlocks / count});
+      q.slices = static_cast<int>(std::max<int64_t>(slices, 1));
+      const int64_t blocks = std::min<int64_t>(kGatherBlocks, count * q.slices);
+      launch(gather_logits_kernel, dim3(static_cast<unsigned>(blocks)), kGatherThreads, 0, stream_of(out), q);
     }
   }
 
@@ -259,6 +292,25 @@ Map<String, Function> push_create(int64_t rank, Array<int64_t> workspaces, int64
   // Of float32 or bfloat16.
   out.Set("all_gather", Function::FromTyped([group](TensorView x, TensorView y) {
             has_dtype<bf16>(x) ? group->all_gather<bf16>(x, y) : group->all_gather<float>(x, y);
+          }));
+  // x, vocab_size, slots, and by slot temperature, frequency and presence penalty, biases, log-probabilities, mask row; out, best
+  out.Set("gather_logits",
+          Function::FromTyped([group](TensorView x, int64_t vocab_size, TensorView slots, TensorView temperature,
+                                      TensorView frequency, TensorView presence, TensorView bias_count,
+                                      TensorView num_logprobs, TensorView mask_rows, TensorView out, TensorView best) {
+            check_rank("x", x, 2);
+            check_rank("temperature", temperature, 1);
+            const int64_t num_slots = temperature.size(0);
+            GreedyParams greedy{};
+            greedy.slots = checked<int32_t>("slots", slots, {x.size(0)});
+            greedy.temperature = checked<float>("temperature", temperature, {num_slots});
+            greedy.frequency = checked<float>("frequency_penalty", frequency, {num_slots});
+            greedy.presence = checked<float>("presence_penalty", presence, {num_slots});
+            greedy.bias_count = checked<int32_t>("bias_count", bias_count, {num_slots});
+            greedy.num_logprobs = checked<int32_t>("num_logprobs", num_logprobs, {num_slots});
+            greedy.mask_rows = checked<int32_t>("mask_rows", mask_rows, {num_slots});
+            greedy.num_slots = static_cast<int>(num_slots);
+            group->gather_logits(x, vocab_size, greedy, out, best);
           }));
   out.Set("all_reduce_add_rms_norm",
           Function::FromTyped([group](TensorView x, TensorView residual, TensorView weight, double eps,

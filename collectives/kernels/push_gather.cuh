@@ -18,6 +18,27 @@ struct GatherParams {
   int64_t count;                      // vectors of x
 };
 
+/// Says that the block's share has been sent, and waits for the same block's of every other rank. By all threads, after
+/// `advance`, whose barrier puts the block's stores before it.
+__device__ __forceinline__ void exchange_shares(uint8_t* const (&base)[kMaxRanks], int rank, int world_size, unsigned target,
+                                                uint64_t timeout_ns) {
+  Control* control = reinterpret_cast<Control*>(base[rank]);
+  if (threadIdx.x < static_cast<unsigned>(world_size) && static_cast<int>(threadIdx.x) != rank) {
+    const int peer = threadIdx.x;
+    __threadfence_system();  // makes them so for the peer
+    unsigned* flag = &reinterpret_cast<Control*>(base[peer])->flags[rank][blockIdx.x];
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(target) : "memory");
+    const unsigned* own = &control->flags[peer][blockIdx.x];
+    Patience patience;
+    while (true) {
+      unsigned seen;
+      asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(own) : "memory");
+      if (static_cast<int>(seen - target) >= 0 || patience.is_over(control, timeout_ns, peer)) break;
+    }
+  }
+  __syncthreads();
+}
+
 /// A block sends its share of the vectors to everybody, says so, waits for the others' shares and puts them in place.
 static __global__ void __launch_bounds__(kGatherThreads)
     all_gather_kernel(const __grid_constant__ GatherParams p) {
@@ -37,22 +58,7 @@ static __global__ void __launch_bounds__(kGatherThreads)
     for (int k = 1; k < p.world_size; ++k) store_peer(slot_of((p.rank + k) % p.world_size, p.rank) + i, v);
   }
   advance(&control->gather, epoch, {});  // its buffers need no freeing: flags tell what has come
-  const unsigned target = epoch + 1;
-  if (threadIdx.x < static_cast<unsigned>(p.world_size) && static_cast<int>(threadIdx.x) != p.rank) {
-    const int peer = threadIdx.x;
-    // The barrier in `advance` puts the block's stores before this; the fence makes them so for the peer.
-    __threadfence_system();
-    unsigned* flag = &reinterpret_cast<Control*>(p.base[peer])->flags[p.rank][blockIdx.x];
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(target) : "memory");
-    const unsigned* own = &control->flags[peer][blockIdx.x];
-    Patience patience;
-    while (true) {
-      unsigned seen;
-      asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(own) : "memory");
-      if (static_cast<int>(seen - target) >= 0 || patience.is_over(control, p.timeout_ns, peer)) break;
-    }
-  }
-  __syncthreads();
+  exchange_shares(p.base, p.rank, p.world_size, epoch + 1, p.timeout_ns);
   for (int k = 1; k < p.world_size; ++k) {
     const int source = (p.rank + k) % p.world_size;
     const uint4* slot = slot_of(p.rank, source);

@@ -77,7 +77,8 @@ class LlamaForCausalLM(nn.Module):
         Returns
         -------
         logits : (R, padded vocabulary) float32
-            The same on every rank; columns past the vocabulary mean nothing.
+            The same on every rank; columns past the vocabulary mean nothing. On GPUs (R, padded vocabulary / ranks):
+            the rank's own columns.
         hidden : (R, hidden size), in the type of activations
             The final norm's rows, from which the logits are computed.
         aux : (T, layers * hidden size), in the type of activations
@@ -97,7 +98,7 @@ class LlamaForCausalLM(nn.Module):
             residual, x = layer.mlp(x, residual, next_norm, quantize=next_norm is not self.norm)
         hidden = operators.take_rows(x.values, sample_rows)
         logits = self.lm_head(GemmInput(hidden))
-        if tp_size > 1:
+        if tp_size > 1 and not self._context.logits_by_rank:
             logits = all_gather(logits, tp_size)
         if not self._aux_layers:
             return logits, hidden

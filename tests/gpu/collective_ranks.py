@@ -14,6 +14,7 @@ from typing import Any
 
 import cupy
 import numpy as np
+import numpy.typing as npt
 import tvm_ffi
 
 from tpserve.collectives.names import (
@@ -319,6 +320,57 @@ class ModelStep:
         assert bool((self._logits == self._parts.transpose(1, 0, 2).reshape(rows, -1)).all()), f"{when}: logits differ"
 
 
+def check_logits(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+    """Logits by rank: rows that are wanted whole come whole, of greedy ones the best token, of padding nothing."""
+    rng = np.random.default_rng(5)  # the same on all ranks
+    kinds = ["padding", "best", "temperature", "frequency", "presence", "bias", "logprobs", "mask"]
+    seen: dict[str, int] = dict.fromkeys(kinds, 0)
+    sizes = [(1, 32064), (3, 64), (8, 4), (16, 4008), (64, 1000), (150, 36), *[(5, 100_000), (64, 96)] * 4]
+    for rows, columns in sizes:
+        vocab_size = ranks.world_size * columns - min(37, columns - 1)
+        logits = rng.choice([-0.0, 0.0, 1.5, -2.25, 7.0], (rows, ranks.world_size * columns)).astype(np.float32)
+        logits[:, vocab_size:] = 100.0  # means nothing
+        logits[rng.random(rows) < 0.1, rng.integers(vocab_size)] = np.nan
+        logits[rng.random(rows) < 0.1] = -np.inf
+        of_row = rng.choice(kinds, rows, p=[0.1, 0.4, *[0.5 / 6] * 6])
+        slots = rng.permutation(rows + 3)[:rows].astype(np.int32)
+        state: dict[str, npt.NDArray[Any]] = {}
+        state |= {kind: np.zeros(rows + 3, np.float32) for kind in ("temperature", "frequency", "presence")}
+        state |= {kind: np.zeros(rows + 3, np.int32) - (kind != "bias") for kind in ("bias", "logprobs", "mask")}
+        for row, kind in enumerate(of_row):
+            seen[kind] += 1
+            if kind in state:
+                state[kind][slots[row]] += 1
+        slots[of_row == "padding"] = -1
+        begin = ranks.rank * columns
+        mine = cupy.asarray(np.ascontiguousarray(logits[:, begin : begin + columns]))
+        out = cupy.full(logits.shape, 55.0, cupy.float32)
+        best = cupy.full((rows, 8), 77, cupy.int64)
+        given = [tvm_ffi.from_dlpack(cupy.asarray(array)) for array in (slots, *state.values())]
+        outputs = (tvm_ffi.from_dlpack(out), tvm_ffi.from_dlpack(best))
+        used = ranks.group.gather_logits(tvm_ffi.from_dlpack(mine), vocab_size, given[0], given[1:], *outputs)
+        assert used == ranks.is_push
+        found, places = cupy.asnumpy(out), cupy.asnumpy(best).view(np.uint64)
+        for row, kind in enumerate(of_row):
+            what = f"{rows} x {columns}, row {row}, {kind}"
+            if not used or kind not in ("padding", "best"):
+                np.testing.assert_array_equal(found[row].view(np.uint32), logits[row].view(np.uint32), what)
+                assert not used or not places[row].any(), what
+                continue
+            assert (found[row] == 55.0).all(), what
+            if kind == "padding":
+                assert (places[row] == 77).all(), what
+                continue
+            values = logits[row, :vocab_size]
+            top = int(places[row].max())
+            if np.isnan(values).any():
+                assert top == 2**64 - 1, what
+            else:
+                assert 2**32 - 1 - top % 2**32 == values.argmax(), what
+    assert all(seen.values()), seen
+    return {}
+
+
 def check_models(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
     """A draft and its target in one graph, replayed: steps of other rows and hidden sizes, each with its logits."""
     draft = ModelStep(ranks, 0, 3, args.also_hidden[0], 320)
@@ -371,6 +423,7 @@ CHECKS: dict[str, Check] = {
     "whole": check_whole,
     "soak": check_soak,
     "graph": check_graph,
+    "logits": check_logits,
     "models": check_models,
     "late": check_late,
 }

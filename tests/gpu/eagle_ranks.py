@@ -24,7 +24,7 @@ class WatchedProposer:
     """Copies what a proposer gives, within the captured steps; see `DeviceProposer`."""
 
     def __init__(self, draft: DeviceProposer, kernels: Any, most: int, num_slots: int, width: int) -> None:
-        self.manifest = draft.manifest
+        self.manifest, self.logits_by_rank = draft.manifest, draft.logits_by_rank
         self._draft = draft
         self._address = kernels["device_address"]
         self.logits = cupy.zeros((most, num_slots, width), cupy.float32)

@@ -112,6 +112,12 @@ def test_a_draft_and_its_target_share_a_group_in_one_graph(kernel_library: Path,
 
 
 @two_gpus
+@pytest.mark.parametrize(("world_size", "backend"), [(2, "push"), (2, "nccl"), (4, "push")])
+def test_logits_come_as_far_as_they_are_wanted(kernel_library: Path, world_size: int, backend: str) -> None:
+    run_ranks(kernel_library, world_size, backend, 4096, ["--checks", "logits"])
+
+
+@two_gpus
 def test_graphs_replay(kernel_library: Path) -> None:
     run_ranks(kernel_library, 2, "push", 8192, ["--checks", "graph", "--iterations", "300"])
 

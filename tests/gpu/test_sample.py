@@ -50,6 +50,7 @@ def run(
     ]
     kernels("sample")(
         logits,
+        to_device(np.zeros((0, 8), np.int64)),
         vocab_size,
         column([slot for slot, _ in rows], np.int32),
         column([position for _, position in rows], np.int32),

@@ -49,6 +49,19 @@ __device__ __forceinline__ int draw(const SampleParams& p, const RowView<T>& row
   return race(row, size, static_cast<uint64_t>(p.seed[slot]), position, kept_weight, s);  // the best has a weight
 }
 
+/// Writes a row's token, or -1 if its logits do not tell one, and that no log-probability is known yet; returns whether one is
+/// told.
+__device__ __forceinline__ bool put_best(const SampleParams& p, int r, bool bad, RankedToken top) {
+  const bool told = !bad && fabsf(logit_of_key(key_of(top))) <= FLT_MAX;
+  if (threadIdx.x == 0) p.out_ids[r] = told ? id_of(top) : -1;
+  if (told && threadIdx.x < kMaxTop) {
+    p.out_top_ids[r * kMaxTop + threadIdx.x] = -1;
+    p.out_top_logprobs[r * kMaxTop + threadIdx.x] = -INFINITY;
+  }
+  if (told && threadIdx.x == 0) p.out_logprob[r] = NAN;
+  return told;
+}
+
 /// Samples row r from its adjusted logits; `counts` is null without penalties.
 template <typename T>
 __device__ void sample_row(const SampleParams& p, const RowView<T>& row, int r, int slot, int32_t* counts,
@@ -64,23 +77,17 @@ __device__ void sample_row(const SampleParams& p, const RowView<T>& row, int r, 
   });
   bad = __syncthreads_or(bad);
   top = block_reduce(top, RankedToken{0}, s.reduce64, Max{});
+  if (!put_best(p, r, bad, top)) return;
   const float best = logit_of_key(key_of(top));
   int id = id_of(top);
-  if (bad || !(fabsf(best) <= FLT_MAX)) {
-    if (threadIdx.x == 0) p.out_ids[r] = -1;
-    return;
-  }
 
   const float temperature = p.temperature[slot];
-  if (temperature > 0.0f) id = draw(p, row, r, slot, best, temperature, size, s);
-  if (threadIdx.x == 0) p.out_ids[r] = id;
+  if (temperature > 0.0f) {
+    id = draw(p, row, r, slot, best, temperature, size, s);
+    if (threadIdx.x == 0) p.out_ids[r] = id;
+  }
 
   const int num_top = min(p.num_logprobs[slot], min(size, kMaxTop));
-  if (threadIdx.x < kMaxTop) {
-    p.out_top_ids[r * kMaxTop + threadIdx.x] = -1;
-    p.out_top_logprobs[r * kMaxTop + threadIdx.x] = -INFINITY;
-  }
-  if (threadIdx.x == 0) p.out_logprob[r] = NAN;
   if (num_top >= 0) {
     double total = 0.0;
     for_each(row, size, [&](int, float logit) { total += static_cast<double>(expf(logit - best)); });
@@ -98,6 +105,15 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
   pdl_wait();
   const int r = blockIdx.x, slot = __ldcg(p.slots + r), size = p.vocab_size;
   if (slot < 0 || slot >= p.num_slots) return;
+  if (p.best != nullptr) {
+    RankedToken top = 0;
+#pragma unroll
+    for (int i = 0; i < kBestSlices; ++i) top = max(top, __ldcg(p.best + static_cast<int64_t>(r) * kBestSlices + i));
+    if (top != 0) {
+      put_best(p, r, false, top);
+      return;
+    }
+  }
   const int64_t offset = static_cast<int64_t>(r) * p.width;
   const T* logits = static_cast<const T*>(p.logits) + offset;
   const float frequency = p.frequency[slot], presence = p.presence[slot];
@@ -138,10 +154,11 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
   }
 }
 
-/// As the CPU's `sample`, all on the device. logits (R, width) float32 or bfloat16 stay as they are; `workspace` is (R,
-/// width) float32 and needed only by rows with a mask, bias or penalties. A slot has at most one row. Parameters are
-/// not checked.
-void sample(TensorView logits, int64_t vocab_size, TensorView slots, TensorView positions, TensorView temperature,
+/// As the CPU's `sample`, all on the device. logits (R, width) float32 or bfloat16 stay as they are, unless they are the
+/// `workspace`, which is (R, width) float32 and needed only by rows with a mask, bias or penalties. `best` is (R, kBestSlices)
+/// or (0, kBestSlices): rows that have a token there are done, and their logits are not read. A slot has at most one row.
+/// Parameters are not checked.
+void sample(TensorView logits, TensorView best, int64_t vocab_size, TensorView slots, TensorView positions, TensorView temperature,
             TensorView top_p, TensorView top_k, TensorView min_p, TensorView frequency_penalty,
             TensorView presence_penalty, TensorView seed, TensorView bias_ids, TensorView bias_values,
             TensorView bias_count, TensorView output_counts, TensorView num_logprobs, TensorView masks,
@@ -161,6 +178,10 @@ void sample(TensorView logits, int64_t vocab_size, TensorView slots, TensorView 
   const bool is_bf16 = has_dtype<bf16>(logits);
   p.logits = is_bf16 ? static_cast<const void*>(checked<bf16>("logits", logits, {num_rows, width}))
                      : checked<float>("logits", logits, {num_rows, width});
+  check_rank("best", best, 2);
+  if (best.size(0) != 0) {
+    p.best = reinterpret_cast<const RankedToken*>(checked<int64_t>("best", best, {num_rows, kBestSlices}));
+  }
   p.adjusted = checked<float>("workspace", workspace, {num_rows, width});
   p.slots = checked<int32_t>("slots", slots, {num_rows});
   p.positions = checked<int32_t>("positions", positions, {num_rows});

@@ -1,37 +1,12 @@
-// A row of logits as a block of the sampler goes through it: what ranks its tokens, and what they weigh.
+// A row of logits as a block of the sampler goes through it, and what its tokens weigh.
 #pragma once
 
-#include "common.cuh"
+#include "ranked_token.cuh"
 
 namespace tpserve::cuda {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-
-// --- Ranks ------------------------------------------------------------------------------------------------------------
-
-/// Orders as the logit does.
-__device__ __forceinline__ uint32_t order_key(float logit) {
-  const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 and 0 are equal
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__device__ __forceinline__ float logit_of_key(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
-}
-
-/// A token as one number: the higher is ranked first, by key, then by lower id. None is zero.
-using RankedToken = unsigned long long;
-
-__device__ __forceinline__ RankedToken ranked(uint32_t key, int id) {
-  return static_cast<RankedToken>(key) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(id));
-}
-
-__device__ __forceinline__ uint32_t key_of(RankedToken token) { return static_cast<uint32_t>(token >> 32); }
-
-__device__ __forceinline__ int id_of(RankedToken token) {
-  return static_cast<int>(0xFFFFFFFFu - static_cast<uint32_t>(token));
-}
 
 // --- Weights ----------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 // What the sampler takes, and where a row's token and its log-probabilities go.
 #pragma once
 
-#include "common.cuh"
+#include "ranked_token.cuh"
 
 namespace tpserve::cuda {
 
@@ -11,6 +11,7 @@ constexpr int kMaxVocabSize = 1 << 18;
 struct SampleParams {
   const void* logits;  // (R, width) float32 or bfloat16
   float* adjusted;     // (R, width); rows with a mask, bias or penalties are worked on here
+  const RankedToken* best;  // (R, kBestSlices); null, or 0 in all of a row: to be found here
   const int32_t *slots, *positions;
   const float *temperature, *top_p, *min_p, *frequency, *presence, *bias_values;
   const int32_t *top_k, *bias_ids, *bias_count, *num_logprobs;

@@ -209,7 +209,7 @@ class Sampler:
             ids[index :: 1 + num_drafts][accepted] = drafted[accepted]
         return aligned_copy(ids)
 
-    def queue_draft(self, logits: Any, slots: Any, positions: Any) -> Any:
+    def queue_draft(self, logits: Any, slots: Any, positions: Any, *, by_rank: bool) -> Any:
         from tpserve.worker.arrays import as_tensor
 
         values, owners = np.from_dlpack(logits).copy(), np.from_dlpack(slots).copy()
