@@ -89,7 +89,7 @@ __device__ __forceinline__ void write_tile(const GemmParams& p, const float (&su
 /// Blocks after `cta` that have a part of the units [covered, tile_end).
 __device__ __forceinline__ int sharers_of(const GemmParams& p, int cta, int covered, int tile_end) {
   int count = 0;
-  while (covered < tile_end) covered += p.narrow.base + (cta + ++count < p.narrow.rem);
+  while (covered < tile_end) covered = p.narrow.first(cta + ++count + 1);
   return count;
 }
 

@@ -21,8 +21,13 @@ constexpr int kWideBlocks = 2;  // of 64 channels, in a tile
 /// Of a product of up to 128 tokens, whose units are 64 channels x 256 bytes of K, tile after tile.
 struct NarrowPlan {
   int grid, base, rem;  // blocks; units of block c: base + (c < rem)
+  int pieces = 0;       // if any, each tile is cut into so many instead, equal but for one unit
+  int units_of_k = 0;
 
-  constexpr int first(int cta) const { return base * cta + (cta < rem ? cta : rem); }
+  constexpr int first(int cta) const {
+    if (pieces > 0) return cta / pieces * units_of_k + cta % pieces * units_of_k / pieces;
+    return base * cta + (cta < rem ? cta : rem);
+  }
 };
 
 /// What a block does of it: units.
@@ -31,12 +36,17 @@ struct NarrowRun {
 };
 
 /// For up to kMostAligned tokens each block has whole tiles, or each tile equally many blocks, where that leaves few
-/// multiprocessors without work; else each block has as many units as the others, which of more tokens costs less.
+/// multiprocessors without work; else each block has as many units as the others, which of more tokens costs less. Equally many
+/// blocks whose units are not as many pay where the sums that are exchanged are of kLeastUneven tokens or more.
 constexpr NarrowPlan plan_narrow(int tiles, int units_of_k, int tokens) {
-  constexpr int kLeastGrid = 120, kMostAligned = 96;  // as measured in decode steps (benchmarks/README.md)
+  constexpr int kLeastGrid = 120, kMostAligned = 96, kLeastUneven = 32;  // as measured in steps (benchmarks/README.md)
   const int units = tiles * units_of_k;
   for (int grid = kGrid; grid >= kLeastGrid && tokens <= kMostAligned; --grid) {
-    if (tiles % grid == 0 || (grid % tiles == 0 && units_of_k % (grid / tiles) == 0)) return {grid, units / grid, 0};
+    if (tiles % grid == 0) return {grid, units / grid, 0};
+    const int pieces = grid % tiles == 0 ? grid / tiles : 0;
+    if (pieces > 0 && (units_of_k % pieces == 0 || (tokens >= kLeastUneven && pieces <= units_of_k))) {
+      return {grid, units / grid, 0, pieces, units_of_k};
+    }
   }
   return {kGrid, units / kGrid, units % kGrid};
 }

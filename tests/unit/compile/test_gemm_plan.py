@@ -132,5 +132,7 @@ def test_few_tokens_have_whole_tiles_where_nearly_all_blocks_get_one(library: ct
     assert narrow(library, 64, 8192, 2048) == [128, 8, 0, 1], "o of 70B on four ranks"
     assert narrow(library, 64, 8192, 7168) == [128, 28, 0, 1], "down: on 128 of 132 blocks"
     assert narrow(library, 8, 4096, 8192) == [128, 16, 0, 2], "8B: half a tile each"
-    assert narrow(library, 64, 2560, 8192) == [132, 9, 92, 5], "qkv: 40 tiles do not divide"
+    assert narrow(library, 64, 2560, 8192) == [120, 10, 0, 3], "qkv: a third of a tile each, of 10 or 11 units"
+    assert narrow(library, 16, 2560, 8192) == [132, 9, 92, 5], "which of so few tokens is no faster"
+    assert narrow(library, 64, 3072, 8192) == [132, 11, 84, 4], "48 tiles do not divide"
     assert narrow(library, 128, 8192, 7168)[0] == 132, "of more tokens all blocks are worth more"
