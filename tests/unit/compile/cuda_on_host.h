@@ -41,6 +41,7 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 struct dim3 { unsigned x = 1, y = 1, z = 1; dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {} };
 using cudaStream_t = void*;
 inline void __threadfence() {}
+inline void __threadfence_system() {}
 
 inline thread_local dim3 threadIdx, blockIdx, gridDim;
 
