@@ -293,7 +293,7 @@ Map<String, Function> push_create(int64_t rank, Array<int64_t> workspaces, int64
   out.Set("all_gather", Function::FromTyped([group](TensorView x, TensorView y) {
             has_dtype<bf16>(x) ? group->all_gather<bf16>(x, y) : group->all_gather<float>(x, y);
           }));
-  // x, vocab_size, slots, and by slot temperature, frequency and presence penalty, biases, log-probabilities, mask row; out, best
+  // By slot: from temperature to mask_rows, as GreedyParams has them.
   out.Set("gather_logits",
           Function::FromTyped([group](TensorView x, int64_t vocab_size, TensorView slots, TensorView temperature,
                                       TensorView frequency, TensorView presence, TensorView bias_count,

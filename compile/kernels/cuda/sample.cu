@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
 /// `workspace`, which is (R, width) float32 and needed only by rows with a mask, bias or penalties. `best` is (R, kBestSlices)
 /// or (0, kBestSlices): rows that have a token there are done, and their logits are not read. A slot has at most one row.
 /// Parameters are not checked.
-void sample(TensorView logits, TensorView best, int64_t vocab_size, TensorView slots, TensorView positions, TensorView temperature,
-            TensorView top_p, TensorView top_k, TensorView min_p, TensorView frequency_penalty,
+void sample(TensorView logits, TensorView best, int64_t vocab_size, TensorView slots, TensorView positions,
+            TensorView temperature, TensorView top_p, TensorView top_k, TensorView min_p, TensorView frequency_penalty,
             TensorView presence_penalty, TensorView seed, TensorView bias_ids, TensorView bias_values,
             TensorView bias_count, TensorView output_counts, TensorView num_logprobs, TensorView masks,
             TensorView mask_rows, TensorView workspace, TensorView out_ids, TensorView out_logprob,
