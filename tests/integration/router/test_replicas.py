@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -38,11 +39,23 @@ def replica_processes(server: Server, number: int) -> list[psutil.Process]:
     return [own, *own.children(recursive=True)]
 
 
+async def health(server: Server) -> list[dict[str, Any]]:
+    """Return what the router says of each replica, by its number."""
+    async with httpx.AsyncClient(base_url=server.url, timeout=10) as http:
+        replicas: list[dict[str, Any]] = (await http.get("/health")).json()["replicas"]
+    return replicas
+
+
 async def ready(server: Server, *, or_stalled: bool = False) -> list[bool]:
     """Tell which replicas take requests, or would if this machine let their steps end in time."""
-    async with httpx.AsyncClient(base_url=server.url, timeout=10) as http:
-        replicas = (await http.get("/health")).json()["replicas"]
-    return [each["ready"] or (or_stalled and each["detail"].startswith("stalled")) for each in replicas]
+    return [each["ready"] or (or_stalled and each["detail"].startswith("stalled")) for each in await health(server)]
+
+
+async def busiest(server: Server) -> tuple[int, int]:
+    """Return the number of the replica with the most streams, and how many these are."""
+    streams = [each["in_flight"] for each in await health(server)]
+    number = streams.index(max(streams))
+    return number, streams[number]
 
 
 async def until_ready(server: Server) -> None:
@@ -78,7 +91,7 @@ async def never_fewer_than(server: Server, num: int) -> AsyncIterator[None]:
 @pytest.mark.timeout(280)
 async def test_streams_of_a_killed_replica_go_on_at_the_other(server: Server) -> None:
     """kill -9 of all its processes in mid-stream: greedy, sampled, constrained, forked, with log-probabilities."""
-    requests = mixed_requests(max_tokens=48)
+    requests = mixed_requests(max_tokens=96)
     expected = [Answer() for _ in requests]
     answers = [Answer() for _ in requests]
     async with server.async_client() as client:
@@ -94,11 +107,13 @@ async def test_streams_of_a_killed_replica_go_on_at_the_other(server: Server) ->
             assert time.monotonic() < deadline, server.report("no text comes")
             await asyncio.sleep(0.01)
         begun = [answer.num_tokens is None for answer in answers]
-        for process in replica_processes(server, 0):
+        # Where cores are busy, one replica's streams may all have ended before the last of the other's has begun.
+        number, num_streams = await busiest(server)
+        for process in replica_processes(server, number):
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         await asyncio.gather(*streaming)
-    assert sum(begun) >= 4, "the kill came too late to show anything"
+    assert min(sum(begun), num_streams) >= 2, "the kill came too late to show anything"
     for request, answer, undisturbed in zip(requests, answers, expected, strict=True):
         assert answer.error is None, (request["messages"], answer.error)
         assert answer.what == undisturbed.what, request["messages"]
