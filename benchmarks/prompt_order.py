@@ -1,9 +1,10 @@
-"""Whether shorter prompts should pass longer ones: simulated serving with the real scheduler and measured step times.
+"""Which prompts a step should take, and how much of them: simulated serving, the real scheduler, measured step times.
 
 Regime: the peers' closed loop of C clients with their lengths (`--lengths`), two plans in flight, one GPU group whose
-steps take what `gpu_timeline` measured of Llama-3-70B fp8 TP=4 on H200s: decodes by their number, steps with prompts by
-their tokens. No model runs, so only times are simulated; `gpu_server_70b_tp4.json` says what they were with prompts in
-arrival order.
+steps take what was measured of Llama-3-70B fp8 TP=4 on H200s: decodes by their number, steps with prompts by the size
+that they are padded to. No model runs, so only times are simulated; `gpu_server_70b_tp4.json` says what they were.
+`--patience-steps`: how long shorter prompts pass one. `--catch-up-steps`: in how many steps prompts that wait are to be
+computed, with the size of a step chosen by what its tokens cost; 0: a step takes all that fits.
 
 Run: python benchmarks/prompt_order.py --lengths FILE [--output FILE].
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import itertools
 import json
 import statistics
 import sys
@@ -27,13 +29,18 @@ from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.messages import SamplingParams, StepResult
+from tpserve.proto.rank import SizeTime
 
-DECODE_MS = [(0, 5.9), (1, 6.03), (8, 6.17), (16, 6.73), (32, 7.81), (64, 8.65)]
-"""Step times by decodes."""
-MIXED_MS = [(64, 8.65), (96, 11.0), (128, 11.8), (256, 15.5), (512, 23.9)]
-"""By tokens, of steps with prompts: at 64 and 512 measured, between them estimated from shares of an H100's."""
+DECODE_MS = [(0, 5.5), (1, 5.55), (8, 5.75), (16, 6.15), (32, 6.6), (64, 8.1)]
+"""Steps of decodes as served, by their number (`gpu_server_70b_tp4.json`; of 64, by the median gap of a run)."""
+MIXED_MS = [
+    *((96, 9.27), (128, 10.81), (160, 11.32), (192, 12.0), (224, 13.35), (256, 13.9), (288, 16.4), (320, 16.96)),
+    *((352, 18.08), (384, 18.81), (448, 22.16), (480, 22.63), (512, 23.32)),
+]
+"""Steps with prompts by size: what one rank computes (`gpu_timeline_shard_70b.json`), and 4.3 us a token less 0.17 ms
+for the way to the other ranks, as far as TP=4 took longer at 128 and 512 tokens (`gpu_timeline_70b_tp4.json`)."""
 ALONE_MS = 0.3
-"""What a prompt adds to a step that is no larger than one of decodes; estimated."""
+"""What a prompt adds to a step of up to 64 tokens; estimated."""
 HOST_MS = 3.0
 """From a client to a plan and from a result back, together; estimated."""
 MEASURED_EACH, LEAST_MEASURED = 3, 8
@@ -64,13 +71,22 @@ def step_ms(num_decodes: int, num_prompt_tokens: int) -> float:
     total = num_decodes + num_prompt_tokens
     if total <= DECODE_MS[-1][0]:
         return between(DECODE_MS, total) + (ALONE_MS if num_prompt_tokens else 0.0)
-    return between(MIXED_MS, total)
+    return next(ms for tokens, ms in MIXED_MS if tokens >= total)
+
+
+def size_times() -> list[SizeTime]:
+    """Return what ranks would say of their steps."""
+    decodes = [SizeTime(size, True, round(1e3 * step_ms(size, 0))) for size in (1, 2, 4, *range(8, 65, 8))]
+    mixed = [SizeTime(size, False, round(1e3 * step_ms(size - 1, 1))) for size in (32, 64)]
+    return decodes + mixed + [SizeTime(tokens, False, round(1e3 * ms)) for tokens, ms in MIXED_MS]
 
 
 class Simulation:
     """A closed loop of clients before one scheduler."""
 
-    def __init__(self, lengths: dict[str, list[int]], concurrency: int, patience_steps: int) -> None:
+    def __init__(
+        self, lengths: dict[str, list[int]], concurrency: int, patience_steps: int, catch_up_steps: int
+    ) -> None:
         self._prompts, self._outputs = lengths["prompt_len"], lengths["output_len"]
         self._num_measured = max(LEAST_MEASURED, MEASURED_EACH * concurrency)
         config = SchedulerConfig(
@@ -81,8 +97,10 @@ class Simulation:
             num_pages=40_000,
             enable_prefix_cache=False,
             patience_steps=patience_steps,
+            catch_up_steps=catch_up_steps,
         )
         self._scheduler, self._worker = Scheduler(config), SimulatedWorker(config, next_step=1)
+        self._scheduler.learn_size_times(size_times())
         self.served: list[Served] = []
         self._next = 0
         self._arrivals: list[tuple[float, int, int]] = []
@@ -154,18 +172,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=Path, required=True, help="the peers' file of prompt_len and output_len")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--patience-steps", type=int, nargs="+", default=[0, 8, 16, 32])
+    parser.add_argument("--patience-steps", type=int, nargs="+", default=[32])
+    parser.add_argument("--catch-up-steps", type=int, nargs="+", default=[0, 2, 4, 8])
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     lengths = json.loads(args.lengths.read_text())
     points = []
-    for concurrency in args.concurrency:
-        for patience_steps in args.patience_steps:
-            simulation = Simulation(lengths, concurrency, patience_steps)
-            simulation.run()
-            point = {"concurrency": concurrency, "patience_steps": patience_steps, **simulation.summary()}
-            points.append({name: round(value, 2) for name, value in point.items()})
-            print(points[-1], flush=True)
+    for each in itertools.product(args.concurrency, args.patience_steps, args.catch_up_steps):
+        simulation = Simulation(lengths, *each)
+        simulation.run()
+        point = dict(zip(("concurrency", "patience_steps", "catch_up_steps"), each, strict=True))
+        points.append(point | {name: round(value, 2) for name, value in simulation.summary().items()})
+        print(points[-1], flush=True)
     if args.output:
         step_times = {"decode_ms": DECODE_MS, "mixed_ms": MIXED_MS, "alone_ms": ALONE_MS, "host_ms": HOST_MS}
         text = json.dumps({"benchmark": "prompt_order", "simulated": True, **step_times, "points": points}, indent=1)

@@ -271,6 +271,10 @@ class Engine:
         self._step_log = self._active.step_log = StepLog(self._num_model_ranks)
         self._metrics.make_ranks([address.name for address in addresses])
         self._collectives = addresses[0].collectives
+        if times := addresses[0].size_times:
+            took = ", ".join(f"{t.num_tokens}{' decodes' * t.decode_only} {t.step_us / 1e3:.2f}" for t in times)
+            logger.info("steps without attention take, by tokens, in ms: %s", took)
+        self._scheduler.learn_size_times(times)
         self._group = WorkerGroup(
             [address.target for address in addresses],
             self._config.step_timeout_s,

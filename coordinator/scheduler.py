@@ -4,9 +4,10 @@ Pure and deterministic: no clock, I/O, random numbers or asyncio; the same calls
 every sequence. Knows nothing of text, tensors or workers other than the contract in `worker.proto`.
 
 There is no prefill phase and no decode phase. Computed tokens of each sequence catch up with its tokens: a step gives
-one token to every decoding slot, and what is left of the token budget to chunks of known tokens, of sequences that have
-begun and of those that wait, the shortest first (`prompt_turns`). "Known tokens" are the prompt and, after a preemption
-or the loss of the group, the tokens emitted so far.
+one token to every decoding slot, and what is left of the token budget, or as much as is well spent on them
+(`prompt_share`), to chunks of known tokens, of sequences that have begun and of those that wait, the shortest first
+(`prompt_turns`). "Known tokens" are the prompt and, after a preemption or the loss of the group, the tokens emitted so
+far.
 
 Plans are made ahead of results. A worker runs plans in order, so whatever plan k frees, plan k may hand out, and pages
 and slots are freed here as soon as it is decided that the next plan will remove their slot.
@@ -17,12 +18,15 @@ A decode step touches only the sequences for which something changes, unless it 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.decode_progress import BoundedProgress, DecodeProgress, StepProgress
 from tpserve.coordinator.draft_length import DraftLength
 from tpserve.coordinator.drafting import Drafting
 from tpserve.coordinator.integrity import check_sequences
 from tpserve.coordinator.kv_pages import KVPages
+from tpserve.coordinator.prompt_share import PromptShare
 from tpserve.coordinator.prompt_turns import prompts_in_turn
 from tpserve.coordinator.request import (
     QueueFull,
@@ -38,6 +42,7 @@ from tpserve.coordinator.scheduler_stats import SchedulerStats
 from tpserve.coordinator.sequence_list import SequenceList
 from tpserve.coordinator.slot_table import SlotTable
 from tpserve.proto.messages import FinishReason, PromptChunk, SlotAdd, StepPlan, StepResult
+from tpserve.proto.rank import SizeTime
 
 
 class Scheduler:
@@ -60,6 +65,7 @@ class Scheduler:
         progress = BoundedProgress if config.max_num_draft_tokens else StepProgress
         self._progress: DecodeProgress = progress(config.page_size)
         self._drafting = Drafting(config, draft_length)
+        self._share = PromptShare(config.max_num_batched_tokens, config.catch_up_steps)
         self._next_step = 1
         self._last_result = 0
         self._next_order = 0
@@ -144,6 +150,10 @@ class Scheduler:
         """Return (request id, choice) of what has entered the batch for the first time since the last call."""
         started, self._started = self._started, []
         return started
+
+    def learn_size_times(self, times: Iterable[SizeTime]) -> None:
+        """Take in what steps of each size take on the workers at hand."""
+        self._share.learn(tuple(times))
 
     # ---- requests come and go
 
@@ -329,7 +339,11 @@ class Scheduler:
         waiting = self._waiting if admits else ()
         patience_steps = min(self._config.patience_steps, self._config.aging_steps)
         num_passed = 0
-        for sequence in prompts_in_turn((*self._prefilling, *waiting), step, patience_steps):
+        turns = prompts_in_turn((*self._prefilling, *waiting), step, patience_steps)
+        if turns and self._share.is_bounded:
+            size = self._share.num_tokens(self._num_decoding, self._num_computable(turns))
+            budget = min(budget, size - self._num_decoding)
+        for sequence in turns:
             if budget == 0:
                 return
             if sequence.status is SequenceStatus.WAITING:
@@ -347,6 +361,17 @@ class Scheduler:
             budget -= self._run_chunk(sequence, budget, chunks, touched)
         if admits and self._slots.num_free:
             self._admission_open = False
+
+    def _num_computable(self, sequences: Iterable[Sequence]) -> int:
+        """Return how many known tokens are to be computed of those that have a slot, or would get one."""
+        num_tokens, num_slots = 0, self._slots.num_free
+        for sequence in sequences:
+            if sequence.status is SequenceStatus.WAITING:
+                if num_slots == 0:
+                    continue
+                num_slots -= 1
+            num_tokens += len(sequence.tokens) - sequence.num_computed_tokens
+        return num_tokens
 
     def _try_start(self, sequence: Sequence, added: list[SlotAdd]) -> bool:
         """Move a waiting sequence into the batch, if it may run again and there are pages for it."""

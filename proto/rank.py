@@ -138,6 +138,16 @@ def fingerprint_of(path: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class SizeTime:
+    """What a captured step takes, by its size: padding is computed like any token."""
+
+    num_tokens: int
+    decode_only: bool
+    """Whether each token must be its sequence's only one."""
+    step_us: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankAddress:
     """Where a started rank listens."""
 
@@ -157,6 +167,8 @@ class RankAddress:
     """See `RankConfig`."""
     tls: TlsIdentity | None = field(default=None, repr=False)
     """The coordinator's own, which it has added, if the rank takes plans within mutual TLS."""
+    size_times: tuple[SizeTime, ...] = ()
+    """What its steps take; none where they are not captured, as on a CPU."""
 
     @property
     def name(self) -> str:

@@ -22,7 +22,7 @@ from tpserve.coordinator.scheduler import Scheduler
 from tpserve.coordinator.tracing import Tracing
 from tpserve.proto.messages import CollectiveUse, SamplingParams, StepPlan
 from tpserve.proto.pb import worker_pb2, worker_pb2_grpc
-from tpserve.proto.rank import LET_IN, RankAddress, RankConfig
+from tpserve.proto.rank import LET_IN, RankAddress, RankConfig, SizeTime
 
 STEP_US = 2000
 BUCKET_TOKENS = 16
@@ -74,13 +74,19 @@ class SimulatedRank(worker_pb2_grpc.WorkerServicer):
 class SimulatedCluster(Cluster):
     """Finds its ranks running."""
 
+    size_times: tuple[SizeTime, ...] = ()
+    """What each of them says of its steps."""
+
     def __init__(self, ports: Sequence[int]) -> None:
         rank = RankConfig(0, len(ports), Path(), Path(), "dummy", 8, 4, 1, "", 1.0)
         super().__init__(ClusterConfig(rank, 60.0))
         self._ports = ports
 
     async def start_ranks(self) -> Sequence[RankAddress]:
-        return [RankAddress(rank, "127.0.0.1", port, 0, "elsewhere") for rank, port in enumerate(self._ports)]
+        return [
+            RankAddress(rank, "127.0.0.1", port, 0, "elsewhere", size_times=self.size_times)
+            for rank, port in enumerate(self._ports)
+        ]
 
 
 @contextlib.asynccontextmanager

@@ -82,6 +82,7 @@ class Rank:
             config.token,
             self._runner.collectives,
             config.draft_rank,
+            size_times=self._runner.size_times,
         )
 
 

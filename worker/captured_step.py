@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import cupy
 import tvm_ffi
 
 from tpserve.proto.messages import StepPlan, StepResult
+from tpserve.proto.rank import SizeTime
 from tpserve.worker.arrays import Array
 from tpserve.worker.buckets import Bucket
 from tpserve.worker.device_weights import as_device_tensor
@@ -51,9 +53,32 @@ class CapturedStep:
         self.forward_hidden: Any = None
         """The same of the forward graph."""
 
+    def launch_timed(self, stream: Any) -> tuple[Any, Any]:
+        """Launch the graph on padding alone, twice; return events at the second's beginning and end.
+
+        The first brings ranks that began at different moments to the same one.
+        """
+        begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+        self.graph.launch(stream)
+        begin.record(stream)
+        self.graph.launch(stream)
+        end.record(stream)
+        return begin, end
+
     def release(self) -> None:
         """Let the graphs go."""
         self.graph = self.prompt_graph = self.forward_graph = None
+
+
+def time_steps(steps: Sequence[CapturedStep], stream: Any) -> tuple[SizeTime, ...]:
+    """Return what each step takes; every rank of a group calls this at once."""
+    events = [step.launch_timed(stream) for step in steps]
+    stream.synchronize()
+    times_us = [round(1e3 * cupy.cuda.get_elapsed_time(begin, end)) for begin, end in events]
+    return tuple(
+        SizeTime(step.bucket.num_tokens, step.bucket.decode_only, time_us)
+        for step, time_us in zip(steps, times_us, strict=True)
+    )
 
 
 class PendingStep:

@@ -28,7 +28,7 @@ from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch, StepArrays
 from tpserve.worker.buckets import Bucket, capture_order, fill, make_buckets, smallest
-from tpserve.worker.captured_step import CapturedStep, PendingStep, unowned
+from tpserve.worker.captured_step import CapturedStep, PendingStep, time_steps, unowned
 from tpserve.worker.device_draft import check_draft_manifest, check_head_manifest, draft_rank_config
 from tpserve.worker.device_draft_model import DeviceDraft
 from tpserve.worker.device_group import DeviceGroup
@@ -140,6 +140,8 @@ class DeviceRunner:
             self._group.meet("weights")  # a rank that is still loading must not look late to a kernel
         self._captured = self._capture([CapturedStep(bucket) for bucket in buckets])
         self._verifying = self._capture([CapturedStep(each.bucket, each) for each in verify_buckets])
+        self.size_times = time_steps(self._captured, self._stream)
+        """What steps of each size take but for attention, which hangs on what they hold."""
         self._grammars.wait_warm()
         if self._group is not None:
             self._group.meet("graphs")

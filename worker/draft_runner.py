@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 import time
+from typing import ClassVar
 
 import numpy as np
 
 from tpserve.proto.messages import StepPlan, StepResult
-from tpserve.proto.rank import RankConfig
+from tpserve.proto.rank import RankConfig, SizeTime
 from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch
 from tpserve.worker.draft_link import DraftEnd
@@ -40,6 +41,9 @@ class DraftRunner:
     TimeoutError
         If a rank of the model or the draft does not come in time; names it.
     """
+
+    size_times: ClassVar[tuple[SizeTime, ...]] = ()
+    """Nothing is captured."""
 
     def __init__(self, config: RankConfig, progress: Progress, door: socket.socket | None = None) -> None:
         speculation, draft_rank = config.speculation, config.draft_rank

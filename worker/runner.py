@@ -6,13 +6,13 @@ import logging
 import socket
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tpserve.collectives.cpu import CollectiveStats
 from tpserve.proto.messages import CollectiveUse, StepPlan, StepResult, TokenLogprobs
-from tpserve.proto.rank import RankConfig
+from tpserve.proto.rank import RankConfig, SizeTime
 from tpserve.worker.arrays import Array, as_array
 from tpserve.worker.batch import Batch, DraftTokens, StepArrays
 from tpserve.worker.draft_link import TargetEnd
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 class Runner:
     """The compiled model with its weights, pages and batch, as one rank of its group."""
+
+    size_times: ClassVar[tuple[SizeTime, ...]] = ()
+    """Nothing is captured: a step takes what its tokens take."""
 
     def __init__(
         self,

@@ -23,6 +23,8 @@ from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import SamplingParams
+from tpserve.proto.rank import SizeTime
+from tpserve.worker.buckets import make_buckets
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "smollm2.json"
 TIE = {("q0bf16", "auto"): 0.25, ("fp8", "auto"): 2.5, ("q0bf16", "fp8"): 2.0, ("fp8", "fp8"): 3.0}
@@ -200,3 +202,17 @@ def test_preempted_prompts(group: tuple[RankGroup, Types], goldens: list[dict[st
     scheduler = make_scheduler(30, enable_prefix_cache=False)
     check(prompts, generate(ranks, prompts, scheduler), types)
     assert scheduler.stats().num_preemptions > 0
+
+
+def test_steps_of_each_size_are_timed_and_chosen_by_it(
+    group: tuple[RankGroup, Types], goldens: list[dict[str, Any]]
+) -> None:
+    ranks, types = group
+    times: list[tuple[SizeTime, ...]] = ranks.call("__getattribute__", "size_times")
+    buckets = {(each.num_tokens, each.decode_only) for each in make_buckets(MAX_NUM_SEQS, MAX_NUM_TOKENS)}
+    for of_rank in times:
+        assert {(each.num_tokens, each.decode_only) for each in of_rank} == buckets
+        assert all(0 < each.step_us < 1e6 for each in of_rank)
+    scheduler = make_scheduler()
+    scheduler.learn_size_times(times[0])
+    check(goldens, generate(ranks, goldens, scheduler), types)

@@ -13,7 +13,12 @@ from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.draft_length import FixedLength
 from tpserve.coordinator.request import QueueFull, Request, RequestInvalid
 from tpserve.proto.messages import Grammar, GrammarKind, SamplingParams
+from tpserve.proto.rank import SizeTime
 
+SIZE_TIMES = (
+    *(SizeTime(tokens, True, 100 + tokens) for tokens in (1, 2, 4, 8)),
+    *(SizeTime(tokens, False, step_us) for tokens, step_us in ((4, 120), (8, 130), (16, 155), (24, 230), (32, 300))),
+)
 ANYTHING = Grammar(GrammarKind.REGEX, ".*", (VOCAB_SIZE - 1,))
 
 
@@ -34,6 +39,8 @@ class Scenario:
     """Probability that a step gives up the drafts of who decodes."""
     grammar: float = 0.0
     """Probability that a request has a grammar, which the simulated worker does not follow."""
+    size_times: tuple[SizeTime, ...] = ()
+    """What the scheduler is told that steps of each size take."""
     preempts: bool = False
     """Whether the run is rough enough to preempt; checked, so that the scenario stays worth its name."""
 
@@ -86,6 +93,10 @@ SCENARIOS = {
     "speculation_group_losses": Scenario(
         make_config(max_num_draft_tokens=2, num_pages=24), group_loss=0.02, max_n=3, num_prefixes=2, abort=0.02
     ),
+    "sizes": Scenario(make_config(num_pages=24), size_times=SIZE_TIMES, abort=0.02, num_prefixes=2, preempts=True),
+    "sizes_group_losses": Scenario(
+        make_config(max_num_seqs=4, num_pages=40), size_times=SIZE_TIMES, group_loss=0.02, max_n=3, abort=0.02
+    ),
     "everything": Scenario(
         make_config(num_pages=20, max_num_seqs=6, max_in_flight_steps=3, aging_steps=10, max_passed_sequences=2),
         group_loss=0.01,
@@ -129,6 +140,7 @@ def test_every_text_is_the_one_computed_alone(name: str, seed: int) -> None:
     scenario = SCENARIOS[name]
     random = Random(f"{name} {seed}")
     loop = Loop(scenario.config, SometimesGivesUp(scenario, random) if scenario.gives_up else None)
+    loop.scheduler.learn_size_times(scenario.size_times)
     scheduler = loop.scheduler
     prefixes = [
         [random.randrange(VOCAB_SIZE) for _ in range(random.randint(3, 24))] for _ in range(scenario.num_prefixes)
