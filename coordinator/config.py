@@ -36,7 +36,7 @@ class SchedulerConfig:
     later. 0: prompts in arrival order."""
     catch_up_steps: int = 4
     """Steps in which prompts that wait are to be computed, where it is known what steps of each size take; see
-    `prompt_share`. 0: a step takes all that fits."""
+    `prompt_share`, and nobody who decodes has drafts. 0: a step takes all that fits."""
     aging_steps: int = 256
     """Steps after which a waiting sequence is passed by no later one any more."""
     max_passed_sequences: int = 32

@@ -340,7 +340,8 @@ class Scheduler:
         patience_steps = min(self._config.patience_steps, self._config.aging_steps)
         num_passed = 0
         turns = prompts_in_turn((*self._prefilling, *waiting), step, patience_steps)
-        if turns and self._share.is_bounded:
+        # Who has drafts gets none in a step with prompts: the fewer of those, the better.
+        if turns and self._share.is_bounded and not self._drafting.num_drafting:
             size = self._share.num_tokens(self._num_decoding, self._num_computable(turns))
             budget = min(budget, size - self._num_decoding)
         for sequence in turns:

@@ -122,6 +122,14 @@ class TestScheduler:
         loop.add(*(make_request(i, prompt=25, max_tokens=2) for i in range(2, 9)))
         assert chunk_lengths(loop) == [11]
 
+    def test_steps_in_which_nobody_can_be_drafted_for_are_few(self) -> None:
+        loop = Loop(make_config(num_pages=256, max_num_draft_tokens=2, drafts_on_device=True))
+        loop.scheduler.learn_size_times(SMALL)
+        loop.add(make_request(1, prompt=4, max_tokens=30))
+        loop.step()
+        loop.add(make_request(2, prompt=25, max_tokens=30))
+        assert chunk_lengths(loop) == [25]
+
 
 async def test_the_scheduler_is_told_what_the_ranks_have_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[SizeTime, ...]] = []
