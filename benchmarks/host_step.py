@@ -5,11 +5,12 @@ timed one by one: schedule(), plan -> bytes, channel, bytes -> result, update().
 here hands bytes over inside the process, at no cost worth naming. In each step every running sequence gets a token and
 one in `page_size` gets a page.
 
-With --grpc the whole step is timed besides over the engine's own wire: `WorkerGroup` to a rank in another process,
-which serves the real gRPC door with the real `Batch` and no model. One plan is in flight then, so that a step's time
-holds a full round trip; in service two are, and the round trip hides behind the device.
+With --grpc the whole step is timed besides over the engine's own wire: `WorkerGroup` to ranks in other processes, each
+of which serves the real gRPC door with the real `Batch` and no model. One plan is in flight then, so that a step's time
+holds a full round trip; in service two are, and the round trip hides behind the device. With more --ranks than cores,
+only the coordinator's CPU time says something.
 
-Run: python benchmarks/host_step.py [--steps N] [--running 1 64 ...] [--grpc]
+Run: python benchmarks/host_step.py [--steps N] [--running 1 64 ...] [--grpc [--ranks 1 4 ...]]
 The last line of stdout is one JSON object.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import platform
@@ -181,23 +183,27 @@ class ModelFreeRunner:
         return DoneStep(StepResult(plan.step_id, slots=slots, token_ids=tuple(token_ids.tolist()), step_us=1))
 
 
-def serve_rank(connection: Connection, num_running: int, num_steps: int) -> None:
+def serve_rank(connection: Connection, rank: int, num_running: int, num_steps: int) -> None:
     """Serve the worker's gRPC door until told to stop."""
     from tpserve.worker.service import serve
 
-    server, port = serve(ModelFreeRunner(num_running, num_steps), 0, "127.0.0.1")
+    server, port = serve(ModelFreeRunner(num_running, num_steps), rank, "127.0.0.1")
     connection.send(port)
     connection.recv()
     server.stop(None)
 
 
-async def measure_grpc(num_running: int, num_steps: int) -> dict[str, float]:
+async def measure_grpc(num_running: int, num_steps: int, num_ranks: int) -> dict[str, float]:
     """Return p50 and p99 in ms of a whole step over gRPC, and the coordinator's CPU time of one."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    rank = context.Process(target=serve_rank, args=(there, num_running, num_steps))
-    rank.start()
-    group = WorkerGroup([f"127.0.0.1:{here.recv()}"], step_timeout_s=30.0, on_lost=lambda: None)
+    pipes = [context.Pipe() for _ in range(num_ranks)]
+    ranks = [
+        context.Process(target=serve_rank, args=(there, rank, num_running, num_steps))
+        for rank, (_, there) in enumerate(pipes)
+    ]
+    for rank in ranks:
+        rank.start()
+    group = WorkerGroup([f"127.0.0.1:{here.recv()}" for here, _ in pipes], step_timeout_s=30.0, on_lost=lambda: None)
     try:
         scheduler = make_scheduler(num_running, num_steps, max_in_flight_steps=1)
         while scheduler.num_waiting or scheduler.stats().num_steps < WARMUP_STEPS:
@@ -216,8 +222,9 @@ async def measure_grpc(num_running: int, num_steps: int) -> dict[str, float]:
         cpu = process_time_ns() - cpu
     finally:
         await group.close()
-        here.send(None)
-        rank.join(10)
+        for (here, _), rank in zip(pipes, ranks, strict=True):
+            here.send(None)
+            rank.join(10)
     return {"p50_ms": percentile(times, 0.5), "p99_ms": percentile(times, 0.99), "cpu_ms": cpu / num_steps / 1e6}
 
 
@@ -233,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, help="timed steps for each number of running sequences")
     parser.add_argument("--running", type=int, nargs="+", default=[1, 64, 256, 1024], help="running sequences")
     parser.add_argument("--grpc", action="store_true", help="time whole steps over the engine's wire too")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="numbers of ranks, with --grpc")
     parser.add_argument("--output", type=Path, help="write the JSON object there too")
     args = parser.parse_args(arguments)
     out = sys.stdout
@@ -243,12 +251,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results[num_running] = parts
         cells = [f"{value['p50_ms']:.4f} / {value['p99_ms']:.4f}" for value in parts.values()]
         out.write(f"{num_running:>8}" + "".join(f"{cell:>22}" for cell in cells) + "\n")
-    wire: dict[int, dict[str, float]] = {}
-    for num_running in args.running if args.grpc else ():
-        wire[num_running] = asyncio.run(measure_grpc(num_running, args.steps))
-        row = wire[num_running]
+    wire: list[dict[str, float]] = []
+    for num_running, num_ranks in itertools.product(args.running, args.ranks) if args.grpc else ():
+        row = asyncio.run(measure_grpc(num_running, args.steps, num_ranks))
+        wire.append({"running": num_running, "ranks": num_ranks, **row})
         out.write(
-            f"{num_running:>8} over gRPC: {row['p50_ms']:.3f} / {row['p99_ms']:.3f} ms, CPU {row['cpu_ms']:.3f} ms\n"
+            f"{num_running:>8} over gRPC to {num_ranks}: {row['p50_ms']:.3f} / {row['p99_ms']:.3f} ms, "
+            f"CPU {row['cpu_ms']:.3f} ms\n"
         )
     missed = [n for n, limit in TARGETS_MS.items() if n in results and results[n]["total"]["p50_ms"] > limit]
     summary = {

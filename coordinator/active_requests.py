@@ -61,8 +61,9 @@ class ActiveRequests:
         self._metrics = metrics
         self._on_empty = on_empty
         self._active: dict[int, _Active] = {}
-        self.step_log: StepLog | None = None
-        """Of the present group's ranks, for the spans of requests."""
+        self._step_log: StepLog | None = None
+        self._unreported: list[RequestSpans] = []
+        """Of requests that have ended, while not all ranks have reported their last steps."""
 
     def __len__(self) -> int:
         return len(self._active)
@@ -115,6 +116,28 @@ class ActiveRequests:
             active.sink(batch)
         return keys
 
+    # ---- steps on the ranks, for spans
+
+    def begin_group(self, log: StepLog) -> None:
+        """Take steps from a new group's log."""
+        self.end_group()
+        self._step_log = log
+
+    def note_reported(self) -> None:
+        """Take in that a rank has reported a step."""
+        if self._unreported and self._step_log is not None:
+            log = self._step_log
+            self._unreported = [spans for spans in self._unreported if not spans.flush(log)]
+
+    def end_group(self) -> None:
+        """Emit what there is: the ranks report nothing more."""
+        if self._step_log is not None:
+            for spans in self._unreported:
+                spans.flush(self._step_log, is_last=True)
+        self._unreported.clear()
+
+    # ---- events
+
     def note_started(self, choices: Iterable[tuple[int, int]]) -> None:
         """Note which choices of which keys have just entered the batch for the first time."""
         now = time.perf_counter()
@@ -149,8 +172,8 @@ class ActiveRequests:
             active.num_tokens[choice] += len(event.token_ids)
             # Not as sampled: a step that was sent before a stop was known runs over it, and that token is nobody's.
             num_tokens += len(event.token_ids)
-            if active.spans is not None and self.step_log is not None:
-                active.spans.step(step_id, self.step_log)
+            if active.spans is not None and self._step_log is not None:
+                active.spans.step(step_id, self._step_log)
             if event.finish is not None:
                 self._close_choice(event.request_id, active, event, now)
         self._metrics.generation_tokens.inc(num_tokens)
@@ -190,6 +213,8 @@ class ActiveRequests:
     def _forget(self, key: int) -> None:
         active = self._active.pop(key)
         if active.spans is not None:
-            active.spans.end(active.finished, sum(active.num_tokens), self.step_log)
+            active.spans.end(active.finished, sum(active.num_tokens))
+            self._unreported.append(active.spans)
+            self.note_reported()
         if not self._active:
             self._on_empty()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ class WorkerGroup:
         on_lost
             Called once when a rank is lost.
         on_result
-            Called with every rank's result of every step, rank 0's included.
+            Called with every rank's result of every step, rank 0's included; the others' come a little later.
         stall_after_s
             Age at which a step without a result is a stall.
         on_stall
@@ -121,13 +122,15 @@ class WorkerGroup:
         """Send a plan to every rank."""
         data = plan.to_pb().SerializeToString()
         self._sent_at[plan.step_id] = time.monotonic()
-        for rank, call in enumerate(self._calls):
+        for rank in range(len(self._calls)):
             if not self._let_in[rank] and not await self._wait_to_be_let_in(rank):
                 return
-            try:
-                await call.write(data)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                return  # the stream has ended: its reader says why
+        first, *others = self._calls
+        if not others:  # a task of its own would cost more than the wait
+            await _write(first, data)
+            return
+        # All at once: one behind the other, the last of eight ranks had its plan 0.5 ms after the first.
+        await asyncio.gather(*(_write(call, data) for call in self._calls))
 
     async def _wait_to_be_let_in(self, rank: int) -> bool:
         """Wait for a rank's first word; False: it refuses the stream or is late, which the group's tasks tell.
@@ -201,18 +204,19 @@ class WorkerGroup:
                 if not isinstance(data, bytes):  # grpc.aio.EOF
                     lost = self._loss(rank, "ended its stream")
                     break
-                result = StepResult.from_pb(worker_pb2.StepResult.FromString(data))
-                if result.error.startswith(_WITNESSES):
-                    self._give_up(rank, f"step {result.step_id}: {result.error}")
-                    return
-                if result.error:
-                    lost = self._loss(rank, f"failed in step {result.step_id}: {result.error}")
-                    break
-                state.last_step = result.step_id
-                self._on_result(result)
-                if rank == 0:
-                    self._sent_at.pop(result.step_id, None)
-                    self._results.put_nowait(result)
+                for pb in worker_pb2.StepResults.FromString(data).results:
+                    result = StepResult.from_pb(pb)
+                    if result.error.startswith(_WITNESSES):
+                        self._give_up(rank, f"step {result.step_id}: {result.error}")
+                        return
+                    if result.error:
+                        self._lose(self._loss(rank, f"failed in step {result.step_id}: {result.error}"))
+                        return
+                    state.last_step = result.step_id
+                    self._on_result(result)
+                    if rank == 0:
+                        self._sent_at.pop(result.step_id, None)
+                        self._results.put_nowait(result)
         except grpc.aio.AioRpcError as error:
             lost = self._loss(rank, f"connection lost: {error.code().name} {error.details()}")
         self._lose(lost)
@@ -258,6 +262,12 @@ def _open_channel(address: str, rank: int, tls: TlsIdentity | None) -> grpc.aio.
     # Ranks are known by their number, wherever they are.
     options = [*_OPTIONS, ("grpc.ssl_target_name_override", rank_tls_name(rank))]
     return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+async def _write(call: Any, data: bytes) -> None:
+    # If the stream has ended, its reader says why.
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        await call.write(data)
 
 
 def _open_stream(channel: grpc.aio.Channel, token: str | None) -> Any:

@@ -268,7 +268,8 @@ class Engine:
             self._give_up.cancel()
         self._gave_up = False
         self._num_model_ranks = sum(address.draft_rank is None for address in addresses)
-        self._step_log = self._active.step_log = StepLog(self._num_model_ranks)
+        self._step_log = StepLog(self._num_model_ranks)
+        self._active.begin_group(self._step_log)
         self._metrics.make_ranks([address.name for address in addresses])
         self._collectives = addresses[0].collectives
         if times := addresses[0].size_times:
@@ -294,6 +295,7 @@ class Engine:
         group, self._group = self._group, None
         if group is not None:
             await group.close()
+        self._active.end_group()
         await self._cluster.kill_ranks()
 
     async def _serve(self) -> None:
@@ -351,6 +353,7 @@ class Engine:
         if result.rank >= self._num_model_ranks:
             return  # a draft's, which takes part in no collective of the model's
         ranks = self._step_log.add(result)
+        self._active.note_reported()
         if ranks is not None and len(ranks) > 1:
             self._metrics.observe_group(ranks)
             longest_us = max(each.step_us for each in ranks)  # of one that was late to begin, the step itself is short

@@ -14,8 +14,9 @@ from typing import Any
 
 from tpserve.proto.messages import StepResult
 
-_KEPT_STEPS = 64
-"""More than can be in flight; a step that a rank has not reported by then belongs to a lost group."""
+_KEPT_STEPS = 256
+"""More than can be in flight, and than rank 0 is ahead of what the others have reported; a step that a rank has not
+reported by then belongs to a lost group."""
 MAX_TRACE_STEPS = 10_000
 """Of one trace: some megabytes."""
 _COORDINATOR_PID = 1

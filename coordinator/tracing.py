@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_STEP_SPANS = 64
 """Steps of one request that get spans; how many were left out is an attribute."""
-_STEP_LAG = 4
+_STEP_LAG = 128
 """Steps after which a rank that has not reported one is not waited for."""
 PROVIDER = "tpserve"
 """Value of gen_ai.provider.name."""
@@ -130,18 +130,14 @@ class RequestSpans:
             self._pending.append(step_id)
         self._flush_steps(log, before=step_id - _STEP_LAG)
 
-    def end(self, finish: Sequence[str], num_output_tokens: int, log: StepLog | None) -> None:
-        """Close everything.
+    def end(self, finish: Sequence[str], num_output_tokens: int) -> None:
+        """Close everything but the steps that not all ranks have reported: those follow with `flush`.
 
         Parameters
         ----------
         finish
             Why each choice ended.
-        log
-            Of the group; None if it is lost.
         """
-        if log is not None:
-            self._flush_steps(log, before=None)
         self._phase.end()
         self._root.set_attributes(
             {
@@ -158,6 +154,17 @@ class RequestSpans:
             self._root.set_status(StatusCode.ERROR)
         self._root.end()
 
+    def flush(self, log: StepLog, *, is_last: bool = False) -> bool:
+        """Emit the spans of steps that all ranks have reported by now; return whether none is left.
+
+        Parameters
+        ----------
+        is_last
+            Nothing more will be reported: emit what there is.
+        """
+        self._flush_steps(log, before=None if is_last else 0)
+        return not self._pending
+
     def _open(self, name: str) -> Any:
         return self._tracer.start_span(name, context=_within(self._root))
 
@@ -166,11 +173,14 @@ class RequestSpans:
         self._phase = self._open(name)
 
     def _flush_steps(self, log: StepLog, before: int | None) -> None:
-        """Emit the spans of steps that are complete, or older than `before`; all that are left if that is None."""
+        """Emit the spans of steps that are complete, or older than `before`; all that are left if that is None.
+
+        Of a step that the log has forgotten there is nothing to emit.
+        """
         left = []
         for step_id in self._pending:
             ranks = log.ranks_of(step_id)
-            if before is not None and step_id >= before and not log.is_complete(step_id):
+            if ranks and before is not None and step_id >= before and not log.is_complete(step_id):
                 left.append(step_id)
                 continue
             for result in ranks:

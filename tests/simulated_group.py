@@ -46,7 +46,7 @@ class SimulatedRank(worker_pb2_grpc.WorkerServicer):
 
     async def Execute(
         self, request_iterator: AsyncIterator[worker_pb2.StepPlan], context: Any
-    ) -> AsyncIterator[worker_pb2.StepResult]:
+    ) -> AsyncIterator[worker_pb2.StepResults]:
         await context.send_initial_metadata(((LET_IN, str(self._rank)),))
         async for pb in request_iterator:
             plan = StepPlan.from_pb(pb)
@@ -57,7 +57,7 @@ class SimulatedRank(worker_pb2_grpc.WorkerServicer):
             busy_us = COLLECTIVE_US.get(self._rank, OTHER_COLLECTIVE_US)
             await asyncio.sleep(STEP_US / 1e6)
             tokens: dict[str, Any] = {} if self._rank == 0 else {"slots": (), "token_ids": (), "logprobs": {}}
-            yield replace(
+            result = replace(
                 result,
                 rank=self._rank,
                 step_us=STEP_US,
@@ -68,7 +68,8 @@ class SimulatedRank(worker_pb2_grpc.WorkerServicer):
                 bucket_tokens=BUCKET_TOKENS,
                 bucket_rows=BUCKET_TOKENS,
                 **tokens,
-            ).to_pb()
+            )
+            yield worker_pb2.StepResults(results=[result.to_pb()])
 
 
 class SimulatedCluster(Cluster):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from tpserve.worker.group_tls import server_credentials
 
 logger = logging.getLogger(__name__)
 
+_GATHER_S = 0.01
+"""Many steps of a small model; nothing that a person would see in metrics."""
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.so_reuseport", 0),
@@ -85,7 +89,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def Execute(
         self, request_iterator: Iterator[worker_pb2.StepPlan], context: grpc.ServicerContext
-    ) -> Iterator[worker_pb2.StepResult]:
+    ) -> Iterator[worker_pb2.StepResults]:
         """Run each plan as it comes."""
         if self._token is not None:
             shown = dict(context.invocation_metadata()).get("authorization", "")
@@ -104,6 +108,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             context.add_callback(self._on_end)
         submitted: queue.SimpleQueue[tuple[int, PendingResult | Exception] | None] = queue.SimpleQueue()
         threading.Thread(target=self._submit_all, args=(request_iterator, submitted), daemon=True).start()
+        results = self._wait_for(submitted)
+        for gathered in ([result] for result in results) if self._rank == 0 else _gather(results):
+            yield worker_pb2.StepResults(results=[result.to_pb() for result in gathered])
+
+    def _wait_for(
+        self, submitted: queue.SimpleQueue[tuple[int, PendingResult | Exception] | None]
+    ) -> Iterator[StepResult]:
+        """Give the result of each step when it is there; an error is the last."""
         while (item := submitted.get()) is not None:
             step_id, pending = item
             try:
@@ -113,10 +125,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             except Exception as error:
                 # Whatever it was, this rank's state is unknown now: report the cause and end the group.
                 logger.exception("step %d failed", step_id)
-                cause = f"{type(error).__name__}: {error}"
-                yield StepResult(step_id, self._rank, error=cause).to_pb()
+                yield StepResult(step_id, self._rank, error=f"{type(error).__name__}: {error}")
                 return
-            yield result.to_pb()
+            yield result
 
     def _submit_all(
         self,
@@ -134,6 +145,34 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             logger.info("the coordinator has ended the stream")
         finally:
             submitted.put(None)
+
+
+def _gather(results: Iterator[StepResult]) -> Iterator[list[StepResult]]:
+    """Give results some at a time; none waits longer than `_GATHER_S`, and an error does not wait.
+
+    A message costs the coordinator 0.1 ms, however much is in it, and it has one from each rank when a step ends,
+    just when it should plan the next one.
+    """
+    done: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
+
+    def wait_for_all() -> None:
+        try:
+            for result in results:
+                done.put(result)
+        finally:
+            done.put(None)
+
+    threading.Thread(target=wait_for_all, daemon=True).start()
+    while (result := done.get()) is not None:
+        gathered = [result]
+        if not result.error:
+            time.sleep(_GATHER_S)
+        with contextlib.suppress(queue.Empty):
+            while (result := done.get_nowait()) is not None:
+                gathered.append(result)
+        yield gathered
+        if result is None:
+            return
 
 
 def serve(

@@ -25,27 +25,29 @@ _sym_db = _symbol_database.Default()
 from tpserve.proto.pb import common_pb2 as tpserve_dot_proto_dot_pb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtpserve/proto/pb/worker.proto\x12\x07tpserve\x1a\x1dtpserve/proto/pb/common.proto\"\xde\x01\n\x08StepPlan\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x15\n\rremoved_slots\x18\x02 \x03(\r\x12%\n\x0b\x61\x64\x64\x65\x64_slots\x18\x03 \x03(\x0b\x32\x10.tpserve.SlotAdd\x12\x14\n\x0c\x61ppend_slots\x18\x04 \x03(\r\x12\x14\n\x0c\x61ppend_pages\x18\x05 \x03(\r\x12$\n\x06\x63hunks\x18\x06 \x03(\x0b\x32\x14.tpserve.PromptChunk\x12\x18\n\x10num_draft_tokens\x18\x07 \x01(\r\x12\x17\n\x0fundrafted_slots\x18\x08 \x03(\r\"\xbc\x01\n\x07SlotAdd\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12)\n\x08sampling\x18\x02 \x01(\x0b\x32\x17.tpserve.SamplingParams\x12\x10\n\x08page_ids\x18\x03 \x03(\r\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r\x12!\n\x07grammar\x18\x05 \x01(\x0b\x32\x10.tpserve.Grammar\x12\x0f\n\x07max_len\x18\x06 \x01(\r\x12\x18\n\x10prefix_token_ids\x18\x07 \x03(\r\"M\n\x0bPromptChunk\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06sample\x18\x04 \x01(\x08\"\x9a\x03\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\'\n\x08logprobs\x18\x05 \x03(\x0b\x32\x15.tpserve.SlotLogprobs\x12\x0f\n\x07step_us\x18\x06 \x01(\r\x12\x15\n\rcollective_us\x18\x07 \x01(\r\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12&\n\x08\x66\x61ilures\x18\t \x03(\x0b\x32\x14.tpserve.SlotFailure\x12\x0f\n\x07mask_us\x18\n \x01(\r\x12+\n\x0b\x63ollectives\x18\x0b \x03(\x0b\x32\x16.tpserve.CollectiveUse\x12\x12\n\nstarted_us\x18\x0c \x01(\x04\x12\x12\n\nnum_tokens\x18\r \x01(\r\x12\x15\n\rbucket_tokens\x18\x0e \x01(\r\x12\x13\n\x0b\x62ucket_rows\x18\x0f \x01(\r\x12\x0e\n\x06\x63ounts\x18\x10 \x03(\r\x12\x0f\n\x07\x64rafted\x18\x11 \x03(\r\x12\x10\n\x08\x64raft_us\x18\x12 \x01(\r\"T\n\rCollectiveUse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x11\n\tnum_calls\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x62usy_us\x18\x04 \x01(\r\"+\n\x0bSlotFailure\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"F\n\x0cSlotLogprobs\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12(\n\x08logprobs\x18\x02 \x01(\x0b\x32\x16.tpserve.TokenLogprobs2?\n\x06Worker\x12\x35\n\x07\x45xecute\x12\x11.tpserve.StepPlan\x1a\x13.tpserve.StepResult(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtpserve/proto/pb/worker.proto\x12\x07tpserve\x1a\x1dtpserve/proto/pb/common.proto\"3\n\x0bStepResults\x12$\n\x07results\x18\x01 \x03(\x0b\x32\x13.tpserve.StepResult\"\xde\x01\n\x08StepPlan\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x15\n\rremoved_slots\x18\x02 \x03(\r\x12%\n\x0b\x61\x64\x64\x65\x64_slots\x18\x03 \x03(\x0b\x32\x10.tpserve.SlotAdd\x12\x14\n\x0c\x61ppend_slots\x18\x04 \x03(\r\x12\x14\n\x0c\x61ppend_pages\x18\x05 \x03(\r\x12$\n\x06\x63hunks\x18\x06 \x03(\x0b\x32\x14.tpserve.PromptChunk\x12\x18\n\x10num_draft_tokens\x18\x07 \x01(\r\x12\x17\n\x0fundrafted_slots\x18\x08 \x03(\r\"\xbc\x01\n\x07SlotAdd\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12)\n\x08sampling\x18\x02 \x01(\x0b\x32\x17.tpserve.SamplingParams\x12\x10\n\x08page_ids\x18\x03 \x03(\r\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r\x12!\n\x07grammar\x18\x05 \x01(\x0b\x32\x10.tpserve.Grammar\x12\x0f\n\x07max_len\x18\x06 \x01(\r\x12\x18\n\x10prefix_token_ids\x18\x07 \x03(\r\"M\n\x0bPromptChunk\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06sample\x18\x04 \x01(\x08\"\x9a\x03\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\'\n\x08logprobs\x18\x05 \x03(\x0b\x32\x15.tpserve.SlotLogprobs\x12\x0f\n\x07step_us\x18\x06 \x01(\r\x12\x15\n\rcollective_us\x18\x07 \x01(\r\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12&\n\x08\x66\x61ilures\x18\t \x03(\x0b\x32\x14.tpserve.SlotFailure\x12\x0f\n\x07mask_us\x18\n \x01(\r\x12+\n\x0b\x63ollectives\x18\x0b \x03(\x0b\x32\x16.tpserve.CollectiveUse\x12\x12\n\nstarted_us\x18\x0c \x01(\x04\x12\x12\n\nnum_tokens\x18\r \x01(\r\x12\x15\n\rbucket_tokens\x18\x0e \x01(\r\x12\x13\n\x0b\x62ucket_rows\x18\x0f \x01(\r\x12\x0e\n\x06\x63ounts\x18\x10 \x03(\r\x12\x0f\n\x07\x64rafted\x18\x11 \x03(\r\x12\x10\n\x08\x64raft_us\x18\x12 \x01(\r\"T\n\rCollectiveUse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x11\n\tnum_calls\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x62usy_us\x18\x04 \x01(\r\"+\n\x0bSlotFailure\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"F\n\x0cSlotLogprobs\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12(\n\x08logprobs\x18\x02 \x01(\x0b\x32\x16.tpserve.TokenLogprobs2@\n\x06Worker\x12\x36\n\x07\x45xecute\x12\x11.tpserve.StepPlan\x1a\x14.tpserve.StepResults(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tpserve.proto.pb.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STEPPLAN']._serialized_start=74
-  _globals['_STEPPLAN']._serialized_end=296
-  _globals['_SLOTADD']._serialized_start=299
-  _globals['_SLOTADD']._serialized_end=487
-  _globals['_PROMPTCHUNK']._serialized_start=489
-  _globals['_PROMPTCHUNK']._serialized_end=566
-  _globals['_STEPRESULT']._serialized_start=569
-  _globals['_STEPRESULT']._serialized_end=979
-  _globals['_COLLECTIVEUSE']._serialized_start=981
-  _globals['_COLLECTIVEUSE']._serialized_end=1065
-  _globals['_SLOTFAILURE']._serialized_start=1067
-  _globals['_SLOTFAILURE']._serialized_end=1110
-  _globals['_SLOTLOGPROBS']._serialized_start=1112
-  _globals['_SLOTLOGPROBS']._serialized_end=1182
-  _globals['_WORKER']._serialized_start=1184
-  _globals['_WORKER']._serialized_end=1247
+  _globals['_STEPRESULTS']._serialized_start=73
+  _globals['_STEPRESULTS']._serialized_end=124
+  _globals['_STEPPLAN']._serialized_start=127
+  _globals['_STEPPLAN']._serialized_end=349
+  _globals['_SLOTADD']._serialized_start=352
+  _globals['_SLOTADD']._serialized_end=540
+  _globals['_PROMPTCHUNK']._serialized_start=542
+  _globals['_PROMPTCHUNK']._serialized_end=619
+  _globals['_STEPRESULT']._serialized_start=622
+  _globals['_STEPRESULT']._serialized_end=1032
+  _globals['_COLLECTIVEUSE']._serialized_start=1034
+  _globals['_COLLECTIVEUSE']._serialized_end=1118
+  _globals['_SLOTFAILURE']._serialized_start=1120
+  _globals['_SLOTFAILURE']._serialized_end=1163
+  _globals['_SLOTLOGPROBS']._serialized_start=1165
+  _globals['_SLOTLOGPROBS']._serialized_end=1235
+  _globals['_WORKER']._serialized_start=1237
+  _globals['_WORKER']._serialized_end=1301
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class StepResults(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[StepResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[StepResult, _Mapping]]] = ...) -> None: ...
+
 class StepPlan(_message.Message):
     __slots__ = ("step_id", "removed_slots", "added_slots", "append_slots", "append_pages", "chunks", "num_draft_tokens", "undrafted_slots")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]

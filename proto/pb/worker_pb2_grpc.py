@@ -37,7 +37,7 @@ class WorkerStub:
         self.Execute = channel.stream_stream(
                 '/tpserve.Worker/Execute',
                 request_serializer=tpserve_dot_proto_dot_pb_dot_worker__pb2.StepPlan.SerializeToString,
-                response_deserializer=tpserve_dot_proto_dot_pb_dot_worker__pb2.StepResult.FromString,
+                response_deserializer=tpserve_dot_proto_dot_pb_dot_worker__pb2.StepResults.FromString,
                 _registered_method=True)
 
 
@@ -45,7 +45,8 @@ class WorkerServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Execute(self, request_iterator, context):
-        """Plans are executed in the order sent. Rank 0 answers each with tokens, the others with step_id alone.
+        """Plans are executed in the order sent. Rank 0 answers each with tokens, at once. The others' answers, without tokens,
+        are for metrics, and that they come shows that the rank lives: several of them may travel together.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -57,7 +58,7 @@ def add_WorkerServicer_to_server(servicer, server):
             'Execute': grpc.stream_stream_rpc_method_handler(
                     servicer.Execute,
                     request_deserializer=tpserve_dot_proto_dot_pb_dot_worker__pb2.StepPlan.FromString,
-                    response_serializer=tpserve_dot_proto_dot_pb_dot_worker__pb2.StepResult.SerializeToString,
+                    response_serializer=tpserve_dot_proto_dot_pb_dot_worker__pb2.StepResults.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,7 +87,7 @@ class Worker:
             target,
             '/tpserve.Worker/Execute',
             tpserve_dot_proto_dot_pb_dot_worker__pb2.StepPlan.SerializeToString,
-            tpserve_dot_proto_dot_pb_dot_worker__pb2.StepResult.FromString,
+            tpserve_dot_proto_dot_pb_dot_worker__pb2.StepResults.FromString,
             options,
             channel_credentials,
             insecure,

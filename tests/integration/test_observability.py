@@ -183,7 +183,12 @@ def test_a_request_is_traced_from_the_client_to_every_rank(server: Server, recei
                 found.setdefault(span.name.split(" ")[0], []).append(span)
         return found
 
-    spans = mine(receiver[0].wait_for(lambda spans: {"text_completion", "engine.request"} <= set(mine(spans))))
+    def all_there(spans: list[Span]) -> bool:
+        found = mine(spans)
+        ranks = {span.attributes["tpserve.rank"] for span in found.get("worker.step", ())}
+        return {"text_completion", "engine.request"} <= set(found) and ranks == {0, 1}
+
+    spans = mine(receiver[0].wait_for(all_there))
     (gateway,), (engine,) = spans["text_completion"], spans["engine.request"]
     assert gateway.name == f"text_completion {MODEL_NAME}"
     assert gateway.parent_id == PARENT_ID

@@ -36,13 +36,13 @@ class FakeRank(worker_pb2_grpc.WorkerServicer):
 
     async def Execute(
         self, request_iterator: AsyncIterator[worker_pb2.StepPlan], context: Any
-    ) -> AsyncIterator[worker_pb2.StepResult]:
+    ) -> AsyncIterator[worker_pb2.StepResults]:
         if self._error == BUSY:
             await asyncio.sleep(60)
         await context.send_initial_metadata(((LET_IN, "0"),))
         async for plan in request_iterator:
             if self._error is not None:
-                yield StepResult(plan.step_id, 0, error=self._error).to_pb()
+                yield worker_pb2.StepResults(results=[StepResult(plan.step_id, 0, error=self._error).to_pb()])
 
 
 @contextlib.asynccontextmanager

@@ -98,7 +98,7 @@ def test_a_step_is_complete_with_its_last_rank_and_old_ones_are_forgotten() -> N
     complete = log.add(StepResult(1, 1))
     assert complete is not None
     assert [result.rank for result in complete] == [0, 1]
-    for step in range(2, 200):
+    for step in range(2, 300):
         log.add(StepResult(step, 0))
     assert log.ranks_of(1) == ()
     assert len(log.ranks_of(199)) == 1

@@ -18,8 +18,9 @@ from tpserve.coordinator.client import WorkerGroup
 from tpserve.coordinator.errors import RankLost
 from tpserve.coordinator.group_authority import GroupAuthority
 from tpserve.proto.messages import StepPlan, StepResult
+from tpserve.proto.pb import worker_pb2
 from tpserve.proto.rank import COORDINATOR_TLS_NAME, TlsIdentity, rank_tls_name
-from tpserve.worker.service import DoneStep, serve
+from tpserve.worker.service import DoneStep, PlanRunner, serve
 
 DEADLINE_S = 30.0
 """Of any wait; only a hang meets it."""
@@ -32,11 +33,49 @@ class Idle:
         return DoneStep(StepResult(plan.step_id, 0))
 
 
+class Breaks:
+    """Does nothing at once, up to a step in which it fails."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def submit(self, plan: StepPlan) -> DoneStep:
+        if plan.step_id == self._at:
+            raise ValueError("broken")
+        return DoneStep(StepResult(plan.step_id, 1, step_us=plan.step_id))
+
+
+class AllAtOnce:
+    """Has done nothing until it has the last plan."""
+
+    def __init__(self, last: int) -> None:
+        self._last, self._has_come = last, threading.Event()
+
+    def submit(self, plan: StepPlan) -> Pending:
+        if plan.step_id == self._last:
+            self._has_come.set()
+        return Pending(plan.step_id, self._has_come)
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step that is done when something has happened."""
+
+    step_id: int
+    event: threading.Event
+
+    def wait(self) -> StepResult:
+        assert self.event.wait(DEADLINE_S)
+        return StepResult(self.step_id, 1)
+
+
 @contextmanager
-def door(token: str | None, tls: TlsIdentity | None = None) -> Iterator[tuple[str, threading.Event]]:
+def door(
+    token: str | None, tls: TlsIdentity | None = None, runner: PlanRunner | None = None, rank: int = 0
+) -> Iterator[tuple[str, threading.Event]]:
     """Open a rank's door; give its address, and what is set when a stream has ended."""
     ended = threading.Event()
-    server, port = serve(Idle(), 0, "127.0.0.1", token, ended.set, tls)
+    server, port = serve(runner or Idle(), rank, "127.0.0.1", token, ended.set, tls)
     try:
         yield f"127.0.0.1:{port}", ended
     finally:
@@ -52,6 +91,33 @@ async def test_the_coordinator_is_let_in(token: str | None) -> None:
         assert not ended.is_set()
         await group.close()
         assert ended.wait(DEADLINE_S), "that the coordinator has left"
+
+
+async def test_results_of_another_rank_than_the_first_travel_together() -> None:
+    """All of them, in order, and with the error that ends them."""
+    with door(None) as (first, _), door(None, runner=Breaks(at=300), rank=1) as (second, _):
+        seen: list[StepResult] = []
+        group = WorkerGroup([first, second], DEADLINE_S, on_lost=lambda: None, on_result=seen.append)
+        for step in range(1, 300):
+            await group.send(StepPlan(step))
+            assert (await group.next_result()).step_id == step
+        await group.send(StepPlan(300))
+        assert (await group.next_result()).step_id == 300
+        with pytest.raises(RankLost, match="rank 1: failed in step 300: ValueError: broken"):
+            await group.next_result()
+        assert [result.step_us for result in seen if result.rank == 1] == list(range(1, 300))
+        assert group.ranks[1].last_step == 299
+        await group.close()
+
+
+def test_a_message_holds_what_has_come_meanwhile() -> None:
+    with door(None, runner=AllAtOnce(100), rank=1) as (address, _), grpc.insecure_channel(address) as channel:
+        untyped: Any = channel
+        plans = iter([StepPlan(step).to_pb().SerializeToString() for step in range(1, 101)])
+        call = untyped.stream_stream("/tpserve.Worker/Execute")(plans, timeout=DEADLINE_S)
+        messages = [worker_pb2.StepResults.FromString(message).results for message in call]
+    assert [result.step_id for message in messages for result in message] == list(range(1, 101))
+    assert len(messages) < 50
 
 
 @pytest.mark.parametrize("shown", [None, "guess", ""])
