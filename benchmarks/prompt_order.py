@@ -3,8 +3,8 @@
 Regime: the peers' closed loop of C clients with their lengths (`--lengths`), two plans in flight, one GPU group whose
 steps take what was measured of Llama-3-70B fp8 TP=4 on H200s: decodes by their number, steps with prompts by the size
 that they are padded to. No model runs, so only times are simulated; `gpu_server_70b_tp4.json` says what they were.
-`--patience-steps`: how long shorter prompts pass one. `--catch-up-steps`: in how many steps prompts that wait are to be
-computed, with the size of a step chosen by what its tokens cost; 0: a step takes all that fits.
+`--patience-steps`: how long shorter prompts pass one. `--wait-weight`: of who waits over who decodes, by which a step's
+size is chosen; 0: a step takes all that fits.
 
 Run: python benchmarks/prompt_order.py --lengths FILE [--output FILE].
 """
@@ -85,7 +85,7 @@ class Simulation:
     """A closed loop of clients before one scheduler."""
 
     def __init__(
-        self, lengths: dict[str, list[int]], concurrency: int, patience_steps: int, catch_up_steps: int
+        self, lengths: dict[str, list[int]], concurrency: int, patience_steps: int, wait_weight: float
     ) -> None:
         self._prompts, self._outputs = lengths["prompt_len"], lengths["output_len"]
         self._num_measured = max(LEAST_MEASURED, MEASURED_EACH * concurrency)
@@ -97,10 +97,10 @@ class Simulation:
             num_pages=40_000,
             enable_prefix_cache=False,
             patience_steps=patience_steps,
-            catch_up_steps=catch_up_steps,
+            wait_weight=wait_weight or 1.0,
         )
         self._scheduler, self._worker = Scheduler(config), SimulatedWorker(config, next_step=1)
-        self._scheduler.learn_size_times(size_times())
+        self._scheduler.learn_size_times(size_times() if wait_weight else [])
         self.served: list[Served] = []
         self._next = 0
         self._arrivals: list[tuple[float, int, int]] = []
@@ -173,15 +173,15 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, required=True, help="the peers' file of prompt_len and output_len")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--patience-steps", type=int, nargs="+", default=[32])
-    parser.add_argument("--catch-up-steps", type=int, nargs="+", default=[0, 2, 4, 8])
+    parser.add_argument("--wait-weight", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0])
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     lengths = json.loads(args.lengths.read_text())
     points = []
-    for each in itertools.product(args.concurrency, args.patience_steps, args.catch_up_steps):
+    for each in itertools.product(args.concurrency, args.patience_steps, args.wait_weight):
         simulation = Simulation(lengths, *each)
         simulation.run()
-        point = dict(zip(("concurrency", "patience_steps", "catch_up_steps"), each, strict=True))
+        point = dict(zip(("concurrency", "patience_steps", "wait_weight"), each, strict=True))
         points.append(point | {name: round(value, 2) for name, value in simulation.summary().items()})
         print(points[-1], flush=True)
     if args.output:

@@ -34,9 +34,9 @@ class SchedulerConfig:
     patience_steps: int = 32
     """Steps from its arrival on in which shorter prompts pass a prompt, begun or not; then it goes before all that came
     later. 0: prompts in arrival order."""
-    catch_up_steps: int = 4
-    """Steps in which prompts that wait are to be computed, where it is known what steps of each size take; see
-    `prompt_share`, and nobody who decodes has drafts. 0: a step takes all that fits."""
+    wait_weight: float = 2.0
+    """What a millisecond counts for a prompt that waits, over one by which a decode is delayed. A step's size is chosen
+    by that, where it is known what steps of each size take and nobody who decodes has drafts; see `prompt_share`."""
     aging_steps: int = 256
     """Steps after which a waiting sequence is passed by no later one any more."""
     max_passed_sequences: int = 32
@@ -70,10 +70,12 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} is {value}; set it to 1 or more")
-        for name in ("patience_steps", "catch_up_steps", "aging_steps", "max_passed_sequences"):
+        for name in ("patience_steps", "aging_steps", "max_passed_sequences"):
             value = getattr(self, name)
             if value < 0:
                 raise ConfigError(f"{name} is {value}; set it to 0 or more")
+        if self.wait_weight <= 0:
+            raise ConfigError(f"wait_weight is {self.wait_weight:g}; set it above 0")
         if not 0 <= self.max_num_draft_tokens <= MAX_DRAFT_TOKENS:
             raise ConfigError(
                 f"max_num_draft_tokens is {self.max_num_draft_tokens}; set it to 0 (no speculation) to "

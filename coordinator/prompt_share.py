@@ -2,20 +2,34 @@
 
 Every token of a prompt delays all who decode, but not by as much in each size of a step: weights are read anyway, so
 the first tokens cost little more than nothing; then arithmetic counts, and tiles of products fit one size better than
-another. So a step takes the size in which a token of a prompt costs least. Where so many wait that they would not be
-done within `catch_up_steps` of those, it takes as much as that asks for: whoever waits is not to pay for whoever
-decodes.
+another. On the other hand, who waits loses all of a step's time. So a step has the size with which all together lose
+least until the prompts that wait are computed, by what steps of each size take.
 
 On Llama-3-70B, fp8, TP=4, simulated with measured steps (`benchmarks/prompt_order.py`), instead of all that fits: mean
-TPOT 11.64 -> 11.38 ms at 64 requests and 7.01 -> 6.97 at 16, p99 of gaps there 23 -> 14 ms, mean TTFT 56 -> 61 and
-31 -> 35 ms.
+TPOT 11.64 -> 11.23 ms at 64 requests, 7.01 -> 6.97 at 16 and 6.13 as before at 8, the p99 of gaps 23 -> 18 to 19 ms,
+mean TTFT 55.6 -> 65.5, 31.0 -> 33.5 and 28.5 -> 28.7 ms.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from tpserve.proto.rank import SizeTime
+
+
+class _Times:
+    """Of steps of one kind."""
+
+    def __init__(self, times: Sequence[SizeTime]) -> None:
+        ordered = sorted((each.num_tokens, each.step_us) for each in times)
+        self.sizes = [num_tokens for num_tokens, _ in ordered]
+        self.step_us = [step_us for _, step_us in ordered]
+
+    def of(self, num_tokens: int) -> int:
+        """Return the microseconds of the smallest step that holds so many tokens; 0 if none does."""
+        place = bisect_left(self.sizes, num_tokens)
+        return self.step_us[place] if place < len(self.sizes) else 0
 
 
 class PromptShare:
@@ -25,44 +39,49 @@ class PromptShare:
     ----------
     max_num_tokens
         Of a step.
-    catch_up_steps
-        In which prompts that wait are to be computed.
+    wait_weight
+        Of the time that a prompt waits, over that by which a decode is delayed.
     """
 
-    __slots__ = ("_catch_up_steps", "_decodes", "_max_num_tokens", "_mixed")
+    __slots__ = ("_decodes", "_max_num_tokens", "_mixed", "_wait_weight")
 
-    def __init__(self, max_num_tokens: int, catch_up_steps: int) -> None:
+    def __init__(self, max_num_tokens: int, wait_weight: float) -> None:
         self._max_num_tokens = max_num_tokens
-        self._catch_up_steps = catch_up_steps
-        self._decodes: list[tuple[int, int]] = []
-        """Tokens and microseconds, smallest first; the same of steps with prompts."""
-        self._mixed: list[tuple[int, int]] = []
+        self._wait_weight = wait_weight
+        self.learn(())
 
     def learn(self, times: Sequence[SizeTime]) -> None:
         """Take in what steps of each size take; of none, a step takes all that fits."""
-        self._decodes = sorted((each.num_tokens, each.step_us) for each in times if each.decode_only)
-        self._mixed = sorted((each.num_tokens, each.step_us) for each in times if not each.decode_only)
+        self._decodes = _Times([each for each in times if each.decode_only])
+        self._mixed = _Times([each for each in times if not each.decode_only])
 
     @property
-    def is_bounded(self) -> bool:
-        """Whether sizes differ in what they cost, as far as is known."""
-        return bool(self._mixed) and self._catch_up_steps > 0
+    def knows_times(self) -> bool:
+        """Whether there is anything to choose by."""
+        return bool(self._mixed.sizes)
 
-    def num_tokens(self, num_decoding: int, num_waiting: int) -> int:
+    def num_tokens(self, num_decoding: int, num_prompts: int, num_waiting: int) -> int:
         """Return the tokens of a step, decodes among them.
 
         Parameters
         ----------
+        num_prompts
+            That could be computed, at least one.
         num_waiting
-            Tokens of prompts that could be computed.
+            Their tokens.
         """
-        sizes = [size for size in self._mixed if size[0] > num_decoding]
-        if not sizes or not self._catch_up_steps:
-            return self._max_num_tokens
-        alone_us = next((us for tokens, us in self._decodes if tokens >= num_decoding), 0) if num_decoding else 0
-        # Of sizes that cost the same, the largest.
-        best, _ = min(sizes, key=lambda size: ((size[1] - alone_us) / (size[0] - num_decoding), -size[0]))
-        needed = num_decoding - (-num_waiting // self._catch_up_steps)
-        if needed <= best:
-            return best
-        return next((tokens for tokens, _ in sizes if tokens >= needed), self._max_num_tokens)
+        alone_us = self._decodes.of(num_decoding) if num_decoding else 0
+        waiters = self._wait_weight * num_prompts
+
+        def lost(step_us: int) -> float:
+            return num_decoding * (step_us - alone_us) + waiters * step_us
+
+        best, least = self._max_num_tokens, float("inf")
+        for size, step_us in zip(self._mixed.sizes, self._mixed.step_us, strict=True):
+            if size <= num_decoding:
+                continue
+            num_steps, rest = divmod(num_waiting, size - num_decoding)
+            cost = num_steps * lost(step_us) + (lost(self._mixed.of(num_decoding + rest)) if rest else 0.0)
+            if cost < least:
+                best, least = size, cost
+        return best

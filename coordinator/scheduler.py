@@ -65,7 +65,7 @@ class Scheduler:
         progress = BoundedProgress if config.max_num_draft_tokens else StepProgress
         self._progress: DecodeProgress = progress(config.page_size)
         self._drafting = Drafting(config, draft_length)
-        self._share = PromptShare(config.max_num_batched_tokens, config.catch_up_steps)
+        self._share = PromptShare(config.max_num_batched_tokens, config.wait_weight)
         self._next_step = 1
         self._last_result = 0
         self._next_order = 0
@@ -341,9 +341,8 @@ class Scheduler:
         num_passed = 0
         turns = prompts_in_turn((*self._prefilling, *waiting), step, patience_steps)
         # Who has drafts gets none in a step with prompts: the fewer of those, the better.
-        if turns and self._share.is_bounded and not self._drafting.num_drafting:
-            size = self._share.num_tokens(self._num_decoding, self._num_computable(turns))
-            budget = min(budget, size - self._num_decoding)
+        if turns and self._share.knows_times and not self._drafting.num_drafting:
+            budget = min(budget, self._well_spent(turns))
         for sequence in turns:
             if budget == 0:
                 return
@@ -363,16 +362,17 @@ class Scheduler:
         if admits and self._slots.num_free:
             self._admission_open = False
 
-    def _num_computable(self, sequences: Iterable[Sequence]) -> int:
-        """Return how many known tokens are to be computed of those that have a slot, or would get one."""
-        num_tokens, num_slots = 0, self._slots.num_free
+    def _well_spent(self, sequences: Iterable[Sequence]) -> int:
+        """Return how many known tokens to compute, of those that have a slot or would get one."""
+        num_prompts, num_tokens, num_slots = 0, 0, self._slots.num_free
         for sequence in sequences:
             if sequence.status is SequenceStatus.WAITING:
                 if num_slots == 0:
                     continue
                 num_slots -= 1
+            num_prompts += 1
             num_tokens += len(sequence.tokens) - sequence.num_computed_tokens
-        return num_tokens
+        return self._share.num_tokens(self._num_decoding, num_prompts, num_tokens) - self._num_decoding
 
     def _try_start(self, sequence: Sequence, added: list[SlotAdd]) -> bool:
         """Move a waiting sequence into the batch, if it may run again and there are pages for it."""

@@ -61,7 +61,7 @@ class TestConfig:
             ({"max_num_batched_tokens": 4}, "max_num_batched_tokens is 4, less than max_num_seqs 8.*raise the former"),
             ({"num_pages": 0}, "num_pages is 0; set it to 1 or more"),
             ({"max_model_len": 1}, "max_model_len is 1; set it to 2"),
-            ({"catch_up_steps": -1}, "catch_up_steps is -1; set it to 0"),
+            ({"wait_weight": 0.0}, "wait_weight is 0; set it above 0"),
             ({"aging_steps": -1}, "aging_steps is -1; set it to 0"),
         ],
     )
