@@ -6,8 +6,8 @@ PORT ?= 8000
 TP ?= 2
 
 .PHONY: serve observe test quick lint types unit unit-gateway unit-doors unit-engine unit-compile integration \
-  integration-doors integration-exact integration-lifecycle integration-observed integration-faults soak test-gpu \
-  goldens proto clean help
+  integration-doors integration-exact integration-router integration-lifecycle integration-observed integration-faults \
+  soak test-gpu goldens proto clean help
 
 help:               ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -56,21 +56,27 @@ unit-engine: $(VENV)/.dev   ## all others
 # Two of these at once: with three, two cores were so busy that answers missed their deadlines. Those of faults run alone.
 integration: $(VENV)/.dev   ## tests of the real server with the demo model
 	$(BIN)/python deploy/fetch_demo_model.py
-	$(MAKE) --jobs=2 --output-sync=target integration-doors integration-exact integration-lifecycle integration-observed
+	$(MAKE) --jobs=2 --output-sync=target integration-doors integration-exact integration-lifecycle \
+	  integration-router integration-observed
 	$(MAKE) integration-faults
 
 INTEGRATION := TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest -p no:hypothesispytest
-INTEGRATION_EXACT := $(addprefix tests/integration/,exact router test_dedicated_draft.py test_eagle.py test_speculation.py)
+INTEGRATION_EXACT := $(addprefix tests/integration/,exact test_dedicated_draft.py test_eagle.py test_speculation.py)
+INTEGRATION_ROUTER := tests/integration/router
 INTEGRATION_LIFECYCLE := $(addprefix tests/integration/test_,lifecycle.py start_failures.py)
 INTEGRATION_OBSERVED := tests/integration/test_observability.py
 INTEGRATION_FAULTS := $(addprefix tests/integration/test_,faults.py hosts.py killed_processes.py)
 
 integration-doors: $(VENV)/.dev   ## those of the doors and the benchmark
 	$(INTEGRATION) tests/integration \
-	  $(patsubst %,--ignore=%,$(INTEGRATION_EXACT) $(INTEGRATION_LIFECYCLE) $(INTEGRATION_OBSERVED) $(INTEGRATION_FAULTS))
+	  $(patsubst %,--ignore=%,$(INTEGRATION_EXACT) $(INTEGRATION_ROUTER) $(INTEGRATION_LIFECYCLE)) \
+	  $(patsubst %,--ignore=%,$(INTEGRATION_OBSERVED) $(INTEGRATION_FAULTS))
 
-integration-exact: $(VENV)/.dev   ## those of exact answers, with drafts and without, and of the router
+integration-exact: $(VENV)/.dev   ## those of exact answers, with drafts and without
 	$(INTEGRATION) $(INTEGRATION_EXACT)
+
+integration-router: $(VENV)/.dev   ## those of replicas behind a router
+	$(INTEGRATION) $(INTEGRATION_ROUTER)
 
 integration-lifecycle: $(VENV)/.dev   ## those of starting and ending
 	$(INTEGRATION) $(INTEGRATION_LIFECYCLE)
