@@ -148,10 +148,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
 
 def _gather(results: Iterator[StepResult]) -> Iterator[list[StepResult]]:
-    """Give results some at a time; none waits longer than `_GATHER_S`, and an error does not wait.
+    """Give results some at a time; none waits longer than `_GATHER_S`, and an error that comes first not at all.
 
-    A message costs the coordinator 0.1 ms, however much is in it, and it has one from each rank when a step ends,
-    just when it should plan the next one.
+    A message costs the coordinator about 0.1 ms, however much is in it, and each rank's would come when a step ends,
+    just when the next one is to be planned.
     """
     done: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
 
