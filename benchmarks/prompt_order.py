@@ -1,10 +1,10 @@
 """Which prompts a step should take, and how much of them: simulated serving, the real scheduler, measured step times.
 
 Regime: the peers' closed loop of C clients with their lengths (`--lengths`), two plans in flight, one GPU group whose
-steps take what was measured of Llama-3-70B fp8 TP=4 on H200s: decodes by their number, steps with prompts by the size
-that they are padded to. No model runs, so only times are simulated; `gpu_server_70b_tp4.json` says what they were.
-`--patience-steps`: how long shorter prompts pass one. `--wait-weight`: of who waits over who decodes, by which a step's
-size is chosen; 0: a step takes all that fits.
+steps take what Llama-3-70B fp8 TP=4 takes on H200s, measured but for the way between ranks: decodes by their number,
+steps with prompts by the size that they are padded to. No model runs, so only times are simulated;
+`gpu_server_70b_tp4.json` says what they were. `--patience-steps`: how long shorter prompts pass one. `--wait-weight`:
+of who waits over who decodes, by which a step's size is chosen; 0: a step takes all that fits.
 
 Run: python benchmarks/prompt_order.py --lengths FILE [--output FILE].
 """
@@ -32,13 +32,15 @@ from tpserve.proto.messages import SamplingParams, StepResult
 from tpserve.proto.rank import SizeTime
 
 DECODE_MS = [(0, 5.5), (1, 5.55), (8, 5.75), (16, 6.15), (32, 6.6), (64, 8.1)]
-"""Steps of decodes as served, by their number (`gpu_server_70b_tp4.json`; of 64, by the median gap of a run)."""
+"""Steps of decodes by their number, near the median gaps of `gpu_server_70b_tp4.json` (5.52, 5.76, 6.16, 6.63); of 64
+what one rank took (`gpu_timeline_shard_70b.json`, contexts of several lengths), where the median gap is 8.22."""
 MIXED_MS = [
     *((96, 9.27), (128, 10.81), (160, 11.32), (192, 12.0), (224, 13.35), (256, 13.9), (288, 16.4), (320, 16.96)),
     *((352, 18.08), (384, 18.81), (448, 22.16), (480, 22.63), (512, 23.32)),
 ]
-"""Steps with prompts by size: what one rank computes (`gpu_timeline_shard_70b.json`), and 4.3 us a token less 0.17 ms
-for the way to the other ranks, as far as TP=4 took longer at 128 and 512 tokens (`gpu_timeline_70b_tp4.json`)."""
+"""Steps with prompts by size: what one rank computes, measured (`gpu_timeline_shard_70b.json`), and an estimate of the
+way to the other ranks, 4.3 us a token less 0.17 ms: 0.4, 0.9 and 2.0 ms at 128, 256 and 512 tokens, where TP=4 at
+another commit took 0.1, 0.9 and 2.2 longer (`gpu_timeline_70b_tp4.json`)."""
 ALONE_MS = 0.3
 """What a prompt adds to a step of up to 64 tokens; estimated."""
 HOST_MS = 3.0

@@ -273,7 +273,8 @@ class Engine:
         self._metrics.make_ranks([address.name for address in addresses])
         self._collectives = addresses[0].collectives
         if times := addresses[0].size_times:
-            took = ", ".join(f"{t.num_tokens}{' decodes' * t.decode_only} {t.step_us / 1e3:.2f}" for t in times)
+            sizes = [f"{each.num_tokens} decodes" if each.decode_only else str(each.num_tokens) for each in times]
+            took = ", ".join(f"{size} {each.step_us / 1e3:.2f}" for size, each in zip(sizes, times, strict=True))
             logger.info("steps without attention take, by tokens, in ms: %s", took)
         self._scheduler.learn_size_times(times)
         self._group = WorkerGroup(

@@ -66,8 +66,8 @@ def kill_in_mid_stream(server: Server, least_streams: int) -> None:
             streams = [each["in_flight"] for each in http.get("/health").json()["replicas"]]
             number = streams.index(max(streams))
             if streams[number] >= least_streams:
-                if num_generated(http, number) - before[number] >= 8 * streams[number]:
-                    break
+                if num_generated(http, number) - before[number] >= 20 * streams[number]:
+                    break  # those that wait for their grammars have begun by then
             assert time.monotonic() < deadline, server.report(f"no replica has had so many streams: {streams}")
     for process in processes[number]:
         with suppress(psutil.NoSuchProcess):
