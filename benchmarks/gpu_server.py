@@ -83,7 +83,8 @@ class Server:
         self.command += ["--max-num-batched-tokens", str(manifest.max_num_batched_tokens), *args.flags]
         if args.trace:
             self.command += ["--enable-debug"]
-        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # open as long as the server runs
+        # Open as long as the server runs.
+        self._log = args.log.open("w+") if args.log else tempfile.NamedTemporaryFile("w+", suffix=".log")
         started = time.perf_counter()
         self._process = subprocess.Popen(self.command, stdout=self._log, stderr=subprocess.STDOUT)
         while not self._is_ready():
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=4.70, help="TB/s that one kernel reaches on this device")
     parser.add_argument("--commit", default="", help="of the tree that is measured")
     parser.add_argument("--append", type=Path, help="file of results; its `runs` get this one")
+    parser.add_argument("--log", type=Path, help="file for what the server says, instead of a temporary one")
     parser.add_argument("flags", nargs="*", help="of tpserve serve, after --")
     args = parser.parse_args()
     manifest = Manifest.load(args.artifact)
