@@ -41,11 +41,13 @@ void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   if constexpr (kBlocks == 1) {
     p.units_of_k = p.packed_k;
     p.narrow = plan_narrow(p.channel_blocks, p.packed_k, kTokens);
+    p.box_tokens = p.M;
   } else {
     p.units_of_k = p.plan.units_of_k;
+    p.box_tokens = p.plan.tile_tokens;
   }
   const int blocks = kBlocks == 1 ? p.narrow.grid : kGrid;
-  launch(gemm_kernel<T, S>, blocks, S::kThreads, S::kSharedBytes, stream, token_map(x, p.M, K, kTokens), p);
+  launch(gemm_kernel<T, S>, blocks, S::kThreads, S::kSharedBytes, stream, token_map(x, p.M, K, p.box_tokens), p);
 }
 
 /// One tile of all tokens, p.M <= kMost of them.
@@ -65,11 +67,15 @@ void dispatch_few(const GemmParams& p, const T* x, int64_t K, cudaStream_t strea
   }
 }
 
+template <typename T>
+int wide_units_of_k(int64_t K) {
+  return static_cast<int>((K * sizeof(T) + 127) / 128);
+}
+
 /// More than 128 tokens, which the scales are one by one of.
 template <typename T, End kEnd>
 void dispatch_wide(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
-  const int units_of_k = static_cast<int>((K * sizeof(T) + 127) / 128);
-  const WideChoice choice = choose_wide(p.M, p.channel_blocks, units_of_k);
+  const WideChoice choice = choose_wide(p.M, p.channel_blocks, wide_units_of_k<T>(K));
   p.plan = choice.plan;
   switch (choice.tokens) {
     case 96: return run<T, 96, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
@@ -78,6 +84,13 @@ void dispatch_wide(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
     case 192: return run<T, 192, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
     default: return run<T, 256, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
   }
+}
+
+/// 97 to 128 tokens in whole wide tiles.
+template <typename T, End kEnd>
+void run_whole_tiles(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
+  p.plan = plan_wide(wide_channel_tiles(p.channel_blocks), p.M, 128, wide_units_of_k<T>(K), 1);
+  run<T, 128, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
 }
 
 template <typename T, int kGroup, End kEnd>
@@ -89,7 +102,12 @@ void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
     if (p.M <= 64) return dispatch_few<T, 64, kGroup, kEnd>(p, x, K, stream);
     static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
     if (p.M <= 96) return run<T, 96, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
-    if (p.M <= 128) return run<T, 128, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
+    if (p.M <= 128) {
+      if constexpr (kGroup == 0) {
+        if (whole_tiles_fill_grid(p.channel_blocks)) return run_whole_tiles<T, kEnd>(p, x, K, stream);
+      }
+      return run<T, 128, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
+    }
     dispatch_wide<T, kEnd>(p, x, K, stream);
   }
 }

@@ -67,8 +67,8 @@ struct UnitCursor<kTokens, kBlocks> {
     const WidePlan& w = p.plan;
     const int tile = run.first / w.units_of_k;
     k = run.first - tile * w.units_of_k;
-    first_token = run.member * kTokens, end_token = first_token + w.run_tokens * kTokens;
-    token = first_token + tile % w.run_tokens * kTokens;
+    first_token = run.member * w.tile_tokens, end_token = first_token + w.run_tokens * w.tile_tokens;
+    token = first_token + tile % w.run_tokens * w.tile_tokens;
     block = tile / w.run_tokens * kBlocks;
     start_weights(p);
   }
@@ -83,7 +83,7 @@ struct UnitCursor<kTokens, kBlocks> {
   template <typename Params>
   constexpr void advance(const Params& p) {
     if (++k == p.plan.units_of_k) {
-      k = 0, token += kTokens;
+      k = 0, token += p.plan.tile_tokens;
       if (token == end_token) token = first_token, block += kBlocks;
       start_weights(p);
     } else if (k % 2 == 0) {

@@ -39,19 +39,19 @@ struct GroupedStage {
       add_scaled(sums, fresh[0], mine);
       wgmma_wait<0>();
       give_back(empty, add_scaled(sums, fresh[1], mine + padded / 2));
-    } else {  // the scales are read while the products run, and the stage is free once the last of these end
+    } else {  // the scales are asked for before the products, whose own reads would hold them up
 #pragma unroll 1  // unrolled, addresses of all rounds would take registers
       for (int first = 0; first < kGroups; first += kAtOnce) {
-        wgmma_fence();
-#pragma unroll
-        for (int g = 0; g < kAtOnce; ++g) multiply(fresh[g], a, b, first + g);
-        wgmma_commit();
         float2 scale[kAtOnce][kVectors];
 #pragma unroll
         for (int g = 0; g < kAtOnce; ++g) {
 #pragma unroll
           for (int i = 0; i < kVectors; ++i) scale[g][i] = mine[(first + g) * padded / 2 + i * 4];
         }
+        wgmma_fence();
+#pragma unroll
+        for (int g = 0; g < kAtOnce; ++g) multiply(fresh[g], a, b, first + g);
+        wgmma_commit();
         wgmma_wait<0>();
 #pragma unroll
         for (int g = 0; g < kAtOnce; ++g) keep(fresh[g]);

@@ -2,7 +2,8 @@
 //
 // Swapped operands: weights are wgmma's A (64 channels), tokens its B, so that few tokens waste nothing. One kernel:
 //   kBlocks 1 (M <= 128): a unit of work is one packed stage, 64 channels x 256 bytes of K, against all tokens.
-//   kBlocks 2 (M > 128):  a unit is 128 channels x 128 bytes of K against 96 to 256 tokens; each warp group has 64 channels.
+//   kBlocks 2 (M > 128, and many channels of 97 to 128): a unit is 128 channels x 128 bytes of K against 96 to 256 tokens;
+//   each warp group has 64 channels.
 // Units are dealt to blocks in contiguous runs of the order (channels, K), as a plan says (gemm_plan.cuh). For kBlocks 1 and
 // kGrid blocks the packed order is the order in which they read: unit i of block c is stage i * kGrid + c, so all blocks
 // together read one contiguous span at a time. A run that starts inside a tile leaves float32 partial sums in its block's
@@ -11,6 +12,9 @@
 // (slots.cuh).
 //
 // Tiles go to memory, or for a reduction over ranks straight to where it wants them (peer_tile.cuh): with the same bits.
+//
+// Rows of a tile without a token are not fetched: the copy engine takes longer for rows outside a tensor than for those in
+// it. Whatever stands there is of columns of their own, which nobody stores.
 //
 // One warp fetches; it fills the ring with weights before `pdl_wait`, while the kernel before still runs.
 //
@@ -80,7 +84,7 @@ __device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ri
                         PushEpoch* epoch, UnitCursor<S::kTokens, S::kBlocks> weights, int count) {
   constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks, kTileK = 128 / sizeof(T);
   const int stage_scales = S::kGroups * p.padded_tokens;           // floats
-  const int token_bytes = S::kTokenBytes + stage_scales * 4;       // what a stage brings after pdl_wait
+  const int token_bytes = S::kTilesOfK * p.box_tokens * 128 + stage_scales * 4;  // what a stage brings after pdl_wait
   const uint64_t once = evict_first_policy();
   const int ahead = count < S::kStages ? count : S::kStages;
   UnitCursor<kTokens, kBlocks> tokens = weights;

@@ -25,6 +25,7 @@ struct GemmParams {
   int units_of_k;                      // per tile
   int channel_blocks;                  // of 64 channels
   int packed_k, packed_base, packed_rem;  // stages of K per 64 channels, and their runs
+  int box_tokens;                         // that a copy brings, of a tile's: all that there are
   bool out_float32;
   NarrowPlan narrow;  // of up to 128 tokens
   WidePlan plan;      // of more

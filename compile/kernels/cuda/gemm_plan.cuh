@@ -53,6 +53,7 @@ constexpr NarrowPlan plan_narrow(int tiles, int units_of_k, int tokens) {
 
 struct WidePlan {
   int units_of_k;        // of a tile
+  int tile_tokens;       // that a tile has: a multiple of eight, and no more than it has room for
   int team, run_tokens;  // blocks of a team; token tiles that one block's run goes through
   int pieces;            // of a tile
   int base, rem;         // pieces of team t: base + (t < rem)
@@ -78,10 +79,11 @@ struct WideRun {
   }
 };
 
-/// The plan for `channel_tiles` x `token_tiles` tiles. If `pieces` are more than one, there must be a team for each of every
-/// tile of a team, and a unit for each.
-constexpr WidePlan plan_wide(int channel_tiles, int token_tiles, int units_of_k, int pieces) {
-  WidePlan w{units_of_k, 1, token_tiles, pieces, 0, 0};
+/// The plan for `channel_tiles` tiles of channels and M tokens in tiles with room for `tokens`, which have equally many of
+/// them. If `pieces` are more than one, there must be a team for each of every tile of a team, and a unit for each.
+constexpr WidePlan plan_wide(int channel_tiles, int M, int tokens, int units_of_k, int pieces) {
+  const int token_tiles = (M + tokens - 1) / tokens, eights = (M + 7) / 8;
+  WidePlan w{units_of_k, (eights + token_tiles - 1) / token_tiles * 8, 1, token_tiles, pieces, 0, 0};
   // A few blocks may stay without work: that costs less than weights that are read twice.
   if (token_tiles <= kGrid && kGrid % token_tiles <= 4) w.team = token_tiles, w.run_tokens = 1;
   const int64_t all = static_cast<int64_t>(channel_tiles) * w.run_tokens * pieces;
@@ -90,21 +92,30 @@ constexpr WidePlan plan_wide(int channel_tiles, int token_tiles, int units_of_k,
 }
 
 /// Estimated without the launch, for e4m3 and bfloat16 alike, since a unit has 128 bytes of K: to order plans, no more. The
-/// constants are fitted together to times on an H100, mostly of each shape's faster plans (gpu_gemm_wide.json): none is what
-/// its part would take alone. In us.
+/// constants are fitted together to times of all plans on an H200 (gpu_gemm_wide_h200.json): none is what its part would take
+/// alone. In us.
 constexpr float estimated_us(const WidePlan& w, int channel_tiles, int token_tiles, int tokens) {
-  constexpr float kUnit = 0.065f, kTokenOfUnit = 0.0013f;   // products of the block that has most
-  constexpr float kL2Mb = 0.06f, kMemoryMb = 0.235f;        // what all blocks fetch from L2, or weights from memory
-  constexpr float kTileEnd = 1.6f;                          // of a whole tile: nothing is multiplied meanwhile
-  constexpr float kEightTokens = 0.3f, kOtherPiece = 0.9f;  // of a tile in pieces: sums given, and those of a block taken
+  constexpr float kUnit = 0.08f, kTokenOfUnit = 0.0018f;     // products of the block that has most
+  constexpr float kL2Mb = 0.043f, kMemoryMb = 0.028f;        // what all blocks fetch from L2, or weights from memory
+  constexpr float kTileEnd = 0.9f;                           // of a whole tile: nothing is multiplied meanwhile
+  constexpr float kEightTokens = 0.18f, kOtherPiece = 1.0f;  // of a tile in pieces: sums given, and those of a block taken
   const int longest = w.base + (w.rem > 0);  // pieces
   const float units = static_cast<float>((longest * w.units_of_k + w.pieces - 1) / w.pieces);
   const float weights_mb = static_cast<float>(channel_tiles) * w.units_of_k * kWideBlocks * 8192 / 1e6f;
-  const float fetched_mb = weights_mb * token_tiles * (1 + tokens / (64.0f * kWideBlocks));
+  const float fetched_mb = weights_mb * token_tiles * (1 + w.tile_tokens / (64.0f * kWideBlocks));
   const float from_l2 = kL2Mb * fetched_mb, from_memory = kMemoryMb * weights_mb;
   const float products = units * (kUnit + kTokenOfUnit * tokens) + (from_l2 > from_memory ? from_l2 : from_memory);
   if (w.pieces == 1) return products + longest * kTileEnd;
-  return products + tokens / 8 * kEightTokens + (w.pieces - 1) * kOtherPiece;
+  return products + w.tile_tokens / 8 * kEightTokens + (w.pieces - 1) * kOtherPiece;
+}
+
+constexpr int wide_channel_tiles(int channel_blocks) { return (channel_blocks + kWideBlocks - 1) / kWideBlocks; }
+
+/// Whether whole wide tiles of one row of tiles keep five of six blocks at work, to the end: then they take less time than
+/// narrow ones of 97 to 128 tokens, since tokens are fetched for twice the channels (benchmarks/README.md).
+constexpr bool whole_tiles_fill_grid(int channel_blocks) {
+  const int tiles = wide_channel_tiles(channel_blocks), rounds = (tiles + kGrid - 1) / kGrid;
+  return tiles * 6 >= rounds * kGrid * 5;
 }
 
 struct WideChoice {
@@ -115,18 +126,18 @@ struct WideChoice {
 /// For M tokens, channels in blocks of 64, and units of 128 bytes of K: the plan of the least estimated time.
 constexpr WideChoice choose_wide(int M, int channel_blocks, int units_of_k) {
   constexpr int kMostPieces = 8;  // no shape measured was faster with more
-  const int channel_tiles = (channel_blocks + kWideBlocks - 1) / kWideBlocks;
+  const int channel_tiles = wide_channel_tiles(channel_blocks);
   WideChoice best{};
   float least = 0.0f;
   for (const int tokens : {256, 192, 160, 128, 96}) {
     const int token_tiles = (M + tokens - 1) / tokens;
-    const WidePlan whole = plan_wide(channel_tiles, token_tiles, units_of_k, 1);
+    const WidePlan whole = plan_wide(channel_tiles, M, tokens, units_of_k, 1);
     int most = whole.base > 0 ? 1 : whole.teams() / whole.rem;  // that fit
     most = most < kMostPieces ? most : kMostPieces;
     most = most < units_of_k ? most : units_of_k;
     for (const int pieces : {1, most / 2, most}) {
       if (pieces == 0) continue;
-      const WidePlan plan = plan_wide(channel_tiles, token_tiles, units_of_k, pieces);
+      const WidePlan plan = plan_wide(channel_tiles, M, tokens, units_of_k, pieces);
       const float us = estimated_us(plan, channel_tiles, token_tiles, tokens);
       if (best.tokens == 0 || us < least) best = {tokens, plan}, least = us;
     }

@@ -12,14 +12,14 @@ __device__ __forceinline__ void keep_here(T& value) {
   asm volatile("" : "+r"(value));
 }
 
-/// Gives the other blocks of a tile this block's sums of their vectors, and adds theirs of its own, in block order. `slot`:
-/// this thread's place of this block, `part` of `pieces`; the next part's is `next_slot` further on.
+/// Gives the other blocks of a tile this block's sums of their vectors, of the tile's first `vectors`, and adds theirs of its
+/// own, in block order. `slot`: this thread's place of this block, `part` of `pieces`; the next part's is `next_slot` further on.
 template <int kTokens>
 __device__ __forceinline__ void exchange_pieces(float (&sums)[kTokens / 2], float4* slot, size_t next_slot, int part,
-                                                int pieces, int from, int to) {
+                                                int pieces, int vectors, int from, int to) {
 #pragma unroll
   for (int b = 0; b < kTokens / 8; ++b) {
-    if (b >= from && b < to) continue;
+    if (b >= vectors || (b >= from && b < to)) continue;
     store_slot(slot + b * 128, sums[b * 4], sums[b * 4 + 1], sums[b * 4 + 2], sums[b * 4 + 3]);
   }
   float4* const first = slot - part * next_slot;
@@ -105,7 +105,7 @@ __device__ __forceinline__ void write_wide(const GemmParams& p, float (&sums)[S:
   constexpr bool kFp8 = sizeof(T) == 1;
   const int warp = threadIdx.x / 32;
   const int channel = (tile / p.plan.run_tokens * S::kBlocks + warp / 4) * 64 + warp % 4 * 16;
-  const int token = (tile % p.plan.run_tokens + member) * S::kTokens;
+  const int token = (tile % p.plan.run_tokens + member) * p.plan.tile_tokens;
   if constexpr (S::kPush) {
     send_rows<kFp8, S::kTokens>(p, sums, channel, token, from, to, by);
   } else {
@@ -118,13 +118,13 @@ template <typename T, typename S>
 __device__ __forceinline__ void finish_wide(const GemmParams& p, float (&sums)[S::kTokens / 2], int tile, const WideRun& run,
                                             float4* slot, const PeerStage& by) {
   constexpr int kVectors = S::kTokens / 8;
-  const int pieces = p.plan.pieces;
-  if (pieces == 1) return write_wide<T, S>(p, sums, tile, run.member, 0, kVectors, by);
+  const int pieces = p.plan.pieces, vectors = p.plan.tile_tokens / 8;
+  if (pieces == 1) return write_wide<T, S>(p, sums, tile, run.member, 0, vectors, by);
   const size_t next_slot = static_cast<size_t>(p.plan.team) * S::kBlocks * kVectors * 128;
   const int part = run.piece % pieces;
-  int from = part * kVectors / pieces, to = (part + 1) * kVectors / pieces;
+  int from = part * vectors / pieces, to = (part + 1) * vectors / pieces;
   keep_here(from), keep_here(to);
-  exchange_pieces<S::kTokens>(sums, slot, next_slot, part, pieces, from, to);
+  exchange_pieces<S::kTokens>(sums, slot, next_slot, part, pieces, vectors, from, to);
   write_wide<T, S>(p, sums, tile, run.member, from, to, by);
 }
 

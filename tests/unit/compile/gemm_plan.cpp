@@ -35,7 +35,7 @@ template <int kTokens>
 int follow(const Params& p, int token_tiles, char* why) {
   constexpr int kBlocks = kWideBlocks;
   const WidePlan& w = p.plan;
-  const int units = w.units_of_k, channel_tiles = (p.channel_blocks + kBlocks - 1) / kBlocks;
+  const int vectors = w.tile_tokens / 8, units = w.units_of_k, channel_tiles = (p.channel_blocks + kBlocks - 1) / kBlocks;
   int cta = -1, tile = -1, unit = -1;
   CHECK(w.team * w.run_tokens == token_tiles && (w.team == 1 || w.run_tokens == 1));
   std::vector<uint8_t> taken(static_cast<size_t>(channel_tiles) * token_tiles * units);
@@ -53,7 +53,7 @@ int follow(const Params& p, int token_tiles, char* why) {
       const size_t whole_tile = static_cast<size_t>(channel / kBlocks) * token_tiles + token_tile;
       CHECK(channel / kBlocks < channel_tiles && token_tile < token_tiles);
       for (; unit < stop; ++unit) {
-        CHECK(fetch.block == channel && fetch.token == token_tile * kTokens && fetch.k == unit - tile * units);
+        CHECK(fetch.block == channel && fetch.token == token_tile * w.tile_tokens && fetch.k == unit - tile * units);
         uint8_t& once = taken[whole_tile * units + fetch.k];
         CHECK(once++ == 0);
         for (int i = 0; i < kBlocks && fetch.block + i < p.channel_blocks; ++i) {
@@ -65,7 +65,7 @@ int follow(const Params& p, int token_tiles, char* why) {
       }
       if (w.pieces == 1) {
         CHECK(stop == tile_end);
-        finished[whole_tile] += kTokens / 8;
+        finished[whole_tile] += vectors;
         continue;
       }
       const int part = run.piece % w.pieces, first = cta - part * w.team;
@@ -74,11 +74,11 @@ int follow(const Params& p, int token_tiles, char* why) {
         const WideRun theirs(w, first + other * w.team);
         CHECK(theirs.piece == tile * w.pieces + other && theirs.member == run.member && theirs.first < theirs.end);
       }
-      finished[whole_tile] += (part + 1) * (kTokens / 8) / w.pieces - part * (kTokens / 8) / w.pieces;
+      finished[whole_tile] += (part + 1) * vectors / w.pieces - part * vectors / w.pieces;
     }
   }
   cta = -1, unit = -1;
-  for (tile = 0; tile < channel_tiles * token_tiles; ++tile) CHECK(finished[tile] == kTokens / 8);
+  for (tile = 0; tile < channel_tiles * token_tiles; ++tile) CHECK(finished[tile] == vectors);
   for (size_t at = 0; at < taken.size(); ++at) {
     unit = static_cast<int>(at);
     CHECK(taken[at] == 1);
@@ -105,28 +105,31 @@ Params params_of(int channel_blocks, int64_t row_bytes, const WidePlan& plan) {
 
 }  // namespace
 
-/// The plan that the library chooses, written to `chosen` (tokens, team, run_tokens, pieces, base, rem), and followed.
+/// The plan that the library chooses, written to `chosen` (tokens, tokens in a tile, team, run_tokens, pieces, base, rem), and followed.
 /// Returns 0, or 1 with the condition that does not hold.
 extern "C" int follow_chosen(int M, int channel_blocks, int64_t row_bytes, int* chosen, char* why) {
   const int units = static_cast<int>((row_bytes + 127) / 128);
   const WideChoice c = choose_wide(M, channel_blocks, units);
   const WidePlan& w = c.plan;
-  const int values[] = {c.tokens, w.team, w.run_tokens, w.pieces, w.base, w.rem};
+  const int values[] = {c.tokens, w.tile_tokens, w.team, w.run_tokens, w.pieces, w.base, w.rem};
   std::copy(std::begin(values), std::end(values), chosen);
   return follow(c.tokens, params_of(channel_blocks, row_bytes, w), (M + c.tokens - 1) / c.tokens, why);
 }
 
 /// Of a plan of whole tiles: the pieces that a tile can be cut into.
 extern "C" int most_pieces(int M, int channel_blocks, int64_t row_bytes, int tokens) {
-  const int units = static_cast<int>((row_bytes + 127) / 128), token_tiles = (M + tokens - 1) / tokens;
-  const WidePlan w = plan_wide((channel_blocks + kWideBlocks - 1) / kWideBlocks, token_tiles, units, 1);
+  const int units = static_cast<int>((row_bytes + 127) / 128);
+  const WidePlan w = plan_wide(wide_channel_tiles(channel_blocks), M, tokens, units, 1);
   return w.base > 0 ? 1 : std::min(w.teams() / w.rem, units);
 }
+
+/// Whether products of 97 to 128 tokens go in whole wide tiles.
+extern "C" int whole_tiles(int channel_blocks) { return whole_tiles_fill_grid(channel_blocks); }
 
 /// Any plan.
 extern "C" int follow_plan(int M, int channel_blocks, int64_t row_bytes, int tokens, int pieces, char* why) {
   const int units = static_cast<int>((row_bytes + 127) / 128), token_tiles = (M + tokens - 1) / tokens;
-  const WidePlan w = plan_wide((channel_blocks + kWideBlocks - 1) / kWideBlocks, token_tiles, units, pieces);
+  const WidePlan w = plan_wide(wide_channel_tiles(channel_blocks), M, tokens, units, pieces);
   return follow(tokens, params_of(channel_blocks, row_bytes, w), token_tiles, why);
 }
 

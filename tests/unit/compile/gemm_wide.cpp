@@ -27,7 +27,7 @@ template <typename T, int kTokens, bool kPush>
 bool finish(const GemmParams& p, const float* sums, int tile, int member) {
   constexpr int kVectors = kTokens / 8;
   constexpr size_t kSlot = kWideBlocks * kVectors * 128;
-  const int pieces = p.plan.pieces;
+  const int pieces = p.plan.pieces, vectors = p.plan.tile_tokens / 8;
   const size_t next = p.plan.team * kSlot;
   struct Own {
     float sums[kTokens / 2];
@@ -42,8 +42,8 @@ bool finish(const GemmParams& p, const float* sums, int tile, int member) {
       const int n = row + i % 4 / 2 * 8, m = i / 4 * 8 + column + i % 2;
       mine[i] = sums[(static_cast<size_t>(part) * 64 + n) * kTokens + m];
     }
-    const int from = part * kVectors / pieces, to = (part + 1) * kVectors / pieces;
-    exchange_pieces<kTokens>(mine, slots.data() + part * next + thread, next, part, pieces, from, to);
+    const int from = part * vectors / pieces, to = (part + 1) * vectors / pieces;
+    exchange_pieces<kTokens>(mine, slots.data() + part * next + thread, next, part, pieces, vectors, from, to);
   });
   using S = Shape<kTokens, kPush>;
   PushEpoch epoch;
@@ -56,7 +56,7 @@ bool finish(const GemmParams& p, const float* sums, int tile, int member) {
         const WideRun run(p.plan, member);
         return finish_wide<T, S>(p, sums_of_thread, tile, run, slots.data() + thread, by);
       }
-      const int from = part * kVectors / pieces, to = (part + 1) * kVectors / pieces;
+      const int from = part * vectors / pieces, to = (part + 1) * vectors / pieces;
       write_wide<T, S>(p, sums_of_thread, tile, member, from, to, by);
     });
   }
@@ -79,12 +79,12 @@ bool finish(int tokens, const GemmParams& p, const float* sums, int tile, int me
 
 }  // namespace
 
-/// Of the team's `tile` and `member`; with scales e4m3 tokens, else bfloat16. With `peer` the rows go to `out` and to `peer`,
+/// Of the team's `tile` and `member`, in which `tile_tokens` of the tokens that there is room for are; with scales e4m3 tokens, else bfloat16. With `peer` the rows go to `out` and to `peer`,
 /// as those of two ranks in a one-shot call. Returns 0, or 1 if a slot is not empty.
-extern "C" int finish_tile(int tokens, int pieces, int team, int tile, int member, const float* sums,
+extern "C" int finish_tile(int tokens, int tile_tokens, int pieces, int team, int tile, int member, const float* sums,
                            const float* channel_scale, const float* token_scale, const float* bias, void* out,
                            void* peer, int out_float32, int M, int N) {
-  const WidePlan plan{64, team, 1, pieces, 0, 0};
+  const WidePlan plan{64, tile_tokens, team, 1, pieces, 0, 0};
   const PushTarget push{{static_cast<uint8_t*>(out), static_cast<uint8_t*>(peer)}, nullptr,
                         {true, 0, 2, 0, 0, 0, static_cast<unsigned>(N / 8)}};
   const GemmParams p{channel_scale, token_scale, bias, out, nullptr, M, N, 0, plan, out_float32 != 0, push};

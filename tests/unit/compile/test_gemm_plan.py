@@ -25,6 +25,7 @@ SHAPES = [
 
 class Chosen(NamedTuple):
     tokens: int
+    tile_tokens: int
     team: int
     run_tokens: int
     pieces: int
@@ -63,7 +64,10 @@ def test_chosen_plans_cover_every_unit_once(library: ctypes.CDLL) -> None:
             choice = chosen(library, int(num_m), num_n, row_bytes)
             assert choice.tokens in TOKENS
             assert choice.pieces <= MOST_PIECES
-            assert choice.team * choice.run_tokens == -(-num_m // choice.tokens)
+            tiles = choice.team * choice.run_tokens
+            assert tiles == -(-num_m // choice.tokens)
+            assert choice.tile_tokens % 8 == 0
+            assert 0 <= tiles * choice.tile_tokens - num_m < 8 * tiles, "next to no row is fetched that is not there"
 
 
 def test_any_plan_covers_every_unit_once(library: ctypes.CDLL) -> None:
@@ -94,14 +98,14 @@ def test_pieces_that_do_not_fit_are_noticed(library: ctypes.CDLL) -> None:
 
 
 def test_tiles_that_nearly_fill_the_grid_stay_whole(library: ctypes.CDLL) -> None:
-    assert chosen(library, 512, 8192, 7168)[:4] == (256, 2, 1, 1), "128 tiles on 132 blocks, in teams of two"
+    assert chosen(library, 512, 8192, 7168)[:5] == (256, 256, 2, 1, 1), "128 tiles on 132 blocks, in teams of two"
     assert chosen(library, 512, 1280, 8192).pieces > 1, "few channels: each tile by more than one block"
 
 
 def test_chosen_plans_are_near_the_fastest_measured(library: ctypes.CDLL) -> None:
-    """Of plans measured at every shape of 8B and 70B; constants that order them worse are noticed here."""
-    measured = json.loads((ROOT / "benchmarks/results/gpu_gemm_wide.json").read_text())["sweep"]
-    assert len(measured) == 264
+    """Of plans measured at shapes of 8B and 70B; constants that order them worse are noticed here."""
+    measured = json.loads((ROOT / "benchmarks/results/gpu_gemm_wide_h200.json").read_text())["sweep"]
+    assert len(measured) == 240
     lost = []
     for row in measured:
         choice = chosen(library, row["M"], row["N"], row["row_bytes"])
@@ -110,6 +114,14 @@ def test_chosen_plans_are_near_the_fastest_measured(library: ctypes.CDLL) -> Non
         lost.append(row["us"][name] / min(row["us"].values()))
     assert np.mean(lost) < 1.01
     assert max(lost) < 1.15
+
+
+def test_whole_wide_tiles_of_few_tokens_where_they_fill_the_grid(library: ctypes.CDLL) -> None:
+    assert library.whole_tiles(14336 // 64), "gate_up of 70B on four ranks: 112 tiles on 132 blocks"
+    assert library.whole_tiles(28672 // 64), "of 8B on one: 224 tiles, in two rounds"
+    assert not library.whole_tiles(8192 // 64)
+    assert not library.whole_tiles(7168 // 64)
+    assert not library.whole_tiles(20480 // 64), "160 tiles: 28 in the second round"
 
 
 def narrow(library: Any, tokens: int, num_n: int, row_bytes: int) -> list[int]:

@@ -25,24 +25,29 @@ def address(array: Array | None) -> ctypes.c_void_p | None:
 
 
 @pytest.mark.parametrize("to", ["bf16", "float32", "peers"])
+@pytest.mark.parametrize("empty", [0, 16], ids=["full", "not_full"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize(("tokens", "pieces"), [(96, 1), (96, 8), (160, 3), (192, 2), (256, 1), (256, 3), (256, 4)])
-def test_tiles_are_added_scaled_and_stored(library: ctypes.CDLL, tokens: int, pieces: int, fp8: bool, to: str) -> None:
+def test_tiles_are_added_scaled_and_stored(
+    library: ctypes.CDLL, tokens: int, pieces: int, empty: int, fp8: bool, to: str
+) -> None:
     team, tile, member = 2, 1, 1
-    first_channel, first_token = tile * 128, member * tokens
-    num_n, num_m = first_channel + 40, first_token + tokens - 13  # neither channels nor tokens fill the tile
+    tile_tokens = tokens - empty
+    first_channel, first_token = tile * 128, member * tile_tokens
+    num_n, num_m = first_channel + 40, first_token + tile_tokens - 13  # neither channels nor tokens fill the tile
     rng = np.random.default_rng(tokens + pieces)
     sums = rng.normal(0, 2, (pieces, 64, tokens)).astype(np.float32)
+    sums[..., tile_tokens:] = np.nan  # what was never fetched
     channel, token, bias = (rng.uniform(0.5, 1.5, n).astype(np.float32) for n in (num_n, num_m, num_n))
     float32 = to == "float32"
     out = np.full((num_m + 1, num_n), 0x1234, np.uint32 if float32 else np.uint16)
     peer = out.copy() if to == "peers" else None
     scales = (channel, token) if fp8 else (None, None)
-    sizes = (tokens, pieces, team, tile, member)
+    sizes = (tokens, tile_tokens, pieces, team, tile, member)
     inputs = (sums, *scales, bias)
     status = library.finish_tile(*sizes, *map(address, inputs), address(out), address(peer), int(float32), num_m, num_n)
     assert status == 0, "a slot was not emptied"
-    expected = sums.astype(np.float64).sum(0)[:40, : tokens - 13].T
+    expected = sums.astype(np.float64).sum(0)[:40, : tile_tokens - 13].T
     if fp8:
         expected = expected * channel[first_channel:] * token[first_token:, None]
     expected = expected + bias[first_channel:]
