@@ -12,10 +12,9 @@ from tpserve.worker.batch import StepArrays
 
 # GEMMs take eight tokens in the time of one, but reductions do not: 70B on four GPUs 6.05 -> 5.91 ms at one sequence,
 # 5.96 at two, 6.05 at four (benchmarks/README.md).
-_DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 224, 256)
-# What is padded takes time: one rank of 70B takes 0.5 ms less for 160 tokens than for 192, 0.6 less for 352 than for
-# 384. But tiles of the GEMMs fit 416 so badly that 448 take less (benchmarks/README.md).
-_MIXED_BUCKETS = (*range(32, 385, 32), 448, 480, 512, 768, 1024, 1536, 2048, 4096, 8192)
+_DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256)
+# What is padded takes time, in the smaller ones as much as every token of a prompt does (benchmarks/README.md).
+_MIXED_BUCKETS = (*range(32, 193, 16), *range(224, 513, 32), 768, 1024, 1536, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True, slots=True)

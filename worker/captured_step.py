@@ -16,6 +16,9 @@ from tpserve.worker.buckets import Bucket
 from tpserve.worker.device_weights import as_device_tensor
 from tpserve.worker.verify_layout import VerifyBucket
 
+_TOKEN_STEP = 7919
+"""From a timed step's token to its next: a prime, so that they are spread over the vocabulary."""
+
 
 class Finisher(Protocol):
     """Who has queued a step."""
@@ -53,12 +56,15 @@ class CapturedStep:
         self.forward_hidden: Any = None
         """The same of the forward graph."""
 
-    def launch_timed(self, stream: Any) -> tuple[Any, Any]:
+    def launch_timed(self, stream: Any, vocab_size: int) -> tuple[Any, Any]:
         """Launch the graph on padding alone, twice; return events at the second's beginning and end.
 
-        The first brings ranks that began at different moments to the same one.
+        The first brings ranks that began at different moments to the same one. Padding has tokens here, all of them
+        different: a device multiplies equal rows with less power, and so in less time.
         """
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+        with stream:
+            self.inputs[: self.bucket.num_tokens] = cupy.arange(self.bucket.num_tokens) * _TOKEN_STEP % vocab_size
         self.graph.launch(stream)
         begin.record(stream)
         self.graph.launch(stream)
@@ -70,9 +76,9 @@ class CapturedStep:
         self.graph = self.prompt_graph = self.forward_graph = None
 
 
-def time_steps(steps: Sequence[CapturedStep], stream: Any) -> tuple[SizeTime, ...]:
+def time_steps(steps: Sequence[CapturedStep], stream: Any, vocab_size: int) -> tuple[SizeTime, ...]:
     """Return what each step takes; every rank of a group calls this at once."""
-    events = [step.launch_timed(stream) for step in steps]
+    events = [step.launch_timed(stream, vocab_size) for step in steps]
     stream.synchronize()
     times_us = [round(1e3 * cupy.cuda.get_elapsed_time(begin, end)) for begin, end in events]
     return tuple(

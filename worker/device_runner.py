@@ -140,7 +140,7 @@ class DeviceRunner:
             self._group.meet("weights")  # a rank that is still loading must not look late to a kernel
         self._captured = self._capture([CapturedStep(bucket) for bucket in buckets])
         self._verifying = self._capture([CapturedStep(each.bucket, each) for each in verify_buckets])
-        self.size_times = time_steps(self._captured, self._stream)
+        self.size_times = time_steps(self._captured, self._stream, manifest.vocab_size)
         """What steps of each size take but for attention, which hangs on what they hold."""
         self._grammars.wait_warm()
         if self._group is not None:

@@ -65,7 +65,7 @@ def test_a_prompt_of_one_token_may_run_beside_decodes_as_one_of_them() -> None:
 
 def test_short_prompts_are_not_padded_far() -> None:
     assert [bucket for bucket in make_buckets(64, 512) if not bucket.decode_only][:3] == [
-        Bucket(32, 32), Bucket(64, 64), Bucket(96, 64)
+        Bucket(32, 32), Bucket(48, 48), Bucket(64, 64)
     ]  # fmt: skip
     assert [bucket for bucket in make_buckets(4, 40) if not bucket.decode_only] == [Bucket(32, 4), Bucket(40, 4)]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tpserve.proto.rank import SizeTime
@@ -21,6 +22,12 @@ class Stream:
     def __init__(self) -> None:
         self.now_ms = 0.0
         self.queued: list[Any] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def synchronize(self) -> None:
         for work in self.queued:
@@ -66,7 +73,7 @@ def captured_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module, with that device for CuPy's."""
     cupy: Any = ModuleType("cupy")
     cupy.int32 = int
-    cupy.zeros = lambda size, dtype: SimpleNamespace(fill=lambda value: None)
+    cupy.arange = np.arange
     cupy.cuda = SimpleNamespace(Event=Event, get_elapsed_time=elapsed_ms)
     for name in [name for name in sys.modules if name.startswith(_ON_A_DEVICE)]:
         monkeypatch.delattr(sys.modules["tpserve.worker"], name.rpartition(".")[2], raising=False)
@@ -87,11 +94,15 @@ def test_each_size_is_timed_once_all_ranks_are_at_it(captured_step: Any) -> None
     steps = []
     for bucket, step_ms in zip(buckets, (5.5, 8.0, 8.1004, 23.0), strict=True):
         step = object.__new__(captured_step.CapturedStep)
-        step.bucket, step.graph = bucket, Graph(step_ms)
+        step.bucket, step.graph, step.inputs = bucket, Graph(step_ms), np.zeros(bucket.num_inputs, np.int32)
         steps.append(step)
-    assert captured_step.time_steps(steps, Stream()) == (
+    assert captured_step.time_steps(steps, Stream(), 32000) == (
         SizeTime(1, True, 5500),
         SizeTime(64, True, 8000),
         SizeTime(64, False, 8100),
         SizeTime(512, False, 23000),
     )
+    tokens = steps[-1].inputs[:512]
+    assert len(set(tokens)) == 512, "rows that are alike would take less power, and less time"
+    assert 0 <= tokens.min() <= tokens.max() < 32000
+    assert not steps[-1].inputs[512:].any()
