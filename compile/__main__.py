@@ -16,10 +16,12 @@ from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.eagle import EagleHeadConfig, is_eagle_head
 from tpserve.compile.errors import CompileError
 from tpserve.compile.source import convert_to, require_weights, resolve_model, stored_quantization
+from tpserve.proto.manifest import GPU_STEP_TOKENS
 
 _POLICIES = [policy.value for policy in CachePolicy]
 _TARGETS: dict[str, Literal["llvm", "cuda"]] = {"cpu": "llvm", "cuda": "cuda", "cuda:sm_90a": "cuda"}
 KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "fp8_e4m3")
+_CPU_STEP_TOKENS = 512
 DEFAULT_MAX_MODEL_LEN = 8192
 
 
@@ -61,7 +63,11 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cut-model-len", action="store_true", help="where --max-model-len is more than the model's positions: those"
     )
-    parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="most tokens in one step")
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        help=f"most tokens in one step (default: {GPU_STEP_TOKENS} on GPUs, {_CPU_STEP_TOKENS} on a CPU)",
+    )
     parser.add_argument("--max-num-seqs", type=int, default=4, help="most sequences that run at once")
     parser.add_argument(
         "--max-num-draft-tokens", type=int, default=0, help="most draft tokens that one step verifies for a sequence"
@@ -123,9 +129,12 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
         raise CompileError(
             f"--max-model-len {max_model_len} is longer than the model's {config.max_position_embeddings} positions"
         )
-    if args.max_num_batched_tokens < args.max_num_seqs:
+    step_tokens = args.max_num_batched_tokens
+    if step_tokens is None:
+        step_tokens = GPU_STEP_TOKENS if _TARGETS[args.device] == "cuda" else _CPU_STEP_TOKENS
+    if step_tokens < args.max_num_seqs:
         raise CompileError(
-            f"--max-num-batched-tokens {args.max_num_batched_tokens} is less than --max-num-seqs {args.max_num_seqs}: "
+            f"--max-num-batched-tokens {step_tokens} is less than --max-num-seqs {args.max_num_seqs}: "
             "each running sequence needs a token in each step"
         )
     quantization = args.quantization
@@ -144,7 +153,7 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
         kernels=args.kernels,
         target=_TARGETS[args.device],
         max_model_len=max_model_len,
-        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_batched_tokens=step_tokens,
         max_num_seqs=args.max_num_seqs,
         max_num_draft_tokens=args.max_num_draft_tokens,
         kv_cache_dtype="fp8" if args.kv_cache_dtype.startswith("fp8") else "auto",

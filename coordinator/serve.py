@@ -45,15 +45,15 @@ from tpserve.coordinator.model_build import ModelBuild
 from tpserve.coordinator.node_memory import bytes_of_rank, read_nodes
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder, tell_parent
 from tpserve.coordinator.speculation import choose_speculation
-from tpserve.proto.manifest import Manifest, ManifestError
+from tpserve.proto.manifest import GPU_STEP_TOKENS, Manifest, ManifestError
 
 logger = logging.getLogger(__name__)
 
 MAX_STALL_AFTER_S = 5.0
 """A step without a result for longer, or for a third of its deadline, makes the engine STALLED."""
 _POLL_S = 0.1
-_GPU_STEP_TOKENS, _CPU_STEP_TOKENS = 512, 256
-"""Of one step: on a GPU a whole prompt or two beside the decodes (benchmarks/README.md)."""
+_CPU_STEP_TOKENS = 256
+"""Of one step."""
 _KILL_AFTER_S = 10.0
 """After its drain time a process that is still there is killed."""
 
@@ -125,7 +125,7 @@ class _Server:
         is_ours = args.ray_address is None or args.replica[1] > 1  # all its ranks are on this host
         on_gpu, rank_bytes = self._find_memory() if is_ours else self._find_memory_of_nodes()
         if args.max_num_batched_tokens is None:
-            args.max_num_batched_tokens = _GPU_STEP_TOKENS if on_gpu else _CPU_STEP_TOKENS
+            args.max_num_batched_tokens = GPU_STEP_TOKENS if on_gpu else _CPU_STEP_TOKENS
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         device = "cuda" if on_gpu else "cpu"
         speculation = choose_speculation(args)

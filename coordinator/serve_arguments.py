@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-num-seqs", type=_positive, help="sequences that run at once (default: by mode)")
     parser.add_argument(
-        "--max-num-batched-tokens", type=_positive, help="most tokens of a step (default: 512 on GPUs, 256 on a CPU)"
+        "--max-num-batched-tokens", type=_positive, help="most tokens of a step (default: 1024 on GPUs, 256 on a CPU)"
     )
     parser.add_argument("--max-model-len", type=_positive, help="prompt and output of one sequence, in tokens")
     parser.add_argument("--max-num-queued-reqs", type=_positive, default=1024, help="more are answered with 429")
