@@ -1,7 +1,7 @@
 """Which prompts a step should take, and how much of them: simulated serving, the real scheduler, measured step times.
 
 Regime: the peers' closed loop of C clients with their lengths (`--lengths`), two plans in flight, one GPU group whose
-steps take what Llama-3-70B fp8 TP=4 takes on H200s, measured but for the way between ranks: decodes by their number,
+steps take what Llama-3-70B fp8 TP=4 takes on H200s, measured but for attention beside prompts: decodes by their number,
 steps with prompts by the size that they are padded to. No model runs, so only times are simulated;
 `gpu_server_70b_tp4.json` says what they were. `--patience-steps`: how long shorter prompts pass one. `--wait-weight`:
 of who waits over who decodes, by which a step's size is chosen; 0: a step takes all that fits.
@@ -28,19 +28,22 @@ from simulated_worker import SimulatedWorker
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
+from tpserve.proto.manifest import GPU_STEP_TOKENS
 from tpserve.proto.messages import SamplingParams, StepResult
 from tpserve.proto.rank import SizeTime
 
-DECODE_MS = [(0, 5.5), (1, 5.55), (8, 5.75), (16, 6.15), (32, 6.6), (64, 8.1)]
-"""Steps of decodes by their number, near the median gaps of `gpu_server_70b_tp4.json` (5.52, 5.76, 6.16, 6.63); of 64
-what one rank took (`gpu_timeline_shard_70b.json`, contexts of several lengths), where the median gap is 8.22."""
-MIXED_MS = [
-    *((96, 9.27), (128, 10.81), (160, 11.32), (192, 12.0), (224, 13.35), (256, 13.9), (288, 16.4), (320, 16.96)),
-    *((352, 18.08), (384, 18.81), (448, 22.16), (480, 22.63), (512, 23.32)),
+DECODE_MS = [(0, 5.4), (1, 5.41), (8, 5.65), (16, 6.07), (32, 6.6), (64, 8.0)]
+"""Steps of decodes by their number, near the median gaps of `gpu_server_70b_tp4.json`; of 64 a bit more than one rank
+took (`gpu_timeline_shard_70b.json`, contexts of several lengths)."""
+WITHOUT_ATTENTION_MS = [
+    *((80, 7.65), (96, 8.11), (112, 8.99), (128, 9.23), (144, 10.13), (160, 10.29), (176, 10.75), (192, 11.01)),
+    *((224, 12.27), (256, 12.92), (288, 15.16), (320, 15.48), (352, 17.24), (384, 17.71), (416, 20.9), (448, 21.37)),
+    *((480, 22.11), (512, 22.66), (768, 33.5), (1024, 42.74)),
 ]
-"""Steps with prompts by size: what one rank computes, measured (`gpu_timeline_shard_70b.json`), and an estimate of the
-way to the other ranks, 4.3 us a token less 0.17 ms: 0.4, 0.9 and 2.0 ms at 128, 256 and 512 tokens, where TP=4 at
-another commit took 0.1, 0.9 and 2.2 longer (`gpu_timeline_70b_tp4.json`)."""
+"""Steps with prompts by size, as the ranks of TP=4 timed them when they started, on H200s."""
+ATTENTION_MS = 1.5
+"""What is missing there; estimated."""
+MIXED_MS = [(size, ms + ATTENTION_MS) for size, ms in WITHOUT_ATTENTION_MS]
 ALONE_MS = 0.3
 """What a prompt adds to a step of up to 64 tokens; estimated."""
 HOST_MS = 3.0
@@ -93,7 +96,7 @@ class Simulation:
         self._num_measured = max(LEAST_MEASURED, MEASURED_EACH * concurrency)
         config = SchedulerConfig(
             max_num_seqs=64,
-            max_num_batched_tokens=512,
+            max_num_batched_tokens=GPU_STEP_TOKENS,
             max_model_len=8192,
             page_size=16,
             num_pages=40_000,

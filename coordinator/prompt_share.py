@@ -5,9 +5,9 @@ the first tokens cost little more than nothing; then arithmetic counts, and tile
 another. On the other hand, who waits loses all of a step's time. So a step has the size with which all together lose
 least until the prompts that wait are computed, by what steps of each size take.
 
-On Llama-3-70B, fp8, TP=4, simulated (`benchmarks/prompt_order.py`; not measured yet), instead of all that fits: mean
-TPOT 11.64 -> 11.23 ms at 64 requests, 7.01 -> 6.97 at 16 and 6.13 as before at 8, the p99 of gaps 23 -> 18 to 19 ms,
-mean TTFT 55.6 -> 65.5, 31.0 -> 33.5 and 28.5 -> 28.7 ms.
+On Llama-3-70B, fp8, TP=4, H200s, who waits at twice the weight, instead of all that fits: mean TPOT 11.93 -> 11.60 ms
+at 64 requests and 6.99 -> 6.92 at 16, the p99 of gaps 26 -> 21 and 24 -> 16 ms, mean TTFT 58.5 -> 73.8 and 32.8 ->
+36.0. At four times, as it is now, TTFT is close to what it was (benchmarks/README.md).
 """
 
 from __future__ import annotations

@@ -154,6 +154,7 @@ class RankGroup:
 
     def __init__(self, pipes: list[Connection]) -> None:
         self._pipes = pipes
+        self.num_ranks = len(pipes)
         self._next_step = 1
         self._occupied: set[int] = set()
         self._submitted: deque[int] = deque()
