@@ -13,7 +13,8 @@ from tpserve.worker.batch import StepArrays
 # GEMMs take eight tokens in the time of one, but reductions do not: 70B on four GPUs 6.05 -> 5.91 ms at one sequence,
 # 5.96 at two, 6.05 at four (benchmarks/README.md).
 _DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256)
-# What is padded takes time, in the smaller ones as much as every token of a prompt does (benchmarks/README.md).
+# What is padded takes time, as a prompt's own tokens do (benchmarks/README.md). Up to the most decodes, each of these
+# sizes is one of decodes too, or they would run in a graph that is not for them alone.
 _MIXED_BUCKETS = (*range(32, 193, 16), *range(224, 513, 32), 768, 1024, 1536, 2048, 4096, 8192)
 
 
