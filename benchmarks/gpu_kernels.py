@@ -243,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path)
     parser.add_argument("--only", default="small,attention,sampling,fp8,bf16,large bf16,large fp8")
+    parser.add_argument("--tokens", type=int, nargs="+", help="of products, instead of each part's own")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         library = options.library
@@ -253,15 +254,16 @@ def main() -> None:
         kernels["init_device"](0)
         stream = cupy.cuda.Stream(non_blocking=True)
         with stream, tvm_ffi.use_raw_stream(tvm_ffi.device("cuda", 0), stream.ptr):
-            decode = [1, 8, 16, 32, 64, 128]
+            decode = options.tokens or [1, 8, 16, 32, 64, 128]
+            large = options.tokens or [160, 192, 256, 512, 2048]
             parts: dict[str, Callable[[], None]] = {
                 "small": lambda: small(kernels, stream),
                 "attention": lambda: attention(kernels, stream),
                 "sampling": lambda: sampling(kernels, stream),
                 "fp8": lambda: gemms(kernels, stream, FP8, ["70b tp4"], decode),
                 "bf16": lambda: gemms(kernels, stream, BF16, ["8b tp1"], decode),
-                "large bf16": lambda: gemms(kernels, stream, BF16, ["8b tp1"], [160, 192, 256, 512, 2048]),
-                "large fp8": lambda: gemms(kernels, stream, FP8, ["70b tp4"], [160, 192, 256, 512, 2048]),
+                "large bf16": lambda: gemms(kernels, stream, BF16, ["8b tp1"], large),
+                "large fp8": lambda: gemms(kernels, stream, FP8, ["70b tp4"], large),
             }
             for name in options.only.split(","):
                 parts[name]()

@@ -22,6 +22,7 @@ _POLICIES = [policy.value for policy in CachePolicy]
 _TARGETS: dict[str, Literal["llvm", "cuda"]] = {"cpu": "llvm", "cuda": "cuda", "cuda:sm_90a": "cuda"}
 KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "fp8_e4m3")
 _CPU_STEP_TOKENS = 512
+"""Of one step, unless told otherwise."""
 DEFAULT_MAX_MODEL_LEN = 8192
 
 

@@ -13,6 +13,7 @@ from tpserve.coordinator.log import LOG_FORMATS
 from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, add_policy_arguments
 from tpserve.coordinator.speculation import add_speculation_arguments
+from tpserve.proto.manifest import GPU_STEP_TOKENS
 
 DEFAULT_REPLAY_TIMEOUT_S = 45.0
 """Several times a rebuild on a busy machine, and less than the 60 s after which proxies cut a silent stream."""
@@ -44,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
     parser.add_argument("--max-num-seqs", type=_positive, help="sequences that run at once (default: by mode)")
     parser.add_argument(
-        "--max-num-batched-tokens", type=_positive, help="most tokens of a step (default: 1024 on GPUs, 256 on a CPU)"
+        "--max-num-batched-tokens",
+        type=_positive,
+        help=f"most tokens of a step (default: {GPU_STEP_TOKENS} on GPUs, 256 on a CPU)",
     )
     parser.add_argument("--max-model-len", type=_positive, help="prompt and output of one sequence, in tokens")
     parser.add_argument("--max-num-queued-reqs", type=_positive, default=1024, help="more are answered with 429")

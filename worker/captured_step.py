@@ -60,7 +60,8 @@ class CapturedStep:
         """Launch the graph on padding alone, twice; return events at the second's beginning and end.
 
         The first brings ranks that began at different moments to the same one. Padding has tokens here, all of them
-        different: a device multiplies equal rows with less power, and so in less time.
+        different: products of equal rows take less time (an H200, 512 tokens: 11.4 ms instead of 13.4), it seems for
+        they take less power.
         """
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
         with stream:

@@ -92,8 +92,8 @@ constexpr WidePlan plan_wide(int channel_tiles, int M, int tokens, int units_of_
 }
 
 /// Estimated without the launch, for e4m3 and bfloat16 alike, since a unit has 128 bytes of K: to order plans, no more. The
-/// constants are fitted together to times of all plans on an H200 (gpu_gemm_wide_h200.json): none is what its part would take
-/// alone. In us.
+/// constants are fitted together to times of all plans on an H200 (gpu_gemm_wide_h200.json): none is what its part would
+/// take alone. In us.
 constexpr float estimated_us(const WidePlan& w, int channel_tiles, int token_tiles, int tokens) {
   constexpr float kUnit = 0.08f, kTokenOfUnit = 0.0018f;     // products of the block that has most
   constexpr float kL2Mb = 0.043f, kMemoryMb = 0.028f;        // what all blocks fetch from L2, or weights from memory
@@ -111,8 +111,8 @@ constexpr float estimated_us(const WidePlan& w, int channel_tiles, int token_til
 
 constexpr int wide_channel_tiles(int channel_blocks) { return (channel_blocks + kWideBlocks - 1) / kWideBlocks; }
 
-/// Whether whole wide tiles of one row of tiles keep five of six blocks at work, to the end: then they take less time than
-/// narrow ones of 97 to 128 tokens, since tokens are fetched for twice the channels (benchmarks/README.md).
+/// Whether whole wide tiles, one behind the other, keep five of six blocks at work: then they take less time than narrow
+/// ones of 97 to 128 tokens, or no more, since tokens are fetched for twice the channels (benchmarks/README.md).
 constexpr bool whole_tiles_fill_grid(int channel_blocks) {
   const int tiles = wide_channel_tiles(channel_blocks), rounds = (tiles + kGrid - 1) / kGrid;
   return tiles * 6 >= rounds * kGrid * 5;

@@ -12,8 +12,9 @@ __device__ __forceinline__ void keep_here(T& value) {
   asm volatile("" : "+r"(value));
 }
 
-/// Gives the other blocks of a tile this block's sums of their vectors, of the tile's first `vectors`, and adds theirs of its
-/// own, in block order. `slot`: this thread's place of this block, `part` of `pieces`; the next part's is `next_slot` further on.
+/// Gives the other blocks of a tile this block's sums of their vectors, of the tile's first `vectors`, and adds theirs of
+/// its own, in block order. `slot`: this thread's place of this block, `part` of `pieces`; the next part's is `next_slot`
+/// further on.
 template <int kTokens>
 __device__ __forceinline__ void exchange_pieces(float (&sums)[kTokens / 2], float4* slot, size_t next_slot, int part,
                                                 int pieces, int vectors, int from, int to) {

@@ -105,7 +105,8 @@ Params params_of(int channel_blocks, int64_t row_bytes, const WidePlan& plan) {
 
 }  // namespace
 
-/// The plan that the library chooses, written to `chosen` (tokens, tokens in a tile, team, run_tokens, pieces, base, rem), and followed.
+/// The plan that the library chooses, written to `chosen` (tokens, tile_tokens, team, run_tokens, pieces, base, rem), and
+/// followed.
 /// Returns 0, or 1 with the condition that does not hold.
 extern "C" int follow_chosen(int M, int channel_blocks, int64_t row_bytes, int* chosen, char* why) {
   const int units = static_cast<int>((row_bytes + 127) / 128);

@@ -79,8 +79,9 @@ bool finish(int tokens, const GemmParams& p, const float* sums, int tile, int me
 
 }  // namespace
 
-/// Of the team's `tile` and `member`, in which `tile_tokens` of the tokens that there is room for are; with scales e4m3 tokens, else bfloat16. With `peer` the rows go to `out` and to `peer`,
-/// as those of two ranks in a one-shot call. Returns 0, or 1 if a slot is not empty.
+/// Of the team's `tile` and `member`, which has `tile_tokens` of the `tokens` that there is room for; with scales e4m3 tokens,
+/// else bfloat16. With `peer` the rows go to `out` and to `peer`, as those of two ranks in a one-shot call. Returns 0, or 1
+/// if a slot is not empty.
 extern "C" int finish_tile(int tokens, int tile_tokens, int pieces, int team, int tile, int member, const float* sums,
                            const float* channel_scale, const float* token_scale, const float* bias, void* out,
                            void* peer, int out_float32, int M, int N) {

@@ -103,6 +103,6 @@ def test_each_size_is_timed_once_all_ranks_are_at_it(captured_step: Any) -> None
         SizeTime(512, False, 23000),
     )
     tokens = steps[-1].inputs[:512]
-    assert len(set(tokens)) == 512, "rows that are alike would take less power, and less time"
+    assert len(set(tokens)) == 512, "rows that are alike would take less time"
     assert 0 <= tokens.min() <= tokens.max() < 32000
     assert not steps[-1].inputs[512:].any()
