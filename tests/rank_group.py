@@ -97,7 +97,12 @@ class RankProcesses:
         """Load a model on the first `tp_size` processes; rank r on GPU `devices[r]`, or all on CPUs.
 
         A draft's own ranks are on the processes behind them. `start_timeout_s` is for loading and capturing.
+
+        Ranks of a group over NCCL have processes of their own, as every rank of the engine does: after collectives over
+        peer memory such a group failed, and one over peer memory that came after it met an illegal address.
         """
+        if collectives == "nccl":
+            self.close()
         context = multiprocessing.get_context("spawn")
         num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
         while len(self._ranks) < tp_size + num_draft_ranks:
@@ -144,6 +149,8 @@ class RankProcesses:
             for pipe in pipes:
                 pipe.send(("close", None))
             _collect(pipes)
+            if collectives == "nccl":
+                self.close()
         except BaseException:
             self.close()  # their state is unknown; the next group starts new ones
             raise

@@ -112,6 +112,8 @@ class DeviceSampler:
         self._results = [
             [pinned(array.size, array.dtype).reshape(array.shape) for array in self._out] for _ in range(num_staging)
         ]
+        self._wanted = [self._host_views["num_logprobs"].copy() for _ in range(num_staging)]
+        """Log-probabilities by slot as a step was to give them: when it is read, others may have come into slots."""
 
     def _views(self, block: Any) -> dict[str, Any]:
         size, used = self._stride, self._max_num_seqs
@@ -207,7 +209,8 @@ class DeviceSampler:
 
     def fetch(self, num_rows: int, slots: Array, staging: int, stream: Any) -> None:
         """Queue the copies of a step's results to the host; `slots` are those of its rows, or of some of them."""
-        wanted = bool((self._host_views["num_logprobs"][slots] >= 0).any())
+        self._wanted[staging][:] = self._host_views["num_logprobs"]
+        wanted = bool((self._wanted[staging][slots] >= 0).any())
         for device, host in zip(self._out, self._results[staging], strict=True):
             size = num_rows * device[:1].nbytes
             if size:
@@ -235,7 +238,7 @@ class DeviceSampler:
         for index in np.flatnonzero(emitted < 0):
             raise WorkerError(f"logits of slot {slots[index]} have a NaN or no finite maximum")
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
-        wanted = self._host_views["num_logprobs"][slots]
+        wanted = self._wanted[staging][slots]
         for index in np.flatnonzero(wanted >= 0):
             row, slot, count = int(rows[index]), int(slots[index]), int(wanted[index])
             top = best_alternatives(top_ids[row, :count], top_values[row, :count])

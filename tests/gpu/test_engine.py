@@ -115,10 +115,6 @@ def group(
     tp_size, types, collectives = request.param
     model, artifact = folders(tmp_path_factory, tp_size, types)
     devices = [rank % NUM_DEVICES for rank in range(tp_size)]
-    if collectives == "nccl":
-        # In processes that had collectives over peer memory before, this group failed; a rank of the engine has one
-        # group in its life.
-        rank_processes.close()
     with rank_processes.group(
         model,
         artifact,

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ import pytest
 
 from eagle_models import TinyHead, deep
 from eagle_pairs import MOST, NUM_PAGES, NUM_SLOTS, Proposal, build_pair, check_proposals, reference_of
+from host_cupy import as_cupy
 from rank_group import Artifacts
 from speculating import VOCAB, Driver, Text
 from tiny_models import MODELS
@@ -30,39 +29,6 @@ from unit.compile.test_cuda_speculation import SlotState
 
 HEAD = TinyHead(deep(MODELS["llama_4q_2kv"]))
 NUM_TOKENS = 128
-
-
-class HostArray(np.ndarray[Any, Any]):
-    """An array of the host that is written to as one of a device."""
-
-    def set(self, values: Any, stream: Any = None) -> None:
-        self[...] = values
-
-
-def host_cupy() -> ModuleType:
-    """What the worker takes from CuPy, in the host's memory."""
-    module: Any = ModuleType("cupy")
-
-    def aligned(shape: Any, dtype: Any) -> Any:
-        from tpserve.worker.arrays import aligned_zeros
-
-        return aligned_zeros(shape if isinstance(shape, tuple) else (shape,), dtype).view(HostArray)
-
-    def full(shape: Any, value: Any, dtype: Any) -> Any:
-        out = aligned(shape, dtype)
-        out[...] = value
-        return out
-
-    def asarray(values: Any) -> Any:
-        out = aligned(values.shape, values.dtype)
-        out[...] = values
-        return out
-
-    module.zeros, module.full, module.asarray = aligned, full, asarray
-    module.arange = lambda count, dtype: asarray(np.arange(count, dtype=dtype))
-    module.int32, module.float32, module.uint16, module.uint32 = np.int32, np.float32, np.uint16, np.uint32
-    module.cuda = SimpleNamespace(alloc_pinned_memory=bytearray)
-    return module  # type: ignore[no-any-return]  # a module of no known attributes
 
 
 @pytest.fixture(scope="module")
@@ -77,25 +43,16 @@ def config(tmp_path_factory: pytest.TempPathFactory, artifacts: Artifacts) -> Ra
 
 @pytest.fixture
 def make_rank(rows: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[RankConfig], HostRank]]:
-    for name in [name for name in sys.modules if name.startswith("tpserve.worker.device_")]:
-        monkeypatch.delattr(sys.modules["tpserve.worker"], name.rpartition(".")[2], raising=False)
-        monkeypatch.delitem(sys.modules, name)
-    before = set(sys.modules)
-    monkeypatch.setitem(sys.modules, "cupy", host_cupy())
     made: list[HostRank] = []
 
     def make(config: RankConfig) -> HostRank:
         made.append(HostRank(config, rows, monkeypatch))
         return made[-1]
 
-    yield make
-    for rank in made:
-        rank.close()
-    for name in set(sys.modules) - before:  # who wants them next may have another CuPy
-        package, _, module = name.rpartition(".")
-        if module.startswith("device_"):
-            del sys.modules[name]
-            delattr(sys.modules[package], module)
+    with as_cupy(monkeypatch):
+        yield make
+        for rank in made:
+            rank.close()
 
 
 class Kernels:
