@@ -1,10 +1,11 @@
-"""Which prompts a step should take, and how much of them: simulated serving, the real scheduler, measured step times.
+"""Which prompts a step should take, how much of them, and when: simulated serving, the real scheduler and pace.
 
 Regime: the peers' closed loop of C clients with their lengths (`--lengths`), two plans in flight, one GPU group whose
 steps take what Llama-3-70B fp8 TP=4 takes on H200s, measured but for attention beside prompts: decodes by their number,
 steps with prompts by the size that they are padded to. No model runs, so only times are simulated;
 `gpu_server_70b_tp4.json` says what they were. `--patience-steps`: how long shorter prompts pass one. `--wait-weight`:
-of who waits over who decodes, by which a step's size is chosen; 0: a step takes all that fits.
+of who waits over who decodes, by which a step's size is chosen; 0: a step takes all that fits. `--plan-lead-ms`: before
+a step's end, when the next one is planned; inf: as soon as it may be.
 
 Run: python benchmarks/prompt_order.py --lengths FILE [--output FILE].
 """
@@ -15,6 +16,7 @@ import argparse
 import heapq
 import itertools
 import json
+import math
 import statistics
 import sys
 from collections import deque
@@ -28,6 +30,7 @@ from simulated_worker import SimulatedWorker
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
+from tpserve.coordinator.step_pace import StepPace
 from tpserve.proto.manifest import GPU_STEP_TOKENS
 from tpserve.proto.messages import SamplingParams, StepResult
 from tpserve.proto.rank import SizeTime
@@ -90,7 +93,12 @@ class Simulation:
     """A closed loop of clients before one scheduler."""
 
     def __init__(
-        self, lengths: dict[str, list[int]], concurrency: int, patience_steps: int, wait_weight: float
+        self,
+        lengths: dict[str, list[int]],
+        concurrency: int,
+        patience_steps: int,
+        wait_weight: float,
+        plan_lead_ms: float,
     ) -> None:
         self._prompts, self._outputs = lengths["prompt_len"], lengths["output_len"]
         self._num_measured = max(LEAST_MEASURED, MEASURED_EACH * concurrency)
@@ -106,6 +114,8 @@ class Simulation:
         )
         self._scheduler, self._worker = Scheduler(config), SimulatedWorker(config, next_step=1)
         self._scheduler.learn_size_times(size_times() if wait_weight else [])
+        self._pace = StepPace(plan_lead_ms / 1e3)
+        self._pace.begin_group(size_times())
         self.served: list[Served] = []
         self._next = 0
         self._arrivals: list[tuple[float, int, int]] = []
@@ -130,19 +140,24 @@ class Simulation:
     def run(self) -> None:
         """Serve until all that count have ended."""
         now, free_at = 0.0, 0.0
-        in_flight: deque[tuple[float, StepResult]] = deque()
+        in_flight: deque[tuple[float, float, StepResult]] = deque()
         while sum(len(each.times) == each.num_tokens for each in self.served if each.counts) < self._num_measured:
             self._take_in(now)
-            while (plan := self._scheduler.schedule()) is not None:
+            while not (wait_s := self._pace.wait_s(now / 1e3)) and (plan := self._scheduler.schedule()) is not None:
                 result = self._worker.execute(plan)
                 num_decodes = len(result.slots) - sum(chunk.sample for chunk in plan.chunks)
                 took = step_ms(num_decodes, sum(len(chunk.token_ids) for chunk in plan.chunks))
                 free_at = max(free_at, now) + took
-                in_flight.append((free_at, result))
-            if not in_flight or (len(in_flight) < 2 and self._arrivals and self._arrivals[0][0] < in_flight[0][0]):
-                now = self._arrivals[0][0]
+                in_flight.append((free_at, took, result))
+                self._pace.planned(self._scheduler.latest_size, now / 1e3)
+            coming = [now + wait_s * 1e3] if wait_s else []
+            if self._arrivals and len(in_flight) < 2:
+                coming.append(self._arrivals[0][0])
+            if coming and (not in_flight or min(coming) < in_flight[0][0]):
+                now = min(coming)
                 continue
-            now, result = in_flight.popleft()
+            now, took, result = in_flight.popleft()
+            self._pace.ended(round(took * 1e3), 0, now / 1e3)
             self._take_in(now)
             for event in self._scheduler.update(result):
                 request = self.served[event.request_id]
@@ -178,15 +193,16 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, required=True, help="the peers' file of prompt_len and output_len")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--patience-steps", type=int, nargs="+", default=[32])
-    parser.add_argument("--wait-weight", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0])
+    parser.add_argument("--wait-weight", type=float, nargs="+", default=[4.0])
+    parser.add_argument("--plan-lead-ms", type=float, nargs="+", default=[2.0, math.inf])
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     lengths = json.loads(args.lengths.read_text())
     points = []
-    for each in itertools.product(args.concurrency, args.patience_steps, args.wait_weight):
+    for each in itertools.product(args.concurrency, args.patience_steps, args.wait_weight, args.plan_lead_ms):
         simulation = Simulation(lengths, *each)
         simulation.run()
-        point = dict(zip(("concurrency", "patience_steps", "wait_weight"), each, strict=True))
+        point = dict(zip(("concurrency", "patience_steps", "wait_weight", "plan_lead_ms"), each, strict=True))
         points.append(point | {name: round(value, 2) for name, value in simulation.summary().items()})
         print(points[-1], flush=True)
     if args.output:

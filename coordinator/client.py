@@ -157,6 +157,13 @@ class WorkerGroup:
             raise result
         return result
 
+    async def result_within(self, within_s: float) -> StepResult | None:
+        """Wait as `next_result`, but for no longer than that; None if nothing has come."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                return await self.next_result()
+        return None
+
     def raise_if_lost(self) -> None:
         """Raise the RankLost that the group suffered, if it did."""
         if self._lost is not None:

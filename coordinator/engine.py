@@ -21,6 +21,7 @@ from tpserve.coordinator.request import QueueFull, Request, RequestInvalid, Toke
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.coordinator.scheduler_stats import SchedulerStats
 from tpserve.coordinator.step_log import StepLog, StepTrace
+from tpserve.coordinator.step_pace import StepPace
 from tpserve.coordinator.tracing import RequestSpans, Tracing
 from tpserve.proto.messages import Grammar, SamplingParams, StepResult
 
@@ -54,6 +55,8 @@ class EngineConfig:
     """Requests of a lost group that cannot run again by then end with an error, and new ones are refused until then."""
     max_rebuilds_in_a_row: int = 3
     """Rebuilds that fail before the engine is DEAD."""
+    plan_lead_s: float = 0.002
+    """Before a step's end, when the next one is planned; see `StepPace`."""
 
 
 class Engine:
@@ -93,6 +96,7 @@ class Engine:
         self._trace = StepTrace()
         self._collectives = "none"
         """By which the ranks of the latest group exchange activations."""
+        self._pace = StepPace(config.plan_lead_s)
         self._after_idle: set[int] = set()
         """Steps in flight before which there was nothing to run."""
         self._last_end_us = 0
@@ -277,6 +281,7 @@ class Engine:
             took = ", ".join(f"{size} {each.step_us / 1e3:.2f}" for size, each in zip(sizes, times, strict=True))
             logger.info("steps without attention take, by tokens, in ms: %s", took)
         self._scheduler.learn_size_times(times)
+        self._pace.begin_group(times)
         self._group = WorkerGroup(
             [address.target for address in addresses],
             self._config.step_timeout_s,
@@ -306,13 +311,14 @@ class Engine:
         events: list[TokenEvent] = []
         step_id = 0
         idle = True
-        clock, trace = time.perf_counter, self._trace
+        clock, trace, pace = time.perf_counter, self._trace, self._pace
         self._after_idle.clear()
         while True:
             # Keep the ranks fed first; what the last step brought is published while they work.
             while True:
                 begun = clock()
-                plan = scheduler.schedule()
+                wait_s = pace.wait_s(begun)
+                plan = None if wait_s else scheduler.schedule()
                 if plan is None:
                     break
                 trace.host("schedule", begun, plan.step_id)
@@ -324,6 +330,7 @@ class Engine:
                 begun = clock()
                 await group.send(plan)
                 trace.host("send", begun, plan.step_id)
+                pace.planned(scheduler.latest_size, clock())
                 if plan.added_slots:
                     self._active.note_started(scheduler.take_started())
             if events:
@@ -337,7 +344,9 @@ class Engine:
                 group.raise_if_lost()
                 await self._wake.wait()
                 continue
-            result = await group.next_result()
+            result = await (group.result_within(wait_s) if wait_s else group.next_result())
+            if result is None:
+                continue  # it is time to plan
             begun = clock()
             step_id = result.step_id
             events = scheduler.update(result)
@@ -364,13 +373,14 @@ class Engine:
 
     def _observe(self, result: StepResult) -> None:
         """Account for a step by rank 0's word, in order."""
-        if not result.num_tokens:
-            return
-        gap_us = max(0, result.started_us - self._last_end_us)
-        self._last_end_us = result.started_us + result.step_us
         fresh = result.step_id in self._after_idle
         self._after_idle.discard(result.step_id)
-        self._metrics.observe_step(result, None if fresh else gap_us)
+        gap_us = None if fresh or not result.num_tokens else max(0, result.started_us - self._last_end_us)
+        self._pace.ended(result.step_us, gap_us, time.perf_counter())
+        if not result.num_tokens:
+            return
+        self._last_end_us = result.started_us + result.step_us
+        self._metrics.observe_step(result, gap_us)
         if result.mask_us:
             self._metrics.grammar_mask_seconds.inc(result.mask_us / 1e6)
 

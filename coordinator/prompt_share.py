@@ -12,24 +12,10 @@ at 64 requests and 6.99 -> 6.92 at 16, the p99 of gaps 26 -> 21 and 24 -> 16 ms,
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 
+from tpserve.coordinator.step_sizes import StepSizes
 from tpserve.proto.rank import SizeTime
-
-
-class _Times:
-    """Of steps of one kind."""
-
-    def __init__(self, times: Sequence[SizeTime]) -> None:
-        ordered = sorted((each.num_tokens, each.step_us) for each in times)
-        self.sizes = [num_tokens for num_tokens, _ in ordered]
-        self.step_us = [step_us for _, step_us in ordered]
-
-    def of(self, num_tokens: int) -> int:
-        """Return the microseconds of the smallest step that holds so many tokens; 0 if none does."""
-        place = bisect_left(self.sizes, num_tokens)
-        return self.step_us[place] if place < len(self.sizes) else 0
 
 
 class PromptShare:
@@ -52,8 +38,8 @@ class PromptShare:
 
     def learn(self, times: Sequence[SizeTime]) -> None:
         """Take in what steps of each size take; of none, a step takes all that fits."""
-        self._decodes = _Times([each for each in times if each.decode_only])
-        self._mixed = _Times([each for each in times if not each.decode_only])
+        self._decodes = StepSizes([each for each in times if each.decode_only])
+        self._mixed = StepSizes([each for each in times if not each.decode_only])
 
     @property
     def knows_times(self) -> bool:
@@ -70,7 +56,7 @@ class PromptShare:
         num_waiting
             Their tokens.
         """
-        alone_us = self._decodes.of(num_decoding) if num_decoding else 0
+        alone_us = self._decodes.us(num_decoding) if num_decoding else 0
         waiters = self._wait_weight * num_prompts
 
         def lost(step_us: int) -> float:
@@ -81,7 +67,7 @@ class PromptShare:
             if size <= num_decoding:
                 continue
             num_steps, rest = divmod(num_waiting, size - num_decoding)
-            cost = num_steps * lost(step_us) + (lost(self._mixed.of(num_decoding + rest)) if rest else 0.0)
+            cost = num_steps * lost(step_us) + (lost(self._mixed.us(num_decoding + rest)) if rest else 0.0)
             if cost < least:
                 best, least = size, cost
         return best

@@ -41,6 +41,7 @@ from tpserve.coordinator.request import (
 from tpserve.coordinator.scheduler_stats import SchedulerStats
 from tpserve.coordinator.sequence_list import SequenceList
 from tpserve.coordinator.slot_table import SlotTable
+from tpserve.coordinator.step_pace import StepSize
 from tpserve.proto.messages import FinishReason, PromptChunk, SlotAdd, StepPlan, StepResult
 from tpserve.proto.rank import SizeTime
 
@@ -66,6 +67,8 @@ class Scheduler:
         self._progress: DecodeProgress = progress(config.page_size)
         self._drafting = Drafting(config, draft_length)
         self._share = PromptShare(config.max_num_batched_tokens, config.wait_weight)
+        self.latest_size = StepSize(0, has_prompts=False)
+        """Of the latest plan."""
         self._next_step = 1
         self._last_result = 0
         self._next_order = 0
@@ -249,6 +252,9 @@ class Scheduler:
         self._feed_prompts(step, budget, admits, added, chunks, touched)
         if not chunks and not num_decoding:
             return None
+        num_prompt_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+        num_tokens = num_decoding * (1 + num_draft_tokens) + num_prompt_tokens
+        self.latest_size = StepSize(num_tokens, bool(chunks), num_draft_tokens)
         removed = self._slots.take_removed()
         plan = StepPlan(step, removed, tuple(added), tuple(appended), tuple(chunks), num_draft_tokens, undrafted)
         self._next_step += 1

@@ -1,0 +1,120 @@
+"""When the next step is planned, while another runs. Pure.
+
+A step that is planned as soon as it may be waits at the ranks until the one before it ends, and whoever comes
+meanwhile is in neither. Planned late, it takes them in, and knows who has ended. So the next plan is made when what is
+in flight is about to end: ahead by the time that coordinator and ranks need until it is queued on the device. What a
+step takes is known from the last ones of its size, or else from what ranks said when they started, without attention:
+too short rather than too long. A step that ends earlier than expected is followed at once.
+
+Simulated (benchmarks/prompt_order.py), Llama-3-70B, fp8, TP=4, at 64 requests: mean TTFT 56 -> 44 ms, mean TPOT 11.27
+-> 11.33.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tpserve.coordinator.step_sizes import StepSizes
+from tpserve.proto.rank import SizeTime
+
+_REMEMBERED = 8
+"""Steps of a size, of which the shortest is expected again: those that run grow by a token a step."""
+_LATE_US = 50
+"""Time for which a device had nothing to do, from which on its plan came late."""
+_LATER_S = 0.0005
+"""By which plans are then made earlier."""
+_AGAIN_STEPS = 256
+"""Steps in time after which that is taken back."""
+_MOST_LEAD_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """How large a plan is."""
+
+    num_tokens: int
+    """Padding for draft tokens included."""
+    has_prompts: bool
+    num_draft_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _InFlight:
+    size: StepSize
+    step_s: float
+    """Expected."""
+
+
+class StepPace:
+    """Tells for how long the next plan may wait. All times are of one clock, in seconds.
+
+    Parameters
+    ----------
+    lead_s
+        Time from a plan to its step that is always left; grows while plans come late. Infinite: plans wait for nothing.
+    """
+
+    def __init__(self, lead_s: float) -> None:
+        self._least_lead_s = lead_s
+        self.begin_group(())
+
+    def begin_group(self, times: Sequence[SizeTime]) -> None:
+        """Take in what steps of each size take on new ranks; of none, plans wait for nothing."""
+        self.lead_s = self._least_lead_s
+        self._known = bool(times)
+        self._sizes = {
+            has_prompts: StepSizes([each for each in times if each.decode_only is not has_prompts])
+            for has_prompts in (False, True)
+        }
+        self._recent: dict[StepSize, deque[float]] = {}
+        self._in_flight: deque[_InFlight] = deque()
+        self._ends_at = 0.0
+        """Of the oldest."""
+
+    def planned(self, size: StepSize, now: float) -> None:
+        """Note a plan that has been sent."""
+        size = self._padded(size)
+        step = _InFlight(size, self._expected_s(size))
+        if not self._in_flight:
+            self._ends_at = now + step.step_s
+        self._in_flight.append(step)
+
+    def ended(self, step_us: int, gap_us: int | None, now: float) -> None:
+        """Note the result of the oldest step in flight.
+
+        Parameters
+        ----------
+        gap_us
+            For which the device had nothing to do before it; None if there had been nothing to plan.
+        """
+        step = self._in_flight.popleft()
+        if self._in_flight:
+            self._ends_at = now + self._in_flight[0].step_s
+        if step_us:
+            self._recent.setdefault(step.size, deque(maxlen=_REMEMBERED)).append(step_us / 1e6)
+        if gap_us is not None and gap_us > _LATE_US:
+            self.lead_s = min(self.lead_s + _LATER_S, max(_MOST_LEAD_S, self._least_lead_s))
+        else:
+            self.lead_s = max(self.lead_s - _LATER_S / _AGAIN_STEPS, self._least_lead_s)
+
+    def wait_s(self, now: float) -> float:
+        """Return for how long the next plan may wait: whole milliseconds, since an event loop's timers round up."""
+        if not self._known or not self._in_flight:
+            return 0.0
+        others_s = sum(step.step_s for step in self._in_flight) - self._in_flight[0].step_s
+        left_ms = (self._ends_at + others_s - self.lead_s - now) * 1e3
+        return math.floor(left_ms) / 1e3 if left_ms >= 1.0 else 0.0
+
+    def _padded(self, size: StepSize) -> StepSize:
+        """Return the size that is captured: all steps of one take as long."""
+        sizes = self._sizes[size.has_prompts]
+        place = None if size.num_draft_tokens else sizes.place(size.num_tokens)
+        return size if place is None else StepSize(sizes.sizes[place], size.has_prompts)
+
+    def _expected_s(self, size: StepSize) -> float:
+        if recent := self._recent.get(size):
+            return min(recent)
+        return 0.0 if size.num_draft_tokens else self._sizes[size.has_prompts].us(size.num_tokens) / 1e6

@@ -1,0 +1,130 @@
+"""When the next step is planned: late, but in time. Clocks here are numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+
+import pytest
+
+import simulated_group
+from simulated_group import PROMPT, SimulatedCluster, running_engine
+from tpserve.coordinator.active_requests import OutputEvent
+from tpserve.coordinator.metrics import Metrics
+from tpserve.coordinator.step_pace import StepPace, StepSize
+from tpserve.proto.messages import SamplingParams
+from tpserve.proto.rank import SizeTime
+
+TIMES = (SizeTime(8, True, 5200), SizeTime(64, True, 8200), SizeTime(128, False, 12_200))
+LEAD_S = 0.002
+DECODES, PROMPTS = StepSize(8, has_prompts=False), StepSize(100, has_prompts=True)
+
+
+def make_pace(lead_s: float = LEAD_S) -> StepPace:
+    pace = StepPace(lead_s)
+    pace.begin_group(TIMES)
+    return pace
+
+
+def test_a_plan_waits_until_what_is_in_flight_is_about_to_end() -> None:
+    pace = make_pace()
+    assert pace.wait_s(10.0) == 0.0  # nothing runs
+    pace.planned(DECODES, 10.0)
+    assert pace.wait_s(10.0) == 0.003  # whole milliseconds, since timers round up
+    assert pace.wait_s(10.0015) == 0.001
+    assert pace.wait_s(10.0025) == 0.0
+    pace.planned(PROMPTS, 10.003)
+    assert pace.wait_s(10.003) == 0.012  # for both
+    pace.ended(5000, None, 10.005)
+    assert pace.wait_s(10.005) == 0.010  # the second runs since then
+    pace.ended(12_000, 0, 10.017)
+    assert pace.wait_s(10.017) == 0.0
+
+
+def test_the_shortest_of_the_last_steps_of_a_size_is_expected() -> None:
+    pace = make_pace()
+    now = 0.0
+    waited = []
+    for step_us in (6500, 9600, 7500, 9600, 9600, 9600, 9600, 9600, 9600, 9600, 9600):
+        pace.planned(StepSize(5, has_prompts=False), now)
+        waited.append(pace.wait_s(now))
+        now += step_us / 1e6
+        pace.ended(step_us, 0, now)
+    assert waited == [0.003, *[0.004] * 8, *[0.005] * 2]
+    pace.planned(StepSize(9, has_prompts=False), now)  # of another captured size
+    assert pace.wait_s(now) == 0.006
+
+
+def test_plans_that_came_late_are_made_earlier_for_a_while() -> None:
+    pace = make_pace()
+    now = 0.0
+
+    def step(gap_us: int | None) -> float:
+        nonlocal now
+        pace.planned(DECODES, now)
+        waited = pace.wait_s(now)
+        now += 0.0052
+        pace.ended(5200, gap_us, now)
+        return waited
+
+    assert step(gap_us=700) == 0.003
+    assert step(gap_us=0) == 0.002
+    assert step(gap_us=None) == 0.002
+    for _ in range(300):
+        step(gap_us=20)
+    assert step(gap_us=0) == 0.003
+    for _ in range(100):
+        step(gap_us=3000)
+    assert step(gap_us=0) == 0.0
+
+
+@pytest.mark.parametrize("pace", [StepPace(LEAD_S), make_pace(math.inf)], ids=["unknown times", "no end of a lead"])
+def test_a_plan_waits_for_nothing_where(pace: StepPace) -> None:
+    for _ in range(3):
+        pace.planned(PROMPTS, 0.0)
+        assert pace.wait_s(0.0) == 0.0
+        pace.ended(20_000, 0, 0.02)
+
+
+def test_steps_that_verify_drafts_are_known_by_their_own_kind() -> None:
+    pace = make_pace()
+    verifying = StepSize(8 * 4, has_prompts=False, num_draft_tokens=3)
+    pace.planned(verifying, 0.0)
+    assert pace.wait_s(0.0) == 0.0  # never seen
+    pace.ended(9200, None, 0.009)
+    pace.planned(verifying, 0.009)
+    assert pace.wait_s(0.009) == 0.007
+    pace.begin_group(TIMES)
+    pace.planned(verifying, 0.0)
+    assert pace.wait_s(0.0) == 0.0  # other ranks
+
+
+@pytest.mark.parametrize(("knows_times", "step"), [(True, 3), (False, 4)])
+async def test_who_comes_while_a_step_runs_is_in_the_next(
+    monkeypatch: pytest.MonkeyPatch, knows_times: bool, step: int
+) -> None:
+    """A request that comes when the first step has ended, so that the second runs."""
+    step_us = 300_000
+    monkeypatch.setattr(simulated_group, "STEP_US", step_us)
+    times = (SizeTime(64, True, step_us), SizeTime(64, False, step_us))
+    monkeypatch.setattr(SimulatedCluster, "size_times", times if knows_times else ())
+    arguments = (PROMPT, 1, SamplingParams(), 6, frozenset[int]())
+    came: dict[int, int] = {}
+    num_steps = 0
+    done = asyncio.Event()
+    async with running_engine(1, Metrics("m")) as engine:
+
+        def sink(outputs: Sequence[OutputEvent]) -> None:
+            nonlocal num_steps
+            num_steps += 1
+            for output in outputs:
+                came.setdefault(output.client_id, num_steps)
+            if num_steps == 1:
+                engine.submit(2, sink, *arguments)
+            if 2 in came:
+                done.set()
+
+        engine.submit(1, sink, *arguments)
+        await asyncio.wait_for(done.wait(), 20)
+    assert came == {1: 1, 2: step}
