@@ -57,6 +57,13 @@ def free_port() -> int:
         return port
 
 
+METRICS = (
+    r"tpserve_(collectives_info|plan_lead_seconds|host_gap_seconds_sum|step_seconds_sum)"
+    r"|vllm:spec_decode_num_\w+_total"
+)
+"""Kept with a run."""
+
+
 class Server:
     """`tpserve serve` as a process; `ready_s` is what it took to be ready.
 
@@ -206,7 +213,9 @@ def main() -> None:
         if args.fixed_lengths:
             lengths = fixed(args.fixed_lengths)
             fixed_points = asyncio.run(measure(client, server, args, args.fixed_points, lengths))
-        counted = server.metrics(r"tpserve_collectives_info|vllm:spec_decode_num_\w+_total")
+        counted = server.metrics(
+            r"tpserve_(collectives_info|plan_lead_seconds|host_gap_seconds_sum|step_seconds_sum)|vllm:spec_decode_num_\w+_total"
+        )
     finally:
         server.close()
     run = {

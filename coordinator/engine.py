@@ -55,7 +55,7 @@ class EngineConfig:
     """Requests of a lost group that cannot run again by then end with an error, and new ones are refused until then."""
     max_rebuilds_in_a_row: int = 3
     """Rebuilds that fail before the engine is DEAD."""
-    plan_lead_s: float = 0.002
+    plan_lead_s: float = 0.001
     """Before a step's end, when the next one is planned; see `StepPace`."""
 
 
@@ -203,6 +203,10 @@ class Engine:
     def ranks(self) -> Sequence[RankState]:
         """See EngineGauges."""
         return self._group.ranks if self._group is not None else []
+
+    def plan_lead_s(self) -> float:
+        """See EngineGauges."""
+        return self._pace.lead_s if self._pace.waits else 0.0
 
     def collectives(self) -> str:
         """See EngineGauges."""

@@ -43,6 +43,9 @@ class EngineGauges(Protocol):
     def ranks(self) -> Sequence[RankState]:
         """Return what is known of the ranks; empty while the group is down."""
 
+    def plan_lead_s(self) -> float:
+        """Return the time before a step's expected end, when the next one is planned; 0 if plans wait for nothing."""
+
 
 class Metrics:
     """Counters and histograms that events feed.
@@ -257,6 +260,7 @@ _SCRAPED = frozenset(
         *("num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc"),
         *("cache_config_info", "kv_pages", "kv_pages_evictable", "prefix_cache_queries", "prefix_cache_hits"),
         *("num_preemptions", "steps", "engine_state", "rank_last_step", "collectives_info"),
+        "plan_lead_seconds",
     }
 )
 """Read from the engine."""
@@ -284,6 +288,7 @@ def _read(source: EngineGauges, cache_dtype: str) -> dict[str, dict[tuple[str, .
         "engine_state": {(name,): float(active) for name, active in source.states()},
         "collectives_info": {(source.collectives(),): 1},
         "rank_last_step": {(rank.name,): rank.last_step for rank in source.ranks()},
+        "plan_lead_seconds": {(): source.plan_lead_s()},
     }
     assert found.keys() == _SCRAPED
     return found

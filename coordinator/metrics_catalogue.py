@@ -204,6 +204,11 @@ CATALOGUE: tuple[MetricSpec, ...] = (
         GAP_BUCKETS,
     ),
     _own(
+        "gauge",
+        "plan_lead_seconds",
+        "Before a step's expected end, when the next one is planned; longer after a gap. 0: plans wait for nothing.",
+    ),
+    _own(
         "counter",
         "graph_bucket_steps",
         "Steps by the tokens of the captured graph they ran in; exact: without a graph, at their own size.",

@@ -26,7 +26,7 @@ _LATE_US = 50
 """Time for which a device had nothing to do, from which on its plan came late."""
 _LATER_S = 0.0005
 """By which plans are then made earlier."""
-_AGAIN_STEPS = 256
+_AGAIN_STEPS = 64
 """Steps in time after which that is taken back."""
 _MOST_LEAD_S = 0.02
 
@@ -74,6 +74,11 @@ class StepPace:
         self._ends_at = 0.0
         """Of the oldest."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether plans wait for anything."""
+        return self._known and math.isfinite(self._least_lead_s)
+
     def planned(self, size: StepSize, now: float) -> None:
         """Note a plan that has been sent."""
         size = self._padded(size)
@@ -102,7 +107,7 @@ class StepPace:
 
     def wait_s(self, now: float) -> float:
         """Return for how long the next plan may wait: whole milliseconds, since an event loop's timers round up."""
-        if not self._known or not self._in_flight:
+        if not self.waits or not self._in_flight:
             return 0.0
         others_s = sum(step.step_s for step in self._in_flight) - self._in_flight[0].step_s
         left_ms = (self._ends_at + others_s - self.lead_s - now) * 1e3

@@ -223,6 +223,12 @@ SCHEDULER = Board(
         Panel("Step time, with prompts", "s", quantiles("step_seconds", where='kind="mixed"')),
         Panel("Host gap between steps", "s", quantiles("host_gap_seconds"), "The device waits for the host that long."),
         Panel(
+            "Plans ahead of their step",
+            "s",
+            ((f"max by (engine) (tpserve_plan_lead_seconds{{{MODEL}}})", "engine {{engine}}"),),
+            "Later plans take in who comes meanwhile; they are made earlier after a gap.",
+        ),
+        Panel(
             "Host gap, share of a step",
             "percentunit",
             ((ratio(rate("host_gap_seconds_sum"), rate("step_seconds_sum")), "gap / step"),),
