@@ -153,7 +153,9 @@ class ActiveRequests:
     def publish(self, events: Sequence[TokenEvent], step_id: int) -> None:
         """Give each session its events of a step, and account for them."""
         now = time.perf_counter()
-        by_sink: dict[EventSink, list[OutputEvent]] = {}
+        # A gateway writes one after the other: first those whose clients wait for a first token, or ask again after the
+        # last.
+        by_sink: dict[EventSink, tuple[list[OutputEvent], list[OutputEvent]]] = {}
         # Sequences that step together get their tokens together, so few latencies differ: count equal ones at once.
         previous: dict[float, int] = {}
         num_tokens = 0
@@ -162,7 +164,10 @@ class ActiveRequests:
             choice = event.choice
             if active is None or choice not in active.open_choices:
                 continue  # aborted meanwhile
-            by_sink.setdefault(active.sink, []).append(OutputEvent(active.client_id, event, event.detail))
+            goes_on = active.first_token_at[choice] is not None and event.finish is None
+            by_sink.setdefault(active.sink, ([], []))[goes_on].append(
+                OutputEvent(active.client_id, event, event.detail)
+            )
             if active.first_token_at[choice] is None:
                 self._first_token(active, event, now)
             else:
@@ -179,8 +184,8 @@ class ActiveRequests:
         self._metrics.generation_tokens.inc(num_tokens)
         for last, count in previous.items():
             self._metrics.itl.observe(now - last, count)
-        for sink, batch in by_sink.items():
-            sink(batch)
+        for sink, (first, rest) in by_sink.items():
+            sink(first + rest)
 
     def _first_token(self, active: _Active, event: TokenEvent, now: float) -> None:
         if active.spans is not None and not any(active.first_token_at):

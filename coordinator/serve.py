@@ -32,7 +32,7 @@ from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.gateway.config import ConfigError
 from tpserve.coordinator.gateway.keys import KeyRing
 from tpserve.coordinator.gateway.tls import TlsError, tls_files_of
-from tpserve.coordinator.gateway_keeper import GatewayKeeper, GatewayLost
+from tpserve.coordinator.gateway_keeper import GatewayKeeper, GatewayLost, gateways_beside_gpus
 from tpserve.coordinator.host_limits import usable_cpus
 from tpserve.coordinator.log import configure
 from tpserve.coordinator.memory import (
@@ -126,6 +126,8 @@ class _Server:
         on_gpu, rank_bytes = self._find_memory() if is_ours else self._find_memory_of_nodes()
         if args.max_num_batched_tokens is None:
             args.max_num_batched_tokens = GPU_STEP_TOKENS if on_gpu else _CPU_STEP_TOKENS
+        if args.gateway_processes is None:
+            args.gateway_processes = gateways_beside_gpus(usable_cpus() // args.replica[1]) if on_gpu else 1
         max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
         device = "cuda" if on_gpu else "cpu"
         speculation = choose_speculation(args)

@@ -75,7 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
     parser.add_argument(
-        "--gateway-processes", type=_positive, default=1, help="processes that share the port, for many clients"
+        "--gateway-processes",
+        type=_positive,
+        metavar="N",
+        help="processes that share the port, for many clients (default: on GPUs one for each 8 cores, at most 4; else 1)",
     )
     parser.add_argument(
         "--max-connections",

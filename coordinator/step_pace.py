@@ -22,12 +22,10 @@ from tpserve.proto.rank import SizeTime
 
 _REMEMBERED = 8
 """Steps of a size, of which the shortest is expected again: those that run grow by a token a step."""
-_LATE_US = 50
-"""Time for which a device had nothing to do, from which on its plan came late."""
+_SOONER_S = 1e-5
+"""By which plans are made later after each step: so long do devices wait for them in a step, on average."""
 _LATER_S = 0.0005
-"""By which plans are then made earlier."""
-_AGAIN_STEPS = 64
-"""Steps in time after which that is taken back."""
+"""By which they are made earlier at most after one for which a device had to wait: for as long as it had to."""
 _MOST_LEAD_S = 0.02
 
 
@@ -54,7 +52,8 @@ class StepPace:
     Parameters
     ----------
     lead_s
-        Time from a plan to its step that is always left; grows while plans come late. Infinite: plans wait for nothing.
+        Time from a plan to its step that is always left; more is, where devices had to wait for plans. Infinite: plans
+        wait for nothing.
     """
 
     def __init__(self, lead_s: float) -> None:
@@ -100,10 +99,8 @@ class StepPace:
             self._ends_at = now + self._in_flight[0].step_s
         if step_us:
             self._recent.setdefault(step.size, deque(maxlen=_REMEMBERED)).append(step_us / 1e6)
-        if gap_us is not None and gap_us > _LATE_US:
-            self.lead_s = min(self.lead_s + _LATER_S, max(_MOST_LEAD_S, self._least_lead_s))
-        else:
-            self.lead_s = max(self.lead_s - _LATER_S / _AGAIN_STEPS, self._least_lead_s)
+        lead_s = self.lead_s + min((gap_us or 0) / 1e6, _LATER_S) - _SOONER_S
+        self.lead_s = max(min(lead_s, _MOST_LEAD_S), self._least_lead_s)
 
     def wait_s(self, now: float) -> float:
         """Return for how long the next plan may wait: whole milliseconds, since an event loop's timers round up."""

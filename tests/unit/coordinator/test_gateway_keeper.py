@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tpserve.coordinator.gateway_keeper import MAX_RESTARTS, WINDOW_S, GatewayKeeper, GatewayLost
+from tpserve.coordinator.gateway_keeper import (
+    MAX_RESTARTS,
+    WINDOW_S,
+    GatewayKeeper,
+    GatewayLost,
+    gateways_beside_gpus,
+)
 
 
 class Clock:
@@ -115,3 +121,8 @@ def test_one_of_several_dies_alone(port: socket.socket, clock: Clock, tmp_path: 
             process.wait(10)
             if process.stdout is not None:
                 process.stdout.close()
+
+
+@pytest.mark.parametrize(("num_cpus", "count"), [(1, 1), (8, 1), (15, 1), (16, 2), (31, 3), (32, 4), (192, 4)])
+def test_beside_gpus_there_are_as_many_as_cores_allow(num_cpus: int, count: int) -> None:
+    assert gateways_beside_gpus(num_cpus) == count

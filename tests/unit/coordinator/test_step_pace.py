@@ -68,13 +68,15 @@ def test_plans_that_came_late_are_made_earlier_for_a_while() -> None:
         pace.ended(5200, gap_us, now)
         return waited
 
-    assert step(gap_us=700) == 0.003
-    assert step(gap_us=0) == 0.002
-    assert step(gap_us=None) == 0.002
-    for _ in range(300):
-        step(gap_us=20)
-    assert step(gap_us=0) == 0.003
-    for _ in range(100):
+    assert step(gap_us=300) == 0.003
+    assert step(gap_us=0) == 0.002  # by what the device had to wait
+    for _ in range(40):
+        step(gap_us=None)
+    assert step(gap_us=90_000) == 0.003
+    assert step(gap_us=0) == 0.002  # but by half a millisecond at most
+    for _ in range(40):
+        assert step(gap_us=12) == 0.002  # as long a wait as is aimed at
+    for _ in range(60):
         step(gap_us=3000)
     assert step(gap_us=0) == 0.0
 

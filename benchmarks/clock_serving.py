@@ -1,45 +1,56 @@
-"""What it brings to plan late, and what it costs: the real engine, its wire and a rank's door; the device is a clock.
+"""What the host adds to a device's steps: the real engine, its wire, a rank's door and gateways; the device is a clock.
 
-Regime: the peers' closed loop of C clients (`--lengths`), each of which sends its next request `--turnaround-ms` after
-it has had its last token; no gateway. One rank in a process of its own, whose steps take what `prompt_order.py` has of
-Llama-3-70B fp8 TP=4 on H200s, or `--scale` times that. Told: TTFT and TPOT, for how long in a step the device had
-nothing to do, and the lead at the end. Times on busy cores say nothing: compare leads in one run on a quiet machine.
+Regime: the peers' closed loop of C clients and their lengths, one rank in a process of its own, whose steps take what
+`prompt_order.py` has of Llama-3-70B fp8 TP=4 on H200s, or `--scale` times that. `--gateways` 1 or more: over HTTP, with
+the peers' client in a process of its own; 0: without HTTP, each client sending its next request `--turnaround-ms` after
+it has had its last token. Told: TTFT and TPOT, for how long in a step the device had nothing to do, and the time before
+their step at which plans are made at the end. Times on busy cores say nothing: compare in one run on a quiet machine.
 
-Run: python benchmarks/plan_pace.py --lengths FILE [--plan-lead-ms 1 inf] [--output FILE].
+Run: python benchmarks/clock_serving.py --client FILE [--plan-lead-ms 1 inf] [--gateways 1 --model FOLDER].
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import grpc.aio
+
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
+from benchmarks.gpu_server import SERVED_NAME, load_client
 from benchmarks.host_step import commit
 from benchmarks.prompt_order import size_times, step_ms
 
 from tpserve.coordinator.active_requests import OutputEvent
+from tpserve.coordinator.children import first_words, spawn_child
 from tpserve.coordinator.cluster import Cluster, ClusterConfig
 from tpserve.coordinator.config import SchedulerConfig
 from tpserve.coordinator.engine import Engine, EngineConfig, EngineStatus
 from tpserve.coordinator.metrics import Metrics
+from tpserve.coordinator.process import bind
 from tpserve.coordinator.scheduler import Scheduler
+from tpserve.coordinator.service import EngineService
 from tpserve.proto.manifest import GPU_STEP_TOKENS
 from tpserve.proto.messages import SamplingParams, StepPlan, StepResult
+from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 from tpserve.proto.rank import RankAddress, RankConfig, SizeTime
 
 NUM_SEQS, MODEL_LEN, PAGE_SIZE, NUM_PAGES = 64, 8192, 16, 40_000
+VOCAB_SIZE = 128_256
 RAMP_TOKENS = 190
 """Most of each client's first request, which does not count."""
 
@@ -115,6 +126,64 @@ class FoundCluster(Cluster):
         return [self._address]
 
 
+def run_client(connection: Connection, client: Path, port: int, concurrency: int) -> None:
+    """Send what the peers' client says of a point."""
+    run_point = load_client(client).run_point
+    connection.send(asyncio.run(run_point("127.0.0.1", port, SERVED_NAME, concurrency, limit_s=120.0))[0])
+
+
+@contextlib.asynccontextmanager
+async def gateways(engine: Engine, metrics: Metrics, model: Path, count: int) -> AsyncIterator[int]:
+    """Run so many gateways before the engine; give their port."""
+    info = engine_pb2.EngineInfo(
+        model_dir=str(model), max_model_len=MODEL_LEN, vocab_size=VOCAB_SIZE, max_num_seqs=NUM_SEQS, tp_size=1
+    )
+    server = grpc.aio.server()
+    service = EngineService(engine, metrics, info)
+    engine_pb2_grpc.add_EngineServicer_to_server(service, server)  # type: ignore[no-untyped-call]  # generated
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    shared = bind("127.0.0.1", 0)
+    config = {
+        "engine_address": f"127.0.0.1:{port}",
+        "model_dir": str(model),
+        "served_model_names": [SERVED_NAME],
+        "listen_fd": shared.fileno(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"PROMETHEUS_MULTIPROC_DIR": folder} if count > 1 else {}
+        keep = (shared.fileno(),)
+        started = [spawn_child("tpserve.coordinator.gateway", config, environment, keep) for _ in range(count)]
+        try:
+            for gateway in started:
+                await asyncio.to_thread(first_words, "gateway", gateway, "url")
+            yield shared.getsockname()[1]
+        finally:
+            for gateway in started:
+                gateway.terminate()
+            for gateway in started:
+                await asyncio.to_thread(gateway.wait, 30)
+            shared.close()
+            service.close()
+            await server.stop(1)
+
+
+async def serve_http(
+    engine: Engine, metrics: Metrics, model: Path, client: Path, concurrency: int, count: int
+) -> dict[str, float]:
+    """Run the peers' client against so many gateways."""
+    context = multiprocessing.get_context("spawn")
+    async with gateways(engine, metrics, model, count) as port:
+        here, there = context.Pipe()
+        process = context.Process(target=run_client, args=(there, client, port, concurrency))
+        process.start()
+        there.close()
+        said = await asyncio.to_thread(here.recv)
+        process.join(10)
+    assert said["err"] is None, said["err"]
+    return {"ttft_mean_ms": said["ttft_mean"], "tpot_mean_ms": said["tpot_mean"], "itl_p99_ms": said["itl_p99"]}
+
+
 @dataclass(slots=True)
 class Served:
     """One request; times in seconds."""
@@ -135,8 +204,10 @@ class Idle(Metrics):
             self.gaps_us.append(gap_us)
 
 
-async def serve(engine: Engine, lengths: dict[str, list[int]], concurrency: int, turnaround_s: float) -> list[Served]:
-    """Run a closed loop of clients; return the requests that count."""
+async def serve(
+    engine: Engine, lengths: dict[str, list[int]], concurrency: int, turnaround_s: float
+) -> dict[str, float]:
+    """Run a closed loop of clients in this process."""
     prompts, outputs = lengths["prompt_len"], lengths["output_len"]
     num_measured = max(8, 3 * concurrency)
     next_request = iter(range(num_measured + concurrency))
@@ -165,13 +236,19 @@ async def serve(engine: Engine, lengths: dict[str, list[int]], concurrency: int,
             counted.append(await ask(place, outputs[place % len(outputs)]))
 
     await asyncio.wait_for(asyncio.gather(*map(client, range(concurrency))), 300)
-    return counted
+    several = [each for each in counted if len(each.times) > 1]
+    gaps = [after - before for each in several for before, after in pairwise(each.times)]
+    tpots = [(each.times[-1] - each.times[0]) / (len(each.times) - 1) for each in several]
+    return {
+        "ttft_mean_ms": 1e3 * statistics.mean(each.times[0] - each.sent for each in counted),
+        "tpot_mean_ms": 1e3 * statistics.mean(tpots),
+        "itl_p99_ms": 1e3 * sorted(gaps)[int(0.99 * len(gaps))],
+    }
 
 
-async def measure(
-    lengths: dict[str, list[int]], concurrency: int, lead_ms: float, turnaround_ms: float, scale: float
-) -> dict[str, float]:
+async def measure(args: argparse.Namespace, concurrency: int, lead_ms: float, num_gateways: int) -> dict[str, float]:
     """Return what one point says."""
+    scale: float = args.scale
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     rank = context.Process(target=serve_rank, args=(there, scale))
@@ -189,19 +266,17 @@ async def measure(
     serving = asyncio.create_task(engine.run())
     try:
         await asyncio.wait_for(ready.wait(), 30)
-        served = await serve(engine, lengths, concurrency, turnaround_ms / 1e3)
+        if num_gateways:
+            found = await serve_http(engine, metrics, args.model, args.client, concurrency, num_gateways)
+        else:
+            lengths = json.loads(args.client.with_name("lengths.json").read_text())
+            found = await serve(engine, lengths, concurrency, args.turnaround_ms / 1e3)
     finally:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
         here.send(None)
         rank.join(10)
-    several = [each for each in served if len(each.times) > 1]
-    gaps = [after - before for each in several for before, after in pairwise(each.times)]
-    return {
-        "ttft_mean_ms": 1e3 * statistics.mean(each.times[0] - each.sent for each in served),
-        "tpot_mean_ms": 1e3
-        * statistics.mean((each.times[-1] - each.times[0]) / (len(each.times) - 1) for each in several),
-        "itl_p99_ms": 1e3 * sorted(gaps)[int(0.99 * len(gaps))],
+    return found | {
         "idle_mean_us": statistics.mean(metrics.gaps_us),
         "idle_steps": sum(gap > 50 for gap in metrics.gaps_us) / len(metrics.gaps_us),
         "lead_at_end_ms": 1e3 * engine.plan_lead_s(),
@@ -211,22 +286,28 @@ async def measure(
 def main() -> None:
     """Measure all points and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=Path, required=True, help="the peers' file of prompt_len and output_len")
+    parser.add_argument("--client", type=Path, required=True, help="the load client, with its lengths beside it")
+    parser.add_argument("--model", type=Path, help="folder with a tokenizer, for gateways")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--gateways", type=int, nargs="+", default=[0])
     parser.add_argument("--plan-lead-ms", type=float, nargs="+", default=[1.0, math.inf])
     parser.add_argument("--turnaround-ms", type=float, default=3.0)
     parser.add_argument("--scale", type=float, default=1.0, help="of a step's time")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    lengths = json.loads(args.lengths.read_text())
     points = []
-    for concurrency, lead_ms in product(args.concurrency, args.plan_lead_ms):
-        point = asyncio.run(measure(lengths, concurrency, lead_ms, args.turnaround_ms, args.scale))
-        rounded = {name: round(value, 4) for name, value in point.items()}
-        points.append({"concurrency": concurrency, "plan_lead_ms": lead_ms, **rounded})
+    for concurrency, lead_ms, num_gateways in product(args.concurrency, args.plan_lead_ms, args.gateways):
+        point = asyncio.run(measure(args, concurrency, lead_ms, num_gateways))
+        what = {"concurrency": concurrency, "plan_lead_ms": lead_ms, "gateways": num_gateways}
+        points.append(what | {name: round(value, 4) for name, value in point.items()})
         print(points[-1], flush=True)
     if args.output:
-        facts = {"benchmark": "plan_pace", "commit": commit(), "turnaround_ms": args.turnaround_ms, "scale": args.scale}
+        facts = {
+            "benchmark": "clock_serving",
+            "commit": commit(),
+            "turnaround_ms": args.turnaround_ms,
+            "scale": args.scale,
+        }
         args.output.write_text(json.dumps(facts | {"points": points}, indent=1) + "\n")
 
 
