@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gateway-processes",
         type=_positive,
         metavar="N",
-        help="processes that share the port, for many clients (default: on GPUs one for each 8 cores, at most 4; else 1)",
+        help="processes that share the port, for many clients (default: beside GPUs one for 8 cores, up to 4; else 1)",
     )
     parser.add_argument(
         "--max-connections",
