@@ -170,6 +170,7 @@ class Engine:
             self._metrics.count_rejection("invalid")
             raise
         self._next_key += 1
+        self._pace.arrived()
         spans = None
         if self._tracing is not None and traceparent:
             spans = RequestSpans(self._tracing, traceparent, name, len(prompt_token_ids))

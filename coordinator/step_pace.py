@@ -22,9 +22,11 @@ from tpserve.proto.rank import SizeTime
 
 _REMEMBERED = 8
 """Steps of a size, of which the shortest is expected again: those that run grow by a token a step."""
-_SOONER_S = 1e-5
-"""By which plans are made later after each step: so long do devices wait for them in a step, on average."""
-_LATER_S = 0.0005
+_LATER_S = 1e-5
+"""By which plans are made later after a step: so long do devices wait for them in a step, on average."""
+_EXPECTANT_STEPS = 64
+"""Steps after an arrival in which that is done: where nobody comes while steps run, no device is to wait."""
+_SOONER_S = 0.0005
 """By which they are made earlier at most after one for which a device had to wait: for as long as it had to."""
 _MOST_LEAD_S = 0.02
 
@@ -64,6 +66,7 @@ class StepPace:
         """Take in what steps of each size take on new ranks; of none, plans wait for nothing."""
         self.lead_s = self._least_lead_s
         self._known = bool(times)
+        self._expectant_steps = 0
         self._sizes = {
             has_prompts: StepSizes([each for each in times if each.decode_only is not has_prompts])
             for has_prompts in (False, True)
@@ -77,6 +80,11 @@ class StepPace:
     def waits(self) -> bool:
         """Whether plans wait for anything."""
         return self._known and math.isfinite(self._least_lead_s)
+
+    def arrived(self) -> None:
+        """Note a request."""
+        if self._in_flight:
+            self._expectant_steps = _EXPECTANT_STEPS
 
     def planned(self, size: StepSize, now: float) -> None:
         """Note a plan that has been sent."""
@@ -99,7 +107,10 @@ class StepPace:
             self._ends_at = now + self._in_flight[0].step_s
         if step_us:
             self._recent.setdefault(step.size, deque(maxlen=_REMEMBERED)).append(step_us / 1e6)
-        lead_s = self.lead_s + min((gap_us or 0) / 1e6, _LATER_S) - _SOONER_S
+        lead_s = self.lead_s + min((gap_us or 0) / 1e6, _SOONER_S)
+        if self._expectant_steps:
+            self._expectant_steps -= 1
+            lead_s -= _LATER_S
         self.lead_s = max(min(lead_s, _MOST_LEAD_S), self._least_lead_s)
 
     def wait_s(self, now: float) -> float:

@@ -56,26 +56,32 @@ def test_the_shortest_of_the_last_steps_of_a_size_is_expected() -> None:
     assert pace.wait_s(now) == 0.006
 
 
-def test_plans_that_came_late_are_made_earlier_for_a_while() -> None:
+def test_plans_are_made_earlier_where_devices_had_to_wait_and_later_where_somebody_comes() -> None:
     pace = make_pace()
     now = 0.0
 
-    def step(gap_us: int | None) -> float:
+    def step(gap_us: int | None, *, arrives: bool = False) -> float:
         nonlocal now
         pace.planned(DECODES, now)
         waited = pace.wait_s(now)
+        if arrives:
+            pace.arrived()
         now += 0.0052
         pace.ended(5200, gap_us, now)
         return waited
 
     assert step(gap_us=300) == 0.003
     assert step(gap_us=0) == 0.002  # by what the device had to wait
+    pace.arrived()  # while nothing runs
+    for _ in range(100):
+        assert step(gap_us=None) == 0.002
+    step(gap_us=0, arrives=True)
     for _ in range(40):
-        step(gap_us=None)
+        step(gap_us=0)
     assert step(gap_us=90_000) == 0.003
-    assert step(gap_us=0) == 0.002  # but by half a millisecond at most
-    for _ in range(40):
-        assert step(gap_us=12) == 0.002  # as long a wait as is aimed at
+    assert step(gap_us=0) == 0.002  # by half a millisecond at most
+    for _ in range(100):
+        assert step(gap_us=9, arrives=True) == 0.002  # as long a wait as is aimed at, and less
     for _ in range(60):
         step(gap_us=3000)
     assert step(gap_us=0) == 0.0
