@@ -16,8 +16,8 @@ from tpserve.coordinator.step_pace import StepPace, StepSize
 from tpserve.proto.messages import SamplingParams
 from tpserve.proto.rank import SizeTime
 
-TIMES = (SizeTime(8, True, 5200), SizeTime(64, True, 8200), SizeTime(128, False, 12_200))
-LEAD_S = 0.002
+TIMES = (SizeTime(8, True, 6200), SizeTime(64, True, 9200), SizeTime(128, False, 12_200))
+LEAD_S = 0.003
 DECODES, PROMPTS = StepSize(8, has_prompts=False), StepSize(100, has_prompts=True)
 
 
@@ -36,17 +36,17 @@ def test_a_plan_waits_until_what_is_in_flight_is_about_to_end() -> None:
     assert pace.wait_s(10.0025) == 0.0
     pace.planned(PROMPTS, 10.003)
     assert pace.wait_s(10.003) == 0.012  # for both
-    pace.ended(5000, None, 10.005)
-    assert pace.wait_s(10.005) == 0.010  # the second runs since then
-    pace.ended(12_000, 0, 10.017)
-    assert pace.wait_s(10.017) == 0.0
+    pace.ended(6000, None, 10.006)
+    assert pace.wait_s(10.006) == 0.009  # the second runs since then
+    pace.ended(12_000, 0, 10.018)
+    assert pace.wait_s(10.018) == 0.0
 
 
 def test_the_shortest_of_the_last_steps_of_a_size_is_expected() -> None:
     pace = make_pace()
     now = 0.0
     waited = []
-    for step_us in (6500, 9600, 7500, 9600, 9600, 9600, 9600, 9600, 9600, 9600, 9600):
+    for step_us in (7500, 9600, 8500, 9600, 9600, 9600, 9600, 9600, 9600, 9600, 9600):
         pace.planned(StepSize(5, has_prompts=False), now)
         waited.append(pace.wait_s(now))
         now += step_us / 1e6
@@ -66,8 +66,8 @@ def test_plans_are_made_earlier_where_devices_had_to_wait_and_later_where_somebo
         waited = pace.wait_s(now)
         if arrives:
             pace.arrived()
-        now += 0.0052
-        pace.ended(5200, gap_us, now)
+        now += 0.0062
+        pace.ended(6200, gap_us, now)
         return waited
 
     assert step(gap_us=300) == 0.003
@@ -95,6 +95,17 @@ def test_a_plan_waits_for_nothing_where(pace: StepPace) -> None:
         pace.ended(20_000, 0, 0.02)
 
 
+def test_the_first_plans_are_made_early() -> None:
+    pace = make_pace(lead_s=0.001)
+    assert pace.lead_s == 0.003
+    pace.planned(DECODES, 0.0)
+    for number in range(300):
+        pace.arrived()
+        pace.planned(DECODES, number * 0.0062)
+        pace.ended(6200, 0, number * 0.0062)
+    assert pace.lead_s == 0.001
+
+
 def test_steps_that_verify_drafts_are_known_by_their_own_kind() -> None:
     pace = make_pace()
     verifying = StepSize(8 * 4, has_prompts=False, num_draft_tokens=3)
@@ -102,7 +113,7 @@ def test_steps_that_verify_drafts_are_known_by_their_own_kind() -> None:
     assert pace.wait_s(0.0) == 0.0  # never seen
     pace.ended(9200, None, 0.009)
     pace.planned(verifying, 0.009)
-    assert pace.wait_s(0.009) == 0.007
+    assert pace.wait_s(0.009) == 0.006
     pace.begin_group(TIMES)
     pace.planned(verifying, 0.0)
     assert pace.wait_s(0.0) == 0.0  # other ranks
