@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 TP ?= 2
 
-.PHONY: serve observe test quick timely computed computed-beside lint types unit unit-gateway unit-doors unit-engine \
-  unit-collectives unit-compile integration integration-together integration-doors integration-exact \
-  integration-router integration-lifecycle integration-observed integration-faults soak test-gpu goldens proto clean help
+.PHONY: serve observe test quick lint types unit unit-gateway unit-doors unit-engine unit-compile integration \
+  integration-doors integration-exact integration-router integration-lifecycle integration-observed integration-faults \
+  soak test-gpu goldens proto clean help
 
 help:               ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -20,25 +20,11 @@ observe: $(VENV)/.installed   ## the same under a load, with a Prometheus that w
 	@model=$$($(BIN)/python deploy/fetch_demo_model.py) && \
 	  exec $(BIN)/python deploy/observe.py "$$model" --tp $(TP) --port $(PORT)
 
-# Unit tests that wait for deadlines first; then those of integration, which leave two cores idle for 43 % of their time, and
-# beside them what only computes, with what they leave.
-test: $(VENV)/.dev   ## everything that needs no GPU
-	$(MAKE) lint
-	$(MAKE) timely
-	$(BIN)/python deploy/fetch_demo_model.py
-	$(MAKE) --jobs=2 --output-sync=target computed-beside integration-together
-	$(MAKE) integration-faults
-
-quick: lint timely computed   ## style, types and unit tests
+test: quick integration   ## everything that needs no GPU
 
 # Two of these at once: most of them keep one core busy. The longest come first, so that both cores end at one time.
-timely: $(VENV)/.dev
-	$(MAKE) --jobs=2 --output-sync=target unit-engine unit-gateway unit-doors unit-collectives
-
-computed: unit-compile types
-
-computed-beside:
-	nice -n 19 $(MAKE) --jobs=1 computed
+quick: $(VENV)/.dev   ## style, types and unit tests
+	$(MAKE) --jobs=2 --output-sync=target unit-compile unit-engine unit-gateway unit-doors types lint
 
 lint: $(VENV)/.dev   ## style
 	$(BIN)/ruff check .
@@ -47,7 +33,7 @@ lint: $(VENV)/.dev   ## style
 types: $(VENV)/.dev   ## strict types
 	$(BIN)/mypy
 
-unit: unit-compile unit-collectives unit-engine unit-gateway unit-doors   ## tests without processes or models
+unit: unit-compile unit-engine unit-gateway unit-doors   ## tests without processes or models
 
 UNIT_GATEWAY := tests/unit/gateway
 
@@ -59,29 +45,20 @@ UNIT_DOORS := tests/unit/router tests/unit/python_engine tests/unit/chat_cli tes
 unit-doors: $(VENV)/.dev   ## those of the other doors, the benchmark and the deployment
 	$(BIN)/pytest $(UNIT_DOORS)
 
-UNIT_COMPILE := tests/unit/compile
+UNIT_COMPILE := tests/unit/compile tests/unit/collectives
 
-unit-compile: $(VENV)/.dev   ## those of the compiled library and its kernels
+unit-compile: $(VENV)/.dev   ## those of the compiled library, its kernels and collectives
 	$(BIN)/pytest $(UNIT_COMPILE)
 
-UNIT_COLLECTIVES := tests/unit/collectives
-
-unit-collectives: $(VENV)/.dev   ## those of the collectives
-	$(BIN)/pytest $(UNIT_COLLECTIVES)
-
 unit-engine: $(VENV)/.dev   ## all others
-	$(BIN)/pytest tests/unit $(patsubst %,--ignore=%,$(UNIT_GATEWAY) $(UNIT_DOORS) $(UNIT_COMPILE) $(UNIT_COLLECTIVES))
+	$(BIN)/pytest tests/unit $(patsubst %,--ignore=%,$(UNIT_GATEWAY) $(UNIT_DOORS) $(UNIT_COMPILE))
 
-# Those of faults run alone.
+# Two of these at once: with three, two cores were so busy that answers missed their deadlines. Those of faults run alone.
 integration: $(VENV)/.dev   ## tests of the real server with the demo model
 	$(BIN)/python deploy/fetch_demo_model.py
-	$(MAKE) integration-together
-	$(MAKE) integration-faults
-
-# Two of these at once: with three, two cores were so busy that answers missed their deadlines.
-integration-together:
 	$(MAKE) --jobs=2 --output-sync=target integration-doors integration-exact integration-lifecycle \
 	  integration-router integration-observed
+	$(MAKE) integration-faults
 
 INTEGRATION := TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest -p no:hypothesispytest
 INTEGRATION_EXACT := $(addprefix tests/integration/,exact test_dedicated_draft.py test_eagle.py test_speculation.py)

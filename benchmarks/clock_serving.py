@@ -298,7 +298,8 @@ def main() -> None:
     points = []
     for concurrency, lead_ms, num_gateways in product(args.concurrency, args.plan_lead_ms, args.gateways):
         point = asyncio.run(measure(args, concurrency, lead_ms, num_gateways))
-        what = {"concurrency": concurrency, "plan_lead_ms": lead_ms, "gateways": num_gateways}
+        lead = lead_ms if math.isfinite(lead_ms) else None
+        what = {"concurrency": concurrency, "plan_lead_ms": lead, "gateways": num_gateways}
         points.append(what | {name: round(value, 4) for name, value in point.items()})
         print(points[-1], flush=True)
     if args.output:

@@ -202,7 +202,9 @@ def main() -> None:
     for each in itertools.product(args.concurrency, args.patience_steps, args.wait_weight, args.plan_lead_ms):
         simulation = Simulation(lengths, *each)
         simulation.run()
-        point = dict(zip(("concurrency", "patience_steps", "wait_weight", "plan_lead_ms"), each, strict=True))
+        *what, lead_ms = each
+        point = dict(zip(("concurrency", "patience_steps", "wait_weight"), what, strict=True))
+        point["plan_lead_ms"] = lead_ms if math.isfinite(lead_ms) else None
         points.append(point | {name: round(value, 2) for name, value in simulation.summary().items()})
         print(points[-1], flush=True)
     if args.output:

@@ -381,7 +381,8 @@ class Engine:
         fresh = result.step_id in self._after_idle
         self._after_idle.discard(result.step_id)
         gap_us = None if fresh or not result.num_tokens else max(0, result.started_us - self._last_end_us)
-        self._pace.ended(result.step_us, gap_us, time.perf_counter())
+        # Beside a grammar's masks, which wait for the tokens before, the device has the forward pass to do.
+        self._pace.ended(result.step_us, None if result.mask_us else gap_us, time.perf_counter())
         if not result.num_tokens:
             return
         self._last_end_us = result.started_us + result.step_us
