@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -37,6 +36,7 @@ from tpserve.coordinator.process import end_with_parent, keep_stdout_for_parent,
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.coordinator.service import EngineService
 from tpserve.coordinator.tracing import Tracing, TracingUnavailable
+from tpserve.proto.garbage import spare_standing_objects
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.pb import engine_pb2, engine_pb2_grpc
 from tpserve.proto.rank import RankConfig
@@ -255,9 +255,7 @@ def main() -> int:
         cluster.connect()
         if config.log_format == "json":
             take_over_rank_output()
-        # Requests are cyclic but few; what stands now never dies. Full collections in the step loop cost milliseconds.
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 50)
+        spare_standing_objects()
         return asyncio.run(run(config, manifest, cluster, tracing, parent))
     except (ClusterError, TlsError, TracingUnavailable) as error:
         tell_parent(parent, error=str(error))

@@ -9,6 +9,7 @@ import sys
 import threading
 from typing import Any
 
+from tpserve.proto.garbage import spare_standing_objects
 from tpserve.proto.rank import Door, RankAddress, RankConfig
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Rank:
             from tpserve.worker.device_runner import DeviceRunner
 
             self._runner = DeviceRunner(config, _log_progress, door=group)
+        spare_standing_objects()
         on_end = _end_soon if config.is_away else None
         self._server, port = serve(self._runner, config.rank, config.host, config.token, on_end, config.tls)
         return RankAddress(

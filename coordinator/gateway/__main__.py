@@ -28,6 +28,7 @@ from tpserve.coordinator.gateway.tokenizer import ModelFilesError
 from tpserve.coordinator.log import configure
 from tpserve.coordinator.process import bind, end_with_parent, tell_parent
 from tpserve.coordinator.tracing import TracingUnavailable
+from tpserve.proto.garbage import spare_standing_objects
 
 logger = logging.getLogger("tpserve.coordinator.gateway")
 
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
             timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + DRAIN_GRACE_S,
         )
+        spare_standing_objects()
         Server(uvicorn_config, service, tls).run(sockets=[bound])
         if service.tracing is not None:
             service.tracing.shutdown()

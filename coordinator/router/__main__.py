@@ -26,6 +26,7 @@ from tpserve.coordinator.router.app import Router, signal_parent
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, add_policy_arguments
 from tpserve.coordinator.router.choice import Policy
 from tpserve.coordinator.router.config import RouterConfig, RouterConfigError
+from tpserve.proto.garbage import spare_standing_objects
 
 logger = logging.getLogger("tpserve.coordinator.router")
 
@@ -150,6 +151,7 @@ def main(args: argparse.Namespace) -> int:
             timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + _DRAIN_GRACE_S,
         )
+        spare_standing_objects()
         Server(uvicorn_config, router, tls).run(sockets=[bound])
     return 0
 

@@ -34,6 +34,7 @@ GATEWAY_ALLOWED = (
     ),
 )
 ROUTER_ALLOWED = (
+    "tpserve.proto.garbage",
     "tpserve.coordinator.router",
     "tpserve.coordinator.gateway.errors",
     *(f"tpserve.coordinator.gateway.{name}" for name in ("guard", "limited_body", "tls")),  # of any HTTP door
