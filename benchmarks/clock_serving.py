@@ -17,6 +17,8 @@ import contextlib
 import json
 import math
 import multiprocessing
+import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -306,6 +308,8 @@ def main() -> None:
         facts = {
             "benchmark": "clock_serving",
             "commit": commit(),
+            "device": f"{os.cpu_count()} cores of a {platform.processor() or platform.machine()}",
+            "python": platform.python_version(),
             "turnaround_ms": args.turnaround_ms,
             "scale": args.scale,
         }
