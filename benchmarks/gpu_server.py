@@ -213,9 +213,7 @@ def main() -> None:
         if args.fixed_lengths:
             lengths = fixed(args.fixed_lengths)
             fixed_points = asyncio.run(measure(client, server, args, args.fixed_points, lengths))
-        counted = server.metrics(
-            r"tpserve_(collectives_info|plan_lead_seconds|host_gap_seconds_sum|step_seconds_sum)|vllm:spec_decode_num_\w+_total"
-        )
+        counted = server.metrics(METRICS)
     finally:
         server.close()
     run = {

@@ -56,7 +56,7 @@ class EngineConfig:
     max_rebuilds_in_a_row: int = 3
     """Rebuilds that fail before the engine is DEAD."""
     plan_lead_s: float = 0.001
-    """Before a step's end, when the next one is planned; see `StepPace`."""
+    """Least time before a step's expected end, when the next one is planned; see `StepPace`."""
 
 
 class Engine:

@@ -29,6 +29,7 @@ _EXPECTANT_STEPS = 64
 _SOONER_S = 0.0005
 """By which they are made earlier at most after one for which a device had to wait: for as long as it had to."""
 _FIRST_LEAD_S, _MOST_LEAD_S = 0.003, 0.02
+"""Of a group that has just begun, and where devices wait whatever is done; chosen, not swept."""
 
 
 @dataclass(frozen=True, slots=True)
