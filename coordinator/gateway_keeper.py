@@ -35,8 +35,8 @@ Spawn = Callable[[socket.socket], "subprocess.Popen[str]"]
 def gateways_beside_gpus(num_cpus: int) -> int:
     """Return how many gateways a host with GPUs has, if nobody says.
 
-    A step ends for all at once: of 64 streams one gateway writes the last about 3 ms after the first. With four, mean TTFT of
-    Llama-3-70B on four H200s is 54 -> 47 ms at 64 requests, and 33 -> 30 at 16.
+    A step ends for all at once: of 64 streams one gateway writes the last about 3 ms after the first. With four, mean
+    TTFT of Llama-3-70B on four H200s is 54 -> 47 ms at 64 requests, and 33 -> 30 at 16.
     """
     return max(1, min(_MOST_BESIDE_GPUS, num_cpus // _CPUS_OF_EACH))
 
