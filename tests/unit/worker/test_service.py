@@ -102,8 +102,8 @@ async def test_results_of_another_rank_than_the_first_travel_together() -> None:
             await group.send(StepPlan(step))
             assert (await group.next_result()).step_id == step
         await group.send(StepPlan(300))
-        assert (await group.next_result()).step_id == 300
         with pytest.raises(RankLost, match="rank 1: failed in step 300: ValueError: broken"):
+            assert (await group.next_result()).step_id == 300  # if it comes first: the two streams have no order
             await group.next_result()
         assert [result.step_us for result in seen if result.rank == 1] == list(range(1, 300))
         assert group.ranks[1].last_step == 299
