@@ -5,6 +5,7 @@ A child writes one JSON object per line: where it listens, once it does; and why
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -14,6 +15,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -72,6 +74,20 @@ def bind(host: str, port: int) -> socket.socket:
         bound.close()
         raise
     return bound
+
+
+def other_pids() -> Iterator[int]:
+    """Yield the pid of each process of this host but this one."""
+    pids = (int(process.name) for process in Path("/proc").glob("[0-9]*"))
+    return (pid for pid in pids if pid != os.getpid())
+
+
+def kill_session(leader: int) -> None:
+    """Kill every process but this one of the session that a process leads or has led."""
+    for pid in other_pids():
+        with contextlib.suppress(ProcessLookupError):  # gone meanwhile
+            if os.getsid(pid) == leader:
+                os.kill(pid, signal.SIGKILL)
 
 
 def make_ray_temp_dir() -> Path:

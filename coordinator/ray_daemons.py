@@ -9,8 +9,10 @@ import contextlib
 import os
 import select
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
+
+from tpserve.coordinator.process import kill_session, other_pids
 
 _DAEMONS = ("gcs_server", "raylet")
 """Without which Ray starts and ends nothing."""
@@ -27,7 +29,7 @@ class RayDaemons:
 
     def __init__(self, temp_dir: Path) -> None:
         self._folder = f"{temp_dir}/".encode()
-        pids = {_read(pid, "comm").decode().strip(): pid for pid in _others() if self._names_folder(pid)}
+        pids = {_read(pid, "comm").decode().strip(): pid for pid in other_pids() if self._names_folder(pid)}
         self._pidfds = {name: os.pidfd_open(pids[name]) for name in _DAEMONS}
         self.raylet = pids["raylet"]
         """Its pid."""
@@ -48,19 +50,13 @@ class RayDaemons:
         A raylet's agents have nothing but a title in their command lines; but all that Ray starts stays in the session
         of who started it, which is this process's own, if it leads one.
         """
-        for pid in _others():
+        for pid in filter(self._names_folder, other_pids()):
             with contextlib.suppress(ProcessLookupError):  # gone meanwhile
-                if self._names_folder(pid) or os.getsid(pid) == os.getpid():
-                    os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+        kill_session(os.getpid())
 
     def _names_folder(self, pid: int) -> bool:
         return self._folder in _read(pid, "cmdline")
-
-
-def _others() -> Iterator[int]:
-    """Yield the pid of each process but this one."""
-    pids = (int(process.name) for process in Path("/proc").glob("[0-9]*"))
-    return (pid for pid in pids if pid != os.getpid())
 
 
 def _read(pid: int, file: str) -> bytes:

@@ -43,7 +43,14 @@ from tpserve.coordinator.memory import (
 )
 from tpserve.coordinator.model_build import ModelBuild
 from tpserve.coordinator.node_memory import bytes_of_rank, read_nodes
-from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder, tell_parent
+from tpserve.coordinator.process import (
+    bind,
+    end_with_parent,
+    kill_session,
+    make_ray_temp_dir,
+    remove_folder,
+    tell_parent,
+)
 from tpserve.coordinator.speculation import choose_speculation
 from tpserve.proto.manifest import GPU_STEP_TOKENS, Manifest, ManifestError
 
@@ -259,6 +266,8 @@ class _Server:
                 logger.warning("pid %d did not end and is killed", process.pid)
                 process.kill()
                 process.wait()
+        if self._coordinator is not None:
+            kill_session(self._coordinator.pid)  # if it was killed: ranks and Ray's agents, which notice later
         for folder in self._folders:
             remove_folder(folder)
 
