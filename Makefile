@@ -7,7 +7,7 @@ TP ?= 2
 
 .PHONY: serve observe test quick lint types unit unit-gateway unit-doors unit-engine unit-compile integration \
   integration-doors integration-exact integration-router integration-lifecycle integration-observed integration-faults \
-  soak test-gpu goldens proto clean help
+  integration-killed integration-hosts soak test-gpu goldens proto clean help
 
 help:               ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -53,24 +53,29 @@ unit-compile: $(VENV)/.dev   ## those of the compiled library, its kernels and c
 unit-engine: $(VENV)/.dev   ## all others
 	$(BIN)/pytest tests/unit $(patsubst %,--ignore=%,$(UNIT_GATEWAY) $(UNIT_DOORS) $(UNIT_COMPILE))
 
-# Two of these at once: with three, two cores were so busy that answers missed their deadlines. Those of faults run alone.
+# Two of these at once: with three, two cores were so busy that answers missed their deadlines. Those of faults, which are
+# in a hurry, run beside those that mostly wait, and those of hosts alone: Ray, as users start it, gives their ranks nice 15.
 integration: $(VENV)/.dev   ## tests of the real server with the demo model
 	$(BIN)/python deploy/fetch_demo_model.py
 	$(MAKE) --jobs=2 --output-sync=target integration-doors integration-exact integration-lifecycle \
-	  integration-router integration-observed
-	$(MAKE) integration-faults
+	  integration-router
+	$(MAKE) --jobs=2 --output-sync=target integration-faults integration-killed integration-observed
+	$(MAKE) integration-hosts
 
 INTEGRATION := TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest -p no:hypothesispytest
 INTEGRATION_EXACT := $(addprefix tests/integration/,exact test_dedicated_draft.py test_eagle.py test_speculation.py)
 INTEGRATION_ROUTER := tests/integration/router
 INTEGRATION_LIFECYCLE := $(addprefix tests/integration/test_,lifecycle.py start_failures.py)
 INTEGRATION_OBSERVED := tests/integration/test_observability.py
-INTEGRATION_FAULTS := $(addprefix tests/integration/test_,faults.py hosts.py killed_processes.py)
+INTEGRATION_FAULTS := tests/integration/test_faults.py
+INTEGRATION_KILLED := tests/integration/test_killed_processes.py
+INTEGRATION_HOSTS := tests/integration/test_hosts.py
 
 integration-doors: $(VENV)/.dev   ## those of the doors and the benchmark
 	$(INTEGRATION) tests/integration \
 	  $(patsubst %,--ignore=%,$(INTEGRATION_EXACT) $(INTEGRATION_ROUTER) $(INTEGRATION_LIFECYCLE)) \
-	  $(patsubst %,--ignore=%,$(INTEGRATION_OBSERVED) $(INTEGRATION_FAULTS))
+	  $(patsubst %,--ignore=%,$(INTEGRATION_OBSERVED) $(INTEGRATION_FAULTS)) \
+	  $(patsubst %,--ignore=%,$(INTEGRATION_KILLED) $(INTEGRATION_HOSTS))
 
 integration-exact: $(VENV)/.dev   ## those of exact answers, with drafts and without
 	$(INTEGRATION) $(INTEGRATION_EXACT)
@@ -84,8 +89,14 @@ integration-lifecycle: $(VENV)/.dev   ## those of starting and ending
 integration-observed: $(VENV)/.dev   ## those of metrics, traces and logs
 	$(INTEGRATION) $(INTEGRATION_OBSERVED)
 
-integration-faults: $(VENV)/.dev   ## those that kill, stop and cut off processes
+integration-faults: $(VENV)/.dev   ## those that kill and stop ranks
 	$(INTEGRATION) $(INTEGRATION_FAULTS)
+
+integration-killed: $(VENV)/.dev   ## those that kill the other processes
+	$(INTEGRATION) $(INTEGRATION_KILLED)
+
+integration-hosts: $(VENV)/.dev   ## those of two hosts, one of which is cut off
+	$(INTEGRATION) $(INTEGRATION_HOSTS)
 
 soak: $(VENV)/.dev   ## 50 kills of a rank under load: no answer may be lost (5 minutes)
 	PYTHONPATH=tests:deploy/python $(BIN)/python benchmarks/kill_soak.py \

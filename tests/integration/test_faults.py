@@ -109,19 +109,19 @@ class HealthWatch:
         self._server = server
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
-        self.seen: list[tuple[float, float, int]] = []
-        """When asked, when answered, status."""
         self.states: list[str] = []
         """Of the engine, each as it differs from the one before."""
+        self.asked_at: list[float] = []
+        """For each of them: when it was asked for first."""
 
     def _run(self) -> None:
         while not self._stop.wait(0.05):
             asked = time.monotonic()
             status, body = self._server.health()
-            self.seen.append((asked, time.monotonic(), status))
             assert (status == 200) == (body["status"] == "ready")
             if self.states[-1:] != [body["status"]]:
                 self.states.append(body["status"])
+                self.asked_at.append(asked)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -131,12 +131,6 @@ class HealthWatch:
         finally:
             self._stop.set()
             self._thread.join()
-
-    def healthy_between(self, begin: float, end: float) -> list[float]:
-        """Return when, in seconds after `begin`, it said healthy though asked and answered within the time."""
-        return [
-            asked - begin for asked, answered, status in self.seen if begin < asked and answered < end and status == 200
-        ]
 
 
 def wait_idle(server: Server, within_s: float = 2) -> None:
@@ -193,11 +187,9 @@ async def test_killed_rank(server: Server, undisturbed: Undisturbed, rank: int) 
         assert slowest <= PROMISED_S, f"the last client waited {slowest:.1f} s"
         log = server.log[server.log.rindex("lost rank") :]
         assert re.match(rf"lost rank {rank}: connection lost", log)
-        # Down from when the gateway can know, well under a second, to the new group.
-        down = [asked - killed_at for asked, _, status in watch.seen if asked > killed_at and status != 200]
-        assert down
-        assert down[0] < 1.5
-        assert not watch.healthy_between(killed_at + down[0], killed_at + down[-1])
+        # Down from when the gateway can know, well under a second, to the new group, whose first step may be slow.
+        assert watch.states.count("rebuilding") == 1, watch.states
+        assert watch.asked_at[watch.states.index("rebuilding")] - killed_at < 1.5
         assert await texts(client, 80) == expected
     wait_idle(server)
     assert server.metric(f"ranks_lost_total{{rank={rank}}}") == 1
