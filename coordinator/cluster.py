@@ -319,13 +319,13 @@ class Cluster:
         """End the ranks, and Ray if it was started here; leave nothing behind. Blocks."""
         if self._lost():
             self._end_ranks()
-            if self._daemons is not None:
-                self._daemons.kill()
         elif ray.is_initialized():
             self._end_ranks()
             if self._placement is not None:
                 remove_placement_group(self._placement)
             ray.shutdown()
+        if self._daemons is not None:
+            self._daemons.kill()  # also those that would notice later that Ray has ended
         if self._temp_dir is not None:
             remove_folder(self._temp_dir)
 

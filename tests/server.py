@@ -89,6 +89,8 @@ class Footprint:
     mark: str
     sockets: dict[int, int] = field(default_factory=dict)
     """The port of each listening socket, by the socket's inode: a port alone may be somebody else's a moment later."""
+    sessions: set[int] = field(default_factory=set)
+    """Of its processes: Ray's agents write their titles over the mark."""
     folders: set[Path] = field(default_factory=set)
     shared_memory: set[Path] = field(default_factory=set)
     ray_folder_was_there: bool = field(default_factory=lambda: Path("/tmp/ray").exists())
@@ -97,15 +99,21 @@ class Footprint:
         """Add what the living processes hold now."""
         for process in processes_of(self.mark):
             with suppress(psutil.Error, OSError):
+                self.sessions.add(os.getsid(process.pid))
                 text = " ".join([*process.cmdline(), process.environ().get("PROMETHEUS_MULTIPROC_DIR", "")])
                 self.folders.update(map(Path, re.findall(r"/tmp/tpserve-[\w-]+", text)))
                 self.sockets.update(_listening(process.pid))
                 maps = Path(f"/proc/{process.pid}/maps").read_text()
                 self.shared_memory.update(map(Path, re.findall(r"/dev/shm/\S+", maps)))
 
+    def processes(self) -> list[psutil.Process]:
+        """Return the living processes with the mark, and those of sessions that were seen."""
+        others = self.sessions - {os.getsid(0)}
+        return list({*processes_of(self.mark), *(each for each in psutil.process_iter() if _session(each) in others)})
+
     def remains(self) -> list[str]:
         """Say what is still there."""
-        found = [f"pid {process.pid}: {' '.join(_cmdline(process))[:200]}" for process in processes_of(self.mark)]
+        found = [f"pid {process.pid}: {' '.join(_cmdline(process))[:200].strip()}" for process in self.processes()]
         found += [str(path) for path in (*self.folders, *self.shared_memory) if path.exists()]
         if not self.ray_folder_was_there and Path("/tmp/ray").exists():
             found.append("/tmp/ray")
@@ -117,6 +125,14 @@ class Footprint:
         while remains := self.remains():
             assert time.monotonic() < deadline, f"{within_s:g} s after the end there is still: {remains}"
             time.sleep(_POLL_S)
+
+
+def _session(process: psutil.Process) -> int | None:
+    """Return the session of a living process."""
+    with suppress(psutil.Error, OSError):
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return os.getsid(process.pid)
+    return None
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
@@ -229,7 +245,8 @@ class Server:
 
     def kill_all(self) -> None:
         """End whatever a failed test left, so that it disturbs no other."""
-        for process in processes_of(self.mark):
+        self.footprint.look()
+        for process in self.footprint.processes():
             with suppress(psutil.Error):
                 process.kill()
         self.process.wait(30)
