@@ -22,7 +22,7 @@ from tpserve import AsyncMLCEngine
 DUMMY = ("--load-format", "dummy", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")
 """Random weights and few sequences."""
 ENDED_WITHIN_S = 20.0
-GONE_WITHIN_S = 2.0
+GONE_WITHIN_S = 5.0
 """Once `serve` has ended: what it has killed is as good as gone."""
 MODULES = {"coordinator": "tpserve.coordinator", "gateway": "tpserve.coordinator.gateway"}
 GATEWAY_BACK_WITHIN_S = 15.0
