@@ -20,7 +20,7 @@ import uvicorn
 
 from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.config import ConfigError, GatewayConfig
-from tpserve.coordinator.gateway.errors import EngineUnavailable
+from tpserve.coordinator.gateway.errors import SHUTTING_DOWN, EngineUnavailable
 from tpserve.coordinator.gateway.guard import connection_limit, guarded_protocol
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.tls import TlsError, TlsFiles, TlsServer, url_of
@@ -75,7 +75,7 @@ class Server(TlsServer):
         self.should_exit = True
         self._service.engine.stop_waiting()  # one that still starts would look for its coordinator first
         asyncio.get_running_loop().call_later(
-            timeout_s, self._service.engine.fail_all, EngineUnavailable("The server is shutting down", retry_after_s=1)
+            timeout_s, self._service.engine.fail_all, EngineUnavailable(SHUTTING_DOWN, retry_after_s=1)
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -13,8 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tpserve.coordinator.gateway.errors import (
     FAULT_MESSAGE,
+    SHUTTING_DOWN,
     ApiError,
     ClientDisconnected,
+    EngineUnavailable,
     InternalError,
     InvalidApiKey,
 )
@@ -88,6 +91,10 @@ class Edge:
                 raise ClientDisconnected("The client closed the connection while sending the body") from None
             except ApiError:
                 raise
+            except asyncio.CancelledError:  # by uvicorn alone, when the grace has ended
+                if exchange.status is not None:
+                    raise
+                raise EngineUnavailable(SHUTTING_DOWN, retry_after_s=1) from None
             except Exception as fault:
                 logger.exception(
                     "request %s: a fault of the gateway",

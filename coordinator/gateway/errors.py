@@ -25,6 +25,8 @@ import orjson
 
 FAULT_MESSAGE = "The server failed on this request"
 """All that a client learns of a fault of ours; the log has the rest."""
+SHUTTING_DOWN = "The server is shutting down"
+"""What those learn whom the server has not served when its grace ends."""
 
 
 LIMIT_HEADER = "x-tpserve-limit"

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from tpserve.coordinator.gateway.errors import (
     FAULT_MESSAGE,
+    SHUTTING_DOWN,
     ApiError,
     EngineUnavailable,
     InternalError,
@@ -61,7 +62,7 @@ class Router:
     def give_up_all(self) -> None:
         """End every request that still runs with an error."""
         for exchange in list(self._exchanges):
-            exchange.give_up(EngineUnavailable("The server is shutting down", retry_after_s=1))
+            exchange.give_up(EngineUnavailable(SHUTTING_DOWN, retry_after_s=1))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the life of the application."""

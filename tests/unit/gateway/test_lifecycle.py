@@ -88,6 +88,29 @@ async def test_a_coordinator_that_hangs_for_long_is_given_up(make_stack: StackFa
             await stack.until_state("ready")
 
 
+async def test_who_is_not_with_the_engine_when_the_grace_ends_is_told_to_go_elsewhere(
+    make_stack: StackFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example while a grammar is compiled: a router then asks another replica."""
+    has_come = asyncio.Event()
+
+    async def check(*_: object, **__: object) -> None:
+        has_come.set()
+        await asyncio.sleep(60)
+
+    async with make_stack(drain_timeout_s=0.0) as stack:
+        monkeypatch.setattr(stack.service.grammars, "check", check)
+        body = {"messages": [USER], "response_format": {"type": "json_object"}}
+        waiting = asyncio.create_task(stack.http.post(CHAT, json=body))
+        await asyncio.wait_for(has_come.wait(), 5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        refused = await asyncio.wait_for(waiting, 10)
+        await asyncio.wait_for(stack.serving, 10)
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["message"] == "The server is shutting down"
+
+
 async def test_sigterm_drains_and_ends_in_peace(make_stack: StackFactory) -> None:
     async with make_stack(drain_timeout_s=20.0) as stack:
         stack.engine.gate.clear()
