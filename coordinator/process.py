@@ -83,7 +83,10 @@ def other_pids() -> Iterator[int]:
 
 
 def kill_session(leader: int) -> None:
-    """Kill every process but this one of the session that a process leads or has led."""
+    """Kill every process but this one of the session that a process leads or has just led.
+
+    Soon after its end: a number is not given again while anything of its session is left, but is some time after that.
+    """
     for pid in other_pids():
         with contextlib.suppress(ProcessLookupError):  # gone meanwhile
             if os.getsid(pid) == leader:
