@@ -198,10 +198,12 @@ def test_queries_beyond_float16_are_clipped(kernels: Kernels) -> None:
 
 
 @both
-def test_a_token_does_not_depend_on_its_batch(kernels: Kernels, kv: Any) -> None:
+@pytest.mark.parametrize("num_kv_heads", [2, 8])
+def test_a_token_does_not_depend_on_its_batch(kernels: Kernels, num_kv_heads: int, kv: Any) -> None:
+    """Of eight KV heads the batch has two blocks of four warps a multiprocessor, the token alone one of eight."""
     starts = np.random.default_rng(3).integers(0, 1100, 64).tolist()
-    state = Paged.make(starts, 1152, 2, 128, 16, kv)
-    q = random_bf16((64, 16, 128), 2.0, 6)
+    state = Paged.make(starts, 1152, num_kv_heads, 128, 16, kv)
+    q = random_bf16((64, num_kv_heads * 8, 128), 2.0, 6)
     whole = attend_history(kernels, state, Batch(starts, list(range(64))), q)
     for t in (0, 7, 63):
         alone = attend_history(kernels, state, Batch([starts[t]], [t]), DeviceArray(q.bits[t : t + 1], BF16))

@@ -20,11 +20,14 @@ namespace tpserve::cuda {
 namespace {
 
 /// How many threads a kernel has. Where more than one tile's registers are needed, four warps to fetch, of which one does,
-/// leave theirs to the consumers: spilled ones are slow here, since shared memory leaves little to L1.
-template <bool kDecodeOnly, int kTiles>
+/// leave theirs to the consumers: spilled ones are slow here, since shared memory leaves little to L1. `kTeams`: of four
+/// warps, whose sums one keeps; two such blocks share a multiprocessor.
+template <bool kDecodeOnly, int kTiles, int kTeams>
 struct Threads {
+  static_assert(kTeams == 1 || (kTeams == 2 && kDecodeOnly && kTiles == 1), "registers for two blocks");
   static constexpr bool kGiveRegisters = !kDecodeOnly || kTiles > 1;
-  static constexpr int kCount = (kConsumerWarps + (kGiveRegisters ? 4 : 1)) * 32;
+  static constexpr int kConsumers = kConsumerWarps / kTeams;
+  static constexpr int kCount = (kConsumers + (kGiveRegisters ? 4 : 1)) * 32;
 };
 
 /// Of the 168 that all begin with.
@@ -58,12 +61,12 @@ __device__ __forceinline__ void consume_prefill(const AttentionParams<KV>& p, Sh
   if (any) rows.template write<kOut>(p, item, head, first_row);
 }
 
-template <typename KV, int kHeadDim, Out kOut>
+template <int kWarps, int kHeadDim, Out kOut, typename KV>
 __device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int head) {
   constexpr int kItems = kOut == Out::kBf16 ? 8 : 16;  // of 16 bytes
   const int width = p.group * kHeadDim / kItems;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < item.count * width; i += kConsumerWarps * 32) {
+  for (int i = threadIdx.x; i < item.count * width; i += kWarps * 32) {
     const int64_t at = out_at<kHeadDim>(p, item.token + i / width, head * p.group) + i % width * kItems;
     if constexpr (kOut == Out::kBf16) {
       *reinterpret_cast<uint4*>(p.out + at) = uint4{};
@@ -73,7 +76,7 @@ __device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int 
   }
   if constexpr (kOut == Out::kGrouped) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < item.count * p.group; i += kConsumerWarps * 32) {
+    for (int i = threadIdx.x; i < item.count * p.group; i += kWarps * 32) {
       p.scales[scale_at(head * p.group + i % p.group, item.token + i / p.group, p.num_tokens)] = 0.0f;
     }
   }
@@ -87,27 +90,27 @@ __device__ __forceinline__ uint32_t words_of(const Item& item) {
 
 /// `kDecodeOnly`: of a step in which each token is its slot's only one; it appends them on the way. `kTiles`: of eight rows,
 /// that its decode items have at most.
-template <typename KV, int kHeadDim, Out kOut, bool kDecodeOnly, int kTiles>
-__global__ void __launch_bounds__(Threads<kDecodeOnly, kTiles>::kCount, 1)
+template <typename KV, int kHeadDim, Out kOut, bool kDecodeOnly, int kTiles, int kTeams>
+__global__ void __launch_bounds__(Threads<kDecodeOnly, kTiles, kTeams>::kCount, kTeams)
     attention_kernel(const __grid_constant__ AttentionParams<KV> p) {
   using S = Shared<KV, kHeadDim>;
-  using T = Threads<kDecodeOnly, kTiles>;
+  using T = Threads<kDecodeOnly, kTiles, kTeams>;
   extern __shared__ __align__(1024) uint8_t memory[];
   S& shared = *reinterpret_cast<S*>(memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], kConsumerWarps);
+      barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], T::kConsumers);
     }
     for (int i = 0; i < S::kHeaders; ++i) {
-      barrier_init(&shared.header_full[i], 1), barrier_init(&shared.header_empty[i], kConsumerWarps);
+      barrier_init(&shared.header_full[i], 1), barrier_init(&shared.header_empty[i], T::kConsumers);
     }
     barrier_init_fence();
   }
   pdl_launch();
   __syncthreads();
-  if (threadIdx.x / 32 >= kConsumerWarps) {
+  if (threadIdx.x / 32 >= T::kConsumers) {
     if constexpr (T::kGiveRegisters) set_registers<Registers<kDecodeOnly>::kProducer, false>();
-    if (threadIdx.x / 32 == kConsumerWarps) fetch_items<kDecodeOnly>(p, shared);
+    if (threadIdx.x / 32 == T::kConsumers) fetch_items<kDecodeOnly>(p, shared);
     return;
   }
   if constexpr (T::kGiveRegisters) set_registers<Registers<kDecodeOnly>::kConsumer, true>();
@@ -125,15 +128,15 @@ __global__ void __launch_bounds__(Threads<kDecodeOnly, kTiles>::kCount, 1)
     header.advance(S::kHeaders);
     if (item.kind == kPadding) {
       wait_once(waited);
-      write_zeros<KV, kHeadDim, kOut>(p, item, head);
+      write_zeros<T::kConsumers, kHeadDim, kOut>(p, item, head);
     } else if constexpr (kDecodeOnly) {
-      consume_decode<kTiles, kOut, true>(p, shared, item, head, waited, place);
+      consume_decode<kTiles, kOut, true, kTeams>(p, shared, item, head, waited, place);
     } else if (item.kind == kPrefill) {
       consume_prefill<kOut>(p, shared, item, head, place);
     } else if (tiles_of(item, p.group) == 1) {
-      consume_decode<1, kOut, false>(p, shared, item, head, waited, place);
+      consume_decode<1, kOut, false, 1>(p, shared, item, head, waited, place);
     } else {
-      consume_decode<2, kOut, false>(p, shared, item, head, waited, place);
+      consume_decode<2, kOut, false, 1>(p, shared, item, head, waited, place);
     }
   }
   wait_once(waited);
@@ -206,13 +209,19 @@ void run(const AttentionParams<KV>& p, int device, cudaStream_t stream) {
   int num_sms = 0;
   check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "SM count");
   const int64_t max_items = (static_cast<int64_t>(p.layout.max_wide) + p.layout.max_decode) * p.kv.num_kv_heads;
-  const auto blocks = static_cast<unsigned>(max_items < num_sms ? max_items : num_sms);
-  const auto queue = [&](auto kernel, int threads) {
-    launch(kernel, blocks, static_cast<unsigned>(threads), sizeof(Shared<KV, kHeadDim>), stream, p);
+  const auto queue = [&](auto decode_only, auto tiles, auto teams) {
+    constexpr bool kDecodeOnly = decltype(decode_only)::value;
+    constexpr int kTiles = decltype(tiles)::value, kTeams = decltype(teams)::value;
+    const auto blocks = static_cast<unsigned>(max_items < num_sms * kTeams ? max_items : num_sms * kTeams);
+    launch(attention_kernel<KV, kHeadDim, kOut, kDecodeOnly, kTiles, kTeams>, blocks,
+           static_cast<unsigned>(Threads<kDecodeOnly, kTiles, kTeams>::kCount), sizeof(Shared<KV, kHeadDim>), stream, p);
   };
-  if (!p.layout.decode_only()) return queue(attention_kernel<KV, kHeadDim, kOut, false, 2>, Threads<false, 2>::kCount);
-  if (p.group <= 8) return queue(attention_kernel<KV, kHeadDim, kOut, true, 1>, Threads<true, 1>::kCount);
-  queue(attention_kernel<KV, kHeadDim, kOut, true, 2>, Threads<true, 2>::kCount);
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  if (!p.layout.decode_only()) return queue(std::false_type(), two, one);
+  if (p.group > 8) return queue(std::true_type(), two, one);
+  if (p.num_tokens * p.kv.num_kv_heads > num_sms) return queue(std::true_type(), one, two);
+  queue(std::true_type(), one, one);
 }
 
 template <typename KV>

@@ -3,6 +3,9 @@
 // the first. Eight warps in two teams: teams take turns with the stages, warps of a team have a slice of a stage each.
 // What a decode costs is this chain, much more than its bytes: hence short ones, and sums that all warps add and write.
 //
+// Where items are many, a block has one team, which keeps both teams' sums, and two blocks share a multiprocessor: one
+// fetches while the other begins or ends an item. All sums have the same order, so the bits are the same.
+//
 // A run, or a piece of one, whose positions are cut into chunks: its items leave sums in places of their own (slots.cuh), and
 // that of the last chunk adds them, in the order of positions. Why the last may wait for the others: it comes after them in
 // the plan, blocks take items in the plan's order, and all of a kernel's blocks run before one of the next kernel does. So of
@@ -205,11 +208,11 @@ __device__ __forceinline__ int added_at(int row, int d) {
   return row * kHeadDim + (d ^ row / 2 % 4 * 8);
 }
 
-/// Leaves a warp's sums for the others.
+/// Leaves the sums of a warp of the eight, which this one is or stands for, for the others.
 template <typename KV, int kHeadDim, int kTiles>
 __device__ __forceinline__ void leave_sums(Shared<KV, kHeadDim>& shared, DecodeSums<KV, kHeadDim, kTiles>& sums,
-                                           float* target) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+                                           float* target, int warp) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -259,11 +262,12 @@ __device__ __forceinline__ RowSums add_warps(Shared<KV, kHeadDim>& shared, const
 }
 
 /// Adds the warps' sums and writes the item's rows, or leaves them for the item of the run's last chunk. By all consumers.
-template <Out kOut, typename KV, int kHeadDim, int kTiles>
+template <Out kOut, typename KV, int kHeadDim, int kTiles, int kTeams>
 __device__ __forceinline__ void finish_decode(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item,
-                                              int head, float scale, DecodeSums<KV, kHeadDim, kTiles>& sums,
+                                              int head, float scale, DecodeSums<KV, kHeadDim, kTiles> (&sums)[kTeams],
                                               RingPlace& place) {
   using S = Shared<KV, kHeadDim>;
+  constexpr int kWarps = kConsumerWarps / kTeams;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Scratch<KV, kHeadDim> scratch(kTiles);
   const int slot = place.slot;
@@ -272,10 +276,14 @@ __device__ __forceinline__ void finish_decode(const AttentionParams<KV>& p, Shar
     barrier_wait(&shared.full[last.slot], last.parity);
     last.advance(S::kStages);
   }
-  leave_sums(shared, sums, scratch.of(shared, slot, warp));
-  meet<1, kConsumerWarps * 32>();
+#pragma unroll
+  for (int i = 0; i < kTeams; ++i) {
+    const int of = warp + i * kWarps;
+    leave_sums(shared, sums[i], scratch.of(shared, slot, of), of);
+  }
+  meet<1, kWarps * 32>();
 #pragma unroll 1
-  for (int row = warp; row < item.count * p.group; row += kConsumerWarps) {
+  for (int row = warp; row < item.count * p.group; row += kWarps) {
     RowSums all = add_warps(shared, scratch, slot, row, scale);
     if (item.num_splits > 1) {
       // Chunks of a window start above zero; sums are kept by their order.
@@ -295,7 +303,7 @@ __device__ __forceinline__ void finish_decode(const AttentionParams<KV>& p, Shar
     write_sums<kHeadDim, kOut>(p, item, row, head, all);
   }
   async_proxy_fence();  // copies into the ring come after these sums
-  meet<1, kConsumerWarps * 32>();  // and states are read
+  meet<1, kWarps * 32>();  // and states are read
   for (int i = 0; i < scratch.stages; ++i) {
     if (lane == 0) barrier_arrive(&shared.empty[place.slot]);
     place.advance(S::kStages);
@@ -308,8 +316,8 @@ __device__ __forceinline__ void wait_once(bool& waited) {
   waited = true;
 }
 
-/// A decode item of at most 8 kTiles rows.
-template <int kTiles, Out kOut, bool kProjected, typename KV, int kHeadDim>
+/// A decode item of at most 8 kTiles rows. `kTeams`: whose sums each warp keeps.
+template <int kTiles, Out kOut, bool kProjected, int kTeams, typename KV, int kHeadDim>
 __device__ __forceinline__ void consume_decode(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item,
                                                int head, bool& waited, RingPlace& place) {
   using S = Shared<KV, kHeadDim>;
@@ -325,19 +333,25 @@ __device__ __forceinline__ void consume_decode(const AttentionParams<KV>& p, Sha
   } else {
     queries.load(p, item, head);
   }
-  DecodeSums<KV, kHeadDim, kTiles> sums;
-  sums.start();
-  const int first = range.first_stage();
-  for (int stage = first; stage <= range.last_stage(); ++stage) {
-    barrier_wait(&shared.full[place.slot], place.parity);
-    const int position = stage * kStageRows + warp % 4 * kSliceRows;
-    if ((stage - first) % 2 == warp / 4 && position < range.end && position + kSliceRows > range.begin) {
-      sums.attend(queries, shared_address(shared.stage[place.slot]) + warp % 4 * S::kSliceBytes, position, item, range,
-                  p.group, p.window, scale);
+  DecodeSums<KV, kHeadDim, kTiles> sums[kTeams];
+#pragma unroll
+  for (int i = 0; i < kTeams; ++i) sums[i].start();
+  const int first = range.first_stage(), last = range.last_stage();
+  for (int stage = first; stage <= last; stage += kTeams) {
+#pragma unroll
+    for (int i = 0; i < kTeams; ++i) {
+      if (stage + i > last) break;
+      barrier_wait(&shared.full[place.slot], place.parity);
+      const int position = (stage + i) * kStageRows + warp % 4 * kSliceRows;
+      const bool turn = kTeams == 2 || (stage - first) % 2 == warp / 4;
+      if (turn && position < range.end && position + kSliceRows > range.begin) {
+        sums[i].attend(queries, shared_address(shared.stage[place.slot]) + warp % 4 * S::kSliceBytes, position, item, range,
+                       p.group, p.window, scale);
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&shared.empty[place.slot]);
+      place.advance(S::kStages);
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.empty[place.slot]);
-    place.advance(S::kStages);
   }
   finish_decode<kOut>(p, shared, item, head, scale, sums, place);
 }
