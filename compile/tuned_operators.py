@@ -28,6 +28,8 @@ from tpserve.proto.packing import CHANNELS, INTERLEAVE
 
 _SILU_GROUPS = 8
 """Scales of so many elements that SiLU may give: groups of 32 where tokens are few."""
+_TILE = 64
+"""Channels whose squares a GEMM adds up."""
 
 
 class TunedOperators:
@@ -85,6 +87,8 @@ class TunedOperators:
             gemm, operands = _gemm_call(x, weight, bias)
             name, scratch = "tpserve.gemm_all_reduce_add_rms_norm", [sums]
             args = [gemm, *operands, *addends]
+        elif self._target == "cuda" and quantize and not self._quantize:
+            return self._gemm_norm(x, weight, bias, residual, norm)
         else:
             name, scratch = f"{self._prefix}add_rms_norm", []
             args = [all_reduce(self.gemm(x, weight, bias, int(shape[1])), tp_size), *addends]
@@ -93,6 +97,18 @@ class TunedOperators:
             return total, GemmInput(values, scale)
         *_, total, normed = self._call(name, args, [*scratch, sums, sums])
         return total, GemmInput(normed)
+
+    def _gemm_norm(
+        self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, residual: Tensor, norm: Norm
+    ) -> tuple[Tensor, GemmInput]:
+        """Let the GEMM begin the norm, and those that take its rows end it; see `kernels/cuda/gemm_norm.cuh`."""
+        name, args = _gemm_call(x, weight, bias, "_add_rms_norm")
+        tokens, columns = residual.shape
+        squares = ((int(columns) + _TILE - 1) // _TILE, _padded(tokens))
+        outputs: list[tuple[tuple[object, ...], str]] = [((tokens, columns), self._dtype)] * 3
+        outputs.append((squares, "float32"))
+        _, total, normed, sums = self._call(f"{self._prefix}{name}", [*args, residual, norm.weight, norm.eps], outputs)
+        return total, GemmInput(normed, sums, "norm")
 
     def gate_up_interleave(self, intermediate_size: int) -> int:
         """See Operators; 0 where the GEMM's tiles or groups of scales do not fit, so that a kernel must follow it."""
@@ -205,7 +221,9 @@ def _expr(arg: Tensor | int | float | str) -> Any:
 def _gemm_call(x: GemmInput, weight: GemmWeight, bias: Tensor | None, ending: str = "") -> tuple[str, list[Any]]:
     """Return the name of a GEMM's function, by its operands and what it ends in, and its inputs."""
     name, args = "gemm", [x.values, weight.values]
-    if x.scale is not None and weight.scale is not None:
+    if x.scales == "norm":
+        name, args = "gemm_normed", [x.values, x.scale, weight.values]
+    elif x.scale is not None and weight.scale is not None:
         kind = {"row": "", "grouped": "_grouped", "silu": "_after_silu"}[x.scales]
         name, args = f"gemm_fp8{kind}", [x.values, x.scale, weight.values, weight.scale]
     return (f"{name}{ending}", args) if bias is None else (f"{name}{ending}_bias", [*args, bias])
@@ -221,5 +239,10 @@ def _grouped(tokens: Any, columns: int, groups: int = 2) -> list[tuple[tuple[obj
 
     `groups`: of `STAGE_SIZE` elements, that the tensor of scales has room for.
     """
-    padded = (tokens + 7) // 8 * 8
-    return [((tokens, columns), "float8_e4m3fn"), ((columns // STAGE_SIZE, groups, padded), "float32")]
+    scales = (columns // STAGE_SIZE, groups, _padded(tokens))
+    return [((tokens, columns), "float8_e4m3fn"), (scales, "float32")]
+
+
+def _padded(tokens: Any) -> Any:
+    """Return the places of tokens that stand side by side; see `kernels/cuda/grouped_scales.cuh`."""
+    return (tokens + 7) // 8 * 8

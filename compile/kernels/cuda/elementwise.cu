@@ -269,15 +269,6 @@ void rms_norm_fp8(TensorView x, TensorView weight, double eps, TensorView out, T
   run<Row::kNorm, true>(p, x.size(0), stream_of(out));
 }
 
-void add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps, TensorView residual_out,
-                  TensorView out) {
-  RowParams p = norm_params(x, weight, eps);
-  p.residual = checked<bf16>("residual", residual, {x.size(0), x.size(1)});
-  p.residual_out = checked<bf16>("residual_out", residual_out, {x.size(0), x.size(1)});
-  p.out = checked<bf16>("out", out, {x.size(0), x.size(1)});
-  run<Row::kAddNorm, false>(p, x.size(0), stream_of(out));
-}
-
 void add_rms_norm_fp8(TensorView x, TensorView residual, TensorView weight, double eps, TensorView residual_out,
                       TensorView out, TensorView scale) {
   RowParams p = norm_params(x, weight, eps);
@@ -314,6 +305,15 @@ void quantize_fp8(TensorView x, TensorView out, TensorView scale) {
 }
 
 }  // namespace
+
+void add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps, TensorView residual_out,
+                  TensorView out) {
+  RowParams p = norm_params(x, weight, eps);
+  p.residual = checked<bf16>("residual", residual, {x.size(0), x.size(1)});
+  p.residual_out = checked<bf16>("residual_out", residual_out, {x.size(0), x.size(1)});
+  p.out = checked<bf16>("out", out, {x.size(0), x.size(1)});
+  run<Row::kAddNorm, false>(p, x.size(0), stream_of(out));
+}
 
 void quantize_fp8_grouped(TensorView x, TensorView out, TensorView scales) {
   check_rank("x", x, 2);

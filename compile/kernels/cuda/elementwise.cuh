@@ -14,4 +14,8 @@ void silu_mul_interleaved(TensorView gate_up, TensorView out);
 /// The same -> (T, F) e4m3 with scales (F / 256, 8, T rounded up to 8), grouped by silu_group_size(T) (grouped_scales.cuh).
 void silu_mul_grouped(TensorView gate_up, TensorView out, TensorView scales);
 
+/// (T, H) bf16, residual (T, H) -> their sum, and its norm.
+void add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps, TensorView residual_out,
+                  TensorView out);
+
 }  // namespace tpserve::cuda

@@ -53,18 +53,18 @@ void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
 /// One tile of all tokens, p.M <= kMost of them.
 template <typename T, int kMost, int kGroup, End kEnd>
 void dispatch_few(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
-  static_assert(kMost == 16 || kMost == 64);
+  static_assert(kMost == 16 || kMost == 32 || kMost == 64);
   const auto with_ring = [&](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
     if (p.packed_base < whole_min_stages(kTokens)) return run<T, kTokens, 1, Ring::kHalf, kGroup, kEnd>(p, x, K, stream);
     run<T, kTokens, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
   };
   if (p.M <= 8) return with_ring(std::integral_constant<int, 8>());
-  if (p.M <= 16) return with_ring(std::integral_constant<int, 16>());
-  if constexpr (kMost == 64) {
-    if (p.M <= 32) return with_ring(std::integral_constant<int, 32>());
-    with_ring(std::integral_constant<int, 64>());
+  if (kMost == 16 || p.M <= 16) return with_ring(std::integral_constant<int, 16>());
+  if constexpr (kMost > 16) {
+    if (kMost == 32 || p.M <= 32) return with_ring(std::integral_constant<int, 32>());
   }
+  if constexpr (kMost > 32) with_ring(std::integral_constant<int, 64>());
 }
 
 template <typename T>
@@ -153,6 +153,13 @@ struct Product {
                                     : checked<bf16>("out", out, {M, N});
   }
 
+  /// Of a norm that the product before has begun, if there is one and tokens are few: that of more is whole.
+  void set_squares(const TensorView* squares) {
+    if (squares == nullptr || M > kMaxFoldedTokens) return;
+    params.squares = checked<float>("squares", *squares, {(K + 63) / 64, padded_tokens(M)});
+    params.columns = static_cast<int>(K);
+  }
+
   /// Of the tokens; `groups`: of 256 elements, that the tensor has room for.
   void set_grouped_scales(const TensorView& scales, int64_t groups) {
     check_multiple("K", K, 2 * kGroupSize);
@@ -182,10 +189,11 @@ constexpr int kSiluGroups = 2 * kGroupSize / kSiluGroupSize;  // of 256 elements
 template <typename T>
 void multiply(const TensorView& x, const TensorView& weights, const TensorView* token_scale,
               const TensorView* channel_scale, const TensorView* bias, const TensorView& out,
-              const PushTarget* target = nullptr) {
+              const PushTarget* target = nullptr, const TensorView* squares = nullptr) {
   check_rank("out", out, 2);
   Product<T> product(x, weights, channel_scale, bias, out.size(1));
   product.set_out(out);
+  product.set_squares(squares);
   if (token_scale != nullptr) {
     product.params.token_scale = checked<float>("token_scale", *token_scale, {product.M});
   }
@@ -209,13 +217,15 @@ void multiply_grouped(const TensorView& x, const TensorView& scales, const Tenso
 template <typename T>
 void multiply_silu(const TensorView& x, const TensorView& weights, const TensorView* token_scale,
                    const TensorView* channel_scale, const TensorView* bias, const TensorView& scratch,
-                   const TensorView& out, const TensorView* scales) {
+                   const TensorView& out, const TensorView* scales, const TensorView* squares = nullptr) {
   constexpr bool kFp8 = sizeof(T) == 1;
   constexpr int kMost = kFp8 ? kMaxSiluGroupedTokens : kMaxSiluTokens;
   check_rank("out", out, 2);
   const int64_t F = out.size(1);
   check_multiple("F", F, kFp8 ? 2 * kGroupSize : 32);
+  static_assert(kMaxFoldedTokens <= kMaxSiluTokens, "of more, a norm is whole");
   Product<T> product(x, weights, channel_scale, bias, 2 * F);
+  product.set_squares(squares);
   checked<bf16>("scratch", scratch, {product.M, 2 * F});
   if (product.M > kMost) {
     multiply<T>(x, weights, token_scale, channel_scale, bias, scratch);
@@ -229,6 +239,30 @@ void multiply_silu(const TensorView& x, const TensorView& weights, const TensorV
     p.out_scale = checked<float>("scales", *scales, {F / (2 * kGroupSize), kSiluGroups, p.padded_tokens});
   }
   if (product.M > 0) dispatch_few<T, kMost, 0, End::kSilu>(p, product.tokens, product.K, product.stream);
+}
+
+/// residual + x w^T -> `stream`, and its norm in `out`: whole, or begun, with `squares` (gemm_norm.cuh). `scratch` (M, N)
+/// bf16 takes the product of tokens so many that the norm has a kernel.
+void multiply_add_rms_norm(const TensorView& x, const TensorView& weights, const TensorView* bias,
+                           const TensorView& residual, const TensorView& norm_weight, double eps,
+                           const TensorView& scratch, const TensorView& stream, const TensorView& out,
+                           const TensorView& squares) {
+  check_rank("out", out, 2);
+  Product<bf16> product(x, weights, nullptr, bias, out.size(1));
+  GemmParams& p = product.params;
+  const int64_t M = product.M, N = p.N;
+  checked<bf16>("scratch", scratch, {M, N});
+  if (M > kMaxFoldedTokens) {
+    multiply<bf16>(x, weights, nullptr, nullptr, bias, scratch);
+    return add_rms_norm(scratch, residual, norm_weight, eps, stream, out);
+  }
+  p.residual = checked<bf16>("residual", residual, {M, N});
+  p.norm_weight = checked<float>("norm_weight", norm_weight, {N});
+  p.eps = static_cast<float>(eps);
+  p.residual_out = checked<bf16>("residual_out", stream, {M, N});
+  p.out = checked<bf16>("out", out, {M, N});
+  p.squares_out = checked<float>("squares", squares, {(N + 63) / 64, padded_tokens(M)});
+  if (M > 0) dispatch_few<bf16, kMaxFoldedTokens, 0, End::kResidual>(p, product.tokens, product.K, product.stream);
 }
 
 void multiply(const GemmCall& call, const TensorView& out, const PushTarget* target) {
@@ -345,6 +379,35 @@ void gemm_fp8_silu_mul_bias(TensorView x, TensorView token_scale, TensorView wei
   multiply_silu<fp8>(x, weights, &token_scale, &channel_scale, &bias, scratch, out, &scales);
 }
 
+/// The next three take or give a norm that is begun: its tokens, (M, K) bf16, and `squares` (K / 64, M rounded up to 8).
+void gemm_normed(TensorView x, TensorView squares, TensorView weights, TensorView out) {
+  multiply<bf16>(x, weights, nullptr, nullptr, nullptr, out, nullptr, &squares);
+}
+
+void gemm_normed_bias(TensorView x, TensorView squares, TensorView weights, TensorView bias, TensorView out) {
+  multiply<bf16>(x, weights, nullptr, nullptr, &bias, out, nullptr, &squares);
+}
+
+void gemm_normed_silu_mul(TensorView x, TensorView squares, TensorView weights, TensorView scratch, TensorView out) {
+  multiply_silu<bf16>(x, weights, nullptr, nullptr, nullptr, scratch, out, nullptr, &squares);
+}
+
+void gemm_normed_silu_mul_bias(TensorView x, TensorView squares, TensorView weights, TensorView bias, TensorView scratch,
+                               TensorView out) {
+  multiply_silu<bf16>(x, weights, nullptr, nullptr, &bias, scratch, out, nullptr, &squares);
+}
+
+/// (M, K) bf16, packed bf16, residual (M, N) bf16, (N,) float32, eps -> residual + product and its norm, (M, N) bf16 each.
+void gemm_add_rms_norm(TensorView x, TensorView weights, TensorView residual, TensorView norm_weight, double eps,
+                       TensorView scratch, TensorView residual_out, TensorView out, TensorView squares) {
+  multiply_add_rms_norm(x, weights, nullptr, residual, norm_weight, eps, scratch, residual_out, out, squares);
+}
+
+void gemm_add_rms_norm_bias(TensorView x, TensorView weights, TensorView bias, TensorView residual, TensorView norm_weight,
+                            double eps, TensorView scratch, TensorView residual_out, TensorView out, TensorView squares) {
+  multiply_add_rms_norm(x, weights, &bias, residual, norm_weight, eps, scratch, residual_out, out, squares);
+}
+
 }  // namespace
 
 void run_gemm(const GemmCall& call, const TensorView& out) { multiply(call, out, nullptr); }
@@ -363,6 +426,12 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_grouped, gemm_fp8_grouped);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_grouped_bias, gemm_fp8_grouped_bias);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_after_silu, gemm_fp8_after_silu);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_after_silu_bias, gemm_fp8_after_silu_bias);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_normed, gemm_normed);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_normed_bias, gemm_normed_bias);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_normed_silu_mul, gemm_normed_silu_mul);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_normed_silu_mul_bias, gemm_normed_silu_mul_bias);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_add_rms_norm, gemm_add_rms_norm);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_add_rms_norm_bias, gemm_add_rms_norm_bias);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_silu_mul, gemm_silu_mul);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_silu_mul_bias, gemm_silu_mul_bias);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_silu_mul, gemm_fp8_silu_mul);

@@ -21,11 +21,13 @@
 // Of e4m3 tokens the scales are by token, or grouped (`grouped_scales.cuh`): then the scales of a stage are fetched with
 // its tokens, and the product of each group is scaled before it is added (M <= 128).
 //
-// gate_up's product can end in SiLU(gate) * up (`gemm_silu.cuh`): in the kernel itself for few tokens.
+// gate_up's product can end in SiLU(gate) * up (`gemm_silu.cuh`): in the kernel itself for few tokens. So can the residual
+// stream be added, and its norm be begun here and ended in the next product (`gemm_norm.cuh`).
 #pragma once
 
 #include "gemm.cuh"
 #include "gemm_grouped.cuh"
+#include "gemm_norm.cuh"
 #include "gemm_parts.cuh"
 #include "gemm_silu.cuh"
 #include "gemm_wide.cuh"
@@ -39,15 +41,16 @@ namespace tpserve::cuda {
 ///     is room for no more.
 enum class Ring { kWhole, kHalf };
 
-/// What a tile ends in: the output in memory, SiLU(gate) * up, or the ranks' workspaces.
-enum class End { kMemory, kSilu, kPeers };
+/// What a tile ends in: the output in memory, SiLU(gate) * up, the residual stream, or the ranks' workspaces.
+enum class End { kMemory, kSilu, kResidual, kPeers };
 
 /// `kGroup_`: elements of K that share a token's scale, 0 for all.
 template <int kTokens_, int kBlocks_, Ring kRing, int kGroup_, End kEnd>
 struct Shape {
   static constexpr int kTokens = kTokens_, kBlocks = kBlocks_, kGroup = kGroup_;
   static constexpr bool kGrouped = kGroup != 0, kSilu = kEnd == End::kSilu, kPush = kEnd == End::kPeers;
-  static_assert((!kGrouped && !kSilu) || kBlocks == 1);
+  static constexpr bool kResidual = kEnd == End::kResidual;
+  static_assert((!kGrouped && !kSilu && !kResidual) || kBlocks == 1);
   static constexpr int kTilesOfK = kBlocks == 1 ? 2 : 1;  // 128-byte tiles of K in a stage
   static constexpr int kWeightBytes = kTilesOfK * kBlocks * kTileBytes, kTokenBytes = kTilesOfK * kTokens * 128;
   static constexpr int kBytes = kWeightBytes + kTokenBytes;
@@ -150,9 +153,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   constexpr int kEarly = kBlocks > 1 ? 0 : kTokens <= 16 ? 4 : kTokens <= 32 ? 2 : kTokens <= 64 ? 1 : 0;
   constexpr bool kByChannel = sizeof(T) == 1, kByToken = kByChannel && !S::kGrouped;
   constexpr bool kHoldScales = kBlocks == 1 && kTokens < 128;  // over the products, while registers allow it
+  // Tokens may be of a norm that the product before has begun.
+  constexpr bool kNormed = sizeof(T) == 2 && kBlocks == 1 && kTokens <= kMaxFoldedTokens && !S::kResidual && !S::kPush;
   extern __shared__ uint8_t memory[];
   __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
   __shared__ PushEpoch epoch;
+  __shared__ float squares_of_part[kNormed ? 128 : 1], factors[kNormed ? kTokens : 1];
   const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
   uint8_t* behind_ring = memory + (ring - shared_address(memory)) + S::kStages * S::kBytes;
   uint8_t* const peer_stage = behind_ring + S::kExtra + S::kStages * S::kScaleBytes;
@@ -188,6 +194,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const bool writer = kBlocks > 1 || group == 0;
   constexpr int kSlot = kBlocks * kVectors * 128;  // float4 of a block's partial sums
   float4* slot = p.partial + static_cast<size_t>(cta) * kSlot + block_of_group * kVectors * 128 + thread;
+  if constexpr (kNormed) {
+    if (writer) add_squares<kTokens>(p.squares, p.M, p.columns, squares_of_part, factors);
+  }
   if (S::kPaced && first < end) barrier_wait(full + S::kStages, 0);
   RingPlace place;
   for (int unit = first, tile = first / p.units_of_k; unit < end; ++tile) {
@@ -201,7 +210,20 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     const int sharers = kBlocks == 1 && started_here && stop < tile_end ? sharers_of(p, cta, stop, tile_end) : 0;
     uint4 early[kEarly > 0 ? kEarly : 1][kVectors];
     const int channel = tile * 64 + warp % 4 * 16;
-    const auto make_scales = [&] { return TileScales<kByChannel, kByToken, kTokens>(p, channel, 0); };
+    const auto make_scales = [&] {
+      if constexpr (kNormed) {
+        return NormedScales<kTokens>(p, channel, factors);
+      } else {
+        return TileScales<kByChannel, kByToken, kTokens>(p, channel, 0);
+      }
+    };
+    const auto residual = [&] {
+      if constexpr (S::kResidual) {
+        return ResidualRows<kTokens>(p, channel, writer && started_here);
+      } else {
+        return 0;
+      }
+    }();
     const auto held_scales = [&] {
       if constexpr (kHoldScales) {
         return make_scales();
@@ -298,6 +320,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       const auto write = [&](const auto& scales) {
         if constexpr (S::kSilu) {
           write_silu<kByChannel, kTokens>(p, sums, tile, scales);
+        } else if constexpr (S::kResidual) {
+          write_residual<kTokens>(p, sums, tile, scales, residual);
         } else if constexpr (S::kPush) {
           const PeerTile to(p.push, epoch.wait(), channel, p.M, p.N, peer_stage, kPeerBarrier);
           write_tile<kTokens>(p, sums, channel, scales, to);

@@ -30,6 +30,15 @@ struct GemmParams {
   NarrowPlan narrow;  // of up to 128 tokens
   WidePlan plan;      // of more
   PushTarget push;    // of kernels whose tiles go to peers
+  // Of a norm without a kernel (gemm_norm.cuh): where its tokens come from, or null,
+  const float* squares;
+  int columns;  // of them
+  // and where they are made.
+  const bf16* residual;
+  const float* norm_weight;
+  float eps;
+  bf16* residual_out;
+  float* squares_out;
 };
 
 __device__ __forceinline__ void tensor_copy(uint32_t target, const CUtensorMap* map, int k, int token, uint64_t* barrier) {

@@ -38,7 +38,8 @@ def build_tile_ends(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
     def build(name: str) -> ctypes.CDLL:
         folder, here = tmp_path_factory.mktemp(name), Path(__file__).parent
-        for header in ("gemm_silu", "gemm_wide", "gemm_tile", "gemm_plan", "token_scales", "silu", "grouped_scales"):
+        headers = ("norm", "silu", "wide", "tile", "plan")
+        for header in (*(f"gemm_{header}" for header in headers), "token_scales", "silu", "grouped_scales"):
             shutil.copy(ROOT / f"compile/kernels/cuda/{header}.cuh", folder)
         for header in ("peer_tile", "push_stage", "push_places"):
             shutil.copy(ROOT / f"collectives/kernels/{header}.cuh", folder)

@@ -29,7 +29,10 @@ struct uint4 {
 };
 using float4 = uint4;
 inline float __ldg(const float* p) { return *p; }
-inline float __ldcg(const float* p) { return *p; }
+template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
 inline float __expf(float x) { return std::exp(x); }
 
 struct Thread {
@@ -81,6 +84,7 @@ namespace tpserve::cuda {
 
 using std::fabs;
 inline float fabsf(float x) { return std::fabs(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float fmaxf(float a, float b) { return std::fmax(a, b); }
 
 using bf16 = uint16_t;

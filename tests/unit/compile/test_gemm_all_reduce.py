@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,32 @@ def test_biases_are_arguments_of_the_gemm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "compile_config", [replace(BF16, tp_size=1), replace(BF16, target="llvm", quantization="q0f32")]
+    ("compile_config", "kernel"),
+    [
+        (replace(BF16, tp_size=1), "cuda.gemm_add_rms_norm"),
+        (replace(FP8, tp_size=1), "cuda.add_rms_norm_fp8"),
+        (replace(BF16, target="llvm", quantization="q0f32"), "cpu.add_rms_norm"),
+    ],
 )
-def test_one_gpu_and_cpus_have_kernels_of_their_own(tmp_path: Path, compile_config: CompileConfig) -> None:
+def test_one_gpu_and_cpus_have_kernels_of_their_own(tmp_path: Path, compile_config: CompileConfig, kernel: str) -> None:
     externs = build_graph(model(tmp_path), compile_config).externs
     assert not [name for name in externs if "gemm_all_reduce" in name]
-    assert f"tpserve.{'cuda' if compile_config.target == 'cuda' else 'cpu'}.add_rms_norm" in externs
+    assert f"tpserve.{kernel}" in externs
+
+
+def test_norms_on_one_gpu_are_begun_by_one_gemm_and_ended_by_the_next(tmp_path: Path) -> None:
+    """But the first, which follows no GEMM, and the last, which is wanted whole."""
+    config, counts = model(tmp_path), Counter[str]()
+
+    def visit(expr: relax.Expr) -> None:
+        if isinstance(expr, relax.Call) and expr.op == tvm.ir.Op.get("relax.call_dps_packed"):
+            counts[str(expr.args[0].global_symbol).removeprefix("tpserve.cuda.")] += 1
+
+    relax.analysis.post_order_visit(build_graph(config, replace(BF16, tp_size=1)).module["step"], visit)
+    assert counts["rms_norm"] == counts["add_rms_norm"] == 1
+    assert counts["gemm_add_rms_norm"] == 2 * config.num_layers - 1
+    assert counts["gemm_normed"] == config.num_layers - 1
+    assert counts["gemm_normed_silu_mul"] == config.num_layers
 
 
 def graph_of(kind: str, folder: Path) -> Graph:
