@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from rank_group import RankGroup, RankProcesses
 from tpserve.coordinator.config import SchedulerConfig
+from tpserve.coordinator.draft_length import DraftLength
 from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.manifest import Manifest
@@ -48,9 +49,13 @@ class DecodeStep:
 
 
 def make_scheduler(
-    manifest: Manifest, num_pages: int, num_draft_tokens: int = 0, max_num_batched_tokens: int | None = None
+    manifest: Manifest,
+    num_pages: int,
+    num_draft_tokens: int = 0,
+    max_num_batched_tokens: int | None = None,
+    draft_length: DraftLength | None = None,
 ) -> Scheduler:
-    """Return a scheduler whose steps verify so many draft tokens for each sequence."""
+    """Return a scheduler whose steps verify so many draft tokens for each sequence, or up to so many, by a rule."""
     return Scheduler(
         SchedulerConfig(
             max_num_seqs=manifest.max_num_seqs,
@@ -61,7 +66,8 @@ def make_scheduler(
             enable_prefix_cache=False,
             max_num_draft_tokens=num_draft_tokens,
             drafts_on_device=True,
-        )
+        ),
+        draft_length,
     )
 
 

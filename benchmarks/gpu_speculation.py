@@ -5,8 +5,9 @@ real scheduler over real ranks with two plans in flight. Weights are random, so 
 is right with a given probability if those before it are (`synthetic_acceptance.py`); the costs of drafting and
 verifying are real. TPOT is the time of the steps in which all C decode, by the tokens that they gave for each; plain
 decoding is of the same ranks, with the draft loaded and idle, or an EAGLE-3 head at its projections. Times of drafting
-and verifying are medians by rank 0's clock on the device. Floors: the draft's and the model's weights once through
-memory, at 4.70 TB/s on an H200. Prints a line per point and, last, one JSON object.
+and verifying are medians by rank 0's clock on the device. `auto` is the engine's rule: TPOT while it learns what this
+batch size takes, and in a second wave, when it has. Floors: the draft's and the model's weights once through memory, at
+4.70 TB/s on an H200. Prints a line per point and, last, one JSON object.
 
 Run on a host with GPUs: python benchmarks/gpu_speculation.py --artifact FOLDER --model FOLDER --draft-artifact FOLDER
 --draft-model FOLDER. The model's library must be compiled with --max-num-draft-tokens; the draft's, of TP=1 or the
@@ -39,6 +40,8 @@ from benchmarks.gpu_decode import (
 )
 
 from rank_group import RankGroup, RankProcesses
+from tpserve.coordinator.adaptive_length import AdaptiveLength
+from tpserve.coordinator.draft_length import DraftLength
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.speculation import Speculation
 
@@ -48,6 +51,7 @@ SKIPPED_STEPS = 2
 """Of each run: the draft may have to catch up with plain steps of the point before."""
 START_TIMEOUT_S = 600.0
 """To load both models and capture a graph for each draft length and batch."""
+WAVES = ("learning", "learnt")
 TOLERANCE = 0.1
 """Of the mean accept length against what the rate gives; else the knob does not do what it says."""
 
@@ -102,7 +106,7 @@ class Bench:
                 times.extend(self._ranks.call("round_times")[0])
             self._ranks.call("set_acceptance", rate, 1 + run)
 
-        steps = self._run(concurrency, num_draft_tokens, begin)
+        steps = self._run(concurrency, num_draft_tokens, begin, rounds_only=True)
         times.extend(self._ranks.call("round_times")[0])
         drafted = sum(step.num_drafted for step in steps)
         accepted = sum(step.num_accepted for step in steps)
@@ -127,15 +131,38 @@ class Bench:
             "verify_ratio_to_floor": verify_ms / self._floors.target_ms,
         }
 
-    def _run(self, concurrency: int, num_draft_tokens: int, begin: Callable[[int], None]) -> list[DecodeStep]:
+    def adapt(self, concurrency: int, most: int, rate: float) -> dict[str, float]:
+        """Measure the engine's own choice of up to `most` draft tokens: as it learns, and when it has."""
+        rule = AdaptiveLength(most)
+        found = {}
+        for name in WAVES:
+
+            def begin(run: int, wave: str = name) -> None:
+                self._ranks.call("set_acceptance", rate, 1 + run + 100 * (wave == "learnt"))
+
+            steps = self._run(concurrency, most, begin, rule=rule)
+            found[f"{name}_tpot_ms"] = _tpot_ms(steps, concurrency)
+            found[f"{name}_draft_tokens"] = sum(step.num_drafted for step in steps) / (len(steps) * concurrency)
+        return found
+
+    def _run(
+        self,
+        concurrency: int,
+        num_draft_tokens: int,
+        begin: Callable[[int], None],
+        *,
+        rounds_only: bool = False,
+        rule: DraftLength | None = None,
+    ) -> list[DecodeStep]:
+        """Return steps in which all sequences decode; `rounds_only`: and as many draft tokens are verified for each."""
         steps: list[DecodeStep] = []
         for run in range(max(1, MIN_SEQUENCES // concurrency)):
             begin(run)
-            scheduler = make_scheduler(self._manifest, self._num_pages, num_draft_tokens)
+            scheduler = make_scheduler(self._manifest, self._num_pages, num_draft_tokens, draft_length=rule)
             found, _ = decode(self._ranks, scheduler, self._manifest.vocab_size, concurrency, self._next_id)
             self._next_id += concurrency
             self._ranks.clear()
-            if num_draft_tokens:  # near a request's end fewer are verified
+            if rounds_only:  # near a request's end fewer are verified
                 found = [step for step in found if step.num_drafted == concurrency * num_draft_tokens]
             steps += found[SKIPPED_STEPS:]
         return steps
@@ -168,6 +195,15 @@ def measure(bench: Bench, manifest: Manifest, args: argparse.Namespace) -> dict[
                     f"verifying {point['verify_ms']:.3f} ms ({point['verify_ratio_to_floor']:.2f} x)",
                     flush=True,
                 )
+        for rate in args.accept_rates if args.auto else ():
+            point = bench.adapt(concurrency, max(args.num_speculative_tokens), rate)
+            point |= {f"{name}_ratio_to_plain": point[f"{name}_tpot_ms"] / plain["tpot_ms"] for name in WAVES}
+            points[concurrency][f"auto p={rate}"] = point
+            print(
+                f"C={concurrency} auto p={rate} (synthetic): TPOT {point['learning_ratio_to_plain']:.3f} of plain, "
+                f"then {point['learnt_ratio_to_plain']:.3f} with {point['learnt_draft_tokens']:.2f} draft tokens",
+                flush=True,
+            )
     return points
 
 
@@ -179,6 +215,7 @@ def main() -> None:
     parser.add_argument("--draft-model", type=Path, required=True)
     parser.add_argument("--num-speculative-tokens", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--accept-rates", type=float, nargs="+", default=[0.6, 0.7, 0.8], help="synthetic")
+    parser.add_argument("--auto", action="store_true", help="measure the engine's choice of the length, too")
     args = parser.parse_args()
     if not all(0 <= rate <= 1 for rate in args.accept_rates):
         parser.error(f"--accept-rates {args.accept_rates}: probabilities are 0 to 1")
