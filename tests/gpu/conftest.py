@@ -14,6 +14,8 @@ from gpu_devices import NUM_DEVICES
 
 LIBRARY_VARIABLE = "TPSERVE_CUDA_KERNELS"
 """Path of a built library to test, instead of building one."""
+SANITIZED = os.environ.get("TPSERVE_SANITIZED")
+"""See sanitize.py."""
 
 
 collect_ignore_glob = [] if NUM_DEVICES else ["test_*.py"]
@@ -24,6 +26,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         wanted = marker.kwargs.get("count", 1)
         if wanted > NUM_DEVICES:
             pytest.skip(f"needs {wanted} CUDA devices, this machine has {NUM_DEVICES}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if SANITIZED is not None:
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % int(SANITIZED)])
+        items[:] = items[:: int(SANITIZED)]
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +49,10 @@ def kernel_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def kernels(kernel_library: Path) -> Callable[[str], Any]:
     """The CUDA kernels, by the last part of their global name."""
+    if SANITIZED is not None:
+        import cupy
+
+        cupy.cuda.set_allocator(None)
     module = tvm_ffi.load_module(str(kernel_library))
     module["init_device"](0)
     return lambda name: module[name]
