@@ -60,11 +60,12 @@ RAMP_TOKENS = 190
 class ClockRunner:
     """A rank's runner whose steps take so long, one after the other."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, between_us: float) -> None:
         from tpserve.worker.batch import Batch
 
         self._batch = Batch(NUM_SEQS, GPU_STEP_TOKENS, MODEL_LEN // PAGE_SIZE, PAGE_SIZE)
         self._scale = scale
+        self._between_s = between_us / 1e6
         self._free_at = 0.0
 
     def submit(self, plan: StepPlan) -> ClockStep:
@@ -76,7 +77,7 @@ class ClockRunner:
         num_decodes = len(slots) - sum(chunk.sample for chunk in plan.chunks)
         num_prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
         took_s = step_ms(num_decodes, num_prompt_tokens) * self._scale / 1e3
-        started = max(self._free_at, time.time())
+        started = max(self._free_at + self._between_s, time.time())
         self._free_at = started + took_s
         step_us, started_us = round(took_s * 1e6), round(started * 1e6)
         return ClockStep(
@@ -105,11 +106,11 @@ class ClockStep:
         return self.result
 
 
-def serve_rank(connection: Connection, scale: float) -> None:
+def serve_rank(connection: Connection, scale: float, between_us: float) -> None:
     """Serve the worker's door until told to stop."""
     from tpserve.worker.service import serve
 
-    server, port = serve(ClockRunner(scale), 0, "127.0.0.1")
+    server, port = serve(ClockRunner(scale, between_us), 0, "127.0.0.1")
     connection.send(port)
     connection.recv()
     server.stop(None)
@@ -253,7 +254,7 @@ async def measure(args: argparse.Namespace, concurrency: int, lead_ms: float, nu
     scale: float = args.scale
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    rank = context.Process(target=serve_rank, args=(there, scale))
+    rank = context.Process(target=serve_rank, args=(there, scale, args.between_us))
     rank.start()
     scheduler = Scheduler(
         SchedulerConfig(NUM_SEQS, GPU_STEP_TOKENS, MODEL_LEN, PAGE_SIZE, NUM_PAGES, enable_prefix_cache=False)
@@ -295,6 +296,7 @@ def main() -> None:
     parser.add_argument("--plan-lead-ms", type=float, nargs="+", default=[1.0, math.inf])
     parser.add_argument("--turnaround-ms", type=float, default=3.0)
     parser.add_argument("--scale", type=float, default=1.0, help="of a step's time")
+    parser.add_argument("--between-us", type=float, default=6.0, help="between two steps that were queued in time")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     points = []
@@ -312,6 +314,7 @@ def main() -> None:
             "python": platform.python_version(),
             "turnaround_ms": args.turnaround_ms,
             "scale": args.scale,
+            "between_us": args.between_us,
         }
         args.output.write_text(json.dumps(facts | {"points": points}, indent=1) + "\n")
 

@@ -24,12 +24,15 @@ _REMEMBERED = 8
 """Steps of a size, of which the shortest is expected again: those that run grow by a token a step."""
 _LATER_S = 1e-5
 """By which plans are made later after a step: so long do devices wait for them in a step, on average."""
+_BETWEEN_S = 1e-5
+"""What a GPU has nothing to do between two steps that were queued in time is less: 2 to 9 us."""
 _EXPECTANT_STEPS = 64
 """Steps after an arrival in which that is done: where nobody comes while steps run, no device is to wait."""
 _SOONER_S = 0.0005
-"""By which they are made earlier at most after one for which a device had to wait: for as long as it had to."""
+"""By which they are made earlier at most after one for which a device had to wait: for as long as it had to, and the
+plan had been held back. What waits are there whatever is done moves nothing."""
 _FIRST_LEAD_S, _MOST_LEAD_S = 0.003, 0.02
-"""Of a group that has just begun, and where devices wait whatever is done; chosen, not swept."""
+"""Of a group that has just begun, and at most; chosen, not swept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class _InFlight:
     size: StepSize
     step_s: float
     """Expected."""
+    held_s: float
+    """For which its plan waited."""
 
 
 class StepPace:
@@ -74,6 +79,8 @@ class StepPace:
         }
         self._recent: dict[StepSize, deque[float]] = {}
         self._in_flight: deque[_InFlight] = deque()
+        self._held_since = math.inf
+        """When the next plan was first told to wait."""
         self._ends_at = 0.0
         """Of the oldest."""
 
@@ -90,7 +97,8 @@ class StepPace:
     def planned(self, size: StepSize, now: float) -> None:
         """Note a plan that has been sent."""
         size = self._padded(size)
-        step = _InFlight(size, self._expected_s(size))
+        step = _InFlight(size, self._expected_s(size), max(0.0, now - self._held_since))
+        self._held_since = math.inf
         if not self._in_flight:
             self._ends_at = now + step.step_s
         self._in_flight.append(step)
@@ -108,7 +116,8 @@ class StepPace:
             self._ends_at = now + self._in_flight[0].step_s
         if step_us:
             self._recent.setdefault(step.size, deque(maxlen=_REMEMBERED)).append(step_us / 1e6)
-        lead_s = self.lead_s + min((gap_us or 0) / 1e6, _SOONER_S)
+        waited_s = max(0.0, (gap_us or 0) / 1e6 - _BETWEEN_S)
+        lead_s = self.lead_s + min(waited_s, step.held_s, _SOONER_S)
         if self._expectant_steps:
             self._expectant_steps -= 1
             lead_s -= _LATER_S
@@ -120,7 +129,10 @@ class StepPace:
             return 0.0
         others_s = sum(step.step_s for step in self._in_flight) - self._in_flight[0].step_s
         left_ms = (self._ends_at + others_s - self.lead_s - now) * 1e3
-        return math.floor(left_ms) / 1e3 if left_ms >= 1.0 else 0.0
+        if left_ms < 1.0:
+            return 0.0
+        self._held_since = min(self._held_since, now)
+        return math.floor(left_ms) / 1e3
 
     def _padded(self, size: StepSize) -> StepSize:
         """Return the size that is captured: all steps of one take as long."""

@@ -56,35 +56,61 @@ def test_the_shortest_of_the_last_steps_of_a_size_is_expected() -> None:
     assert pace.wait_s(now) == 0.006
 
 
-def test_plans_are_made_earlier_where_devices_had_to_wait_and_later_where_somebody_comes() -> None:
-    pace = make_pace()
-    now = 0.0
+class Steps:
+    """Decodes, one after the other, each planned when `pace` says."""
 
-    def step(gap_us: int | None, *, arrives: bool = False) -> float:
-        nonlocal now
-        pace.planned(DECODES, now)
-        waited = pace.wait_s(now)
+    def __init__(self, lead_s: float = LEAD_S) -> None:
+        self.pace = make_pace(lead_s)
+        self._now = 0.0
+
+    def step(self, gap_us: int | None, *, arrives: bool = False) -> float:
+        """Return for how long the step's plan had to wait behind the one that ran."""
+        if not self.pace._in_flight:
+            self.pace.planned(DECODES, self._now)
+        waited = self.pace.wait_s(self._now)
+        self.pace.planned(DECODES, self._now + waited)
         if arrives:
-            pace.arrived()
-        now += 0.0062
-        pace.ended(6200, gap_us, now)
+            self.pace.arrived()
+        self._now += 0.0062
+        self.pace.ended(6200, gap_us, self._now)
         return waited
 
-    assert step(gap_us=300) == 0.003
-    assert step(gap_us=0) == 0.002  # by what the device had to wait
-    pace.arrived()  # while nothing runs
+
+def test_plans_are_made_earlier_where_devices_had_to_wait_and_later_where_somebody_comes() -> None:
+    steps = Steps()
+    steps.step(gap_us=None)
+    assert steps.step(gap_us=310) == 0.003
+    assert steps.step(gap_us=0) == 0.002  # by what the device had to wait
+    steps.pace._in_flight.clear()
+    steps.pace.arrived()  # while nothing runs
     for _ in range(100):
-        assert step(gap_us=None) == 0.002
-    step(gap_us=0, arrives=True)
+        assert steps.step(gap_us=None) == 0.002
+    steps.step(gap_us=0, arrives=True)
     for _ in range(40):
-        step(gap_us=0)
-    assert step(gap_us=90_000) == 0.003
-    assert step(gap_us=0) == 0.002  # by half a millisecond at most
+        steps.step(gap_us=0)
+    assert steps.step(gap_us=90_000) == 0.003
+    assert steps.step(gap_us=0) == 0.002  # by half a millisecond at most
     for _ in range(100):
-        assert step(gap_us=9, arrives=True) == 0.002  # as long a wait as is aimed at, and less
-    for _ in range(60):
-        step(gap_us=3000)
-    assert step(gap_us=0) == 0.0
+        assert steps.step(gap_us=19, arrives=True) == 0.002  # as long a wait as is aimed at, and less
+
+
+def test_a_wait_that_is_there_whatever_is_done_changes_nothing() -> None:
+    steps = Steps()
+    for _ in range(5000):
+        assert steps.step(gap_us=9) == 0.003  # between any two steps
+    lead_s = steps.pace.lead_s
+    steps.step(gap_us=None)
+    for _ in range(100):
+        steps.step(gap_us=3000)
+    assert steps.step(gap_us=0) == 0.0
+    most_s = steps.pace.lead_s
+    assert lead_s < most_s <= 0.0062, "plans that were not held back had no part in it"
+    for _ in range(1000):
+        steps.step(gap_us=3000)
+    assert steps.pace.lead_s == most_s
+    for _ in range(400):
+        steps.step(gap_us=9, arrives=True)
+    assert steps.pace.lead_s == pytest.approx(lead_s)
 
 
 @pytest.mark.parametrize("pace", [StepPace(LEAD_S), make_pace(math.inf)], ids=["unknown times", "no end of a lead"])
