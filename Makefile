@@ -7,7 +7,7 @@ TP ?= 2
 
 .PHONY: serve observe test quick lint types unit unit-gateway unit-doors unit-engine unit-compile integration \
   integration-doors integration-exact integration-router integration-lifecycle integration-observed integration-faults \
-  integration-killed integration-hosts soak test-gpu goldens proto clean help
+  integration-killed integration-hosts soak test-gpu sanitize goldens proto clean help
 
 help:               ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -104,6 +104,14 @@ soak: $(VENV)/.dev   ## 50 kills of a rank under load: no answer may be lost (5 
 
 test-gpu: $(VENV)/.dev   ## tests that need CUDA devices
 	TPSERVE_DEMO_MODEL=$$($(BIN)/python deploy/fetch_demo_model.py) $(BIN)/pytest tests/gpu -m gpu
+
+# racecheck takes what GEMMs and attention rest on for races, see tests/gpu/sanitize.py.
+sanitize: $(VENV)/.dev   ## a part of the kernels' tests under compute-sanitizer, on a CUDA device
+	for tool in memcheck synccheck initcheck; do $(BIN)/python tests/gpu/sanitize.py $$tool --every 20 -q \
+	  $(addprefix tests/gpu/test_,$(addsuffix .py,attention elementwise gemm gemm_norm gemm_silu head new_tokens sample)) \
+	  || exit; done
+	$(BIN)/python tests/gpu/sanitize.py racecheck --every 20 -q \
+	  $(addprefix tests/gpu/test_,$(addsuffix .py,elementwise head sample))
 
 goldens: $(VENV)/.reference   ## make the committed reference outputs again, with transformers
 	$(BIN)/python tests/goldens/make_goldens.py --model $$($(BIN)/python deploy/fetch_demo_model.py)
