@@ -143,7 +143,9 @@ class Simulation:
         in_flight: deque[tuple[float, float, StepResult]] = deque()
         while sum(len(each.times) == each.num_tokens for each in self.served if each.counts) < self._num_measured:
             self._take_in(now)
-            while not (wait_s := self._pace.wait_s(now / 1e3)) and (plan := self._scheduler.schedule()) is not None:
+            while not (wait_s := self._pace.wait_s(now / 1e3, may_plan=not self._scheduler.is_full)):
+                if (plan := self._scheduler.schedule()) is None:
+                    break
                 result = self._worker.execute(plan)
                 num_decodes = len(result.slots) - sum(chunk.sample for chunk in plan.chunks)
                 took = step_ms(num_decodes, sum(len(chunk.token_ids) for chunk in plan.chunks))

@@ -322,7 +322,7 @@ class Engine:
             # Keep the ranks fed first; what the last step brought is published while they work.
             while True:
                 begun = clock()
-                wait_s = pace.wait_s(begun)
+                wait_s = pace.wait_s(begun, may_plan=not scheduler.is_full)
                 plan = None if wait_s else scheduler.schedule()
                 if plan is None:
                     break

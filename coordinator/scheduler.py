@@ -112,6 +112,11 @@ class Scheduler:
         """Plans whose result has not come yet."""
         return self._slots.num_in_flight
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many plans as may be wait for their results."""
+        return self._slots.num_in_flight >= self._config.max_in_flight_steps
+
     def stats(self) -> SchedulerStats:
         """Return gauges and counters; costs no more than a look at who waits."""
         return SchedulerStats(
@@ -234,7 +239,7 @@ class Scheduler:
             None if there is nothing to run now, or if `max_in_flight_steps` plans wait for their results. Then a
             result, a new request or nothing at all is to be waited for.
         """
-        if self._slots.num_in_flight >= self._config.max_in_flight_steps:
+        if self.is_full:
             return None
         step = self._next_step
         undrafted = self._drafting.give_up(self._num_decoding, self._running)

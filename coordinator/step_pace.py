@@ -123,15 +123,22 @@ class StepPace:
             lead_s -= _LATER_S
         self.lead_s = max(min(lead_s, _MOST_LEAD_S), self._least_lead_s)
 
-    def wait_s(self, now: float) -> float:
-        """Return for how long the next plan may wait: whole milliseconds, since an event loop's timers round up."""
+    def wait_s(self, now: float, *, may_plan: bool = True) -> float:
+        """Return for how long the next plan may wait: whole milliseconds, since an event loop's timers round up.
+
+        Parameters
+        ----------
+        may_plan
+            Whether it could be made now. Only then is it held back.
+        """
         if not self.waits or not self._in_flight:
             return 0.0
         others_s = sum(step.step_s for step in self._in_flight) - self._in_flight[0].step_s
         left_ms = (self._ends_at + others_s - self.lead_s - now) * 1e3
         if left_ms < 1.0:
             return 0.0
-        self._held_since = min(self._held_since, now)
+        if may_plan:
+            self._held_since = min(self._held_since, now)
         return math.floor(left_ms) / 1e3
 
     def _padded(self, size: StepSize) -> StepSize:

@@ -113,6 +113,28 @@ def test_a_wait_that_is_there_whatever_is_done_changes_nothing() -> None:
     assert steps.pace.lead_s == pytest.approx(lead_s)
 
 
+def test_a_plan_is_held_back_from_when_it_could_be_made() -> None:
+    """Not before, while as many are in flight as may be."""
+    pace = make_pace()
+    lead_s = pace.lead_s
+    for _ in range(100):
+        pace.planned(DECODES, 0.0)
+        pace.planned(DECODES, 0.0)
+        assert pace.wait_s(0.0, may_plan=False) > 0.005
+        pace.ended(6200, 0, 0.0062)
+        assert pace.wait_s(0.0062 + 0.0025) == 0.0  # since the loop was late
+        pace.planned(DECODES, 0.0087)
+        pace.ended(6200, 0, 0.0124)
+        pace.ended(6200, 2000, 0.0206)
+    assert pace.lead_s == lead_s
+    pace.planned(DECODES, 0.0)
+    assert pace.wait_s(0.0) == 0.003
+    pace.planned(DECODES, 0.003)
+    pace.ended(6200, 0, 0.0062)
+    pace.ended(6200, 2000, 0.0144)
+    assert pace.lead_s == pytest.approx(lead_s + 0.0005)
+
+
 @pytest.mark.parametrize("pace", [StepPace(LEAD_S), make_pace(math.inf)], ids=["unknown times", "no end of a lead"])
 def test_a_plan_waits_for_nothing_where(pace: StepPace) -> None:
     for _ in range(3):
