@@ -9,9 +9,10 @@ namespace {
 /// Functions that compiled graphs call, each registered as "tpserve.cuda.<name>" by whoever loads the library.
 tvm::ffi::Array<tvm::ffi::String> kernel_names() {
   return {"add_rms_norm", "add_rms_norm_fp8", "attention", "attention_fp8", "attention_fp8_grouped",
-          "attention_grouped", "attention_plan", "concat_2", "concat_3", "embed", "gemm", "gemm_bias", "gemm_fp8",
-          "gemm_fp8_after_silu", "gemm_fp8_after_silu_bias", "gemm_fp8_bias", "gemm_fp8_grouped",
-          "gemm_fp8_grouped_bias", "gemm_fp8_silu_mul", "gemm_fp8_silu_mul_bias", "gemm_silu_mul",
+          "attention_grouped", "attention_plan", "concat_2", "concat_3", "embed", "gemm", "gemm_add_rms_norm",
+          "gemm_add_rms_norm_bias", "gemm_bias", "gemm_fp8", "gemm_fp8_after_silu", "gemm_fp8_after_silu_bias",
+          "gemm_fp8_bias", "gemm_fp8_grouped", "gemm_fp8_grouped_bias", "gemm_fp8_silu_mul", "gemm_fp8_silu_mul_bias",
+          "gemm_normed", "gemm_normed_bias", "gemm_normed_silu_mul", "gemm_normed_silu_mul_bias", "gemm_silu_mul",
           "gemm_silu_mul_bias", "qk_norm_attention", "qk_norm_attention_fp8", "qk_norm_attention_fp8_grouped",
           "qk_norm_attention_grouped", "quantize_fp8", "quantize_fp8_grouped", "rms_norm", "rms_norm_fp8",
           "rope_append", "sample", "silu_mul", "silu_mul_fp8", "silu_mul_grouped", "silu_mul_interleaved", "take_rows"};
