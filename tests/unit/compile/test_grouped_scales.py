@@ -116,8 +116,9 @@ def test_unquantised_weights_have_no_scales(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "ffn", "tp_size", "interleave", "called"),
     [
-        ("q0bf16", 512, 1, 8, {"gemm_silu_mul"}),
-        ("q0bf16", 480, 1, 8, {"gemm_silu_mul"}),
+        ("q0bf16", 512, 1, 8, {"gemm_normed_silu_mul"}),
+        ("q0bf16", 480, 1, 8, {"gemm_normed_silu_mul"}),
+        ("q0bf16", 512, 2, 8, {"gemm_silu_mul"}),
         ("q0bf16", 480, 2, 0, {"silu_mul"}),  # 240 on a rank: half of a tile would be missing
         ("fp8", 512, 2, 8, SILU),
         ("fp8", 480, 1, 0, {"silu_mul_fp8"}),
