@@ -1,10 +1,11 @@
 """What the host adds to a device's steps: the real engine, its wire, a rank's door and gateways; the device is a clock.
 
 Regime: the peers' closed loop of C clients and their lengths, one rank in a process of its own, whose steps take what
-`prompt_order.py` has of Llama-3-70B fp8 TP=4 on H200s, or `--scale` times that. `--gateways` 1 or more: over HTTP, with
-the peers' client in a process of its own; 0: without HTTP, each client sending its next request `--turnaround-ms` after
-it has had its last token. Told: TTFT and TPOT, for how long in a step the device had nothing to do, and the time before
-their step at which plans are made at the end. Times on busy cores say nothing: compare in one run on a quiet machine.
+`prompt_order.py` has of Llama-3-70B fp8 TP=4 on H200s, or `--scale` times that, with a rest of `--between-us` between
+two steps, as GPUs have it. `--gateways` 1 or more: over HTTP, with the peers' client in a process of its own; 0:
+without HTTP, each client sending its next request `--turnaround-ms` after it has had its last token. Told: TTFT and
+TPOT, for how long in a step the device had nothing to do, and the time before their step at which plans are made at
+the end. Times on busy cores say nothing: compare in one run on a quiet machine.
 
 Run: python benchmarks/clock_serving.py --client FILE [--plan-lead-ms 1 inf] [--gateways 1 --model FOLDER].
 """

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import tvm_ffi
 
+from gpu.sanitize import SANITIZED_VARIABLE
 from gpu_devices import NUM_DEVICES
 
 LIBRARY_VARIABLE = "TPSERVE_CUDA_KERNELS"
 """Path of a built library to test, instead of building one."""
-SANITIZED = os.environ.get("TPSERVE_SANITIZED")
-"""See sanitize.py."""
+SANITIZED = os.environ.get(SANITIZED_VARIABLE)
+"""Under compute-sanitizer: each how-manieth test runs."""
 
 
 collect_ignore_glob = [] if NUM_DEVICES else ["test_*.py"]

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 
-VARIABLE = "TPSERVE_SANITIZED"
+SANITIZED_VARIABLE = "TPSERVE_SANITIZED"
 """Set for the tests: each how-manieth runs."""
+ALONE_TIMEOUT_S = 120.0
+"""For one of the kernels below, CuPy's import under the tool included."""
 FOUND = 9
 """Exit code of compute-sanitizer that has found something."""
 PLANTED = r"""
@@ -109,12 +112,17 @@ def main() -> int:
     if args.alone:
         run_alone(args.alone)
         return 0
+    if args.every < 1:
+        parser.error(f"--every {args.every}: give 1 for all tests, or more")
+    if shutil.which("compute-sanitizer") is None:
+        parser.error("compute-sanitizer is not on the PATH; it comes with CUDA's toolkit")
     watch = ["compute-sanitizer", "--tool", args.tool, "--target-processes", "all", "--error-exitcode", str(FOUND)]
     watch += [] if args.tool == "initcheck" else ["--kernel-name", "kns=tpserve"]
     watch.append(sys.executable)
 
     def watched(name: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*watch, __file__, args.tool, "--alone", name], capture_output=True, text=True)
+        command = [*watch, __file__, args.tool, "--alone", name]
+        return subprocess.run(command, capture_output=True, text=True, timeout=ALONE_TIMEOUT_S)
 
     planted = watched(args.tool)
     if planted.returncode != FOUND:
@@ -125,7 +133,7 @@ def main() -> int:
         print(
             f"{args.tool} {'objects' if watched(name).returncode == FOUND else 'does not object'} to {name}", flush=True
         )
-    os.environ[VARIABLE] = str(args.every)
+    os.environ[SANITIZED_VARIABLE] = str(args.every)
     return subprocess.run([*watch, "-m", "pytest", *pytest_args]).returncode
 
 

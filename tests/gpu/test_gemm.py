@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import cupy
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 
 from gpu.device import BF16, FP8, DeviceArray, poisoned, random_bf16, random_fp8, relative_error, to_device
+from gpu.gemm_operands import Kernels, pack, uniform
 from tpserve.proto import packing
-
-Kernels = Callable[[str], Any]
 
 pytestmark = pytest.mark.gpu
 
@@ -31,16 +29,6 @@ def llama_shapes() -> list[tuple[int, int]]:
     return sorted(shapes)
 
 
-def pack(kernels: Kernels, weight: DeviceArray) -> DeviceArray:
-    packed = poisoned(packing.packed_shape(weight.shape[0], weight.shape[1], weight.dtype.itemsize), weight.dtype)
-    kernels("pack_weight")(weight, packed)
-    return packed
-
-
-def scales(size: int, seed: int) -> DeviceArray:
-    return DeviceArray(cupy.random.RandomState(seed).uniform(0.5, 1.5, size).astype(cupy.float32), np.float32)
-
-
 def operands(num_m: int, num_n: int, num_k: int, dtype: Any) -> tuple[DeviceArray, DeviceArray]:
     if dtype == BF16:
         return random_bf16((num_m, num_k), 1.0, num_m), random_bf16((num_n, num_k), num_k**-0.5, num_n)
@@ -51,7 +39,7 @@ def check(kernels: Kernels, num_n: int, num_k: int, dtype: Any, all_m: list[int]
     most = max(all_m)
     x, weight = operands(most, num_n, num_k, dtype)
     packed = pack(kernels, weight)
-    tokens, channels, bias = scales(most, 1), scales(num_n, 2), scales(num_n, 3)
+    tokens, channels, bias = uniform(most, 1), uniform(num_n, 2), uniform(num_n, 3)
     exact = x.float64() @ weight.float64().T
     if dtype == FP8:
         exact *= tokens.float64()[:, None] * channels.float64()
@@ -109,7 +97,7 @@ def test_grouped_scales(kernels: Kernels, num_n: int, num_k: int) -> None:
     """Scales that differ by two orders of magnitude from group to group and from token to token."""
     all_m = [1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 129, 200, 512]
     x, weight = operands(max(all_m), num_n, num_k, FP8)
-    packed, channels, bias = pack(kernels, weight), scales(num_n, 2), scales(num_n, 3)
+    packed, channels, bias = pack(kernels, weight), uniform(num_n, 2), uniform(num_n, 3)
     for num_m in all_m:
         padded = -(-num_m // 8) * 8
         rng = cupy.random.RandomState(num_m)
@@ -185,11 +173,13 @@ def test_products_with_tiles_of_several_sizes_follow_each_other(kernels: Kernels
     calls = []
     for num_n, num_k, dtype in ((16384, 1024, FP8), (1024, 512, BF16)):
         x, weight = operands(66, num_n, num_k, dtype)
-        packed, bias, channels = pack(kernels, weight), scales(num_n, 3), scales(num_n, 2)
+        packed, bias, channels = pack(kernels, weight), uniform(num_n, 3), uniform(num_n, 2)
         for num_m in (1, 4, 40, 66):
             part = DeviceArray(x.bits[:num_m], dtype)
             padded = -(-num_m // 8) * 8
-            groups = DeviceArray(scales(num_k // 128 * padded, num_m).bits.reshape(num_k // 256, 2, padded), np.float32)
+            groups = DeviceArray(
+                uniform(num_k // 128 * padded, num_m).bits.reshape(num_k // 256, 2, padded), np.float32
+            )
             fp8 = dtype == FP8
             name, given = (
                 ("gemm_fp8_grouped", (part, groups, packed, channels)) if fp8 else ("gemm_bias", (part, packed, bias))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import cupy
@@ -10,9 +9,7 @@ import numpy as np
 import pytest
 
 from gpu.device import BF16, DeviceArray, poisoned, random_bf16, relative_error
-from tpserve.proto import packing
-
-Kernels = Callable[[str], Any]
+from gpu.gemm_operands import Kernels, pack, padded, rows_of, uniform
 
 pytestmark = pytest.mark.gpu
 
@@ -20,24 +17,6 @@ ALL_M = [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 128, 129, 200]
 MOST_FOLDED = 32
 EPS = 1e-3
 """Large enough to be seen."""
-
-
-def padded(num_tokens: int) -> int:
-    return -(-num_tokens // 8) * 8
-
-
-def pack(kernels: Kernels, weight: DeviceArray) -> DeviceArray:
-    packed = poisoned(packing.packed_shape(weight.shape[0], weight.shape[1], weight.dtype.itemsize), weight.dtype)
-    kernels("pack_weight")(weight, packed)
-    return packed
-
-
-def uniform(size: int, seed: int) -> DeviceArray:
-    return DeviceArray(cupy.random.RandomState(seed).uniform(0.5, 1.5, size).astype(cupy.float32), np.float32)
-
-
-def rows_of(array: DeviceArray, count: int) -> DeviceArray:
-    return DeviceArray(array.bits[:count], array.dtype)
 
 
 class Begun:

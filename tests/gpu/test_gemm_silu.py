@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import cupy
@@ -10,18 +9,13 @@ import numpy as np
 import pytest
 
 from gpu.device import BF16, FP8, DeviceArray, poisoned, random_bf16, random_fp8, relative_error
+from gpu.gemm_operands import Kernels, pack, padded, rows_of, uniform
 from tpserve.proto import packing
-
-Kernels = Callable[[str], Any]
 
 pytestmark = pytest.mark.gpu
 
 ALL_M = [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 128, 129, 200]
 FUSED_FP8, FUSED_BF16 = 16, 64
-
-
-def padded(num_tokens: int) -> int:
-    return -(-num_tokens // 8) * 8
 
 
 def interleaved(rows: Any) -> Any:
@@ -32,26 +26,12 @@ def interleaved(rows: Any) -> Any:
     return cupy.stack(turns, 1).reshape(rows.shape)
 
 
-def pack(kernels: Kernels, weight: DeviceArray) -> DeviceArray:
-    packed = poisoned(packing.packed_shape(weight.shape[0], weight.shape[1], weight.dtype.itemsize), weight.dtype)
-    kernels("pack_weight")(weight, packed)
-    return packed
-
-
 def packed_gate_up(kernels: Kernels, weight: DeviceArray) -> DeviceArray:
     return pack(kernels, DeviceArray(interleaved(weight.bits), weight.dtype))
 
 
 def float32(values: Any) -> DeviceArray:
     return DeviceArray(values.astype(cupy.float32), np.float32)
-
-
-def uniform(size: int, seed: int, scale: float = 1.0) -> DeviceArray:
-    return float32(cupy.random.RandomState(seed).uniform(0.5, 1.5, size) * scale)
-
-
-def rows_of(array: DeviceArray, count: int) -> DeviceArray:
-    return DeviceArray(array.bits[:count], array.dtype)
 
 
 def activated(gate_up: Any) -> Any:
