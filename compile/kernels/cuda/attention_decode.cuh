@@ -22,7 +22,7 @@ namespace tpserve::cuda {
 /// for the compiler fuses others as it likes: items have the same bits in every kernel.
 __device__ __forceinline__ float shift_of(float top, float scale) { return top == -INFINITY ? 0.0f : __fmul_rn(top, scale); }
 __device__ __forceinline__ float weight_of(float score, float shift, float scale) {
-  return exp2f(__fmaf_rn(score, scale, -shift));
+  return fast_exp2(__fmaf_rn(score, scale, -shift));
 }
 
 /// Online softmax of a warp over its slices; a thread has rows 8 t + 2 (lane % 4) and the next of each tile t.

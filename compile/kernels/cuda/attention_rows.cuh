@@ -120,7 +120,7 @@ struct Rows {
       best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
       best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
       shift[h] = best == -INFINITY ? 0.0f : best * scale;
-      const float factor = exp2f(top[h] * scale - shift[h]);
+      const float factor = fast_exp2(top[h] * scale - shift[h]);
       top[h] = best;
       sum[h] *= factor;
 #pragma unroll
@@ -135,8 +135,8 @@ struct Rows {
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float x = exp2f(fmaf(score[s * 2 + n][h * 2], scale, -shift[h]));
-          const float y = exp2f(fmaf(score[s * 2 + n][h * 2 + 1], scale, -shift[h]));
+          const float x = fast_exp2(fmaf(score[s * 2 + n][h * 2], scale, -shift[h]));
+          const float y = fast_exp2(fmaf(score[s * 2 + n][h * 2 + 1], scale, -shift[h]));
           sum[h] += x + y;
           a[n * 2 + h] = F::weight2(x, y);
         }

@@ -169,6 +169,13 @@ __device__ __forceinline__ uint4 pack8(const float (&f)[8]) {
 /// What another kernel wrote: through L2, since a block of this kernel may have shared its L1 with that one.
 __device__ __forceinline__ uint4 load_l2(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
 
+/// 2^x, to two units of the last place; 0 where it would be less than the smallest normal number.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 struct Add {
   template <typename T>
   __device__ T operator()(T a, T b) const {

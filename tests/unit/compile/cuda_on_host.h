@@ -314,7 +314,7 @@ struct RingPlace {
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float exp2f(float x) { return std::exp2(x); }
+inline float fast_exp2(float x) { return std::exp2(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
