@@ -116,7 +116,7 @@ def gemms(kernels: Any, stream: Any, dtype: Any, models: list[str], all_m: list[
                         for i in range(count)
                     ]
                     report("gemm_fp8_grouped", f"{model} {part} M={num_m}", timed(stream, launches), size)
-                if part == "gate_up" and num_m <= 128:
+                if part == "gate_up" and (num_m <= 128 or dtype == BF16):
                     head = (x, tokens) if dtype == FP8 else (x,)
                     tail = (channels,) if dtype == FP8 else ()
                     outputs = activations(num_m, num_n // 2, dtype)
@@ -124,10 +124,10 @@ def gemms(kernels: Any, stream: Any, dtype: Any, models: list[str], all_m: list[
                         partial(gate_up_pair, kernels, (*head, weights[i % len(weights)], *tail), out, outputs)
                         for i in range(count)
                     ]
-                    fused = f"{name}_silu_mul"
+                    fused, scratch = f"{name}_silu_mul", (out,) if dtype == FP8 else ()
                     report(f"{name}, SiLU", f"{model} {part} M={num_m}", timed(stream, launches), size)
                     launches = [
-                        partial(kernels[fused], *head, weights[i % len(weights)], *tail, out, *outputs)
+                        partial(kernels[fused], *head, weights[i % len(weights)], *tail, *scratch, *outputs)
                         for i in range(count)
                     ]
                     report(fused, f"{model} {part} M={num_m}", timed(stream, launches), size)

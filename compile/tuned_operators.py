@@ -121,13 +121,11 @@ class TunedOperators:
         if not self.gate_up_interleave(columns):
             return self._gemm_input("silu_mul", [self.gemm(x, weight, bias, rows)], (tokens, columns))
         name, args = _gemm_call(x, weight, bias, "_silu_mul")
-        scratch = ((tokens, rows), self._dtype)
-        if self._quantize:
-            outputs = [scratch, *_grouped(tokens, columns, _SILU_GROUPS)]
-            _, values, scales = self._call(f"{self._prefix}{name}", args, outputs)
-            return GemmInput(values, scales, "silu")
-        _, values = self._call(f"{self._prefix}{name}", args, [scratch, ((tokens, columns), self._dtype)])
-        return GemmInput(values)
+        if not self._quantize:
+            return GemmInput(self._extern(name, args, (tokens, columns)))
+        outputs = [((tokens, rows), self._dtype), *_grouped(tokens, columns, _SILU_GROUPS)]
+        _, values, scales = self._call(f"{self._prefix}{name}", args, outputs)
+        return GemmInput(values, scales, "silu")
 
     def attention(
         self,

@@ -68,7 +68,7 @@ def test_both_ends(kernels: Kernels, size: int, num_k: int, bias: bool) -> None:
         exact = whole_norm(stream, norm)
         plain, plain_silu = poisoned((num_m, num_n), np.float32), poisoned((num_m, num_n // 2), BF16)
         kernels(f"gemm{suffix}")(normed, *inputs_after, plain)
-        kernels(f"gemm_silu_mul{suffix}")(normed, *inputs_after, poisoned((num_m, num_n), BF16), plain_silu)
+        kernels(f"gemm_silu_mul{suffix}")(normed, *inputs_after, plain_silu)
         expected = exact @ after.float64().T + (added_after.float64() if bias else 0.0)
         for _ in range(2):
             begun = Begun(num_m, size)
@@ -88,9 +88,7 @@ def test_both_ends(kernels: Kernels, size: int, num_k: int, bias: bool) -> None:
                 assert relative_error(squares, sums) < 1e-6, case
             wide, silu = poisoned((num_m + 1, num_n), np.float32), poisoned((num_m + 1, num_n // 2), BF16)
             kernels(f"gemm_normed{suffix}")(begun.out, begun.squares, *inputs_after, rows_of(wide, num_m))
-            kernels(f"gemm_normed_silu_mul{suffix}")(
-                begun.out, begun.squares, *inputs_after, poisoned((num_m, num_n), BF16), rows_of(silu, num_m)
-            )
+            kernels(f"gemm_normed_silu_mul{suffix}")(begun.out, begun.squares, *inputs_after, rows_of(silu, num_m))
             error, plain_error = (
                 relative_error(wide.float64()[:num_m], expected),
                 relative_error(plain.float64(), expected),
@@ -143,16 +141,15 @@ def test_captured_layers_follow_each_other(kernels: Kernels, stream: Any, num_m:
     first = random_bf16((num_m, hidden), 1.0, 4)
     layers = [Begun(num_m, hidden) for _ in range(8)]
     acts = [poisoned((num_m, size), BF16) for _ in layers]
-    scratch = poisoned((num_m, 2 * size), BF16)
 
     def chain() -> None:
         residual = first
         for i, begun in enumerate(layers):
             if i == 0:
-                kernels("gemm_silu_mul")(first, packed, scratch, acts[0])
+                kernels("gemm_silu_mul")(first, packed, acts[0])
             else:
                 before = layers[i - 1]
-                kernels("gemm_normed_silu_mul")(before.out, before.squares, packed, scratch, acts[i])
+                kernels("gemm_normed_silu_mul")(before.out, before.squares, packed, acts[i])
             kernels("gemm_add_rms_norm")(acts[i], packed_down, residual, norm, EPS, *begun.outputs)
             residual = begun.stream
 

@@ -86,10 +86,10 @@ void dispatch_wide(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   }
 }
 
-/// 97 to 128 tokens in whole wide tiles, whose e4m3 products are not promoted on the way, as those of more tokens are not.
+/// 97 to 128 tokens in wide tiles, whose e4m3 products are not promoted on the way, as those of more tokens are not.
 template <typename T, End kEnd>
-void run_whole_tiles(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
-  p.plan = plan_wide(wide_channel_tiles(p.channel_blocks), p.M, 128, wide_units_of_k<T>(K), 1);
+void run_few_wide(GemmParams p, const T* x, int64_t K, int pieces, cudaStream_t stream) {
+  p.plan = plan_wide(wide_channel_tiles(p.channel_blocks), p.M, 128, wide_units_of_k<T>(K), pieces);
   run<T, 128, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
 }
 
@@ -104,7 +104,8 @@ void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
     if (p.M <= 96) return run<T, 96, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
     if (p.M <= 128) {
       if constexpr (kGroup == 0) {
-        if (whole_tiles_fill_grid(p.channel_blocks)) return run_whole_tiles<T, kEnd>(p, x, K, stream);
+        const int pieces = wide_pieces_of_few(p.channel_blocks, wide_units_of_k<T>(K));
+        if (pieces > 0) return run_few_wide<T, kEnd>(p, x, K, pieces, stream);
       }
       return run<T, 128, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
     }
@@ -212,33 +213,39 @@ void multiply_grouped(const TensorView& x, const TensorView& scales, const Tenso
   queue<kGroupSize>(product, target);
 }
 
-/// (M, F) of SiLU(gate) * up: bf16, or e4m3 with `scales`, of the type of the tokens. `scratch` (M, 2F) bf16 takes the
-/// product of tokens so many that the kernel does not end in SiLU.
-template <typename T>
-void multiply_silu(const TensorView& x, const TensorView& weights, const TensorView* token_scale,
-                   const TensorView* channel_scale, const TensorView* bias, const TensorView& scratch,
-                   const TensorView& out, const TensorView* scales, const TensorView* squares = nullptr) {
-  constexpr bool kFp8 = sizeof(T) == 1;
-  constexpr int kMost = kFp8 ? kMaxSiluGroupedTokens : kMaxSiluTokens;
+/// (M, F) of SiLU(gate) * up.
+void multiply_silu(const TensorView& x, const TensorView& weights, const TensorView* bias, const TensorView& out,
+                   const TensorView* squares = nullptr) {
   check_rank("out", out, 2);
   const int64_t F = out.size(1);
-  check_multiple("F", F, kFp8 ? 2 * kGroupSize : 32);
-  static_assert(kMaxFoldedTokens <= kMaxSiluTokens, "of more, a norm is whole");
-  Product<T> product(x, weights, channel_scale, bias, 2 * F);
+  check_multiple("F", F, 32);
+  Product<bf16> product(x, weights, nullptr, bias, 2 * F);
   product.set_squares(squares);
+  product.params.out = checked<bf16>("out", out, {product.M, F});
+  if (product.M > 0) dispatch<bf16, 0, End::kSilu>(product.params, product.tokens, product.K, product.stream);
+}
+
+/// The same of e4m3, with grouped scales. `scratch` (M, 2F) bf16 takes the product of tokens so many that the kernel does not
+/// end in SiLU.
+void multiply_silu_fp8(const TensorView& x, const TensorView& token_scale, const TensorView& weights,
+                       const TensorView& channel_scale, const TensorView* bias, const TensorView& scratch,
+                       const TensorView& out, const TensorView& scales) {
+  check_rank("out", out, 2);
+  const int64_t F = out.size(1);
+  check_multiple("F", F, 2 * kGroupSize);
+  Product<fp8> product(x, weights, &channel_scale, bias, 2 * F);
   checked<bf16>("scratch", scratch, {product.M, 2 * F});
-  if (product.M > kMost) {
-    multiply<T>(x, weights, token_scale, channel_scale, bias, scratch);
-    return kFp8 ? silu_mul_grouped(scratch, out, *scales) : silu_mul_interleaved(scratch, out);
+  if (product.M > kMaxSiluGroupedTokens) {
+    multiply<fp8>(x, weights, &token_scale, &channel_scale, bias, scratch);
+    return silu_mul_grouped(scratch, out, scales);
   }
   GemmParams& p = product.params;
-  p.out = checked<T>("out", out, {product.M, F});
-  if constexpr (kFp8) {
-    p.token_scale = checked<float>("token_scale", *token_scale, {product.M});
-    p.padded_tokens = static_cast<int>(padded_tokens(product.M));
-    p.out_scale = checked<float>("scales", *scales, {F / (2 * kGroupSize), kSiluGroups, p.padded_tokens});
-  }
-  if (product.M > 0) dispatch_few<T, kMost, 0, End::kSilu>(p, product.tokens, product.K, product.stream);
+  p.out = checked<fp8>("out", out, {product.M, F});
+  p.token_scale = checked<float>("token_scale", token_scale, {product.M});
+  p.padded_tokens = static_cast<int>(padded_tokens(product.M));
+  p.out_scale = checked<float>("scales", scales, {F / (2 * kGroupSize), kSiluGroups, p.padded_tokens});
+  if (product.M == 0) return;
+  dispatch_few<fp8, kMaxSiluGroupedTokens, 0, End::kSilu>(p, product.tokens, product.K, product.stream);
 }
 
 /// residual + x w^T -> `stream`, and its norm in `out`: whole, or begun, with `squares` (gemm_norm.cuh). `scratch` (M, N)
@@ -357,26 +364,24 @@ void gemm_fp8_after_silu_bias(TensorView x, TensorView scales, TensorView weight
   multiply_grouped(x, scales, weights, channel_scale, &bias, out, true);
 }
 
-/// (M, K) bf16, packed bf16 with gate and up interleaved (silu.cuh) -> SiLU(gate) * up (M, F) bf16; scratch (M, 2F) bf16.
-void gemm_silu_mul(TensorView x, TensorView weights, TensorView scratch, TensorView out) {
-  multiply_silu<bf16>(x, weights, nullptr, nullptr, nullptr, scratch, out, nullptr);
-}
+/// (M, K) bf16, packed bf16 with gate and up interleaved (silu.cuh) -> SiLU(gate) * up (M, F) bf16.
+void gemm_silu_mul(TensorView x, TensorView weights, TensorView out) { multiply_silu(x, weights, nullptr, out); }
 
 /// The same with (2F,) float32 added to gate and up, in the order of the weight.
-void gemm_silu_mul_bias(TensorView x, TensorView weights, TensorView bias, TensorView scratch, TensorView out) {
-  multiply_silu<bf16>(x, weights, nullptr, nullptr, &bias, scratch, out, nullptr);
+void gemm_silu_mul_bias(TensorView x, TensorView weights, TensorView bias, TensorView out) {
+  multiply_silu(x, weights, &bias, out);
 }
 
 /// (M, K) e4m3 with (M,) scales, packed e4m3 with (2F,) scales -> (M, F) e4m3 with scales (F / 256, 8, M rounded up to 8),
 /// grouped by silu_group_size(M) (grouped_scales.cuh); scratch (M, 2F) bf16.
 void gemm_fp8_silu_mul(TensorView x, TensorView token_scale, TensorView weights, TensorView channel_scale,
                        TensorView scratch, TensorView out, TensorView scales) {
-  multiply_silu<fp8>(x, weights, &token_scale, &channel_scale, nullptr, scratch, out, &scales);
+  multiply_silu_fp8(x, token_scale, weights, channel_scale, nullptr, scratch, out, scales);
 }
 
 void gemm_fp8_silu_mul_bias(TensorView x, TensorView token_scale, TensorView weights, TensorView channel_scale,
                             TensorView bias, TensorView scratch, TensorView out, TensorView scales) {
-  multiply_silu<fp8>(x, weights, &token_scale, &channel_scale, &bias, scratch, out, &scales);
+  multiply_silu_fp8(x, token_scale, weights, channel_scale, &bias, scratch, out, scales);
 }
 
 /// The next three take or give a norm that is begun: its tokens, (M, K) bf16, and `squares` (K / 64, M rounded up to 8).
@@ -388,13 +393,12 @@ void gemm_normed_bias(TensorView x, TensorView squares, TensorView weights, Tens
   multiply<bf16>(x, weights, nullptr, nullptr, &bias, out, nullptr, &squares);
 }
 
-void gemm_normed_silu_mul(TensorView x, TensorView squares, TensorView weights, TensorView scratch, TensorView out) {
-  multiply_silu<bf16>(x, weights, nullptr, nullptr, nullptr, scratch, out, nullptr, &squares);
+void gemm_normed_silu_mul(TensorView x, TensorView squares, TensorView weights, TensorView out) {
+  multiply_silu(x, weights, nullptr, out, &squares);
 }
 
-void gemm_normed_silu_mul_bias(TensorView x, TensorView squares, TensorView weights, TensorView bias, TensorView scratch,
-                               TensorView out) {
-  multiply_silu<bf16>(x, weights, nullptr, nullptr, &bias, scratch, out, nullptr, &squares);
+void gemm_normed_silu_mul_bias(TensorView x, TensorView squares, TensorView weights, TensorView bias, TensorView out) {
+  multiply_silu(x, weights, &bias, out, &squares);
 }
 
 /// (M, K) bf16, packed bf16, residual (M, N) bf16, (N,) float32, eps -> residual + product and its norm, (M, N) bf16 each.

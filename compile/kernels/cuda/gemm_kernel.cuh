@@ -21,8 +21,8 @@
 // Of e4m3 tokens the scales are by token, or grouped (`grouped_scales.cuh`): then the scales of a stage are fetched with
 // its tokens, and the product of each group is scaled before it is added (M <= 128).
 //
-// gate_up's product can end in SiLU(gate) * up (`gemm_silu.cuh`): in the kernel itself for few tokens. So can the residual
-// stream be added, and its norm be begun here and ended in the next product (`gemm_norm.cuh`).
+// gate_up's product can end in SiLU(gate) * up (`gemm_silu.cuh`). So can, for few tokens, the residual stream be added, and
+// its norm be begun here and ended in the next product (`gemm_norm.cuh`).
 #pragma once
 
 #include "gemm.cuh"
@@ -50,7 +50,7 @@ struct Shape {
   static constexpr int kTokens = kTokens_, kBlocks = kBlocks_, kGroup = kGroup_;
   static constexpr bool kGrouped = kGroup != 0, kSilu = kEnd == End::kSilu, kPush = kEnd == End::kPeers;
   static constexpr bool kResidual = kEnd == End::kResidual;
-  static_assert((!kGrouped && !kSilu && !kResidual) || kBlocks == 1);
+  static_assert((!kGrouped && !kResidual) || kBlocks == 1);
   static constexpr int kTilesOfK = kBlocks == 1 ? 2 : 1;  // 128-byte tiles of K in a stage
   static constexpr int kWeightBytes = kTilesOfK * kBlocks * kTileBytes, kTokenBytes = kTilesOfK * kTokens * 128;
   static constexpr int kBytes = kWeightBytes + kTokenBytes;
@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   constexpr int kRegisters = kTokens / 2, kVectors = kTokens / 8;
   // Blocks whose partial sums are asked for before the last product, since they are mostly there.
   constexpr int kEarly = kBlocks > 1 ? 0 : kTokens <= 16 ? 4 : kTokens <= 32 ? 2 : kTokens <= 64 ? 1 : 0;
+  static_assert(!S::kSilu || kBlocks == 1 || sizeof(T) == 2, "groups of e4m3 activations are of one warp group's channels");
   constexpr bool kByChannel = sizeof(T) == 1, kByToken = kByChannel && !S::kGrouped;
   constexpr bool kHoldScales = kBlocks == 1 && kTokens < 128;  // over the products, while registers allow it
   // Tokens may be of a norm that the product before has begun.

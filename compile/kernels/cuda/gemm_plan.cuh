@@ -111,11 +111,15 @@ constexpr float estimated_us(const WidePlan& w, int channel_tiles, int token_til
 
 constexpr int wide_channel_tiles(int channel_blocks) { return (channel_blocks + kWideBlocks - 1) / kWideBlocks; }
 
-/// Whether whole wide tiles, one behind the other, keep five of six blocks at work: then they take less time than narrow
-/// ones of 97 to 128 tokens, or no more, since tokens are fetched for twice the channels (benchmarks/README.md).
-constexpr bool whole_tiles_fill_grid(int channel_blocks) {
+/// Into how many pieces wide tiles of 97 to 128 tokens are cut, or 0 where narrow ones take less time. Wide ones fetch tokens
+/// for twice the channels: better where whole ones, one behind the other, keep five of six blocks at work, or where long pieces
+/// do, whose ends are a small part of them (benchmarks/README.md).
+constexpr int wide_pieces_of_few(int channel_blocks, int units_of_k) {
+  constexpr int kLeastUnits = 48;  // of a piece
   const int tiles = wide_channel_tiles(channel_blocks), rounds = (tiles + kGrid - 1) / kGrid;
-  return tiles * 6 >= rounds * kGrid * 5;
+  if (tiles * 6 >= rounds * kGrid * 5) return 1;
+  const int pieces = kGrid / tiles;
+  return pieces * tiles * 6 >= kGrid * 5 && units_of_k >= pieces * kLeastUnits ? pieces : 0;
 }
 
 struct WideChoice {

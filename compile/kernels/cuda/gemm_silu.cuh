@@ -1,6 +1,7 @@
-// The end of gate_up's GEMM for few tokens: SiLU(gate) * up of a finished tile, so that no kernel runs between this GEMM
-// and the next. The tile's 64 channels are 32 activations in the order of `silu.cuh`. Both ways of making an activation,
-// this one and the product followed by elementwise.cu's kernels, give the same bits.
+// The end of gate_up's GEMM: SiLU(gate) * up of a finished tile, so that no kernel runs between this GEMM and the next: of
+// bf16 tokens always, of e4m3 tokens where a tile has whole groups that share a scale. 64 channels are 32 activations in the
+// order of `silu.cuh`. Both ways of making an activation, this one and the product followed by elementwise.cu's kernels,
+// give the same bits.
 #pragma once
 
 #include "gemm_parts.cuh"
@@ -9,8 +10,12 @@
 
 namespace tpserve::cuda {
 
-/// Of bf16 tokens; of e4m3 tokens those of kMaxSiluGroupedTokens, whose tiles two groups of warps make in turns.
-constexpr int kMaxSiluTokens = 64;
+/// Of two tokens, from scaled sums in the order of wgmma.cuh: gate of both, then up.
+__device__ __forceinline__ float2 activations_of(const float (&values)[4]) {
+  // Gate and up as the plain product stores them.
+  const uint32_t gate = pack2(values[0], values[1]), up = pack2(values[2], values[3]);
+  return {silu(low_half(gate)) * low_half(up), silu(high_half(gate)) * high_half(up)};
+}
 
 /// (M, N / 2) bf16 from a warp's 16 channels; `activation` is its first of eight, `values` hold kTokens / 4 of a thread.
 template <int kTokens>
@@ -85,15 +90,33 @@ __device__ __forceinline__ void write_silu(const GemmParams& p, const float (&su
   for (int b = 0; b < kTokens / 8; ++b) {
     float values[4];
     scales.apply(sums, b, values);
-    // Gate and up as the plain product stores them.
-    const uint32_t gate = pack2(values[0], values[1]), up = pack2(values[2], values[3]);
-    activations[b * 2] = silu(low_half(gate)) * low_half(up);
-    activations[b * 2 + 1] = silu(high_half(gate)) * high_half(up);
+    const float2 two = activations_of(values);
+    activations[b * 2] = two.x, activations[b * 2 + 1] = two.y;
   }
   if constexpr (kFp8) {
     store_groups<kTokens>(p, activations, tile);
   } else {
     store_bf16<kTokens>(p, activations, tile * 32 + warp * 8);
+  }
+}
+
+/// As `write_rows` (gemm_wide.cuh), of a product in bf16, but SiLU(gate) * up.
+template <int kTokens>
+__device__ __forceinline__ void write_silu_rows(const GemmParams& p, float (&sums)[kTokens / 2], int channel, int token,
+                                                int from, int to) {
+  const int lane = threadIdx.x % 32, rows = channel < p.N ? p.M - token - lane / 4 : 0;  // from this lane's first on
+  const uint32_t size = p.N / 2;
+  bf16* const first =
+      static_cast<bf16*>(p.out) + static_cast<int64_t>(token + lane / 4) * size + channel / 2 + lane % 4 * 2;
+  const TileScales<false, false, kTokens> scales(p, channel, token);
+#pragma unroll
+  for (int b = 0; b < kTokens / 8; ++b) {
+    if (b < from || b >= to) continue;
+    float values[4];
+    scales.apply(sums, b, values);
+    const float2 two = activations_of(values);
+    const uint32_t pair = transpose_8x8(pack2(two.x, two.y));  // of one token
+    if (b * 8 < rows) *reinterpret_cast<uint32_t*>(first + b * 8 * size) = pair;
   }
 }
 

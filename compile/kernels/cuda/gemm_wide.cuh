@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gemm_parts.cuh"
+#include "gemm_silu.cuh"
 
 namespace tpserve::cuda {
 
@@ -109,6 +110,8 @@ __device__ __forceinline__ void write_wide(const GemmParams& p, float (&sums)[S:
   const int token = (tile % p.plan.run_tokens + member) * p.plan.tile_tokens;
   if constexpr (S::kPush) {
     send_rows<kFp8, S::kTokens>(p, sums, channel, token, from, to, by);
+  } else if constexpr (S::kSilu) {
+    write_silu_rows<S::kTokens>(p, sums, channel, token, from, to);
   } else {
     write_rows<kFp8, S::kTokens>(p, sums, channel, token, from, to);
   }

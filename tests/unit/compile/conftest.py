@@ -44,7 +44,7 @@ def build_tile_ends(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         for header in ("peer_tile", "push_stage", "push_places"):
             shutil.copy(ROOT / f"collectives/kernels/{header}.cuh", folder)
         shutil.copy(here / "gemm_parts_on_host.h", folder / "gemm_parts.cuh")
-        for header in ("slots", "hopper", "peer"):  # gemm_parts_on_host.h has what is needed of them
+        for header in ("common", "slots", "hopper", "peer"):  # gemm_parts_on_host.h has what is needed of them
             (folder / f"{header}.cuh").touch()
         shutil.copy(here / f"{name}.cpp", folder)
         command = ["c++", "-std=c++20", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread", f"{name}.cpp"]

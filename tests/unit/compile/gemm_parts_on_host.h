@@ -33,7 +33,7 @@ template <typename T>
 T __ldcg(const T* p) {
   return *p;
 }
-inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 struct Thread {
   int x;
@@ -84,6 +84,7 @@ namespace tpserve::cuda {
 
 using std::fabs;
 inline float fabsf(float x) { return std::fabs(x); }
+inline float fast_exp2(float x) { return std::exp2(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float fmaxf(float a, float b) { return std::fmax(a, b); }
 

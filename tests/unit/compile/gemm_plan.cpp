@@ -124,8 +124,10 @@ extern "C" int most_pieces(int M, int channel_blocks, int64_t row_bytes, int tok
   return w.base > 0 ? 1 : std::min(w.teams() / w.rem, units);
 }
 
-/// Whether products of 97 to 128 tokens go in whole wide tiles.
-extern "C" int whole_tiles(int channel_blocks) { return whole_tiles_fill_grid(channel_blocks); }
+/// Into how many pieces wide tiles of 97 to 128 tokens are cut, 0 for narrow ones.
+extern "C" int pieces_of_few(int channel_blocks, int64_t row_bytes) {
+  return wide_pieces_of_few(channel_blocks, static_cast<int>((row_bytes + 127) / 128));
+}
 
 /// Any plan.
 extern "C" int follow_plan(int M, int channel_blocks, int64_t row_bytes, int tokens, int pieces, char* why) {

@@ -36,6 +36,8 @@ int run(const GemmParams& p, const float* sums, int tokens) {
   if constexpr (sizeof(T) == 2) {
     if (tokens == 32) return run_group<T, 32>(p, sums, tiles), 0;
     if (tokens == 64) return run_group<T, 64>(p, sums, tiles), 0;
+    if (tokens == 96) return run_group<T, 96>(p, sums, tiles), 0;
+    if (tokens == 128) return run_group<T, 128>(p, sums, tiles), 0;
   }
   return 1;
 }

@@ -16,14 +16,16 @@ void on_threads(int count, const std::function<void(int)>& body) {
   for (std::thread& thread : threads) thread.join();
 }
 
-template <int kTokens_, bool kPush_>
+enum class End { kMemory, kSilu, kPeers };
+
+template <int kTokens_, End kEnd>
 struct Shape {
   static constexpr int kTokens = kTokens_, kBlocks = kWideBlocks;
-  static constexpr bool kPush = kPush_;
+  static constexpr bool kPush = kEnd == End::kPeers, kSilu = kEnd == End::kSilu;
 };
 
 /// `sums`: (pieces, 64, kTokens), the parts of the tile's first 64 channels. False if a slot is not empty in the end.
-template <typename T, int kTokens, bool kPush>
+template <typename T, int kTokens, End kEnd>
 bool finish(const GemmParams& p, const float* sums, int tile, int member) {
   constexpr int kVectors = kTokens / 8;
   constexpr size_t kSlot = kWideBlocks * kVectors * 128;
@@ -45,7 +47,7 @@ bool finish(const GemmParams& p, const float* sums, int tile, int member) {
     const int from = part * vectors / pieces, to = (part + 1) * vectors / pieces;
     exchange_pieces<kTokens>(mine, slots.data() + part * next + thread, next, part, pieces, vectors, from, to);
   });
-  using S = Shape<kTokens, kPush>;
+  using S = Shape<kTokens, kEnd>;
   PushEpoch epoch;
   std::vector<uint4> stage(kStageTokens * kStageStride / sizeof(uint4));
   const PeerStage by{epoch, reinterpret_cast<uint8_t*>(stage.data()), 3};
@@ -66,13 +68,13 @@ bool finish(const GemmParams& p, const float* sums, int tile, int member) {
   return true;
 }
 
-template <typename T, bool kPush>
+template <typename T, End kEnd>
 bool finish(int tokens, const GemmParams& p, const float* sums, int tile, int member) {
   switch (tokens) {
-    case 96: return finish<T, 96, kPush>(p, sums, tile, member);
-    case 160: return finish<T, 160, kPush>(p, sums, tile, member);
-    case 192: return finish<T, 192, kPush>(p, sums, tile, member);
-    case 256: return finish<T, 256, kPush>(p, sums, tile, member);
+    case 96: return finish<T, 96, kEnd>(p, sums, tile, member);
+    case 160: return finish<T, 160, kEnd>(p, sums, tile, member);
+    case 192: return finish<T, 192, kEnd>(p, sums, tile, member);
+    case 256: return finish<T, 256, kEnd>(p, sums, tile, member);
     default: return false;
   }
 }
@@ -80,18 +82,22 @@ bool finish(int tokens, const GemmParams& p, const float* sums, int tile, int me
 }  // namespace
 
 /// Of the team's `tile` and `member`, which has `tile_tokens` of the `tokens` that there is room for; with scales e4m3 tokens,
-/// else bfloat16. With `peer` the rows go to `out` and to `peer`, as those of two ranks in a one-shot call. Returns 0, or 1
-/// if a slot is not empty.
+/// else bfloat16. With `peer` the rows go to `out` and to `peer`, as those of two ranks in a one-shot call; with `silu`, of
+/// bfloat16 tokens, `out` has activations. Returns 0, or 1 if a slot is not empty.
 extern "C" int finish_tile(int tokens, int tile_tokens, int pieces, int team, int tile, int member, const float* sums,
                            const float* channel_scale, const float* token_scale, const float* bias, void* out,
-                           void* peer, int out_float32, int M, int N) {
+                           void* peer, int out_float32, int silu, int M, int N) {
   const WidePlan plan{64, tile_tokens, team, 1, pieces, 0, 0};
   const PushTarget push{{static_cast<uint8_t*>(out), static_cast<uint8_t*>(peer)}, nullptr,
                         {true, 0, 2, 0, 0, 0, static_cast<unsigned>(N / 8)}};
   const GemmParams p{channel_scale, token_scale, bias, out, nullptr, M, N, 0, plan, out_float32 != 0, push};
   const auto run = [&](auto type) {
     using T = decltype(type);
-    return peer != nullptr ? finish<T, true>(tokens, p, sums, tile, member) : finish<T, false>(tokens, p, sums, tile, member);
+    if constexpr (sizeof(T) == 2) {
+      if (silu) return finish<T, End::kSilu>(tokens, p, sums, tile, member);
+    }
+    return peer != nullptr ? finish<T, End::kPeers>(tokens, p, sums, tile, member)
+                           : finish<T, End::kMemory>(tokens, p, sums, tile, member);
   };
   const bool good = token_scale != nullptr ? run(fp8{}) : run(bf16{});
   return good ? 0 : 1;

@@ -45,6 +45,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded.follow_chosen.argtypes = [*shape, ctypes.c_void_p, ctypes.c_char_p]
     loaded.follow_narrow.argtypes = [*shape, ctypes.c_void_p, ctypes.c_char_p]
     loaded.most_pieces.argtypes = [*shape, ctypes.c_int]
+    loaded.pieces_of_few.argtypes = shape[1:]
     loaded.follow_plan.argtypes = [*shape, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
     return loaded
 
@@ -116,12 +117,22 @@ def test_chosen_plans_are_near_the_fastest_measured(library: ctypes.CDLL) -> Non
     assert max(lost) < 1.15
 
 
-def test_whole_wide_tiles_of_few_tokens_where_they_fill_the_grid(library: ctypes.CDLL) -> None:
-    assert library.whole_tiles(14336 // 64), "gate_up of 70B on four ranks: 112 tiles on 132 blocks"
-    assert library.whole_tiles(28672 // 64), "of 8B on one: 224 tiles, in two rounds"
-    assert not library.whole_tiles(8192 // 64)
-    assert not library.whole_tiles(7168 // 64)
-    assert not library.whole_tiles(20480 // 64), "160 tiles: 28 in the second round"
+def test_wide_tiles_of_few_tokens_where_they_fill_the_grid(library: ctypes.CDLL) -> None:
+    def pieces(num_n: int, row_bytes: int) -> int:
+        found: int = library.pieces_of_few(-(-num_n // 64), row_bytes)
+        return found
+
+    assert pieces(14336, 8192) == 1, "gate_up of 70B on four ranks: 112 tiles on 132 blocks"
+    assert pieces(28672, 8192) == 1, "of 8B on one: 224 tiles, in two rounds"
+    assert pieces(20480, 8192) == 0, "160 tiles: 28 in the second round"
+    assert pieces(4096, 28672) == 4, "down of 8B: 32 tiles, 56 units of each for a block"
+    assert pieces(4096, 8192) == 0, "o: 16 units"
+    assert pieces(8192, 14336) == 2
+    assert pieces(6144, 65536) == 0, "48 tiles in two pieces leave more than a sixth of the blocks without work"
+    for num_n, row_bytes in SHAPES:
+        if count := pieces(num_n, row_bytes):
+            why = ctypes.create_string_buffer(200)
+            assert library.follow_plan(128, -(-num_n // 64), row_bytes, 128, count, why) == 0, why.value
 
 
 def narrow(library: Any, tokens: int, num_n: int, row_bytes: int) -> list[int]:
