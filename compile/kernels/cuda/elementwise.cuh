@@ -8,7 +8,8 @@ namespace tpserve::cuda {
 /// (T, K) bf16 -> e4m3 with grouped scales (grouped_scales.cuh).
 void quantize_fp8_grouped(TensorView x, TensorView out, TensorView scales);
 
-/// (T, 2F) bf16, gate and up interleaved (silu.cuh) -> (T, F) e4m3 with scales (F / 256, 8, T rounded up to 8), grouped by silu_group_size(T) (grouped_scales.cuh).
+/// (T, 2F) bf16, gate and up interleaved (silu.cuh) -> (T, F) e4m3 with scales (F / 256, 8, T rounded up to 8), grouped by
+/// silu_group_size(T) (grouped_scales.cuh).
 void silu_mul_grouped(TensorView gate_up, TensorView out, TensorView scales);
 
 /// (T, H) bf16, residual (T, H) -> their sum, and its norm.

@@ -1,9 +1,7 @@
-// The functions of the GEMM: what they take, which tile and ring they choose. gemm_kernel.cuh has the kernel.
-#include <type_traits>
-
+// The functions of the GEMM: what they take. gemm_dispatch.cuh chooses tile and ring, gemm_kernel.cuh has the kernel.
 #include "elementwise.cuh"
 #include "gemm.cuh"
-#include "gemm_kernel.cuh"
+#include "gemm_dispatch.cuh"
 #include "grouped_scales.cuh"
 
 namespace tpserve::cuda {
@@ -12,10 +10,6 @@ namespace {
 constexpr int kMaxDevices = 16;
 
 uint8_t* workspace_of_device[kMaxDevices] = {};
-
-/// Of a block, for a whole ring (gemm_kernel.cuh). With few tokens qkv of a 70B's TP=4 shard, nine stages, has half a ring:
-/// attention's blocks then start beside it and fetch their pages while it ends (benchmarks/README.md).
-constexpr int whole_min_stages(int tokens) { return tokens <= 16 ? 10 : 8; }
 
 /// One thread per 16 bytes of the packed weight.
 __global__ void __launch_bounds__(256)
@@ -34,84 +28,6 @@ __global__ void __launch_bounds__(256)
 }
 
 // --- Host -----------------------------------------------------------------------------------------------------------
-
-template <typename T, int kTokens, int kBlocks, Ring kRing, int kGroup, End kEnd>
-void run(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
-  using S = Shape<kTokens, kBlocks, kRing, kGroup, kEnd>;
-  if constexpr (kBlocks == 1) {
-    p.units_of_k = p.packed_k;
-    p.narrow = plan_narrow(p.channel_blocks, p.packed_k, kTokens);
-    p.box_tokens = p.M;
-  } else {
-    p.units_of_k = p.plan.units_of_k;
-    p.box_tokens = p.plan.tile_tokens;
-  }
-  const int blocks = kBlocks == 1 ? p.narrow.grid : kGrid;
-  launch(gemm_kernel<T, S>, blocks, S::kThreads, S::kSharedBytes, stream, token_map(x, p.M, K, p.box_tokens), p);
-}
-
-/// One tile of all tokens, p.M <= kMost of them.
-template <typename T, int kMost, int kGroup, End kEnd>
-void dispatch_few(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
-  static_assert(kMost == 16 || kMost == 32 || kMost == 64);
-  const auto with_ring = [&](auto tokens) {
-    constexpr int kTokens = decltype(tokens)::value;
-    if (p.packed_base < whole_min_stages(kTokens)) return run<T, kTokens, 1, Ring::kHalf, kGroup, kEnd>(p, x, K, stream);
-    run<T, kTokens, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
-  };
-  if (p.M <= 8) return with_ring(std::integral_constant<int, 8>());
-  if (kMost == 16 || p.M <= 16) return with_ring(std::integral_constant<int, 16>());
-  if constexpr (kMost > 16) {
-    if (kMost == 32 || p.M <= 32) return with_ring(std::integral_constant<int, 32>());
-  }
-  if constexpr (kMost > 32) with_ring(std::integral_constant<int, 64>());
-}
-
-template <typename T>
-int wide_units_of_k(int64_t K) {
-  return static_cast<int>((K * sizeof(T) + 127) / 128);
-}
-
-/// More than 128 tokens, which the scales are one by one of.
-template <typename T, End kEnd>
-void dispatch_wide(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
-  const WideChoice choice = choose_wide(p.M, p.channel_blocks, wide_units_of_k<T>(K));
-  p.plan = choice.plan;
-  switch (choice.tokens) {
-    case 96: return run<T, 96, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
-    case 128: return run<T, 128, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
-    case 160: return run<T, 160, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
-    case 192: return run<T, 192, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
-    default: return run<T, 256, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
-  }
-}
-
-/// 97 to 128 tokens in wide tiles, whose e4m3 products are not promoted on the way, as those of more tokens are not.
-template <typename T, End kEnd>
-void run_few_wide(GemmParams p, const T* x, int64_t K, int pieces, cudaStream_t stream) {
-  p.plan = plan_wide(wide_channel_tiles(p.channel_blocks), p.M, 128, wide_units_of_k<T>(K), pieces);
-  run<T, 128, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
-}
-
-template <typename T, int kGroup, End kEnd>
-void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
-  if constexpr (kGroup == kSiluGroupSize) {
-    static_assert(kMaxSiluGroupedTokens == 16, "the tiles that there are");
-    return dispatch_few<T, 16, kGroup, kEnd>(p, x, K, stream);
-  } else {
-    if (p.M <= 64) return dispatch_few<T, 64, kGroup, kEnd>(p, x, K, stream);
-    static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
-    if (p.M <= 96) return run<T, 96, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
-    if (p.M <= 128) {
-      if constexpr (kGroup == 0) {
-        const int pieces = wide_pieces_of_few(p.channel_blocks, wide_units_of_k<T>(K));
-        if (pieces > 0) return run_few_wide<T, kEnd>(p, x, K, pieces, stream);
-      }
-      return run<T, 128, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
-    }
-    dispatch_wide<T, kEnd>(p, x, K, stream);
-  }
-}
 
 /// Operands of a product of `N` channels.
 template <typename T>
