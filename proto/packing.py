@@ -1,4 +1,4 @@
-"""How the CUDA GEMMs want their weights, in plain numpy: `gemm.cu` describes why.
+"""How the CUDA GEMMs want their weights, in plain numpy: `gemm_kernel.cuh` describes why.
 
 A stage is 64 output channels by 256 bytes of input columns: two tiles of 64 rows of 128 bytes, in each row the 16-byte
 chunk `c` at place `c ^ (row % 8)`. Stages, channels first, are dealt to the kernel's blocks in equal contiguous runs;

@@ -1,5 +1,5 @@
 // The end of gate_up's GEMM: SiLU(gate) * up of a finished tile, so that no kernel runs between this GEMM and the next: of
-// bf16 tokens always, of e4m3 tokens where a tile has whole groups that share a scale. 64 channels are 32 activations in the
+// bf16 tokens always, of e4m3 tokens up to kMaxSiluGroupedTokens, whose groups a tile has whole. 64 channels are 32 activations in the
 // order of `silu.cuh`. Both ways of making an activation, this one and the product followed by elementwise.cu's kernels,
 // give the same bits.
 #pragma once

@@ -52,7 +52,7 @@ def activated(gate_up: Array) -> Array:
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("num_m", [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 96, 97, 128])
+@pytest.mark.parametrize("num_m", [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 96, 97, 128])
 def test_bf16_activations_stand_in_their_order(library: ctypes.CDLL, num_m: int, bias: bool) -> None:
     sums = sums_of(num_m, num_m)
     added = np.random.default_rng(1).normal(0, 1, len(sums)).astype(np.float32) if bias else None
