@@ -28,6 +28,8 @@ import openai
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from patience import Patience, patient
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL_NAME = "demo"
 START_TIMEOUT_S = 240.0
@@ -42,9 +44,9 @@ T = TypeVar("T")
 
 def until(probe: Callable[[], T], *, within_s: float, what: str) -> T:
     """Return the first truthy value of `probe`; fail if there is none in time."""
-    deadline = time.monotonic() + within_s
+    patience = Patience(within_s)
     while not (value := probe()):
-        if time.monotonic() > deadline:
+        if patience.is_over():
             raise AssertionError(f"not within {within_s:g} s: {what} (last seen: {value!r})")
         time.sleep(_POLL_S)
     return value
@@ -121,9 +123,9 @@ class Footprint:
         return found + [f"port {port}" for inode, port in self.sockets.items() if inode in listening]
 
     def assert_gone(self, within_s: float) -> None:
-        deadline = time.monotonic() + within_s
+        patience = Patience(within_s)
         while remains := self.remains():
-            assert time.monotonic() < deadline, f"{within_s:g} s after the end there is still: {remains}"
+            assert not patience.is_over(), f"{within_s:g} s after the end there is still: {remains}"
             time.sleep(_POLL_S)
 
 
@@ -214,7 +216,7 @@ class Server:
             yield server
             assert server.process.poll() is None, server.report("the server ended on its own")
             server.interrupt()
-            assert server.process.wait(60) == 0, server.report("the exit code of a stopped server is not 0")
+            assert server.process.wait(patient(60)) == 0, server.report("the exit code of a stopped server is not 0")
             server.footprint.assert_gone(within_s=1)
         finally:
             server.kill_all()
@@ -249,7 +251,7 @@ class Server:
         for process in self.footprint.processes():
             with suppress(psutil.Error):
                 process.kill()
-        self.process.wait(30)
+        self.process.wait(patient(30))
         for folder in self.footprint.folders:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -257,11 +259,11 @@ class Server:
 
     def client(self) -> openai.OpenAI:
         """Return the official client, which must not retry on its own here."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=120)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=patient(120))
 
     def async_client(self) -> openai.AsyncOpenAI:
         """Like `client`, for many requests at once."""
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=120)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=patient(120))
 
     def health(self) -> tuple[int, dict[str, Any]]:
         reply = httpx.get(f"{self.url}/health", timeout=10)
@@ -338,7 +340,7 @@ def run_cli(
         start_new_session=True,
     ) as process:
         try:
-            stdout, stderr = _communicate(process, footprint, started_at + within_s)
+            stdout, stderr = _communicate(process, footprint, within_s)
         finally:
             for left in processes_of(mark) if process.poll() is None else []:
                 with suppress(psutil.Error):
@@ -348,13 +350,14 @@ def run_cli(
     return Outcome(process.returncode, stdout, stderr, duration_s)
 
 
-def _communicate(process: subprocess.Popen[str], footprint: Footprint, deadline: float) -> tuple[str, str]:
+def _communicate(process: subprocess.Popen[str], footprint: Footprint, within_s: float) -> tuple[str, str]:
+    patience = Patience(within_s)
     while True:
         try:
             return process.communicate(timeout=0.5)
         except subprocess.TimeoutExpired:
             footprint.look()
-            assert time.monotonic() < deadline, f"{process.args!r} did not end in time"
+            assert not patience.is_over(), f"{process.args!r} did not end in time"
 
 
 def json_line(text: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import patient
 from server import Footprint, command, environment, run_cli, until
 
 SHORT = ("--dataset", "fixed", "--input-len", "16", "--output-len", "12", "--num-requests", "3")
@@ -63,7 +64,7 @@ def test_ctrl_c_stops_the_server_that_it_started(demo_model: Path, tmp_path: Pat
         until(lambda: log.read_text().count("POST /v1/completions") >= 4, within_s=60, what="a measured request")
         footprint.look()
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(patient(60)) == 130
     footprint.assert_gone(within_s=2)
     (point,) = json.loads((results / "results.json").read_text())["points"]
     assert not point["complete"]

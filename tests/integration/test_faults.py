@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from kill_load import KillLoad, mixed_requests
+from patience import patient
 from server import MODEL_NAME, Server, chat_request, chat_text, until
 
 PROMPTS = [
@@ -184,12 +185,12 @@ async def test_killed_rank(server: Server, undisturbed: Undisturbed, rank: int) 
         for stream, text in zip(streams, expected, strict=True):
             stream.check(text)
         slowest = max(stream.ended_at for stream in streams) - killed_at
-        assert slowest <= PROMISED_S, f"the last client waited {slowest:.1f} s"
+        assert slowest <= patient(PROMISED_S), f"the last client waited {slowest:.1f} s"
         log = server.log[server.log.rindex("lost rank") :]
         assert re.match(rf"lost rank {rank}: connection lost", log)
         # Down from when the gateway can know, well under a second, to the new group, whose first step may be slow.
         assert watch.states.count("rebuilding") == 1, watch.states
-        assert watch.asked_at[watch.states.index("rebuilding")] - killed_at < 1.5
+        assert watch.asked_at[watch.states.index("rebuilding")] - killed_at < patient(1.5)
         assert await texts(client, 80) == expected
     wait_idle(server)
     assert server.metric(f"ranks_lost_total{{rank={rank}}}") == 1
@@ -274,7 +275,7 @@ async def test_stall_shows_and_passes(server: Server, undisturbed: Undisturbed) 
         until(lambda: server.health()[1]["status"] == "stalled", within_s=3.5, what="stalled")
         probes.update(
             {
-                probe: httpx.get(f"{server.url}/health/{probe}", timeout=2).status_code
+                probe: httpx.get(f"{server.url}/health/{probe}", timeout=patient(2)).status_code
                 for probe in ("startup", "ready", "live")
             }
         )
@@ -343,7 +344,7 @@ async def test_client_that_leaves_frees_its_pages(server: Server, stream: bool) 
             await asyncio.gather(task, return_exceptions=True)
         left_at = time.monotonic()
     await asyncio.to_thread(wait_idle, server, 1)
-    assert time.monotonic() - left_at < 1.5
+    assert time.monotonic() - left_at < patient(1.5)
     assert server.metric("request_success_total{finished_reason=abort}") == aborted + 2
 
 

@@ -20,6 +20,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from hosts import DOOR, FIRST, GCS_PORT, RAY_ENVIRON, SECOND, TwoHosts
+from patience import patient
 from server import MODEL_NAME, REPOSITORY, Outcome, Server, environment, processes_of, run_cli, until
 
 ADDRESS = f"{FIRST}:{GCS_PORT}"
@@ -214,7 +215,7 @@ def test_a_cluster_that_loses_its_head_ends_the_server(server: Server, hosts: Tw
     (head,) = (process for process in processes_of(hosts.mark) if process.name() == "gcs_server")
     before = len(server.log)
     os.kill(head.pid, signal.SIGKILL)
-    assert server.process.wait(40) == 1, server.report("not ended by the loss of Ray's head")
+    assert server.process.wait(patient(40)) == 1, server.report("not ended by the loss of Ray's head")
     assert f"Ray has lost its head at {ADDRESS}, which has not answered for 15 s: start the server again" in server.log
     assert "Traceback" not in server.log[before:], server.report("a traceback")
     until(lambda: not processes_of(server.mark), within_s=10, what="the end of all that the server started")

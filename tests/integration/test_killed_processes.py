@@ -16,6 +16,7 @@ import openai
 import psutil
 import pytest
 
+from patience import Patience, patient
 from server import MODEL_NAME, Server, chat_request, processes_of, until
 from tpserve import AsyncMLCEngine
 
@@ -78,17 +79,17 @@ async def test_killed_process_ends_the_replica(tiny_folder: Path, tmp_path: Path
         running = asyncio.create_task(one_stream(server, count))
         await asyncio.to_thread(until, lambda: num_chunks > 8, within_s=20, what="a stream")
         os.kill(pid, signal.SIGKILL)
-        killed_at = time.monotonic()
+        patience = Patience(ENDED_WITHIN_S)
         later = []
-        while server.process.poll() is None and time.monotonic() < killed_at + ENDED_WITHIN_S:
+        while server.process.poll() is None and not patience.is_over():
             later.append(await one_stream(server, lambda: None))
             await asyncio.sleep(0.02)
-        seen = await asyncio.wait_for(running, ENDED_WITHIN_S)
+        seen = await asyncio.wait_for(running, patient(ENDED_WITHIN_S))
         print(f"{victim}: the running stream: {seen}; later ones: {sorted(set(later))}")
         if victim == "launcher":
             await asyncio.to_thread(server.footprint.assert_gone, ENDED_WITHIN_S)
             return
-        assert server.process.wait(1) == 1
+        assert server.process.wait(patient(1)) == 1
         await asyncio.to_thread(server.footprint.assert_gone, GONE_WITHIN_S)
         assert f"tpserve serve: error: {REASONS[victim]}" in server.log, server.log[-3000:]
         assert "Traceback" not in server.log, server.log[-6000:]
@@ -128,10 +129,10 @@ async def test_a_killed_gateway_is_started_again(tiny_folder: Path, tmp_path: Pa
             os.kill(victim, signal.SIGKILL)
             killed_at = time.monotonic()
             # Nobody is refused: who comes now waits for the next gateway.
-            later = await asyncio.wait_for(one_stream(server, lambda: None), GATEWAY_BACK_WITHIN_S)
+            later = await asyncio.wait_for(one_stream(server, lambda: None), patient(GATEWAY_BACK_WITHIN_S))
             print(f"a client that came then was served after {time.monotonic() - killed_at:.1f} s")
-            seen = await asyncio.wait_for(asyncio.gather(*running), ENDED_WITHIN_S)
-            assert await asyncio.wait_for(beside, ENDED_WITHIN_S) > 100
+            seen = await asyncio.wait_for(asyncio.gather(*running), patient(ENDED_WITHIN_S))
+            assert await asyncio.wait_for(beside, patient(ENDED_WITHIN_S)) > 100
         assert later == "complete"
         assert set(seen) <= {"complete", "connection refused or cut"}
         if num_gateways == 1:
@@ -150,13 +151,13 @@ async def test_a_killed_gateway_is_started_again(tiny_folder: Path, tmp_path: Pa
 
 def kill_until_given_up(server: Server) -> None:
     """Kill each gateway that comes: the server gives up, with the reason."""
-    deadline = time.monotonic() + 40
-    while server.process.poll() is None and time.monotonic() < deadline:
+    patience = Patience(40)
+    while server.process.poll() is None and not patience.is_over():
         for process in gateways(server):
             with suppress(psutil.Error):
                 process.kill()
         time.sleep(0.05)
-    assert server.process.wait(10) == 1, server.report("gateways are started for ever")
+    assert server.process.wait(patient(10)) == 1, server.report("gateways are started for ever")
     assert "tpserve serve: error: the gateway ended with status -9, for the 6th time within 60 s" in server.log
     server.footprint.assert_gone(ENDED_WITHIN_S)
 

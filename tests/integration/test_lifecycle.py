@@ -14,6 +14,7 @@ import openai
 import psutil
 import pytest
 
+from patience import patient
 from server import MODEL_NAME, Server, chat_request, json_line, run_cli, until
 
 FLAGS = ("--tp", "2", "--max-num-seqs", "8")
@@ -28,7 +29,7 @@ def server(demo_model: Path, tmp_path: Path) -> Iterator[Server]:
     assert compiled.code == 0, compiled.stderr
     # A proxy that does not work: nothing between processes of one machine may go through it.
     proxy = {"http_proxy": "http://127.0.0.1:9", "grpc_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-    started = Server(demo_model, *FLAGS, folder=tmp_path, environ=proxy)
+    started = Server(demo_model, *FLAGS, "--drain-timeout", "240", folder=tmp_path, environ=proxy)
     try:
         started.wait_ready()
         yield started
@@ -62,7 +63,7 @@ async def test_streams_that_outlast_the_grace_are_told(tiny_folder: Path, tmp_pa
             with pytest.raises(openai.APIError, match="The server is shutting down"):
                 async for _ in stream:
                     pass
-        assert await asyncio.to_thread(server.process.wait, 20) == 0
+        assert await asyncio.to_thread(server.process.wait, patient(20)) == 0
         server.footprint.assert_gone(within_s=1)
     finally:
         server.kill_all()
@@ -93,7 +94,7 @@ async def test_sigterm_lets_streams_finish_and_leaves_nothing(server: Server) ->
         await asyncio.to_thread(until, lambda: "draining 4 requests" in server.log, within_s=2, what="draining")
         await asyncio.to_thread(until, lambda: refuses_connections(server), within_s=2, what="a closed door")
         assert await asyncio.gather(*tasks) == expected
-    assert await asyncio.to_thread(server.process.wait, 20) == 0
+    assert await asyncio.to_thread(server.process.wait, patient(20)) == 0
     server.footprint.assert_gone(within_s=1)
     assert "Traceback" not in server.log
     assert "Using cached model: " in server.log
@@ -206,7 +207,7 @@ def test_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     environ = {"TPSERVE_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     outcome = run_cli("serve", "HF://org/name", folder=tmp_path, environ=environ, within_s=60)
     assert "cannot download org/name" in outcome.only_error()
-    assert outcome.duration_s < 20
+    assert outcome.duration_s < patient(20)
     offline = run_cli("serve", "HF://org/name", "--download-cache-policy", "READONLY", folder=tmp_path, environ=environ)
     assert "the download policy is READONLY" in offline.only_error()
     assert "HF://org/name" in run_cli("serve", "HF://not a name", folder=tmp_path, environ=environ).only_error()

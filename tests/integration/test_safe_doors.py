@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from certificates import Authority
+from patience import patient
 from server import MODEL_NAME, Server, environment, processes_of, until
 from tpserve.coordinator.engine_door import TOKEN_VARIABLE
 
@@ -79,7 +80,7 @@ def door(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         server.wait_ready()
         yield Door(server, authority, certfile, keyfile, keys)
         server.interrupt()
-        assert server.process.wait(60) == 0
+        assert server.process.wait(patient(60)) == 0
         server.footprint.assert_gone(within_s=1)
     finally:
         server.kill_all()

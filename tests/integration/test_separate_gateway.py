@@ -17,6 +17,7 @@ import pytest
 
 import helm
 from certificates import Authority
+from patience import patient
 from server import Server, environment, free_port, until
 from tpserve.coordinator.engine_door import TOKEN_VARIABLE
 from tpserve.coordinator.python_engine.engine import MLCEngine
@@ -39,7 +40,6 @@ def container(name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.timeout(280)
 def test_gateway_and_engine_as_the_chart_starts_them(tiny_folder: Path, tmp_path: Path) -> None:
     engine_port, operations_port, http_port = free_port(), free_port(), free_port()
     authority = Authority.make(tmp_path)
@@ -112,9 +112,9 @@ def test_gateway_and_engine_as_the_chart_starts_them(tiny_folder: Path, tmp_path
             assert answer.usage is not None
             assert answer.usage.completion_tokens >= 1
         gateway.terminate()
-        assert gateway.wait(30) == 0
+        assert gateway.wait(patient(30)) == 0
         engine.interrupt()
-        assert engine.process.wait(60) == 0
+        assert engine.process.wait(patient(60)) == 0
         engine.footprint.assert_gone(within_s=2)
     finally:
         gateway.kill()

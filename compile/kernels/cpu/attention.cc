@@ -29,43 +29,53 @@ TPSERVE_INLINE void score_rows(const PagedKV& kv, const int32_t* table, int64_t 
   for (int64_t i = first; i <= last; ++i) {
     const float* keys = kv.keys(table[i], head);
     for (int64_t lane = 0; lane < page_size; lane += kLanes) {
-      v16 sum[R] = {};
+      part sum[R][kParts] = {};
       for (int64_t d = 0; d < dim; ++d) {
-        const v16 key = load(keys + d * page_size + lane);
+        part key[kParts];
+#pragma GCC unroll 4
+        for (int c = 0; c < kParts; ++c) key[c] = load_part(keys + d * page_size + lane + c * kPartLanes);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sum[r] += splat(q[r][d]) * key;
+        for (int r = 0; r < R; ++r) {
+          const part query = splat_part(q[r][d]);
+#pragma GCC unroll 4
+          for (int c = 0; c < kParts; ++c) sum[r][c] += query * key[c];
+        }
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) store(scores + r * stride + (i - first) * page_size + lane, sum[r] * splat(scale));
+      for (int r = 0; r < R; ++r) {
+        float* row = scores + r * stride + (i - first) * page_size + lane;
+#pragma GCC unroll 4
+        for (int c = 0; c < kParts; ++c) store_part(row + c * kPartLanes, sum[r][c] * splat_part(scale));
+      }
     }
   }
 }
 
-/// out[r][d0 : d0 + 16 * C] = sum over keys j < count of weights[r][j] * V[j].
+/// out[r][d0 : d0 + kPartLanes * C] = sum over keys j < count of weights[r][j] * V[j].
 template <int R, int C>
 TPSERVE_INLINE void mix_values(const PagedKV& kv, const int32_t* table, int64_t head, int64_t first, int64_t count,
                                const float* weights, int64_t stride, int64_t d0, float* const* out) {
   const int64_t dim = kv.head_dim, page_size = kv.page_size;
-  v16 sum[R][C] = {};
+  part sum[R][C] = {};
   for (int64_t start = 0; start < count; start += page_size) {
     const float* values = kv.values(table[first + start / page_size], head) + d0;
     const int64_t keys = std::min(page_size, count - start);
     for (int64_t j = 0; j < keys; ++j) {
-      v16 value[C];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) value[c] = load(values + j * dim + c * kLanes);
+      part value[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) value[c] = load_part(values + j * dim + c * kPartLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const v16 weight = splat(weights[r * stride + start + j]);
-#pragma GCC unroll 4
+        const part weight = splat_part(weights[r * stride + start + j]);
+#pragma GCC unroll 8
         for (int c = 0; c < C; ++c) sum[r][c] += weight * value[c];
       }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(out[r] + d0 + c * kLanes, sum[r][c]);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store_part(out[r] + d0 + c * kPartLanes, sum[r][c]);
   }
 }
 
@@ -90,6 +100,12 @@ void softmax(float* scores, int64_t begin, int64_t end, int64_t count) {
   for (int64_t j = 0; j < count; j += kLanes) store(scores + j, load(scores + j) * inverse);
 }
 
+/// Parts of a row that `mix_values` takes at once: as many sums as registers hold, and enough to hide an FMA's latency.
+constexpr int parts_for(int rows) {
+  if (kPartLanes == 8 && rows > 2) return 2;
+  return kPartLanes < 16 && rows == 1 ? 8 : 4;
+}
+
 template <int R>
 void run_rows(const PagedKV& kv, const int32_t* table, int64_t head, int64_t first, int64_t last, const float* const* q,
               const int64_t* begins, const int64_t* ends, float scale, float* scores, float* const* out) {
@@ -101,10 +117,11 @@ void run_rows(const PagedKV& kv, const int32_t* table, int64_t head, int64_t fir
     used = std::max(used, ends[r]);
   }
   int64_t d = 0;
-  for (; d + 4 * kLanes <= kv.head_dim; d += 4 * kLanes) {
-    mix_values<R, 4>(kv, table, head, first, used, scores, count, d, out);
+  constexpr int kWide = parts_for(R);
+  for (; d + kWide * kPartLanes <= kv.head_dim; d += kWide * kPartLanes) {
+    mix_values<R, kWide>(kv, table, head, first, used, scores, count, d, out);
   }
-  for (; d < kv.head_dim; d += kLanes) mix_values<R, 1>(kv, table, head, first, used, scores, count, d, out);
+  for (; d < kv.head_dim; d += kLanes) mix_values<R, kParts>(kv, table, head, first, used, scores, count, d, out);
 }
 
 void attention(TensorView q, TensorView kv_layer, TensorView positions, TensorView token_slots, TensorView page_table,

@@ -1,6 +1,7 @@
 // What every CPU kernel shares: sixteen-lane vectors, checked views of tensors, and exp.
 //
-// Vectors are GCC vector extensions, so the compiler lowers them to AVX-512, two AVX2 halves, or four NEON quarters.
+// Vectors are GCC vector extensions, so the compiler lowers them to AVX-512, two AVX2 halves, or four NEON quarters. Where
+// they are wider than a register, GCC 12 keeps arrays of them in memory: sums that a loop adds to are arrays of `part`s.
 // Every sum runs in an order fixed by the shapes of one row alone: results do not depend on the number of rows, on
 // the number of threads, or on how rows are tiled. For that the build pins FMA contraction (see native.py).
 #pragma once
@@ -34,6 +35,18 @@ typedef uint32_t u16 __attribute__((vector_size(64)));
 typedef uint16_t h16 __attribute__((vector_size(32)));
 typedef uint16_t h16_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
 
+#if defined(__AVX512F__)
+constexpr int kPartLanes = 16;
+#elif defined(__AVX__)
+constexpr int kPartLanes = 8;
+#else
+constexpr int kPartLanes = 4;
+#endif
+constexpr int kParts = kLanes / kPartLanes;
+/// What a register holds of sixteen lanes.
+typedef float part __attribute__((vector_size(4 * kPartLanes)));
+typedef float part_unaligned __attribute__((vector_size(4 * kPartLanes), aligned(4), may_alias));
+
 /// A bfloat16 as stored; widened by a shift.
 struct bf16 {
   uint16_t bits;
@@ -54,6 +67,24 @@ TPSERVE_INLINE v16 load(const bf16* p) {
   return reinterpret_cast<v16>(__builtin_convertvector(half, u16) << 16);
 #endif
 }
+
+TPSERVE_INLINE part splat_part(float x) { return x - part{}; }
+
+TPSERVE_INLINE part load_part(const float* p) { return *reinterpret_cast<const part_unaligned*>(p); }
+
+TPSERVE_INLINE part load_part(const bf16* p) {
+#if defined(__AVX512F__)
+  return load(p);
+#else
+  typedef uint32_t wide __attribute__((vector_size(4 * kPartLanes)));
+  typedef uint16_t half __attribute__((vector_size(2 * kPartLanes)));
+  typedef uint16_t half_unaligned __attribute__((vector_size(2 * kPartLanes), aligned(2), may_alias));
+  const half bits = *reinterpret_cast<const half_unaligned*>(p);
+  return reinterpret_cast<part>(__builtin_convertvector(bits, wide) << 16);
+#endif
+}
+
+TPSERVE_INLINE void store_part(float* p, part x) { *reinterpret_cast<part_unaligned*>(p) = x; }
 
 TPSERVE_INLINE void store(float* p, v16 x) { *reinterpret_cast<v16_unaligned*>(p) = x; }
 

@@ -14,9 +14,11 @@ namespace tpserve {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kMaxRows = 14;  // 14 x 2 sums, 2 weights, 1 broadcast: 31 of 32 registers
+constexpr int kMaxRows = 14;     // 14 x 2 sums, 2 weights, 1 broadcast: 31 of 32 registers
+constexpr int kBlockPanels = 2;  // of a tile of many rows
 #else
-constexpr int kMaxRows = 4;  // sixteen lanes take two AVX2 or four NEON registers each
+constexpr int kMaxRows = 6;  // 6 x 2 sums, 2 weights, 1 broadcast: 15 of AVX2's 16 registers; twice that 29 of NEON's 32
+constexpr int kBlockPanels = 1;
 #endif
 constexpr int64_t kBlockK = 256;  // 2 panels * 256 * 64 bytes = 32 KiB, within a first-level cache of 48 KiB
 constexpr int64_t kPiecesPerThread = 4;  // fine enough to share when a thread is off its core, benchmarks/cpu_kernels.py
@@ -24,40 +26,44 @@ constexpr int64_t kChunkElements = 1 << 18;  // of packed rows: 1 MiB, within a 
 constexpr int64_t kPrefetchBytes = 3072;  // best of 768 to 12288 for eight rows in benchmarks/cpu_kernels.py
 
 /// Panels per tile: enough independent chains to hide the latency of an FMA (4 cycles on 2 ports).
-constexpr int panels_for(int rows) { return rows <= 6 && kMaxRows > 4 ? 4 : 2; }
+constexpr int panels_for(int rows) {
+  if (kParts == 1) return rows <= 6 ? 4 : 2;
+  return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+}
 
 /// `x` is packed (K, MR); `w` points at NP panels, `panel_stride` elements apart; columns of `out` are contiguous.
 template <int MR, int NP, typename W>
 TPSERVE_INLINE void tile(const float* __restrict x, const W* __restrict w, int64_t panel_stride, int64_t num_k,
                          float* __restrict out, int64_t ldo, bool resume, const float* __restrict bias) {
-  v16 sum[MR][NP];
+  constexpr int kWide = NP * kParts;
+  part sum[MR][kWide];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-    for (int p = 0; p < NP; ++p) sum[m][p] = resume ? load(out + m * ldo + p * kLanes) : v16{};
+#pragma GCC unroll 16
+    for (int p = 0; p < kWide; ++p) sum[m][p] = resume ? load_part(out + m * ldo + p * kPartLanes) : part{};
   }
   for (int64_t k = 0; k < num_k; ++k) {
-    v16 weight[NP];
-#pragma GCC unroll 4
-    for (int p = 0; p < NP; ++p) {
-      const W* row = w + p * panel_stride + k * kLanes;
-      __builtin_prefetch(reinterpret_cast<const char*>(row) + kPrefetchBytes);
-      weight[p] = load(row);
+    part weight[kWide];
+#pragma GCC unroll 16
+    for (int p = 0; p < kWide; ++p) {
+      const W* row = w + p / kParts * panel_stride + k * kLanes + p % kParts * kPartLanes;
+      if (p % kParts == 0) __builtin_prefetch(reinterpret_cast<const char*>(row) + kPrefetchBytes);
+      weight[p] = load_part(row);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      const v16 value = splat(x[k * MR + m]);
-#pragma GCC unroll 4
-      for (int p = 0; p < NP; ++p) sum[m][p] += value * weight[p];
+      const part value = splat_part(x[k * MR + m]);
+#pragma GCC unroll 16
+      for (int p = 0; p < kWide; ++p) sum[m][p] += value * weight[p];
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-    for (int p = 0; p < NP; ++p) {
-      v16 result = sum[m][p];
-      if (bias != nullptr) result += load(bias + p * kLanes);
-      store(out + m * ldo + p * kLanes, result);
+#pragma GCC unroll 16
+    for (int p = 0; p < kWide; ++p) {
+      part result = sum[m][p];
+      if (bias != nullptr) result += load_part(bias + p * kPartLanes);
+      store_part(out + m * ldo + p * kPartLanes, result);
     }
   }
 }
@@ -128,12 +134,12 @@ void stream_panels(const float* packed, const RowTiles& tiles, const W* w, int64
 template <typename W>
 void block_panels(const float* packed, const RowTiles& tiles, const W* w, int64_t first, int64_t last, int64_t num_k,
                   float* out, int64_t ldo, const float* bias) {
-  alignas(64) float scratch[2 * kBlockK * kLanes];
+  alignas(64) float scratch[kBlockPanels * kBlockK * kLanes];
   const int64_t chunk_tiles = std::max<int64_t>(4, kChunkElements / (kMaxRows * num_k));
   for (int64_t chunk = 0; chunk < tiles.count; chunk += chunk_tiles) {
     const int64_t chunk_end = std::min(tiles.count, chunk + chunk_tiles);
     for (int64_t p = first; p < last;) {
-      const int width = last - p >= 2 ? 2 : 1;
+      const int width = static_cast<int>(std::min<int64_t>(kBlockPanels, last - p));
       for (int64_t k = 0; k < num_k; k += kBlockK) {
         const int64_t depth = std::min(kBlockK, num_k - k);
         for (int i = 0; i < width; ++i) {

@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from json_schemas import random_schema
+from patience import patient
 from server import MODEL_NAME, Server, chat_request, chat_text
 
 PERSON = {
@@ -193,7 +194,7 @@ async def test_a_grammar_that_takes_too_long_costs_others_nothing(server: Server
         await asyncio.sleep(0.3)
         started = time.monotonic()
         await client.chat.completions.create(**chat_request("Hello", max_tokens=4))
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < patient(2)
         outcomes: list[Any] = list(await asyncio.gather(slow, return_exceptions=True))
         outcome = outcomes[0]
         if isinstance(outcome, BaseException):

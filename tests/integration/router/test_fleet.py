@@ -8,8 +8,8 @@ from pathlib import Path
 
 import httpx
 import psutil
-import pytest
 
+from patience import patient
 from server import Server, chat_text, processes_of, run_cli, until
 
 FLAGS = ("--replicas", "2", "--load-format", "dummy", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")
@@ -23,12 +23,11 @@ def router_of(server: Server) -> psutil.Process:
 
 def answers(server: Server) -> bool:
     try:
-        return httpx.get(f"{server.url}/health/ready", timeout=5).status_code == 200
+        return httpx.get(f"{server.url}/health/ready", timeout=patient(5)).status_code == 200
     except httpx.TransportError:
         return False
 
 
-@pytest.mark.timeout(200)
 def test_the_router_is_started_again_and_ray_is_not(tiny_folder: Path, tmp_path: Path) -> None:
     server = Server(tiny_folder, *FLAGS, folder=tmp_path)
     try:
@@ -44,7 +43,7 @@ def test_the_router_is_started_again_and_ray_is_not(tiny_folder: Path, tmp_path:
         (agent,) = (process for process in raylet.children() if process.name() == "ray::DashboardAgent")
         agent.suspend()  # it would leave by itself, some time
         raylet.kill()
-        assert server.process.wait(ENDED_WITHIN_S) == 1, server.report("the exit code")
+        assert server.process.wait(patient(ENDED_WITHIN_S)) == 1, server.report("the exit code")
         assert "tpserve serve: error: Ray has lost its raylet: start the server again" in server.log
         server.footprint.assert_gone(within_s=5)
         assert not agent.is_running(), "its title has overwritten the mark by which processes are found"
@@ -52,13 +51,12 @@ def test_the_router_is_started_again_and_ray_is_not(tiny_folder: Path, tmp_path:
         server.kill_all()
 
 
-@pytest.mark.timeout(200)
 def test_all_end_with_the_launcher(tiny_folder: Path, tmp_path: Path) -> None:
     server = Server(tiny_folder, *FLAGS, folder=tmp_path)
     try:
         server.wait_ready()
         os.kill(server.process.pid, signal.SIGKILL)
-        server.process.wait(10)
+        server.process.wait(patient(10))
         until(lambda: not processes_of(server.mark), within_s=ENDED_WITHIN_S, what="every process has ended")
     finally:
         server.kill_all()

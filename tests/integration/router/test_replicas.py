@@ -104,7 +104,6 @@ async def never_fewer_than(server: Server, num: int) -> AsyncIterator[None]:
     assert min(seen) == num, seen
 
 
-@pytest.mark.timeout(280)
 async def test_streams_of_a_killed_replica_go_on_at_the_other(server: Server) -> None:
     """kill -9 of all its processes in mid-stream: greedy, sampled, constrained, forked, with log-probabilities."""
     requests = mixed_requests(max_tokens=240)
@@ -123,7 +122,6 @@ async def test_streams_of_a_killed_replica_go_on_at_the_other(server: Server) ->
     await until_ready(server)
 
 
-@pytest.mark.timeout(280)
 async def test_a_rolling_replacement_fails_no_request(server: Server) -> None:
     """Eight clients stream all the while; `benchmarks/rolling.py` is the same with 64."""
     await until_ready(server)
