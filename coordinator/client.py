@@ -253,7 +253,7 @@ class WorkerGroup:
             await asyncio.sleep(min(self._stall_after_s / 4, self._step_timeout_s / 8))
             age_s = self.oldest_step_age_s()
             if age_s > self._step_timeout_s:
-                cause = f"missed the {self._step_timeout_s:g} s deadline of step {min(self._sent_at)}"
+                cause = f"missed the {self._step_timeout_s:g} s deadline (--step-timeout) of step {min(self._sent_at)}"
                 self._lose(self._loss(self.least_advanced().rank, cause))
                 return
             if stalled is not (age_s > self._stall_after_s):

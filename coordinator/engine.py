@@ -52,7 +52,8 @@ class EngineConfig:
     stall_after_s: float = 5.0
     """A step without a result for longer makes the engine report STALLED."""
     replay_timeout_s: float = 45.0
-    """Requests of a lost group that cannot run again by then end with an error, and new ones are refused until then."""
+    """Requests of a lost group end with an error if no step has ended by then; while there is no group, new ones are
+    refused from then on."""
     max_rebuilds_in_a_row: int = 3
     """Rebuilds that fail before the engine is DEAD."""
     plan_lead_s: float = 0.001
@@ -86,7 +87,9 @@ class Engine:
         self._draining = False
         self._drained = asyncio.Event()
         self._give_up: asyncio.TimerHandle | None = None
-        """Set while a lost group is rebuilt: when its requests have waited long enough."""
+        """Set from the loss of a group until steps end again: when its requests have waited long enough."""
+        self._loss = ""
+        """The latest rank that was lost, and how."""
         self._gave_up = False
         self._tracing = tracing
         self._step_log: StepLog | None = None
@@ -247,9 +250,11 @@ class Engine:
                 self._metrics.count_lost_rank(lost.name)
                 self._metrics.rebuilds.inc()
                 self._set_status(EngineStatus.REBUILDING, f"lost {lost}")
-                self._give_up = asyncio.get_running_loop().call_later(
-                    self._config.replay_timeout_s, self._fail_after_replay_timeout
-                )
+                self._loss = f"lost {lost}"
+                if self._give_up is None:
+                    self._give_up = asyncio.get_running_loop().call_later(
+                        self._config.replay_timeout_s, self._fail_after_replay_timeout
+                    )
             finally:
                 await self._end_group()
             self._scheduler.reset_after_group_loss()
@@ -273,8 +278,8 @@ class Engine:
         except ClusterError:
             await self._cluster.kill_ranks()
             raise
-        if self._give_up is not None:
-            self._give_up.cancel()
+        if not self._active:
+            self._stop_giving_up()
         self._gave_up = False
         self._num_model_ranks = sum(address.draft_rank is None for address in addresses)
         self._step_log = StepLog(self._num_model_ranks)
@@ -385,6 +390,7 @@ class Engine:
         self._pace.ended(result.step_us, None if result.mask_us else gap_us, time.perf_counter())
         if not result.num_tokens:
             return
+        self._stop_giving_up()
         self._last_end_us = result.started_us + result.step_us
         self._metrics.observe_step(result, gap_us)
         if result.mask_us:
@@ -404,9 +410,16 @@ class Engine:
         self._tell_watchers()
 
     def _fail_after_replay_timeout(self) -> None:
-        """While a lost group is rebuilt, let nobody wait longer than promised, however often the rebuild fails."""
-        self._gave_up = True
-        self._fail_all(f"{self._detail}; it was not rebuilt within {self._config.replay_timeout_s:g} s")
+        """Let nobody wait longer than promised, however often the rebuild fails or a new group is lost in its turn."""
+        self._give_up = None
+        self._gave_up = self._status is EngineStatus.REBUILDING
+        self._fail_all(f"{self._loss}; no step has ended within {self._config.replay_timeout_s:g} s of the first loss")
+
+    def _stop_giving_up(self) -> None:
+        """Take note that steps end again, or that nobody waits for one."""
+        if self._give_up is not None:
+            self._give_up.cancel()
+            self._give_up = None
 
     def _fail_all(self, detail: str) -> None:
         """End every request with an error event."""

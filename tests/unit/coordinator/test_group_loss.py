@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from builders import make_config
 from tpserve.coordinator.active_requests import OutputEvent
 from tpserve.coordinator.client import WorkerGroup
 from tpserve.coordinator.cluster import Cluster, ClusterConfig
-from tpserve.coordinator.engine import Engine, EngineConfig, Unavailable
+from tpserve.coordinator.engine import Engine, EngineConfig, EngineStatus, Unavailable
 from tpserve.coordinator.errors import ClusterError, RankLost
 from tpserve.coordinator.metrics import Metrics
 from tpserve.coordinator.scheduler import Scheduler
@@ -111,7 +112,7 @@ async def test_a_rank_that_takes_no_stream_is_named_at_the_deadline() -> None:
         group = WorkerGroup(addresses, 1.0, on_lost=lambda: None)
         try:
             await asyncio.wait_for(group.send(StepPlan(1)), 10)
-            with pytest.raises(RankLost, match=r"^rank 1: missed the 1 s deadline of step 1"):
+            with pytest.raises(RankLost, match=r"^rank 1: missed the 1 s deadline \(--step-timeout\) of step 1"):
                 await asyncio.wait_for(group.next_result(), 10)
         finally:
             await group.close()
@@ -184,6 +185,40 @@ async def test_nobody_waits_longer_than_promised() -> None:
             with pytest.raises(Unavailable, match="rebuilding"):
                 engine.submit(8, received.put_nowait, *arguments)
             assert engine.scheduler_stats().num_waiting == 0
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+
+
+class RestartingCluster(FailingCluster):
+    """Every rebuild comes to an end."""
+
+    async def start_ranks(self) -> Sequence[RankAddress]:
+        self.num_starts = 0
+        return await super().start_ranks()
+
+
+async def test_nobody_waits_for_groups_that_end_no_step() -> None:
+    """A step that kills each new group, or misses its deadline in each: the requests end, and the engine lives on."""
+    received: asyncio.Queue[Sequence[OutputEvent]] = asyncio.Queue()
+    async with ranks("ValueError: broken") as addresses:
+        metrics = Metrics("m")
+        engine = Engine(
+            EngineConfig(replay_timeout_s=0.5), Scheduler(make_config()), RestartingCluster(addresses), metrics
+        )
+        ready = asyncio.Event()
+        engine.watch_status(lambda: ready.set() if engine.status[0] is EngineStatus.READY else ready.clear())
+        arguments: Any = ((1, 2, 3), 1, SamplingParams(), 4, frozenset())
+        serving = asyncio.create_task(engine.run())
+        try:
+            for client_id in (7, 8):
+                await asyncio.wait_for(ready.wait(), 10)
+                engine.submit(client_id, received.put_nowait, *arguments)
+                (output,) = await asyncio.wait_for(received.get(), 10)
+                assert (output.client_id, output.event.finish) == (client_id, FinishReason.FAILED)
+                assert re.match(r"lost rank 0: failed in step \d+: ValueError: broken; ", output.detail)
+                assert output.detail.endswith("no step has ended within 0.5 s of the first loss")
+                assert engine.scheduler_stats().num_waiting == 0
         finally:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
