@@ -12,6 +12,11 @@ from tpserve.coordinator.step_log import StepLog
 from tpserve.coordinator.tracing import RequestSpans
 from tpserve.proto.messages import FinishReason
 
+MAX_GROUPS_LOST = 5
+"""That a request may outlive, one after the other, with fewer than `PROGRESS_TOKENS` new tokens on each."""
+PROGRESS_TOKENS = 4
+"""A request that breaks every group soon after its prompt, which gives a token each time, gets no further."""
+
 EventSink = Callable[[Sequence["OutputEvent"]], None]
 """Takes the events of one step that belong to one session; must not block."""
 
@@ -46,6 +51,10 @@ class _Active:
     """Why each choice that has ended did."""
     spans: RequestSpans | None = None
     """If the request is traced."""
+    num_groups_lost: int = 0
+    """In a row, each before the request got on."""
+    num_tokens_at_loss: int = 0
+    """Of all choices, when the latest group was lost."""
 
 
 class ActiveRequests:
@@ -104,17 +113,45 @@ class ActiveRequests:
         """End every request with an error event; return their keys."""
         keys = list(self._active)
         for key in keys:
-            active = self._active[key]
-            batch = [
-                OutputEvent(active.client_id, TokenEvent(key, choice, (), finish=FinishReason.FAILED), detail)
-                for choice in sorted(active.open_choices)
-            ]
-            for _ in batch:
-                self._metrics.count_finish("failed")
-                active.finished.append("failed")
-            self._forget(key)
-            active.sink(batch)
+            self._fail(key, detail)
         return keys
+
+    def count_lost_group(self, detail: str) -> list[int]:
+        """Account for the loss of a group; end, with an error event, the requests that may have caused too many.
+
+        Returns
+        -------
+        list[int]
+            The keys of those that were ended.
+        """
+        ended = []
+        for key, active in self._active.items():
+            if not any(active.started_at):
+                continue
+            num_tokens = sum(active.num_tokens)
+            got_on = num_tokens - active.num_tokens_at_loss >= PROGRESS_TOKENS
+            active.num_groups_lost = 1 if got_on else active.num_groups_lost + 1
+            active.num_tokens_at_loss = num_tokens
+            if active.num_groups_lost == MAX_GROUPS_LOST:
+                ended.append(key)
+        for key in ended:
+            self._fail(
+                key, f"{detail}; the request was on the last {MAX_GROUPS_LOST} groups that were lost and got nowhere"
+            )
+        return ended
+
+    def _fail(self, key: int, detail: str) -> None:
+        """End a request with an error event."""
+        active = self._active[key]
+        batch = [
+            OutputEvent(active.client_id, TokenEvent(key, choice, (), finish=FinishReason.FAILED), detail)
+            for choice in sorted(active.open_choices)
+        ]
+        for _ in batch:
+            self._metrics.count_finish("failed")
+            active.finished.append("failed")
+        self._forget(key)
+        active.sink(batch)
 
     # ---- steps on the ranks, for spans
 

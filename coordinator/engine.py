@@ -258,6 +258,8 @@ class Engine:
             finally:
                 await self._end_group()
             self._scheduler.reset_after_group_loss()
+            for key in self._active.count_lost_group(self._loss):
+                self._scheduler.abort(key)
 
     async def drain(self, timeout_s: float, why: str = "shutting down") -> bool:
         """Take no more requests and wait for those that run; return whether all ended in time."""
