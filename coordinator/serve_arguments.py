@@ -142,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replay-timeout",
         type=_seconds,
         default=DEFAULT_REPLAY_TIMEOUT_S,
-        help="seconds that requests of a lost rank's group wait for a new one; then they end with an error",
+        help="seconds that requests of a lost rank's group wait for a step of a new one; then they end with an error",
     )
     add_speculation_arguments(parser)
     add_observability_arguments(parser)
