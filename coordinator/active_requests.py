@@ -13,9 +13,9 @@ from tpserve.coordinator.tracing import RequestSpans
 from tpserve.proto.messages import FinishReason
 
 MAX_GROUPS_LOST = 5
-"""That a request may outlive, one after the other, with fewer than `PROGRESS_TOKENS` new tokens on each."""
+"""A request ends with the last of so many groups, lost in a row before it had `PROGRESS_TOKENS` more tokens."""
 PROGRESS_TOKENS = 4
-"""A request that breaks every group soon after its prompt, which gives a token each time, gets no further."""
+"""More than a request gets that breaks every group soon after its prompt, which gives a token each time."""
 
 EventSink = Callable[[Sequence["OutputEvent"]], None]
 """Takes the events of one step that belong to one session; must not block."""
@@ -52,7 +52,7 @@ class _Active:
     spans: RequestSpans | None = None
     """If the request is traced."""
     num_groups_lost: int = 0
-    """In a row, each before the request got on."""
+    """In a row, each before the request had `PROGRESS_TOKENS` more tokens."""
     num_tokens_at_loss: int = 0
     """Of all choices, when the latest group was lost."""
 

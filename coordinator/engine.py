@@ -249,8 +249,8 @@ class Engine:
                 logger.error("lost %s; rebuilding the TP group, %d requests wait", lost, len(self._active))
                 self._metrics.count_lost_rank(lost.name)
                 self._metrics.rebuilds.inc()
-                self._set_status(EngineStatus.REBUILDING, f"lost {lost}")
                 self._loss = f"lost {lost}"
+                self._set_status(EngineStatus.REBUILDING, self._loss)
                 if self._give_up is None:
                     self._give_up = asyncio.get_running_loop().call_later(
                         self._config.replay_timeout_s, self._fail_after_replay_timeout
@@ -418,7 +418,7 @@ class Engine:
         self._fail_all(f"{self._loss}; no step has ended within {self._config.replay_timeout_s:g} s of the first loss")
 
     def _stop_giving_up(self) -> None:
-        """Take note that steps end again, or that nobody waits for one."""
+        """Cancel `_fail_after_replay_timeout`: steps end again, or nobody waits for one."""
         if self._give_up is not None:
             self._give_up.cancel()
             self._give_up = None

@@ -20,7 +20,7 @@ constexpr int kBlockPanels = 2;  // of a tile of many rows
 constexpr int kMaxRows = 6;  // 6 x 2 sums, 2 weights, 1 broadcast: 15 of AVX2's 16 registers; twice that 29 of NEON's 32
 constexpr int kBlockPanels = 1;
 #endif
-constexpr int64_t kBlockK = 256;  // 2 panels * 256 * 64 bytes = 32 KiB, within a first-level cache of 48 KiB
+constexpr int64_t kBlockK = 256;  // kBlockPanels * 256 * 64 bytes: 32 KiB within a first-level cache of 48, or 16 within 32
 constexpr int64_t kPiecesPerThread = 4;  // fine enough to share when a thread is off its core, benchmarks/cpu_kernels.py
 constexpr int64_t kChunkElements = 1 << 18;  // of packed rows: 1 MiB, within a second-level cache of 2 MiB
 constexpr int64_t kPrefetchBytes = 3072;  // best of 768 to 12288 for eight rows in benchmarks/cpu_kernels.py

@@ -204,19 +204,19 @@ class RestartingCluster(FailingCluster):
 
 
 @pytest.mark.parametrize(
-    ("rebuild_s", "why"),
+    ("rebuild_s", "replay_timeout_s", "why"),
     [
-        (0.2, "no step has ended within 0.5 s of the first loss"),
-        (0.0, "the request was on the last 5 groups that were lost and got nowhere"),
+        (0.2, 0.5, "no step has ended within 0.5 s of the first loss"),
+        (0.0, 45.0, "the request was on the last 5 groups that were lost and got nowhere"),
     ],
 )
-async def test_nobody_waits_for_groups_that_end_no_step(rebuild_s: float, why: str) -> None:
+async def test_nobody_waits_for_groups_that_end_no_step(rebuild_s: float, replay_timeout_s: float, why: str) -> None:
     """A step that kills each new group, or misses its deadline in each: the requests end, and the engine lives on."""
     received: asyncio.Queue[Sequence[OutputEvent]] = asyncio.Queue()
     async with ranks("ValueError: broken") as addresses:
         metrics = Metrics("m")
         engine = Engine(
-            EngineConfig(replay_timeout_s=0.5),
+            EngineConfig(replay_timeout_s=replay_timeout_s),
             Scheduler(make_config()),
             RestartingCluster(addresses, rebuild_s),
             metrics,
