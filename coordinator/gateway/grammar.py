@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
 from typing import Any
@@ -25,6 +26,8 @@ COMPILE_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
 MAX_SOURCE_BYTES = 256 << 10
 MAX_REMEMBERED = 4096
+LATE_REMEMBERED_S = 60.0
+"""So long a grammar that was not compiled in time is refused unseen; the host may have been busy with other things."""
 
 
 class GrammarChecker:
@@ -43,6 +46,8 @@ class GrammarChecker:
         self._one_at_a_time = asyncio.Lock()
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         """By hash of the grammar: what is wrong with it."""
+        self._late: dict[bytes, float] = {}
+        """Those of them that were not compiled in time, and when that is forgotten."""
 
     async def check(self, grammar: Grammar, vocab_size: int, *, param: str) -> None:
         """Return if the grammar compiles.
@@ -60,12 +65,14 @@ class GrammarChecker:
                 f"{param} makes a grammar of {len(source)} bytes; at most {MAX_SOURCE_BYTES} are allowed", param=param
             )
         key = hashlib.sha256(bytes([grammar.kind.value]) + source).digest()
+        self._forget_late(key)
         if key not in self._known:
             async with self._one_at_a_time:
                 if key not in self._known:  # nobody has asked the same meanwhile
-                    self._known[key] = await self._compile(grammar, vocab_size)
+                    self._known[key] = await self._compile(key, grammar, vocab_size)
                     if len(self._known) > MAX_REMEMBERED:
-                        self._known.popitem(last=False)
+                        oldest, _ = self._known.popitem(last=False)
+                        self._late.pop(oldest, None)
         self._known.move_to_end(key)
         if (error := self._known[key]) is not None:
             raise InvalidRequest(f"{param}: {error}", param=param)
@@ -77,7 +84,11 @@ class GrammarChecker:
             process.kill()
             await process.wait()
 
-    async def _compile(self, grammar: Grammar, vocab_size: int) -> str | None:
+    def _forget_late(self, key: bytes) -> None:
+        if key in self._late and time.monotonic() >= self._late[key]:
+            del self._late[key], self._known[key]
+
+    async def _compile(self, key: bytes, grammar: Grammar, vocab_size: int) -> str | None:
         process = await self._ready_process(vocab_size)
         assert process.stdin is not None
         process.stdin.write(json.dumps({"kind": grammar.kind.value, "source": grammar.source}).encode() + b"\n")
@@ -85,6 +96,7 @@ class GrammarChecker:
             answer = await asyncio.wait_for(_read(process), self._compile_timeout_s)
         except TimeoutError:
             await self.close()
+            self._late[key] = time.monotonic() + LATE_REMEMBERED_S
             return f"the grammar was not compiled within {self._compile_timeout_s:g} s; make it simpler"
         except BaseException:  # this request was cancelled: its answer must not become another's
             if self._process is not None:
