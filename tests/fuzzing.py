@@ -13,7 +13,7 @@ _TIMES = int(os.environ.get("TPSERVE_FUZZ_TIMES", "1"))
 """So many times the examples, for a long run; each run finds the same without it."""
 
 
-def fuzz(num_examples: int, *, deadline_ms: int = 5000) -> settings:
+def fuzz(num_examples: int, *, deadline_ms: int = 60_000) -> settings:
     """Return the settings of a test; an example that takes longer than the deadline is a hang."""
     return settings(
         max_examples=num_examples * _TIMES,

@@ -36,6 +36,8 @@ def part_of(rank: int, *shape: int) -> npt.NDArray[np.float32]:
 def process(body: Body, library: str, name: str, rank: int, world: int, timeout_s: float, pipe: Connection) -> None:
     try:
         module = tvm_ffi.load_module(library)
+        pipe.send(("ready", None))
+        pipe.recv()  # until all are: how long a Python takes to start is no part of a time-out
         with SharedMemoryCommunicator(
             module, name, rank, world, capacity_bytes=CAPACITY, timeout_s=timeout_s
         ) as communicator:
@@ -62,6 +64,9 @@ class Group:
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(started)
+        self.receive_all("ready")
+        for pipe in self.pipes:
+            pipe.send("go")
 
     def receive(self, kind: str, index: int) -> Any:
         assert self.pipes[index].poll(60), f"rank {index} is silent"
@@ -115,13 +120,13 @@ def test_the_time_that_a_rank_was_stopped_is_no_waiting_for_others(start: Start,
     time.sleep(0.2)
     if is_stopped:
         os.kill(pids[1], signal.SIGSTOP)
-    time.sleep(1.0)
+    time.sleep(3.0)
     group.pipes[0].send("come")
     group.receive("result", 0)
     if is_stopped:
         os.kill(pids[1], signal.SIGCONT)
     waited_s = group.receive("result", 1) / 1e6
-    assert waited_s < 0.6 if is_stopped else waited_s > 0.9
+    assert waited_s < 1.2 if is_stopped else waited_s > 1.5
 
 
 def reduce_and_gather(communicator: SharedMemoryCommunicator, _: Connection) -> object:
@@ -202,7 +207,7 @@ def test_a_killed_rank_is_named_by_the_survivors(start: Start) -> None:
         message = group.receive("TimeoutError", index)
         assert message.endswith("for rank 2"), message
         assert "all_reduce, call " in message
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
     assert not group.segment_exists()
 
 
@@ -259,7 +264,7 @@ def test_ranks_that_disagree_are_told(start: Start) -> None:
 
 @pytest.mark.parametrize(("ranks", "missing"), [([0, 2], "for rank 1 to attach"), ([1, 2], "for rank 0 to create")])
 def test_a_rank_that_never_comes_is_named_and_leaves_no_segment(start: Start, ranks: list[int], missing: str) -> None:
-    group = start(reduce_when_told, 3, ranks=ranks, timeout_s=2.0)  # in which the others come, on busy cores too
+    group = start(reduce_when_told, 3, ranks=ranks, timeout_s=2.0)
     for message in group.receive_all("TimeoutError"):
         assert missing in message
     assert not group.segment_exists()

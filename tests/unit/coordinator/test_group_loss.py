@@ -156,12 +156,14 @@ class FailingCluster(Cluster):
         super().__init__(ClusterConfig(rank, 60.0))
         self._addresses = addresses
         self.num_starts = 0
+        self.last_began = asyncio.Event()
 
     async def start_ranks(self) -> Sequence[RankAddress]:
         self.num_starts += 1
         if self.num_starts == 2:
             raise ClusterError("no room")
         if self.num_starts > 2:
+            self.last_began.set()
             await asyncio.Event().wait()
         return [
             RankAddress(rank, "127.0.0.1", int(address.rpartition(":")[2]), 0, "elsewhere")
@@ -181,7 +183,7 @@ async def test_nobody_waits_longer_than_promised() -> None:
             (output,) = await asyncio.wait_for(received.get(), 10)
             assert (output.client_id, output.event.finish) == (7, FinishReason.FAILED)
             assert "lost rank 0: failed in step 1: ValueError: broken" in output.detail
-            assert cluster.num_starts == 3
+            await asyncio.wait_for(cluster.last_began.wait(), 10)
             with pytest.raises(Unavailable, match="rebuilding"):
                 engine.submit(8, received.put_nowait, *arguments)
             assert engine.scheduler_stats().num_waiting == 0

@@ -258,7 +258,7 @@ async def test_engine_that_answers_nothing(make_stack: StackFactory) -> None:
 async def test_health_is_the_engines(make_stack: StackFactory, tokenizer: Tokenizer, name: str) -> None:
     engine = ScriptedEngine(seeded_script(tokenizer.vocab_size), tokenizer.vocab_size)
     engine.status = getattr(engine_pb2.EngineState, name)
-    async with make_stack(engine) as stack:
+    async with make_stack(engine, rpc_timeout_s=600.0) as stack:  # which is not asked again
         unwell = await stack.http.get("/health")
         assert unwell.status_code == 503
         assert unwell.json() == {"status": name.lower(), "detail": "scripted"}

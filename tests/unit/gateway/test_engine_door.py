@@ -84,10 +84,10 @@ async def listening(door: EngineDoor | None) -> AsyncIterator[str]:
 async def said_of(address: str, door: EngineDoor | None, caplog: pytest.LogCaptureFixture) -> str:
     """Return what a gateway logs first of the session that it cannot open."""
     caplog.clear()
-    client = EngineClient(address, rpc_timeout_s=1.0, session_timeout_s=5.0, door=door)
+    client = EngineClient(address, rpc_timeout_s=3.0, session_timeout_s=5.0, door=door)
     with caplog.at_level(logging.WARNING):
         client.start()
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             while not (found := [text for text in caplog.messages if "no session" in text]):  # noqa: ASYNC110  # a log
                 await asyncio.sleep(0.02)
     with pytest.raises(EngineUnavailable):

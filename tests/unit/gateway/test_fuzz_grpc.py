@@ -165,14 +165,14 @@ async def test_the_engine_s_door_takes_any_bytes() -> None:
         for method in ("Session", "Describe", "Metrics", "Trace", "Nothing"):
             untyped: Any = channel
             for sent in found:
-                call = untyped.stream_stream(f"/tpserve.Engine/{method}")(iter([sent]), timeout=5)
+                call = untyped.stream_stream(f"/tpserve.Engine/{method}")(iter([sent]), timeout=60)
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     async for _ in call:
                         pass
                 code = await call.code()
                 assert code is not grpc.StatusCode.DEADLINE_EXCEEDED, (method, sent)
         stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]  # generated
-        assert (await stub.Describe(engine_pb2.DescribeRequest(), timeout=5)).version == "1"
+        assert (await stub.Describe(engine_pb2.DescribeRequest(), timeout=60)).version == "1"
 
 
 # ---- ranks
@@ -252,7 +252,7 @@ def test_a_rank_s_door_takes_any_bytes() -> None:
 
             def send(sent: bytes) -> grpc.StatusCode:
                 metadata = (("authorization", "Bearer secret"),)
-                call = untyped.stream_stream("/tpserve.Worker/Execute")(_one(sent), metadata=metadata, timeout=5)
+                call = untyped.stream_stream("/tpserve.Worker/Execute")(_one(sent), metadata=metadata, timeout=60)
                 with contextlib.suppress(grpc.RpcError):
                     for _ in call:
                         pass

@@ -53,7 +53,7 @@ async def test_bodies(make_stack: StackFactory) -> None:
 
 
 def send_bodies(url: str) -> None:
-    with httpx.Client(base_url=url, timeout=10) as http:
+    with httpx.Client(base_url=url, timeout=60) as http:
 
         @fuzz(150)
         @given(st.data())
@@ -98,7 +98,7 @@ def send_bytes(url: str) -> None:
     @given(st.one_of(mutated_bytes(whole), mutated_bytes(chunked), st.binary(max_size=300)))
     def check(sent: bytes) -> None:
         answer = b""
-        with socket.create_connection(address, timeout=4) as raw, contextlib.suppress(ConnectionError):
+        with socket.create_connection(address, timeout=60) as raw, contextlib.suppress(ConnectionError):
             raw.sendall(sent)
             raw.shutdown(socket.SHUT_WR)
             while part := raw.recv(65536):
@@ -106,7 +106,7 @@ def send_bytes(url: str) -> None:
         assert b"HTTP/1.1 5" not in answer, sent
 
     check()
-    assert httpx.post(f"{url}/v1/chat/completions", content=body).status_code == 200
+    assert httpx.post(f"{url}/v1/chat/completions", content=body, timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ async def test_a_large_body_may_take_its_time(make_stack: StackFactory) -> None:
 
     async def steady() -> AsyncIterator[bytes]:
         for _ in range(10):
-            yield b" " * 4096
+            yield b" " * 65536
             await asyncio.sleep(0.05)
         yield BODY
 

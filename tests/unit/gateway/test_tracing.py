@@ -34,7 +34,7 @@ async def test_it_is_traced(make_stack: StackFactory, route: str, body: dict[str
             (submit,) = stack.engine.submits
             tracing = stack.service.tracing
         assert tracing is not None
-        await asyncio.to_thread(tracing.shutdown)
+        await asyncio.to_thread(tracing.shutdown, 60.0)
         (span,) = receiver.spans
     assert (span.trace_id, span.parent_id) == (TRACE_ID, PARENT_ID)
     assert submit.traceparent == f"00-{TRACE_ID}-{span.span_id}-01"

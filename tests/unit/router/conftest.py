@@ -5,6 +5,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import openai
@@ -97,7 +98,9 @@ async def routed(*backends: str, num_ready: int | None = None, **changes: object
 async def two(make_stack: StackFactory, tokenizer: Tokenizer) -> AsyncIterator[tuple[Stack, Stack]]:
     """Two gateways on engines with the same tokens."""
     engines = [make_engine(tokenizer) for _ in range(2)]
-    async with make_stack(engines[0], router_token=SECRET) as one, make_stack(engines[1], router_token=SECRET) as other:
+    # Who has told of a state keeps it: nobody asks again before the test is over.
+    settings: dict[str, Any] = {"router_token": SECRET, "rpc_timeout_s": 600.0}
+    async with make_stack(engines[0], **settings) as one, make_stack(engines[1], **settings) as other:
         yield one, other
 
 

