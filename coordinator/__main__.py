@@ -239,7 +239,11 @@ async def _listen(config: CoordinatorConfig, service: EngineService) -> tuple[gr
 
 def main() -> int:
     """Run the coordinator; return the exit code."""
-    config = CoordinatorConfig(**json.loads(sys.stdin.read() if sys.argv[1] == "-" else sys.argv[1]))
+    try:
+        config = CoordinatorConfig(**json.loads(sys.stdin.read() if sys.argv[1] == "-" else sys.argv[1]))
+    except json.JSONDecodeError as error:  # who starts it was killed while it wrote
+        sys.stderr.write(f"error: the configuration of the coordinator is cut off or no JSON: {error}\n")
+        return 2
     parent = keep_stdout_for_parent()  # Ray prints what its daemons and ranks say
     configure(config.log_format, "coordinator")
     tracing = None

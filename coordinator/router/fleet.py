@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -115,6 +116,8 @@ class Fleet:
         """In which the replicas' gateways keep what each API key has used."""
         self._environment: dict[str, str] = {}
         self._replicas: list[_Child] = []
+        self._held_ports: list[socket.socket] = []
+        """Bound and never listening: a replica can listen there, and no connection is given one of them meanwhile."""
         self._ports: list[int] = []
         self._router: _Child | None = None
         self._url = ""
@@ -162,10 +165,8 @@ class Fleet:
         token = args.router_token or os.urandom(24).hex()
         self._environment = {TOKEN_VARIABLE: token}
         address = args.ray_address or self._start_ray()
-        held = [bind("127.0.0.1", 0) for _ in range(args.replicas)]  # all at once, so that they differ
-        self._ports = [bound.getsockname()[1] for bound in held]
-        for bound in held:
-            bound.close()
+        self._held_ports = [bind("127.0.0.1", 0) for _ in range(args.replicas)]
+        self._ports = [bound.getsockname()[1] for bound in self._held_ports]
         self._replicas = [self._make_replica(number, address) for number in range(args.replicas)]
         self._router = self._make_router()
         self._start_router()

@@ -1,15 +1,16 @@
-"""What is left of a child's session is ended with it, and nothing else is."""
+"""Processes that start, hold ports and end: nothing else is touched, and what was cut off says so."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tpserve.coordinator.process import kill_session
+from tpserve.coordinator.process import bind, kill_session
 
 LEADER = """
 import subprocess, sys, time
@@ -53,3 +54,19 @@ def test_the_caller_is_spared() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True, timeout=30
     )
     assert done.stdout == "here\n", done.stderr
+
+
+def test_a_coordinator_whose_parent_was_killed_while_it_wrote_ends_with_a_line() -> None:
+    command = [sys.executable, "-m", "tpserve.coordinator", "-"]
+    done = subprocess.run(command, input='{"host": "127.0', capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the configuration of the coordinator is cut off or no JSON: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_who_holds_a_port_lets_another_listen_there() -> None:
+    with bind("127.0.0.1", 0) as held, bind("127.0.0.1", held.getsockname()[1]) as listening:
+        listening.listen()
+        with socket.create_connection(held.getsockname(), timeout=10) as client, listening.accept()[0] as served:
+            served.sendall(b"here")
+            assert client.recv(4) == b"here"
