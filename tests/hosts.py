@@ -134,7 +134,7 @@ class TwoHosts:
                 environ = environment(mark, RAY_ENVIRON)
                 if home is not None:
                     environ["TPSERVE_HOME"] = str(home)
-                script = f"hostname {name} && {mounts} && ip link set lo up && echo ready && exec sleep 600"
+                script = f"hostname {name} && {mounts} && ip link set lo up && echo ready && exec sleep 3600"
                 holder = subprocess.Popen(
                     ["unshare", "--net", "--mount", "--uts", "sh", "-c", script], stdout=subprocess.PIPE, env=environ
                 )

@@ -16,6 +16,8 @@ import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 
+from patience import Patience
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -47,9 +49,9 @@ class Receiver:
 
     def wait_for(self, enough: Callable[[list[Span]], bool], within_s: float = 20.0) -> list[Span]:
         """Return the spans once they are enough; fail if they are not in time."""
-        deadline = time.monotonic() + within_s
+        patience = Patience(within_s)
         while not enough(spans := self.spans):
-            assert time.monotonic() < deadline, f"only {[span.name for span in spans]}"
+            assert not patience.is_over(), f"only {[span.name for span in spans]}"
             time.sleep(0.05)
         return spans
 

@@ -7,10 +7,13 @@ because of the processor or of those who use it too, they grow by as much.
 
 from __future__ import annotations
 
+import threading
 import time
+from typing import Self
 
 QUICK_S = 0.01
 """What `_work` takes on a quick machine."""
+_LONGEST_PAUSE_S = 1.0
 
 
 def _work() -> int:
@@ -33,13 +36,43 @@ def patient(limit: float) -> float:
 
 
 class Patience:
-    """A deadline that moves if the machine turns out to be slow; asked often, it costs nothing until the limit."""
+    """A deadline that moves if the machine turns out to be slow; asked often, it costs nothing until the limit.
+
+    A pause between two questions counts for a second at most: a machine that stood still has given nobody any time.
+    """
 
     def __init__(self, within_s: float) -> None:
         self._within_s = within_s
-        self._begin = time.monotonic()
+        self._last = time.monotonic()
+        self._waited_s = 0.0
+        self._slowness = 1.0
 
     def is_over(self) -> bool:
-        """Say whether the limit has passed, as long as it is on this machine."""
-        waited_s = time.monotonic() - self._begin
-        return waited_s > self._within_s and waited_s > patient(self._within_s)
+        """Say whether the limit has passed, as long as it is on this machine at its slowest."""
+        now = time.monotonic()
+        self._waited_s += min(now - self._last, _LONGEST_PAUSE_S)
+        self._last = now
+        if self._waited_s > self._within_s * self._slowness:
+            self._slowness = max(self._slowness, slowness())
+        return self._waited_s > self._within_s * self._slowness
+
+
+class SlownessMeter:
+    """Measures all the while, in a thread of its own, how slow this machine is at its slowest."""
+
+    def __init__(self) -> None:
+        self.most = 1.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.25):
+            self.most = max(self.most, slowness())

@@ -39,7 +39,9 @@ PROMISED_S = 45.0
 @pytest.fixture(scope="module")
 def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("faults")
-    flags = ("--tp", "2", "--max-num-seqs", "8", "--max-num-queued-reqs", "8", "--step-timeout", "6")
+    flags = ["--tp", "2", "--max-num-seqs", "8", "--max-num-queued-reqs", "8"]
+    # Longer than a busy machine stands still and than finding who is at fault takes: only tests lose a group.
+    flags += ["--step-timeout", "20", "--replay-timeout", "240"]
     with Server.running(demo_model, *flags, folder=folder) as running:
         yield running
 
@@ -134,7 +136,7 @@ class HealthWatch:
             self._thread.join()
 
 
-def wait_idle(server: Server, within_s: float = 2) -> None:
+def wait_idle(server: Server, within_s: float = 10) -> None:
     """Nothing runs, waits or holds a page."""
 
     def idle() -> bool:
@@ -171,6 +173,7 @@ async def all_have_text(streams: list[Stream], num_chars: int) -> None:
 async def test_killed_rank(server: Server, undisturbed: Undisturbed, rank: int) -> None:
     """kill -9 while eight requests stream."""
     old = server.rank_pids()
+    ranks_lost = server.metrics().get(f"tpserve_ranks_lost_total{{rank={rank}}}", 0)
     watch = HealthWatch(server)
     expected = await asyncio.to_thread(undisturbed, 80)
     async with server.async_client() as client:
@@ -190,10 +193,11 @@ async def test_killed_rank(server: Server, undisturbed: Undisturbed, rank: int) 
         assert re.match(rf"lost rank {rank}: connection lost", log)
         # Down from when the gateway can know, well under a second, to the new group, whose first step may be slow.
         assert watch.states.count("rebuilding") == 1, watch.states
-        assert watch.asked_at[watch.states.index("rebuilding")] - killed_at < patient(1.5)
+        known_after_s = watch.asked_at[watch.states.index("rebuilding")] - killed_at
+        assert known_after_s < patient(5), "far less than ranks wait for each other"
         assert await texts(client, 80) == expected
     wait_idle(server)
-    assert server.metric(f"ranks_lost_total{{rank={rank}}}") == 1
+    assert server.metric(f"ranks_lost_total{{rank={rank}}}") == ranks_lost + 1
 
 
 async def test_hanging_rank_is_named_and_replaced(server: Server, undisturbed: Undisturbed) -> None:
@@ -241,7 +245,7 @@ async def run_beside(server: Server, undisturbed: Undisturbed, disturb: Callable
         for stream, text in zip(streams, expected, strict=True):
             stream.check(text)
     assert server.rank_pids() == old
-    await asyncio.to_thread(until, lambda: server.health()[0] == 200, within_s=2, what="ready")
+    await asyncio.to_thread(until, lambda: server.health()[0] == 200, within_s=10, what="ready")
 
 
 async def test_slowed_rank_is_named_and_kept(server: Server, undisturbed: Undisturbed) -> None:
@@ -272,7 +276,7 @@ async def test_stall_shows_and_passes(server: Server, undisturbed: Undisturbed) 
 
     def stand_still(pid: int) -> None:
         os.kill(pid, signal.SIGSTOP)
-        until(lambda: server.health()[1]["status"] == "stalled", within_s=3.5, what="stalled")
+        until(lambda: server.health()[1]["status"] == "stalled", within_s=10, what="stalled")
         probes.update(
             {
                 probe: httpx.get(f"{server.url}/health/{probe}", timeout=patient(2)).status_code
@@ -302,6 +306,10 @@ async def test_no_answer_is_lost_over_kills(server: Server) -> None:
     wait_idle(server)
 
 
+def has_eight(server: Server, name: str) -> bool:
+    return server.metric(name) == 8
+
+
 async def test_overload_is_refused_and_nobody_lost(server: Server) -> None:
     """Eight wait at most, beside those that run; the rest is told to come back."""
 
@@ -315,9 +323,18 @@ async def test_overload_is_refused_and_nobody_lost(server: Server) -> None:
 
     async with server.async_client() as client:
         alone = [await ask(client, number) for number in range(8)]
+        first, then, tasks = list[Stream](), list[Stream](), []
+        for streams, where, num_tokens in ((first, "running", 150), (then, "waiting", 24)):
+            options = {"max_tokens": num_tokens, "stream": True, "logit_bias": {"2": -100}}
+            streams += [Stream(client, chat_request(prompt, **options)) for prompt in PROMPTS]
+            tasks += [asyncio.create_task(stream.run()) for stream in streams]
+            are_there = functools.partial(has_eight, server, f"num_requests_{where}")
+            await asyncio.to_thread(until, are_there, within_s=20, what=f"eight {where}")
         outcomes = await asyncio.gather(*(ask(client, number) for number in range(48)))
+        await asyncio.gather(*tasks)
+    assert [stream.finish for stream in first + then] == ["length"] * 16
     refused = [outcome for outcome in outcomes if isinstance(outcome, openai.RateLimitError)]
-    assert 10 <= len(refused) <= 40
+    assert len(refused) >= 32
     for error in refused:
         assert int(error.response.headers["retry-after"]) >= 1
         assert error.code == "rate_limit_exceeded"
@@ -342,9 +359,7 @@ async def test_client_that_leaves_frees_its_pages(server: Server, stream: bool) 
         else:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        left_at = time.monotonic()
-    await asyncio.to_thread(wait_idle, server, 1)
-    assert time.monotonic() - left_at < patient(1.5)
+    await asyncio.to_thread(wait_idle, server)  # the tokens would take more than a minute
     assert server.metric("request_success_total{finished_reason=abort}") == aborted + 2
 
 

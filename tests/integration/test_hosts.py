@@ -24,7 +24,7 @@ from patience import patient
 from server import MODEL_NAME, REPOSITORY, Outcome, Server, environment, processes_of, run_cli, until
 
 ADDRESS = f"{FIRST}:{GCS_PORT}"
-CUT_S = 8.0
+CUT_S = 12.0
 """Longer than ranks wait for each other, and short enough that Ray does not give the host up."""
 FLAGS = ("--tp", "2", "--device", "cpu", "--max-num-seqs", "4")
 END_TOKEN = 2
@@ -48,7 +48,7 @@ def server(
     server = Server(
         demo_folder,
         *FLAGS,
-        *("--ray-address", ADDRESS, "--tp-across-nodes", "spread", "--step-timeout", "6"),
+        *("--ray-address", ADDRESS, "--tp-across-nodes", "spread", "--step-timeout", "12", "--replay-timeout", "240"),
         folder=tmp_path_factory.mktemp("server"),
         environ={"TPSERVE_HOME": str(cache_home), **RAY_ENVIRON},
         prefix=hosts.first.inside,
@@ -73,7 +73,7 @@ def refused(
             folder=tmp_path_factory.mktemp("refused"),
             environ={"TPSERVE_HOME": str(cache_home), **RAY_ENVIRON},
             prefix=hosts.first.inside,
-            within_s=80,
+            within_s=90,
         )
 
 
@@ -154,46 +154,47 @@ def test_a_rank_on_another_host_takes_nobody_without_a_certificate(server: Serve
 
 def test_a_host_that_is_cut_off_and_returns(server: Server, hosts: TwoHosts, demo_folder: Path) -> None:
     """In mid-stream: the client sees a pause, and then the rest of the very text."""
-    golden, chunks = Golden(demo_folder, "story"), list[str]()
+    golden, chunks, before = Golden(demo_folder, "story"), list[str](), len(server.log)
     with server.client() as client, ThreadPoolExecutor(1) as pool:
         streaming = pool.submit(golden.stream, client, chunks)
         until(lambda: len(chunks) > 5, within_s=20, what="a stream")
         hosts.cut()
         cut_at, seen = time.monotonic(), len(chunks)
-        until(lambda: "lost rank" in server.log, within_s=CUT_S, what="the loss of the host")
+        until(lambda: "lost rank" in server.log[before:], within_s=CUT_S, what="the loss of the host")
         assert seen < 60, "the stream was over before the cable was pulled"
         time.sleep(max(0.0, cut_at + CUT_S - time.monotonic()))
         hosts.restore()
-        streaming.result(40)
+        streaming.result(patient(120))
         print(f"the stream went on {time.monotonic() - cut_at:.1f} s after the cut")
     assert "".join(chunks) == golden.text
-    lost = re.findall(r"lost rank .*", server.log)[-1]
+    lost = re.findall(r"lost rank .*", server.log[before:])[0]  # a slow machine may lose the next group as well
     assert re.match(r"lost rank 1 on host-b: waited for in vain; rank 0 says of step \d+: TimeoutError: rank 0", lost)
     assert len(re.findall("sent the model", server.log)) == 1, "what the host had been sent was there still"
     assert server.health()[0] == 200
 
 
+def test_what_cannot_be_placed_says_where_there_is_room(refused: Future[Outcome]) -> None:
+    """Before a host leaves: one that has joined again has room for a moment."""
+    error = refused.result(patient(90)).only_error()
+    assert "no Ray node has 2 free CPUs for 2 ranks: " in error
+    assert f"host-a ({FIRST}) has 0 of 1 CPUs free" in error
+    assert f"host-b ({SECOND}) has 0 of 1 CPUs free" in error
+    assert "--tp-across-nodes" in error
+
+
 def test_a_host_whose_ray_dies_and_is_started_again(server: Server, hosts: TwoHosts, demo_folder: Path) -> None:
     """As a host that is switched off and on: its place is given up, and found again on what has joined."""
-    golden, chunks = Golden(demo_folder, "explain"), list[str]()
+    golden, chunks, before = Golden(demo_folder, "explain"), list[str](), len(server.log)
     with server.client() as client, ThreadPoolExecutor(1) as pool:
         streaming = pool.submit(golden.stream, client, chunks)
         until(lambda: len(chunks) > 5, within_s=20, what="a stream")
         hosts.second.kill_all()
         killed_at = time.monotonic()
         hosts.second.start_ray(num_cpus=1)
-        streaming.result(40)
+        streaming.result(patient(120))
         print(f"the stream went on {time.monotonic() - killed_at:.1f} s after the death")
     assert "".join(chunks) == golden.text
-    assert re.findall(r"lost rank .*", server.log)[-1].startswith("lost rank 1 on host-b: ")
-
-
-def test_what_cannot_be_placed_says_where_there_is_room(refused: Future[Outcome]) -> None:
-    error = refused.result(60).only_error()
-    assert "no Ray node has 2 free CPUs for 2 ranks: " in error
-    assert f"host-a ({FIRST}) has 0 of 1 CPUs free" in error
-    assert f"host-b ({SECOND}) has 0 of 1 CPUs free" in error
-    assert "--tp-across-nodes" in error
+    assert re.findall(r"lost rank .*", server.log[before:])[0].startswith("lost rank 1 on host-b: ")
 
 
 @pytest.mark.parametrize(
@@ -218,4 +219,4 @@ def test_a_cluster_that_loses_its_head_ends_the_server(server: Server, hosts: Tw
     assert server.process.wait(patient(40)) == 1, server.report("not ended by the loss of Ray's head")
     assert f"Ray has lost its head at {ADDRESS}, which has not answered for 15 s: start the server again" in server.log
     assert "Traceback" not in server.log[before:], server.report("a traceback")
-    until(lambda: not processes_of(server.mark), within_s=10, what="the end of all that the server started")
+    until(lambda: not processes_of(server.mark), within_s=30, what="the end of all that the server started")

@@ -23,11 +23,11 @@ from tpserve import AsyncMLCEngine
 
 DUMMY = ("--load-format", "dummy", "--max-num-seqs", "12", "--max-num-batched-tokens", "64")
 """Random weights, and room for all that a test streams at once."""
-ENDED_WITHIN_S = 20.0
-GONE_WITHIN_S = 5.0
+ENDED_WITHIN_S = 60.0
+GONE_WITHIN_S = 10.0
 """Once `serve` has ended: what it has killed is as good as gone."""
 MODULES = {"coordinator": "tpserve.coordinator", "gateway": "tpserve.coordinator.gateway"}
-GATEWAY_BACK_WITHIN_S = 15.0
+GATEWAY_BACK_WITHIN_S = 40.0
 """It loads a tokenizer and joins the coordinator."""
 REASONS = {
     "coordinator": "the coordinator ended with status -9",
@@ -90,7 +90,7 @@ async def test_killed_process_ends_the_replica(tiny_folder: Path, tmp_path: Path
         if victim == "launcher":
             await asyncio.to_thread(server.footprint.assert_gone, ENDED_WITHIN_S)
             return
-        assert server.process.wait(patient(1)) == 1
+        assert server.process.wait(patient(10)) == 1
         await asyncio.to_thread(server.footprint.assert_gone, GONE_WITHIN_S)
         assert f"tpserve serve: error: {REASONS[victim]}" in server.log, server.log[-3000:]
         assert "Traceback" not in server.log, server.log[-6000:]

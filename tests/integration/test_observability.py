@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,10 @@ def test_every_panel_and_rule_has_data_under_load(server: Server, tmp_path: Path
         observe(server, url, tmp_path)
 
 
+def all_positive(observer: prometheus.Prometheus, expression: str) -> bool:
+    return all(float(series["value"][1]) > 0 for series in observer.query(expression))
+
+
 def observe(server: Server, url: str, tmp_path: Path) -> None:
     """Look at everything that is shown of a server behind a router at `url`."""
     target = [{"targets": [f"127.0.0.1:{server.port}"]}]
@@ -137,8 +142,8 @@ def observe(server: Server, url: str, tmp_path: Path) -> None:
 
         until(enough, within_s=40, what="scrapes")
         until(lambda: observer.query("tpserve:tpot_seconds:p50"), within_s=20, what="recorded rules")
-        empty = [name for name, expression in panel_expressions().items() if not observer.query(expression)]
-        assert not empty, f"no data: {empty}"
+        for name, expression in panel_expressions().items():
+            until(partial(observer.query, expression), within_s=30, what=f"data of {name}")
         for rule in observer.rules():
             assert rule["health"] == "ok", rule
             if rule["type"] == "recording":
@@ -157,8 +162,7 @@ def observe(server: Server, url: str, tmp_path: Path) -> None:
             "tpserve-router / Replicas that are ready / A",
             "tpserve-router / In flight by replica / A",
         ):
-            for series in observer.query(values[name]):
-                assert float(series["value"][1]) > 0, name
+            until(partial(all_positive, observer, values[name]), within_s=30, what=f"more than 0: {name}")
         # vLLM's names arrive with their colon, and with our values.
         for job in ("compat", "tpserve"):
             assert observer.query(f'vllm:generation_tokens_total{{job="{job}"}}'), job
@@ -211,9 +215,9 @@ def test_a_request_is_traced_from_the_client_to_every_rank(server: Server, recei
     phases = {spans[name][0].span_id for name in ("engine.queue", "engine.prefill", "engine.decode")}
     assert {span.parent_id for span in spans["worker.step"]} <= phases
     assert {span.attributes["tpserve.rank"] for span in spans["worker.step"]} == {0, 1}
-    # One clock: steps lie within the gateway's span.
+    # One clock, as steps lie within the gateway's span: a rank without a core ends late, another clock is years off.
     for span in spans["worker.step"]:
-        assert gateway.begin_ns <= span.begin_ns <= span.end_ns <= gateway.end_ns + 1_000_000
+        assert gateway.begin_ns <= span.begin_ns <= span.end_ns <= gateway.end_ns + 5_000_000_000
 
 
 def test_a_step_trace_loads_in_a_viewer(server: Server) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from patience import patient
 from server import REPOSITORY, Outcome, json_line, run_cli
 
 QUICK_S = 60
@@ -110,7 +111,8 @@ def test_busy_port(tmp_path: Path, tiny_folder: Path) -> None:
         port = taken.getsockname()[1]
         outcome = run_cli("serve", tiny_folder, "--load-format", "dummy", "--port", str(port), folder=tmp_path)
     assert f"cannot listen on 127.0.0.1:{port}" in outcome.only_error()
-    assert outcome.duration_s < 15, "a busy port is seen before anything is built"
+    assert "Compiling" not in outcome.stderr
+    assert "cached lib" not in outcome.stderr, "a busy port is seen before anything is built"
 
 
 def test_tampered_artifact(tmp_path: Path, tiny_folder: Path) -> None:
@@ -197,7 +199,7 @@ def test_full_disk_under_ray(tmp_path: Path, tiny_folder: Path, cache_home: Path
         prefix=(*unshare, "sh", "-c", script, "sh"),
     )
     assert "Ray cannot be started: the disk of /tmp has 16 KiB left; free 16 MiB or more" in outcome.only_error()
-    assert outcome.duration_s < 25
+    assert outcome.duration_s < patient(40)
 
 
 def test_worker_that_cannot_start(tmp_path: Path, tiny_folder: Path) -> None:
@@ -211,7 +213,7 @@ def test_worker_that_cannot_start(tmp_path: Path, tiny_folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
     outcome = serve(tmp_path, folder)
     assert "the checkpoint gives" in outcome.only_error()
-    assert outcome.duration_s < 30, "the gateway's patience with a coordinator that has ended is nobody else's"
+    assert outcome.duration_s < patient(45), "the gateway's patience with a coordinator that has ended is nobody else's"
 
 
 def test_an_engine_that_would_be_open_to_a_network(tmp_path: Path, tiny_folder: Path) -> None:

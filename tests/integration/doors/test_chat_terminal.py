@@ -13,9 +13,13 @@ import pexpect
 import pyte
 import pytest
 
-from server import Server, command, environment, processes_of
+from patience import Patience, patient
+from server import Server, command, environment, processes_of, until
 
 ROWS, COLUMNS = 2000, 120
+
+_MOST_READS = 5
+"""At once: a screen that an answer streams to is looked at while it does."""
 
 
 def _hear_ctrl_c() -> None:
@@ -46,16 +50,16 @@ class Terminal:
     def lines(self) -> list[str]:
         """The screen down to the cursor."""
         with contextlib.suppress(pexpect.TIMEOUT, pexpect.EOF):
-            while True:
+            for _ in range(_MOST_READS):
                 self._stream.feed(self.child.read_nonblocking(65536, timeout=0.02))
         rows = [self._screen.buffer[y] for y in range(self._screen.cursor.y + 1)]
         return ["".join(row[x].data for x in range(COLUMNS)).rstrip() for row in rows]
 
     def wait(self, pattern: str, within_s: float = 30.0) -> str:
         """Wait until the screen's text matches; return the text."""
-        deadline = time.monotonic() + within_s
+        patience = Patience(within_s)
         while not re.search(pattern, text := "\n".join(self.lines)):
-            assert time.monotonic() < deadline, f"no {pattern!r} within {within_s:g} s on the screen:\n{text}"
+            assert not patience.is_over(), f"no {pattern!r} within {within_s:g} s on the screen:\n{text}"
         return text
 
     def prompts(self) -> int:
@@ -66,9 +70,9 @@ class Terminal:
         self.wait(r"(?m)^>>>$\Z", within_s)
         before, count = len(self.lines), self.prompts()
         self.child.send(line + "\r")
-        deadline = time.monotonic() + within_s
+        patience = Patience(within_s)
         while self.prompts() == count or self.lines[-1] != ">>>":
-            assert time.monotonic() < deadline, "\n".join(self.lines)
+            assert not patience.is_over(), "\n".join(self.lines)
             time.sleep(0.02)
         return "\n".join(self.lines[before:-1])
 
@@ -76,7 +80,7 @@ class Terminal:
         """Type what ends it; return the exit code."""
         self.wait(r"(?m)^>>>$\Z")
         self.child.send(keys)
-        self.child.expect(pexpect.EOF, timeout=60)
+        self.child.expect(pexpect.EOF, timeout=patient(60))
         self.child.wait()
         return self.child.exitstatus
 
@@ -122,6 +126,6 @@ def test_an_engine_of_its_own(tiny_folder: Path, tmp_path: Path) -> None:
         assert terminal.ask("Hello", within_s=240)
         assert terminal.lines[0].startswith("Starting ")
         assert terminal.leave("/exit\r") == 0
-        assert processes_of("own-engine") == []
+        until(lambda: not processes_of("own-engine"), within_s=5, what="nothing of the engine is left")
     finally:
         terminal.child.close(force=True)

@@ -194,7 +194,7 @@ async def test_a_grammar_that_takes_too_long_costs_others_nothing(server: Server
         await asyncio.sleep(0.3)
         started = time.monotonic()
         await client.chat.completions.create(**chat_request("Hello", max_tokens=4))
-        assert time.monotonic() - started < patient(2)
+        assert time.monotonic() - started < patient(4)
         outcomes: list[Any] = list(await asyncio.gather(slow, return_exceptions=True))
         outcome = outcomes[0]
         if isinstance(outcome, BaseException):

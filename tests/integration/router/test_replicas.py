@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ import psutil
 import pytest
 
 from kill_load import Answer, ComparedLoad, mixed_requests, stream
+from patience import Patience
 from server import Server, processes_of
 
 ADMIN = "admin-secret"
@@ -42,7 +42,9 @@ async def ready(server: Server, *, or_stalled: bool = False) -> list[bool]:
     """Tell which replicas take requests, or would if this machine let their steps end in time."""
     async with httpx.AsyncClient(base_url=server.url, timeout=10) as http:
         replicas = (await http.get("/health")).json()["replicas"]
-    return [each["ready"] or (or_stalled and each["detail"].startswith("stalled")) for each in replicas]
+    return [
+        each["ready"] or (or_stalled and each["detail"].startswith(("stalled", "unresponsive"))) for each in replicas
+    ]
 
 
 def num_generated(http: httpx.Client, number: int) -> float:
@@ -59,7 +61,7 @@ def kill_in_mid_stream(server: Server, least_streams: int) -> None:
     a thread of its own, so that it does not wait for that client.
     """
     processes = [replica_processes(server, number) for number in (0, 1)]
-    deadline = time.monotonic() + 60
+    patience = Patience(60)
     with httpx.Client(base_url=server.url, timeout=10) as http:
         before = [num_generated(http, number) for number in (0, 1)]
         while True:
@@ -68,16 +70,16 @@ def kill_in_mid_stream(server: Server, least_streams: int) -> None:
             if streams[number] >= least_streams:
                 if num_generated(http, number) - before[number] >= 20 * streams[number]:
                     break  # those that wait for their grammars have begun by then
-            assert time.monotonic() < deadline, server.report(f"no replica has had so many streams: {streams}")
+            assert not patience.is_over(), server.report(f"no replica has had so many streams: {streams}")
     for process in processes[number]:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
 
 
 async def until_ready(server: Server) -> None:
-    deadline = time.monotonic() + BACK_WITHIN_S
+    patience = Patience(BACK_WITHIN_S)
     while not all(await ready(server)):
-        assert time.monotonic() < deadline, server.report("not all replicas are back")
+        assert not patience.is_over(), server.report("not all replicas are back")
         await asyncio.sleep(0.1)
 
 
@@ -132,9 +134,9 @@ async def test_a_rolling_replacement_fails_no_request(server: Server) -> None:
             assert (await http.post("/admin/rolling-restart")).status_code == 401
             begun = await http.post("/admin/rolling-restart", headers={"authorization": f"Bearer {ADMIN}"})
             assert begun.status_code == 202, begun.text
-        deadline = time.monotonic() + 2 * BACK_WITHIN_S
+        patience = Patience(2 * BACK_WITHIN_S)
         while "all replicas are replaced" not in await asyncio.to_thread(lambda: server.log):
-            assert time.monotonic() < deadline, server.report("the replicas are not replaced")
+            assert not patience.is_over(), server.report("the replicas are not replaced")
             await asyncio.sleep(0.2)
 
     async with server.async_client() as client, never_fewer_than(server, 1):
