@@ -122,7 +122,7 @@ def breakdown(events: list[Event]) -> tuple[dict[str, float], float, float]:
 
 ENUMERATORS = {
     "Ring": ("whole", "half"),
-    "End": ("memory", "silu", "peers"),
+    "End": ("memory", "silu", "residual", "peers"),
     "Mode": ("plain", "norm", "quantize"),
     "Out": ("bf16", "grouped"),
 }
