@@ -13,11 +13,11 @@ _TIMES = int(os.environ.get("TPSERVE_FUZZ_TIMES", "1"))
 """So many times the examples, for a long run; each run finds the same without it."""
 
 
-def fuzz(num_examples: int, *, deadline_ms: int = 60_000) -> settings:
-    """Return the settings of a test; an example that takes longer than the deadline is a hang."""
+def fuzz(num_examples: int) -> settings:
+    """Return the settings of a test; an example that takes longer than a minute is a hang."""
     return settings(
         max_examples=num_examples * _TIMES,
-        deadline=deadline_ms,
+        deadline=60_000,
         derandomize=_TIMES == 1,
         database=None,
         suppress_health_check=list(HealthCheck),

@@ -47,7 +47,7 @@ class GrammarChecker:
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         """By hash of the grammar: what is wrong with it."""
         self._late: dict[bytes, float] = {}
-        """Those of them that were not compiled in time, and when that is forgotten."""
+        """By hash of those of them that were not compiled in time: when that is forgotten, of `time.monotonic()`."""
 
     async def check(self, grammar: Grammar, vocab_size: int, *, param: str) -> None:
         """Return if the grammar compiles.

@@ -307,6 +307,7 @@ async def test_no_answer_is_lost_over_kills(server: Server) -> None:
 
 
 def has_eight(server: Server, name: str) -> bool:
+    """Whether the metric of that name is 8: as many as may run, and as may wait."""
     return server.metric(name) == 8
 
 
