@@ -62,7 +62,7 @@ class GemmInput:
     """(T, K), of the activations' type, or e4m3."""
     scale: Tensor | None = None
     """For e4m3, float32: a value is its stored value times a scale. Of rows that the next GEMM norms: their sums of
-    squares."""
+    squares, in e4m3 behind the scales of its tiles."""
     scales: Literal["row", "grouped", "silu", "norm"] = "row"
     """(T,), one for each row; grouped, see `tuned_operators`: of 128 elements, or those that `gemm_silu_mul` gives; or
     sums of squares. Portable kernels have (T, places) of any kind."""

@@ -25,8 +25,8 @@ from tpserve.compile.operators import (
 class PortableOperators:
     """TVM for everything: the twin that tuned kernels are compared with, and the start of any new target.
 
-    With bfloat16 activations or e4m3 rows it computes what the kernels of a GPU do, rounding where they do. The twin of
-    sampling is `worker.reference_sampler`.
+    With bfloat16 activations or e4m3 rows it computes what the kernels of a GPU do, rounding where they do, but for
+    norms of few tokens on one GPU (`kernels/cuda/gemm_norm.cuh`). The twin of sampling is `worker.reference_sampler`.
 
     Parameters
     ----------

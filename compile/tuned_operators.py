@@ -87,7 +87,7 @@ class TunedOperators:
             gemm, operands = _gemm_call(x, weight, bias)
             name, scratch = "tpserve.gemm_all_reduce_add_rms_norm", [sums]
             args = [gemm, *operands, *addends]
-        elif self._target == "cuda" and quantize and not self._quantize:
+        elif self._target == "cuda" and quantize and not (self._quantize and int(shape[1]) % STAGE_SIZE):
             return self._gemm_norm(x, weight, bias, residual, norm)
         else:
             name, scratch = f"{self._prefix}add_rms_norm", []
@@ -104,11 +104,13 @@ class TunedOperators:
         """Let the GEMM begin the norm, and those that take its rows end it; see `kernels/cuda/gemm_norm.cuh`."""
         name, args = _gemm_call(x, weight, bias, "_add_rms_norm")
         tokens, columns = residual.shape
-        squares = ((int(columns) + _TILE - 1) // _TILE, _padded(tokens))
-        outputs: list[tuple[tuple[object, ...], str]] = [((tokens, columns), self._dtype)] * 3
-        outputs.append((squares, "float32"))
-        _, total, normed, sums = self._call(f"{self._prefix}{name}", [*args, residual, norm.weight, norm.eps], outputs)
-        return total, GemmInput(normed, sums, "norm")
+        squares: tuple[object, ...] = ((int(columns) + _TILE - 1) // _TILE, _padded(tokens))
+        rows = ((tokens, columns), self._dtype)
+        outputs: list[tuple[tuple[object, ...], str]] = [rows, rows, rows, (squares, "float32")]
+        if self._quantize:  # scales of the tiles besides
+            outputs[2:] = [((tokens, columns), "float8_e4m3fn"), ((2, *squares), "float32")]
+        _, total, normed, norms = self._call(f"{self._prefix}{name}", [*args, residual, norm.weight, norm.eps], outputs)
+        return total, GemmInput(normed, norms, "norm")
 
     def gate_up_interleave(self, intermediate_size: int) -> int:
         """See Operators; 0 where the GEMM's tiles or groups of scales do not fit, so that a kernel must follow it."""
@@ -219,10 +221,10 @@ def _expr(arg: Tensor | int | float | str) -> Any:
 def _gemm_call(x: GemmInput, weight: GemmWeight, bias: Tensor | None, ending: str = "") -> tuple[str, list[Any]]:
     """Return the name of a GEMM's function, by its operands and what it ends in, and its inputs."""
     name, args = "gemm", [x.values, weight.values]
-    if x.scales == "norm":
+    if x.scales == "norm" and weight.scale is None:
         name, args = "gemm_normed", [x.values, x.scale, weight.values]
     elif x.scale is not None and weight.scale is not None:
-        kind = {"row": "", "grouped": "_grouped", "silu": "_after_silu"}[x.scales]
+        kind = {"row": "", "grouped": "_grouped", "silu": "_after_silu", "norm": "_normed"}[x.scales]
         name, args = f"gemm_fp8{kind}", [x.values, x.scale, weight.values, weight.scale]
     return (f"{name}{ending}", args) if bias is None else (f"{name}{ending}_bias", [*args, bias])
 

@@ -271,11 +271,7 @@ void rms_norm_fp8(TensorView x, TensorView weight, double eps, TensorView out, T
 
 void add_rms_norm_fp8(TensorView x, TensorView residual, TensorView weight, double eps, TensorView residual_out,
                       TensorView out, TensorView scale) {
-  RowParams p = norm_params(x, weight, eps);
-  p.residual = checked<bf16>("residual", residual, {x.size(0), x.size(1)});
-  p.residual_out = checked<bf16>("residual_out", residual_out, {x.size(0), x.size(1)});
-  set_quantized(p, out, scale, x.size(0), x.size(1));
-  run<Row::kAddNorm, true>(p, x.size(0), stream_of(out));
+  cuda::add_rms_norm_fp8(x, residual, weight, eps, residual_out, out, checked<float>("scale", scale, {x.size(0)}));
 }
 
 /// (T, 2F) bf16, gate then up -> (T, F) bf16.
@@ -305,6 +301,16 @@ void quantize_fp8(TensorView x, TensorView out, TensorView scale) {
 }
 
 }  // namespace
+
+void add_rms_norm_fp8(const TensorView& x, const TensorView& residual, const TensorView& weight, double eps,
+                      const TensorView& residual_out, const TensorView& out, float* scale) {
+  RowParams p = norm_params(x, weight, eps);
+  p.residual = checked<bf16>("residual", residual, {x.size(0), x.size(1)});
+  p.residual_out = checked<bf16>("residual_out", residual_out, {x.size(0), x.size(1)});
+  p.quantized = checked<fp8>("out", out, {x.size(0), x.size(1)});
+  p.scale = scale;
+  run<Row::kAddNorm, true>(p, x.size(0), stream_of(out));
+}
 
 void add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps, TensorView residual_out,
                   TensorView out) {

@@ -16,4 +16,8 @@ void silu_mul_grouped(TensorView gate_up, TensorView out, TensorView scales);
 void add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps, TensorView residual_out,
                   TensorView out);
 
+/// The same, its norm in e4m3 with a scale for each row, at `scale`.
+void add_rms_norm_fp8(const TensorView& x, const TensorView& residual, const TensorView& weight, double eps,
+                      const TensorView& residual_out, const TensorView& out, float* scale);
+
 }  // namespace tpserve::cuda

@@ -2,7 +2,7 @@
 #include "elementwise.cuh"
 #include "gemm.cuh"
 #include "gemm_dispatch.cuh"
-#include "grouped_scales.cuh"
+#include "gemm_product.cuh"
 
 namespace tpserve::cuda {
 namespace {
@@ -29,62 +29,6 @@ __global__ void __launch_bounds__(256)
 
 // --- Host -----------------------------------------------------------------------------------------------------------
 
-/// Operands of a product of `N` channels.
-template <typename T>
-struct Product {
-  GemmParams params{};
-  const T* tokens;
-  int64_t M, K;
-  cudaStream_t stream;
-
-  Product(const TensorView& x, const TensorView& weights, const TensorView* channel_scale, const TensorView* bias,
-          int64_t N) {
-    check_rank("x", x, 2);
-    M = x.size(0), K = x.size(1);
-    check_multiple("K", K, 16 / sizeof(T));
-    check_multiple("N", N, 8);
-    const int64_t blocks = (N + 63) / 64, packed_k = (K * sizeof(T) + 255) / 256;
-    GemmParams& p = params;
-    tokens = checked<T>("x", x, {M, K});
-    p.weights = reinterpret_cast<const uint8_t*>(
-        checked<T>("weights", weights, {blocks * packed_k, 64, static_cast<int64_t>(256 / sizeof(T))}));
-    if (channel_scale != nullptr) p.channel_scale = checked<float>("channel_scale", *channel_scale, {N});
-    if (bias != nullptr) p.bias = checked<float>("bias", *bias, {N});
-    p.M = static_cast<int>(M), p.N = static_cast<int>(N);
-    p.channel_blocks = static_cast<int>(blocks);
-    p.packed_k = static_cast<int>(packed_k);
-    p.packed_base = static_cast<int>(blocks * packed_k / kGrid);
-    p.packed_rem = static_cast<int>(blocks * packed_k % kGrid);
-    const int device = x.device().device_id;
-    if (device >= kMaxDevices || workspace_of_device[device] == nullptr) {
-      TVM_FFI_THROW(RuntimeError) << "device " << device << " has no workspace: call init_device(" << device << ") first";
-    }
-    p.partial = reinterpret_cast<float4*>(workspace_of_device[device]);
-    stream = stream_of(x);
-  }
-
-  void set_out(const TensorView& out) {
-    const int64_t N = params.N;
-    params.out_float32 = has_dtype<float>(out);
-    params.out = params.out_float32 ? static_cast<void*>(checked<float>("out", out, {M, N}))
-                                    : checked<bf16>("out", out, {M, N});
-  }
-
-  /// Of a norm that the product before has begun, if there is one and tokens are few: that of more is whole.
-  void set_squares(const TensorView* squares) {
-    if (squares == nullptr || M > kMaxFoldedTokens) return;
-    params.squares = checked<float>("squares", *squares, {(K + 63) / 64, padded_tokens(M)});
-    params.columns = static_cast<int>(K);
-  }
-
-  /// Of the tokens; `groups`: of 256 elements, that the tensor has room for.
-  void set_grouped_scales(const TensorView& scales, int64_t groups) {
-    check_multiple("K", K, 2 * kGroupSize);
-    params.padded_tokens = static_cast<int>(padded_tokens(M));
-    params.token_scale = checked<float>("scales", scales, {K / (2 * kGroupSize), groups, params.padded_tokens});
-  }
-};
-
 /// Queues a product; with a target, the one that the ranks get.
 template <int kGroup, typename T>
 void queue(Product<T>& product, const PushTarget* target) {
@@ -100,8 +44,6 @@ void queue(Product<T>& product, const PushTarget* target) {
   }
   dispatch<T, kGroup, End::kMemory>(p, product.tokens, product.K, product.stream);
 }
-
-constexpr int kSiluGroups = 2 * kGroupSize / kSiluGroupSize;  // of 256 elements
 
 template <typename T>
 void multiply(const TensorView& x, const TensorView& weights, const TensorView* token_scale,
@@ -162,30 +104,6 @@ void multiply_silu_fp8(const TensorView& x, const TensorView& token_scale, const
   p.out_scale = checked<float>("scales", scales, {F / (2 * kGroupSize), kSiluGroups, p.padded_tokens});
   if (product.M == 0) return;
   dispatch_few<fp8, kMaxSiluGroupedTokens, 0, End::kSilu>(p, product.tokens, product.K, product.stream);
-}
-
-/// residual + x w^T -> `stream`, and its norm in `out`: whole, or begun, with `squares` (gemm_norm.cuh). `scratch` (M, N)
-/// bf16 takes the product of tokens so many that the norm has a kernel.
-void multiply_add_rms_norm(const TensorView& x, const TensorView& weights, const TensorView* bias,
-                           const TensorView& residual, const TensorView& norm_weight, double eps,
-                           const TensorView& scratch, const TensorView& stream, const TensorView& out,
-                           const TensorView& squares) {
-  check_rank("out", out, 2);
-  Product<bf16> product(x, weights, nullptr, bias, out.size(1));
-  GemmParams& p = product.params;
-  const int64_t M = product.M, N = p.N;
-  checked<bf16>("scratch", scratch, {M, N});
-  if (M > kMaxFoldedTokens) {
-    multiply<bf16>(x, weights, nullptr, nullptr, bias, scratch);
-    return add_rms_norm(scratch, residual, norm_weight, eps, stream, out);
-  }
-  p.residual = checked<bf16>("residual", residual, {M, N});
-  p.norm_weight = checked<float>("norm_weight", norm_weight, {N});
-  p.eps = static_cast<float>(eps);
-  p.residual_out = checked<bf16>("residual_out", stream, {M, N});
-  p.out = checked<bf16>("out", out, {M, N});
-  p.squares_out = checked<float>("squares", squares, {(N + 63) / 64, padded_tokens(M)});
-  if (M > 0) dispatch_few<bf16, kMaxFoldedTokens, 0, End::kResidual>(p, product.tokens, product.K, product.stream);
 }
 
 void multiply(const GemmCall& call, const TensorView& out, const PushTarget* target) {
@@ -300,7 +218,7 @@ void gemm_fp8_silu_mul_bias(TensorView x, TensorView token_scale, TensorView wei
   multiply_silu_fp8(x, token_scale, weights, channel_scale, &bias, scratch, out, scales);
 }
 
-/// The next three take or give a norm that is begun: its tokens, (M, K) bf16, and `squares` (K / 64, M rounded up to 8).
+/// The next take a norm that is begun (gemm_norm.cu): its tokens, (M, K) bf16, and `squares` (K / 64, M rounded up to 8).
 void gemm_normed(TensorView x, TensorView squares, TensorView weights, TensorView out) {
   multiply<bf16>(x, weights, nullptr, nullptr, nullptr, out, nullptr, &squares);
 }
@@ -317,20 +235,25 @@ void gemm_normed_silu_mul_bias(TensorView x, TensorView squares, TensorView weig
   multiply_silu(x, weights, &bias, out, &squares);
 }
 
-/// (M, K) bf16, packed bf16, residual (M, N) bf16, (N,) float32, eps -> residual + product and its norm, (M, N) bf16 each.
-void gemm_add_rms_norm(TensorView x, TensorView weights, TensorView residual, TensorView norm_weight, double eps,
-                       TensorView scratch, TensorView residual_out, TensorView out, TensorView squares) {
-  multiply_add_rms_norm(x, weights, nullptr, residual, norm_weight, eps, scratch, residual_out, out, squares);
-}
-
-void gemm_add_rms_norm_bias(TensorView x, TensorView weights, TensorView bias, TensorView residual, TensorView norm_weight,
-                            double eps, TensorView scratch, TensorView residual_out, TensorView out, TensorView squares) {
-  multiply_add_rms_norm(x, weights, &bias, residual, norm_weight, eps, scratch, residual_out, out, squares);
-}
-
 }  // namespace
 
+uint8_t* gemm_workspace(int device) {
+  if (device >= kMaxDevices || workspace_of_device[device] == nullptr) {
+    TVM_FFI_THROW(RuntimeError) << "device " << device << " has no workspace: call init_device(" << device << ") first";
+  }
+  return workspace_of_device[device];
+}
+
 void run_gemm(const GemmCall& call, const TensorView& out) { multiply(call, out, nullptr); }
+
+void run_gemm_of_norms(const TensorView& x, const TensorView& norms, const TensorView& weights,
+                       const TensorView& channel_scale, const TensorView* bias, const TensorView& out) {
+  check_rank("out", out, 2);
+  Product<fp8> product(x, weights, &channel_scale, bias, out.size(1));
+  product.set_out(out);
+  product.set_norms(norms);
+  queue<0>(product, nullptr);
+}
 
 void push_gemm(const GemmCall& call, const TensorView& out, const PushTarget& target) { multiply(call, out, &target); }
 
@@ -350,8 +273,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_normed, gemm_normed);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_normed_bias, gemm_normed_bias);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_normed_silu_mul, gemm_normed_silu_mul);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_normed_silu_mul_bias, gemm_normed_silu_mul_bias);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_add_rms_norm, gemm_add_rms_norm);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_add_rms_norm_bias, gemm_add_rms_norm_bias);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_silu_mul, gemm_silu_mul);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_silu_mul_bias, gemm_silu_mul_bias);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gemm_fp8_silu_mul, gemm_fp8_silu_mul);

@@ -60,8 +60,15 @@ struct GemmCall {
   }
 };
 
+/// What the GEMMs of a device share, in its memory.
+uint8_t* gemm_workspace(int device);
+
 /// out (M, N) = x w^T.
 void run_gemm(const GemmCall& call, const TensorView& out);
+
+/// The same of e4m3 tokens of a whole norm, whose scales stand at the head of `norms` (gemm_norm.cuh).
+void run_gemm_of_norms(const TensorView& x, const TensorView& norms, const TensorView& weights,
+                       const TensorView& channel_scale, const TensorView* bias, const TensorView& out);
 
 /// The same for up to kMaxPushedRows rows, but what bf16 `out` would get is sent to the ranks: `out` gives only the shape.
 /// The next kernel in the stream must be the pushed reduction of the same call: it may start before this one ends.

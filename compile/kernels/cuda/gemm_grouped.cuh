@@ -6,10 +6,10 @@
 
 namespace tpserve::cuda {
 
-/// `kGroup`: elements of K that share a scale, 128 or 32.
+/// `kGroup`: elements of K that share a scale, 128, 64 or 32.
 template <int kTokens, int kGroup>
 struct GroupedStage {
-  static_assert(kGroup == 128 || kGroup == 32);
+  static_assert(kGroup == 128 || kGroup == 64 || kGroup == 32);
   static constexpr int kRegisters = kTokens / 2, kVectors = kTokens / 8;
   static constexpr int kGroups = 256 / kGroup, kProducts = kGroup / 32;  // of a stage, of a group
   // The second group's products run while the first one's are scaled, where that takes long enough to matter.

@@ -155,11 +155,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   constexpr bool kByChannel = sizeof(T) == 1, kByToken = kByChannel && !S::kGrouped;
   constexpr bool kHoldScales = kBlocks == 1 && kTokens < 128;  // over the products, while registers allow it
   // Tokens may be of a norm that the product before has begun.
-  constexpr bool kNormed = sizeof(T) == 2 && kBlocks == 1 && kTokens <= kMaxFoldedTokens && !S::kResidual && !S::kPush;
+  constexpr bool kNormed = kBlocks == 1 && kTokens <= kMaxFoldedTokens && !S::kResidual && !S::kPush &&
+                           (sizeof(T) == 2 || S::kGroup == kNormGroupSize);
   extern __shared__ uint8_t memory[];
   __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
   __shared__ PushEpoch epoch;
-  __shared__ float squares_of_part[kNormed ? 128 : 1], factors[kNormed ? kTokens : 1];
+  __shared__ float squares_of_part[kNormed ? 128 : 1];
+  __shared__ alignas(8) float factors[kNormed ? kTokens : 1];
   const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
   uint8_t* behind_ring = memory + (ring - shared_address(memory)) + S::kStages * S::kBytes;
   uint8_t* const peer_stage = behind_ring + S::kExtra + S::kStages * S::kScaleBytes;
@@ -213,7 +215,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     const int channel = tile * 64 + warp % 4 * 16;
     const auto make_scales = [&] {
       if constexpr (kNormed) {
-        return NormedScales<kTokens>(p, channel, factors);
+        return NormedScales<kByChannel, kTokens>(p, channel, factors);
       } else {
         return TileScales<kByChannel, kByToken, kTokens>(p, channel, 0);
       }
@@ -322,7 +324,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         if constexpr (S::kSilu) {
           write_silu<kByChannel, kTokens>(p, sums, tile, scales);
         } else if constexpr (S::kResidual) {
-          write_residual<kTokens>(p, sums, tile, scales, residual);
+          write_residual<kByChannel, kTokens>(p, sums, tile, scales, residual);
         } else if constexpr (S::kPush) {
           const PeerTile to(p.push, epoch.wait(), channel, p.M, p.N, peer_stage, kPeerBarrier);
           write_tile<kTokens>(p, sums, channel, scales, to);

@@ -4,7 +4,8 @@
 //
 // What gate_up's GEMM gives of few tokens has a scale for each 32 elements, for that is what one of its tiles holds of a
 // token. The tensor of its scales has room for these, (K / 256, 8, padded tokens); of more tokens those of 128 elements
-// stand at its head. Plain functions, so that the host's tests run them too.
+// stand at its head. And what a product gives of a norm that it begins (gemm_norm.cuh) has one for each 64, all that its
+// tiles hold of a token. Plain functions, so that the host's tests run them too.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,7 @@ namespace tpserve::cuda {
 constexpr int kGroupSize = 128;
 constexpr int kMaxGroupedTokens = 128;
 constexpr int kSiluGroupSize = 32;
+constexpr int kNormGroupSize = 64;
 constexpr int kMaxSiluGroupedTokens = 16;  // of more, the next GEMM loses more by small groups than a kernel costs
 
 /// Places of tokens in a group: a piece of two groups is whole 16-byte words.

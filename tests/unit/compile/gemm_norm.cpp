@@ -17,7 +17,7 @@ struct Params {
   const float* norm_weight;
   float eps;
   bf16* residual_out;
-  float* squares_out;
+  float *squares_out, *out_scale;
 };
 
 template <typename Run>
@@ -42,15 +42,15 @@ void take_sums(float (&own)[kTokens / 2], const float* sums, int tile, int N) {
   }
 }
 
-template <int kTokens>
+template <bool kFp8, int kTokens>
 int begin(const Params& p, const float* sums) {
   run_group([&](int index) {
     for (int tile = 0; tile * 64 < p.N; ++tile) {
       const int channel = tile * 64 + index / 32 * 16;
       float own[kTokens / 2];
       take_sums<kTokens>(own, sums, tile, p.N);
-      write_residual<kTokens>(p, own, tile, TileScales<false, false, kTokens>(p, channel, 0),
-                              ResidualRows<kTokens>(p, channel, true));
+      write_residual<kFp8, kTokens>(p, own, tile, TileScales<false, false, kTokens>(p, channel, 0),
+                                    ResidualRows<kTokens>(p, channel, true));
     }
   });
   return 0;
@@ -59,14 +59,14 @@ int begin(const Params& p, const float* sums) {
 template <int kTokens>
 int end(const float* squares, int tokens, int size, const float* sums, const float* bias, int N, float* out) {
   static float parts[128], factors[kTokens];
-  const Params p{nullptr, bias, out, tokens, N, nullptr, nullptr, 0.0f, nullptr, nullptr};
+  const Params p{nullptr, bias, out, tokens, N, nullptr, nullptr, 0.0f, nullptr, nullptr, nullptr};
   run_group([&](int index) {
     add_squares<kTokens>(squares, tokens, size, parts, factors);
     for (int tile = 0; tile * 64 < N; ++tile) {
       const int row = index / 32 * 16 + index % 32 / 4, column = index % 4 * 2;
       float own[kTokens / 2];
       take_sums<kTokens>(own, sums, tile, N);
-      const NormedScales<kTokens> scales(p, tile * 64 + index / 32 * 16, factors);
+      const NormedScales<false, kTokens> scales(p, tile * 64 + index / 32 * 16, factors);
       for (int b = 0; b < kTokens / 8; ++b) {
         float values[4];
         scales.apply(own, b, values);
@@ -85,10 +85,19 @@ int end(const float* squares, int tokens, int size, const float* sums, const flo
 /// `sums`: (N, kTokens). Returns 1 for a tile that there is not.
 extern "C" int begin_norm(int kTokens, const float* sums, int M, int N, const float* bias, const uint16_t* residual,
                           const float* norm_weight, float eps, uint16_t* residual_out, uint16_t* out, float* squares) {
-  const Params p{nullptr, bias, out, M, N, residual, norm_weight, eps, residual_out, squares};
-  if (kTokens == 8) return begin<8>(p, sums);
-  if (kTokens == 16) return begin<16>(p, sums);
-  return kTokens == 32 ? begin<32>(p, sums) : 1;
+  const Params p{nullptr, bias, out, M, N, residual, norm_weight, eps, residual_out, squares, nullptr};
+  if (kTokens == 8) return begin<false, 8>(p, sums);
+  if (kTokens == 16) return begin<false, 16>(p, sums);
+  return kTokens == 32 ? begin<false, 32>(p, sums) : 1;
+}
+
+/// The same, its norm in e4m3, with a scale for each tile and token.
+extern "C" int begin_norm_fp8(int kTokens, const float* sums, int M, int N, const float* bias, const uint16_t* residual,
+                              const float* norm_weight, float eps, uint16_t* residual_out, uint8_t* out, float* scales,
+                              float* squares) {
+  const Params p{nullptr, bias, out, M, N, residual, norm_weight, eps, residual_out, squares, scales};
+  if (kTokens == 8) return begin<true, 8>(p, sums);
+  return kTokens == 16 ? begin<true, 16>(p, sums) : 1;
 }
 
 /// `out`: (M, N) float32, what the product gives before it is stored.

@@ -158,6 +158,7 @@ inline uint32_t fp8_code(float x) {
   return sign | static_cast<uint32_t>((exponent + 5) * 8 + static_cast<int>(steps));
 }
 inline uint32_t pack2_fp8(float a, float b) { return fp8_code(a) | fp8_code(b) << 8; }
+inline uint32_t pack4_fp8(float a, float b, float c, float d) { return pack2_fp8(a, b) | pack2_fp8(c, d) << 16; }
 
 inline std::mutex slots_mutex;  // 16 bytes come and go at once
 inline bool is_empty(uint4 v) { return v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u; }

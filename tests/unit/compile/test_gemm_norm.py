@@ -115,3 +115,47 @@ def test_rows_of_nothing_have_a_norm(library: ctypes.CDLL, num_m: int) -> None:
     out = np.full((num_m, 8), np.nan, np.float32)
     assert library.end_norm(tile_of(num_m), address(squares), num_m, 128, address(sums), None, 8, address(out)) == 0
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize("num_m", [1, 7, 8, 9, 16])
+def test_codes_of_a_norm_that_is_begun(library: ctypes.CDLL, num_m: int) -> None:
+    """e4m3: a scale for each token of a tile; the residual stream and its squares are those of bf16."""
+    size = 320
+    rng = np.random.default_rng(num_m)
+    sums = rng.normal(0, 1, (size, tile_of(num_m))).astype(np.float32)
+    sums[:, num_m:] = np.nan  # tokens that are not there
+    sums[64:128, 0] = 0
+    residual = rng.normal(0, 1, (num_m, size)).astype(BF16)
+    residual[0, 64:128] = 0  # and a group of nothing
+    weight = rng.uniform(0.5, 1.5, size).astype(np.float32)
+    streams: list[Array] = []
+    squares: list[Array] = []
+    outs: list[Array] = [np.zeros((num_m, size), np.uint16), np.full((num_m + 1, size), 0x7F, np.uint8)]
+    scales = np.full((size // 64, padded(num_m)), -1.0, np.float32)
+    for fp8 in (False, True):
+        streams.append(np.full((num_m, size), 0x1234, np.uint16))
+        squares.append(np.full((size // 64, padded(num_m)), -1.0, np.float32))
+        given = (
+            tile_of(num_m),
+            address(sums),
+            num_m,
+            size,
+            None,
+            address(residual),
+            address(weight),
+            ctypes.c_float(EPS),
+        )
+        outputs = (address(streams[-1]), address(outs[fp8]))
+        if fp8:
+            assert library.begin_norm_fp8(*given, *outputs, address(scales), address(squares[-1])) == 0
+        else:
+            assert library.begin_norm(*given, *outputs, address(squares[-1])) == 0
+    assert np.array_equal(streams[0], streams[1])
+    assert np.array_equal(squares[0], squares[1])
+    assert (outs[1][num_m] == 0x7F).all(), "nothing is stored behind the last token"
+    weighted = streams[0].view(BF16).astype(np.float32) * weight
+    most = np.maximum(np.abs(weighted).reshape(num_m, -1, 64).max(2), 1e-12)
+    np.testing.assert_allclose(scales[:, :num_m].T, most / 448, rtol=1e-6)
+    assert (scales[:, num_m:] == -1).all()
+    codes = (weighted * np.repeat(np.float32(448) / most, 64, axis=1)).astype(ml_dtypes.float8_e4m3fn)
+    assert np.array_equal(outs[1][:num_m], codes.view(np.uint8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -106,6 +107,28 @@ def test_biases_are_added(tmp_path: Path) -> None:
     called = kernels(model(tmp_path, bias=True))
     assert called >= {f"{name}_bias" for name in ("gemm_fp8_grouped", *SILU)}
     assert not called & {"gemm_fp8_grouped", *SILU}
+
+
+@pytest.mark.parametrize("suffix", ["", "_bias"])
+@pytest.mark.parametrize(("head_dim", "kind"), [(128, "gemm_fp8_grouped"), (64, "gemm_fp8")])
+def test_norms_on_one_gpu_are_begun_by_one_product_and_ended_by_the_next(
+    tmp_path: Path, head_dim: int, kind: str, suffix: str
+) -> None:
+    """All but the last, whose norm is wanted whole; where scales of a product's tiles fit in stages of the next."""
+    config = replace(model(tmp_path, head_dim=head_dim, bias=bool(suffix)), hidden_size=512, num_layers=3)
+    called = Counter(name for name, _ in calls(config, FP8))
+    assert called[f"{kind}_add_rms_norm{suffix}"] == called[f"gemm_fp8_normed_silu_mul{suffix}"] == 3
+    assert called[f"gemm_fp8_after_silu_add_rms_norm{suffix}"] == called[f"gemm_fp8_normed{suffix}"] == 2
+    assert called["add_rms_norm"] == called[f"gemm_fp8_after_silu{suffix}"] == 1
+    assert called["add_rms_norm_fp8"] == 0
+    assert called["rms_norm_fp8"] == called[f"gemm_fp8{suffix}"] == 1  # of the first layer
+    begun = {"gemm_fp8_normed", f"{kind}_add_rms_norm"}
+    assert not {name.removesuffix("_bias") for name in kernels(config, 2)} & begun, (
+        "several ranks add their parts first"
+    )
+    narrow = Counter(name for name, _ in calls(replace(config, hidden_size=320), FP8))
+    assert narrow["add_rms_norm_fp8"] == 5
+    assert not narrow.keys() & begun
 
 
 def test_unquantised_weights_have_no_scales(tmp_path: Path) -> None:
