@@ -16,13 +16,11 @@ from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.eagle import EagleHeadConfig, is_eagle_head
 from tpserve.compile.errors import CompileError
 from tpserve.compile.source import convert_to, require_weights, resolve_model, stored_quantization
-from tpserve.proto.manifest import GPU_STEP_TOKENS
+from tpserve.proto.manifest import CPU_STEP_TOKENS, GPU_STEP_TOKENS
 
 _POLICIES = [policy.value for policy in CachePolicy]
 _TARGETS: dict[str, Literal["llvm", "cuda"]] = {"cpu": "llvm", "cuda": "cuda", "cuda:sm_90a": "cuda"}
 KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "fp8_e4m3")
-_CPU_STEP_TOKENS = 512
-"""Of one step, unless told otherwise."""
 DEFAULT_MAX_MODEL_LEN = 8192
 
 
@@ -67,7 +65,7 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-num-batched-tokens",
         type=int,
-        help=f"most tokens in one step (default: {GPU_STEP_TOKENS} on GPUs, {_CPU_STEP_TOKENS} on a CPU)",
+        help=f"most tokens in one step (default: {GPU_STEP_TOKENS} on GPUs, {CPU_STEP_TOKENS} on a CPU)",
     )
     parser.add_argument("--max-num-seqs", type=int, default=4, help="most sequences that run at once")
     parser.add_argument(
@@ -132,7 +130,7 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
         )
     step_tokens = args.max_num_batched_tokens
     if step_tokens is None:
-        step_tokens = GPU_STEP_TOKENS if _TARGETS[args.device] == "cuda" else _CPU_STEP_TOKENS
+        step_tokens = GPU_STEP_TOKENS if _TARGETS[args.device] == "cuda" else CPU_STEP_TOKENS
     if step_tokens < args.max_num_seqs:
         raise CompileError(
             f"--max-num-batched-tokens {step_tokens} is less than --max-num-seqs {args.max_num_seqs}: "

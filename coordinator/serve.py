@@ -52,15 +52,13 @@ from tpserve.coordinator.process import (
     tell_parent,
 )
 from tpserve.coordinator.speculation import choose_speculation
-from tpserve.proto.manifest import GPU_STEP_TOKENS, Manifest, ManifestError
+from tpserve.proto.manifest import CPU_STEP_TOKENS, GPU_STEP_TOKENS, Manifest, ManifestError
 
 logger = logging.getLogger(__name__)
 
 MAX_STALL_AFTER_S = 5.0
 """A step without a result for longer, or for a third of its deadline, makes the engine STALLED."""
 _POLL_S = 0.1
-_CPU_STEP_TOKENS = 256
-"""Of one step."""
 _KILL_AFTER_S = 10.0
 """After its drain time a process that is still there is killed."""
 
@@ -131,11 +129,13 @@ class _Server:
             require_free_port("operations-", args.operations_host or args.engine_host, args.operations_port)
         is_ours = args.ray_address is None or args.replica[1] > 1  # all its ranks are on this host
         on_gpu, rank_bytes = self._find_memory() if is_ours else self._find_memory_of_nodes()
+        library = None if args.model_lib is None else Manifest.load(args.model_lib.expanduser())
         if args.max_num_batched_tokens is None:
-            args.max_num_batched_tokens = GPU_STEP_TOKENS if on_gpu else _CPU_STEP_TOKENS
+            default = GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS
+            args.max_num_batched_tokens = default if library is None else library.max_num_batched_tokens
         if args.gateway_processes is None:
             args.gateway_processes = gateways_beside_gpus(usable_cpus() // args.replica[1]) if on_gpu else 1
-        max_num_seqs = args.max_num_seqs or MODE_MAX_NUM_SEQS[args.mode]
+        max_num_seqs = args.max_num_seqs or (MODE_MAX_NUM_SEQS[args.mode] if library is None else library.max_num_seqs)
         device = "cuda" if on_gpu else "cpu"
         speculation = choose_speculation(args)
         if speculation is not None and speculation.draft_model is not None:

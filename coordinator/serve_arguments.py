@@ -13,7 +13,7 @@ from tpserve.coordinator.log import LOG_FORMATS
 from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, add_policy_arguments
 from tpserve.coordinator.speculation import add_speculation_arguments
-from tpserve.proto.manifest import GPU_STEP_TOKENS
+from tpserve.proto.manifest import CPU_STEP_TOKENS, GPU_STEP_TOKENS
 
 DEFAULT_REPLAY_TIMEOUT_S = 45.0
 """Several times a rebuild on a busy machine, and less than the 60 s after which proxies cut a silent stream."""
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-lib",
         type=Path,
-        help="artifact folder made by `tpserve compile`: nothing is compiled here, and MODEL must be a folder",
+        help="folder made by `tpserve compile`, with its sizes: nothing is compiled here, and MODEL must be a folder",
     )
     parser.add_argument("--tp", "--tensor-parallel-size", type=int, default=1, metavar="1|2|4|8")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -43,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: bfloat16 on a GPU, float32 on a CPU; fp8 (also fp8_e4m3): half the memory, on GPUs or portable",
     )
     parser.add_argument("--kernels", choices=["tuned", "portable"], default="tuned")
-    parser.add_argument("--max-num-seqs", type=_positive, help="sequences that run at once (default: by mode)")
+    parser.add_argument(
+        "--max-num-seqs", type=_positive, help="sequences that run at once (default: the library's; by mode)"
+    )
     parser.add_argument(
         "--max-num-batched-tokens",
         type=_positive,
-        help=f"most tokens of a step (default: {GPU_STEP_TOKENS} on GPUs, 256 on a CPU)",
+        help=f"most tokens of a step (default: the library's; {GPU_STEP_TOKENS} on GPUs, {CPU_STEP_TOKENS} on a CPU)",
     )
     parser.add_argument("--max-model-len", type=_positive, help="prompt and output of one sequence, in tokens")
     parser.add_argument("--max-num-queued-reqs", type=_positive, default=1024, help="more are answered with 429")

@@ -16,8 +16,8 @@ from typing import Any, Literal, Self
 
 FORMAT_VERSION = 5
 MANIFEST_NAME = "manifest.json"
-GPU_STEP_TOKENS = 1024
-"""Of one step on a GPU, unless told otherwise: four prompts or so beside the decodes (benchmarks/README.md)."""
+CPU_STEP_TOKENS, GPU_STEP_TOKENS = 256, 1024
+"""Of one step, unless told otherwise; on a GPU four prompts or so beside the decodes (benchmarks/README.md)."""
 
 
 class ManifestError(ValueError):

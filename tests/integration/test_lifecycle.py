@@ -126,6 +126,19 @@ def test_stopped_while_it_starts(tiny_folder: Path, tmp_path: Path, signum: sign
         server.kill_all()
 
 
+def test_a_library_that_is_given_brings_its_sizes(tiny_folder: Path, tmp_path: Path) -> None:
+    """What `tpserve compile` makes, `tpserve serve` takes, without a word about sizes; what it is told must fit."""
+    dummy = ("--load-format", "dummy")
+    compiled = run_cli("compile", tiny_folder, *dummy, "--max-num-seqs", "6", folder=tmp_path)
+    library = ("--model-lib", json_line(compiled.stdout)["artifact_dir"])
+    refused = run_cli("serve", tiny_folder, *dummy, *library, "--max-num-batched-tokens", "64", folder=tmp_path)
+    assert "max_num_batched_tokens is 256 in the library and 64 in the configuration" in refused.stderr
+    with Server.running(tiny_folder, *dummy, *library, folder=tmp_path) as server, server.client() as client:
+        assert client.chat.completions.create(**chat_request("Count.", max_tokens=2)).choices
+        assert "max batch size will be set to 6" in server.log
+        assert "Compiling" not in server.log
+
+
 def test_served_names_keys_and_a_folder_as_model(demo_folder: Path, tmp_path: Path) -> None:
     flags = ("--served-model-name", MODEL_NAME, "alias", "--api-key", "secret", "--mode", "interactive")
     with Server.running(demo_folder, *flags, folder=tmp_path) as server, server.client() as client:
