@@ -137,7 +137,7 @@ class _Server:
             args.gateway_processes = gateways_beside_gpus(usable_cpus() // args.replica[1]) if on_gpu else 1
         max_num_seqs = args.max_num_seqs or (MODE_MAX_NUM_SEQS[args.mode] if library is None else library.max_num_seqs)
         device = "cuda" if on_gpu else "cpu"
-        speculation = choose_speculation(args)
+        speculation = choose_speculation(args, on_gpu=on_gpu)
         if speculation is not None and speculation.draft_model is not None:
             speculation = self._build.inspect_draft(speculation, speculation.draft_model)
         if speculation is not None and on_gpu:

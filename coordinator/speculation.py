@@ -118,8 +118,8 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-tp",
         type=int,
         metavar="1|2|4|8",
-        help="ranks of one draft group (default 1); they divide --tp where colocated; on GPUs 1 or as --tp; of an "
-        "EAGLE-3 head always as --tp",
+        help="ranks of one draft group (default: 1; on GPUs as --tp); they divide --tp where colocated; on GPUs 1 or "
+        "as --tp; of an EAGLE-3 head always as --tp",
     )
     group.add_argument(
         "--draft-placement",
@@ -141,8 +141,14 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def choose_speculation(args: argparse.Namespace) -> SpeculationChoice | None:
+def choose_speculation(args: argparse.Namespace, *, on_gpu: bool = False) -> SpeculationChoice | None:
     """Return what the flags ask for; None for plain decoding.
+
+    Parameters
+    ----------
+    on_gpu
+        Whether the model is: there a draft is split as the model is, unless the flags say otherwise. On four H200s a
+        draft of 1B was faster so at every concurrency, and one of 8B wherever it was measured (benchmarks/README.md).
 
     Raises
     ------
@@ -167,7 +173,7 @@ def choose_speculation(args: argparse.Namespace) -> SpeculationChoice | None:
     placement: DraftPlacement = args.draft_placement
     if placement == "dedicated" and method != "draft":
         raise ClusterError(f"--spec-method {method} has no model to place: leave --draft-placement dedicated away")
-    draft_tp = args.draft_tp or 1
+    draft_tp = args.draft_tp or (args.tp if on_gpu and placement == "colocated" else 1)
     if placement == "dedicated" and draft_tp not in _TP_DEGREES:
         raise ClusterError(f"--draft-tp {draft_tp} is not one of {', '.join(map(str, _TP_DEGREES))}")
     if placement == "colocated" and (draft_tp < 1 or args.tp % draft_tp != 0):

@@ -41,7 +41,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "engine.draft.method": {"enum": ["", "draft", "ngram", "suffix"]},
     "engine.draft.tensorParallelSize": {
         "enum": [1, 2, 4, 8],
-        "description": "Ranks of one draft group; divides the engine's degree where colocated.",
+        "description": "Ranks of one draft group; where colocated it divides the engine's degree; on GPUs 1 or all.",
     },
     "engine.draft.placement": {
         "enum": ["colocated", "dedicated"],

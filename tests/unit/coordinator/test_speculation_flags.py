@@ -135,6 +135,20 @@ def test_on_gpus_a_draft_is_whole_or_split_as_the_model(flags: str) -> None:
     choice.require_gpus(args.tp)
 
 
+@pytest.mark.parametrize(
+    ("flags", "on_cpu", "on_gpu"),
+    [
+        ("--tp 4 --draft-model d", 1, 4),
+        ("--tp 4 --draft-model d --draft-tp 1", 1, 1),
+        ("--tp 4 --draft-model d --draft-placement dedicated", 1, 1),
+    ],
+)
+def test_a_draft_is_split_as_the_model_where_that_is_faster(flags: str, on_cpu: int, on_gpu: int) -> None:
+    args = parse(*flags.split())
+    found = [choose_speculation(args, on_gpu=device) for device in (False, True)]
+    assert [None if choice is None else choice.draft_tp for choice in found] == [on_cpu, on_gpu]
+
+
 def test_a_draft_is_compiled_for_the_windows_of_a_gpus_rounds() -> None:
     assert draft_step_tokens(512, 64, on_gpu=True) == 512
     assert draft_step_tokens(512, 256, on_gpu=True) == 1024
