@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import cupy
 import numpy as np
 
+from tpserve.worker.device_draft_model import DeviceDraft
+from tpserve.worker.device_head import DeviceHead
 from tpserve.worker.device_runner import DeviceRunner
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_speculation import DeviceSpeculation
@@ -46,6 +48,8 @@ class SyntheticSpeculation(DeviceSpeculation):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        assert isinstance(self._draft, DeviceDraft | DeviceHead), "lookups accept what they find"
+        self._draft_vocab_size = self._draft.manifest.vocab_size
         source = Path(__file__).with_suffix(".cuh").read_text().replace("#pragma once", "") + _KERNELS
         module = cupy.RawModule(code=source, options=("-std=c++17",))
         self._synthesize = module.get_function("synthesize")  # compiles: nothing may while a graph is captured
@@ -91,7 +95,7 @@ class SyntheticSpeculation(DeviceSpeculation):
                 self._address(sample_slots),
                 self._address(sample_positions),
                 self._control,
-                np.int32(self._draft.manifest.vocab_size),
+                np.int32(self._draft_vocab_size),
                 self._address(sampled),
             )
             self._synthesize((-(-rows // 128),), (128,), arguments)

@@ -34,6 +34,7 @@ from tpserve.worker.device_draft_model import DeviceDraft
 from tpserve.worker.device_group import DeviceGroup
 from tpserve.worker.device_head import DeviceHead
 from tpserve.worker.device_kv_cache import attention_workspace, device_pages
+from tpserve.worker.device_lookup import DeviceLookup
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_speculation import DeviceProposer, DeviceSpeculation
 from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
@@ -149,10 +150,10 @@ class DeviceRunner:
     def _find_draft(self, manifest: Manifest) -> tuple[RankConfig, Manifest] | None:
         """Return what this rank is told of the draft, and its manifest, if there is one."""
         speculation = self._config.speculation
-        if speculation is None:
+        if speculation is None or speculation.method == "ngram":
             return None
         if speculation.method not in ("draft", "eagle3"):
-            raise WorkerError(f"{speculation.method} looks tokens up on the host: on GPUs, use a draft model")
+            raise WorkerError(f"{speculation.method} looks tokens up on the host: on GPUs, use ngram, or a draft model")
         config = draft_rank_config(self._config, speculation)
         check = check_head_manifest if speculation.method == "eagle3" else check_draft_manifest
         return config, check(config, manifest)
@@ -160,17 +161,20 @@ class DeviceRunner:
     def _make_speculation(
         self, manifest: Manifest, draft: tuple[RankConfig, Manifest] | None, progress: Progress
     ) -> DeviceSpeculation | None:
-        """Load the draft, if there is one."""
+        """Make what drafts, if anything does, and load it."""
         speculation = self._config.speculation
-        if speculation is None or draft is None:
+        if speculation is None:
             return None
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
-            given = (*draft, self._kernels, self._device, self._stream, progress)
             proposer: DeviceProposer
-            if speculation.method == "eagle3":
-                proposer = self._head = DeviceHead(*given, target=manifest, target_params=self._params)
+            if draft is None:
+                proposer = DeviceLookup(speculation, self._kernels)
             else:
-                proposer = self._draft = DeviceDraft(*given)
+                given = (*draft, self._kernels, self._device, self._stream, progress)
+                if speculation.method == "eagle3":
+                    proposer = self._head = DeviceHead(*given, target=manifest, target_params=self._params)
+                else:
+                    proposer = self._draft = DeviceDraft(*given)
             sizes = (self._config.max_num_seqs, manifest.max_model_len + 1, _NUM_STAGING)
             return self.speculation_type(speculation, proposer, self._kernels, *sizes)
 

@@ -15,7 +15,6 @@ import cupy
 import numpy as np
 import tvm_ffi
 
-from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import SlotAdd
 from tpserve.proto.speculation import Speculation
 from tpserve.worker.arrays import Array
@@ -46,9 +45,8 @@ class Round:
 
 
 class DeviceProposer(Protocol):
-    """What drafts for the slots of one rank: a model of its own, or a head."""
+    """What drafts for the slots of one rank: a model of its own, a head, or the slots' own tokens."""
 
-    manifest: Manifest
     logits_by_rank: bool
     """Whether a step gives one rank's part of the vocabulary."""
 
@@ -62,7 +60,10 @@ class DeviceProposer(Protocol):
         """Queue what must run before a round that is about to be launched; `decoding` is (B,) int32, its slots."""
 
     def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:
-        """Queue the draft's steps of a round, one for each draft token, which is stored before the next begins."""
+        """Queue the draft's steps of a round, one for each draft token, which is stored before the next begins.
+
+        One that has no logits to sample stores all of them itself, and yields nothing.
+        """
 
 
 class DeviceSpeculation:

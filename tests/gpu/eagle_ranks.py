@@ -13,6 +13,7 @@ import tvm_ffi
 from tpserve.proto.messages import SlotAdd
 from tpserve.proto.speculation import Speculation
 from tpserve.worker.arrays import Array
+from tpserve.worker.device_head import DeviceHead
 from tpserve.worker.device_runner import DeviceRunner
 from tpserve.worker.device_speculation import DeviceProposer, DeviceSpeculation, DraftLogits, Round, State
 
@@ -24,7 +25,7 @@ class WatchedProposer:
     """Copies what a proposer gives, within the captured steps; see `DeviceProposer`."""
 
     def __init__(self, draft: DeviceProposer, kernels: Any, most: int, num_slots: int, width: int) -> None:
-        self.manifest, self.logits_by_rank = draft.manifest, draft.logits_by_rank
+        self.logits_by_rank = draft.logits_by_rank
         self._draft = draft
         self._address = kernels["device_address"]
         self.logits = cupy.zeros((most, num_slots, width), cupy.float32)
@@ -57,6 +58,7 @@ class WatchedSpeculation(DeviceSpeculation):
     def __init__(
         self, speculation: Speculation, draft: DeviceProposer, kernels: Any, max_num_seqs: int, *sizes: int
     ) -> None:
+        assert isinstance(draft, DeviceHead)
         head = draft.manifest.head
         assert head is not None
         width = -(-head.target_vocab_size // (16 * draft.manifest.tp_size)) * 16 * draft.manifest.tp_size

@@ -1,5 +1,6 @@
 // Steps of a replica that speculates: what the device does before and after the target's and the draft's graphs, see
-// speculation_rows.cuh. Each kernel has one thread for a row, a group or a slot.
+// speculation_rows.cuh. Each kernel has one thread for a row, a group or a slot,
+// but that which looks tokens up, which has a block.
 #include "speculation.cuh"
 
 namespace tpserve::cuda {
@@ -155,10 +156,39 @@ void draft_store(TensorView tokens, TensorView num_tokens, TensorView max_len, T
          checked<int32_t>("sampled", sampled, {batch}), checked<int32_t>("row_slots", row_slots, {batch}));
 }
 
+/// A block for each slot.
+__global__ void __launch_bounds__(kThreads)
+    draft_lookup_kernel(SlotState s, int num_drafts, int least, int most, const int32_t* decode_slots, int stride) {
+  __shared__ int64_t scratch[32];
+  pdl_launch();
+  pdl_wait();
+  const int slot = fresh(decode_slots + static_cast<int64_t>(blockIdx.x) * stride);
+  if (slot < 0) return;
+  const int num_tokens = lookup_tokens(s, slot);
+  const int64_t own = find_run(s, slot, num_tokens, threadIdx.x, kThreads, least, most);
+  const int64_t found = block_reduce(own, int64_t{0}, scratch, Max());
+  if (threadIdx.x < num_drafts) store_lookup(s, slot, num_tokens, found, threadIdx.x);
+}
+
+/// All draft tokens of each slot by prompt lookup: runs of `least` to `most` last tokens are searched for.
+void draft_lookup(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens,
+                  TensorView decode_slots, int64_t stride, int64_t num_drafts, int64_t least, int64_t most) {
+  const SlotState s = state_of(tokens, num_tokens, max_len, draft_tokens);
+  const int64_t batch = batch_of(decode_slots, stride);
+  if (num_drafts < 1 || num_drafts > s.max_drafts) {
+    TVM_FFI_THROW(ValueError) << num_drafts << " draft tokens, expected 1 to " << s.max_drafts;
+  }
+  if (least < 1 || most < least) TVM_FFI_THROW(ValueError) << "runs of " << least << " to " << most << " tokens";
+  launch(draft_lookup_kernel, dim3(static_cast<unsigned>(batch)), kThreads, 0, stream_of(tokens), s,
+         static_cast<int>(num_drafts), static_cast<int>(least), static_cast<int>(most),
+         checked<int32_t>("decode_slots", decode_slots, {batch * stride}), static_cast<int>(stride));
+}
+
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(speculation_load, speculation_load);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(speculation_accept, speculation_accept);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_begin, draft_begin);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_continue, draft_continue);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_lookup, draft_lookup);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_store, draft_store);
 
 }  // namespace

@@ -158,4 +158,37 @@ TPSERVE_ROW void store_draft(const SlotState& s, int b, int index, const int32_t
       fresh(row_slots + b) < 0 ? -1 : fresh(sampled + b);
 }
 
+// Prompt lookup (worker/proposers/ngram.py, whose text this must give): what followed the last tokens before follows again.
+
+/// Tokens of a slot that a lookup may look at; 0 where it may not draft.
+TPSERVE_ROW int lookup_tokens(const SlotState& s, int slot) {
+  return fresh(s.max_len + slot) <= 0 || is_full(s, slot) ? 0 : fresh(s.num_tokens + slot);
+}
+
+/// Where the longest run of a slot's last `least` to `most` tokens ended before, at one of the positions `first`,
+/// `first` + `step`, ...: of runs as long, the last one. As length * 2^32 + end + 1, so that the best of several is the
+/// greatest; 0 for none.
+TPSERVE_ROW int64_t find_run(const SlotState& s, int slot, int num_tokens, int first, int step, int least, int most) {
+  if (num_tokens < 2) return 0;
+  const int32_t last = token_at(s, slot, num_tokens - 1);
+  int64_t best = 0;
+  for (int end = first; end < num_tokens - 1; end += step) {
+    if (token_at(s, slot, end) != last) continue;
+    int length = 1;
+    while (length < most && length <= end && token_at(s, slot, end - length) == token_at(s, slot, num_tokens - 1 - length)) {
+      ++length;
+    }
+    const int64_t found = static_cast<int64_t>(length) << 32 | (end + 1);
+    if (length >= least && found > best) best = found;
+  }
+  return best;
+}
+
+/// Draft token `index` of a slot, from what `find_run` found; a run so near that it reaches the end repeats itself.
+TPSERVE_ROW void store_lookup(const SlotState& s, int slot, int num_tokens, int64_t found, int index) {
+  const int next = static_cast<int>(found & 0x7fffffff), period = num_tokens - next;
+  s.draft_tokens[static_cast<int64_t>(slot) * s.max_drafts + index] =
+      found == 0 ? -1 : token_at(s, slot, next + index % period);
+}
+
 }  // namespace tpserve::cuda

@@ -32,6 +32,21 @@ void next(SlotState* s, int batch, int index, int behind, int draft_max_len, con
   }
 }
 
+void lookup(SlotState* s, int batch, int num_drafts, int least, int most, int threads, const int32_t* decode_slots,
+            int stride) {
+  for (int b = 0; b < batch; ++b) {
+    const int slot = decode_slots[b * stride];
+    if (slot < 0) continue;
+    const int num_tokens = lookup_tokens(*s, slot);
+    int64_t best = 0;
+    for (int thread = 0; thread < threads; ++thread) {
+      const int64_t own = find_run(*s, slot, num_tokens, thread, threads, least, most);
+      if (own > best) best = own;
+    }
+    for (int index = 0; index < num_drafts; ++index) store_lookup(*s, slot, num_tokens, best, index);
+  }
+}
+
 void store(SlotState* s, int batch, int index, const int32_t* decode_slots, int stride, const int32_t* sampled,
            const int32_t* row_slots) {
   for (int b = 0; b < batch; ++b) store_draft(*s, b, index, decode_slots, stride, sampled, row_slots);
