@@ -15,6 +15,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 from tpserve.coordinator.gateway.errors import EngineUnavailable, InvalidRequest
@@ -23,11 +24,13 @@ from tpserve.proto.messages import Grammar
 logger = logging.getLogger(__name__)
 
 COMPILE_TIMEOUT_S = 5.0
+"""Of one core: what it takes is the grammar's, how soon it gets that is the host's."""
+BUSY_FACTOR = 6
+"""So many times longer a compilation may take where others have the cores."""
 START_TIMEOUT_S = 60.0
 MAX_SOURCE_BYTES = 256 << 10
 MAX_REMEMBERED = 4096
-LATE_REMEMBERED_S = 60.0
-"""So long a grammar that was not compiled in time is refused unseen; the host may have been busy with other things."""
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class GrammarChecker:
@@ -46,8 +49,6 @@ class GrammarChecker:
         self._one_at_a_time = asyncio.Lock()
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         """By hash of the grammar: what is wrong with it."""
-        self._late: dict[bytes, float] = {}
-        """By hash of those of them that were not compiled in time: when that is forgotten, of `time.monotonic()`."""
 
     async def check(self, grammar: Grammar, vocab_size: int, *, param: str) -> None:
         """Return if the grammar compiles.
@@ -57,7 +58,7 @@ class GrammarChecker:
         InvalidRequest
             If it does not, takes too long, or is too long; names `param`.
         EngineUnavailable
-            If grammars cannot be compiled here; says what to install.
+            If grammars cannot be compiled here, or not now; says what to install, or to try again.
         """
         source = grammar.source.encode()
         if len(source) > MAX_SOURCE_BYTES:
@@ -65,14 +66,12 @@ class GrammarChecker:
                 f"{param} makes a grammar of {len(source)} bytes; at most {MAX_SOURCE_BYTES} are allowed", param=param
             )
         key = hashlib.sha256(bytes([grammar.kind.value]) + source).digest()
-        self._forget_late(key)
         if key not in self._known:
             async with self._one_at_a_time:
                 if key not in self._known:  # nobody has asked the same meanwhile
-                    self._known[key] = await self._compile(key, grammar, vocab_size)
+                    self._known[key] = await self._compile(grammar, vocab_size)
                     if len(self._known) > MAX_REMEMBERED:
-                        oldest, _ = self._known.popitem(last=False)
-                        self._late.pop(oldest, None)
+                        self._known.popitem(last=False)
         self._known.move_to_end(key)
         if (error := self._known[key]) is not None:
             raise InvalidRequest(f"{param}: {error}", param=param)
@@ -84,19 +83,14 @@ class GrammarChecker:
             process.kill()
             await process.wait()
 
-    def _forget_late(self, key: bytes) -> None:
-        if key in self._late and time.monotonic() >= self._late[key]:
-            del self._late[key], self._known[key]
-
-    async def _compile(self, key: bytes, grammar: Grammar, vocab_size: int) -> str | None:
+    async def _compile(self, grammar: Grammar, vocab_size: int) -> str | None:
         process = await self._ready_process(vocab_size)
         assert process.stdin is not None
         process.stdin.write(json.dumps({"kind": grammar.kind.value, "source": grammar.source}).encode() + b"\n")
         try:
-            answer = await asyncio.wait_for(_read(process), self._compile_timeout_s)
+            answer = await self._answer(process)
         except TimeoutError:
             await self.close()
-            self._late[key] = time.monotonic() + LATE_REMEMBERED_S
             return f"the grammar was not compiled within {self._compile_timeout_s:g} s; make it simpler"
         except BaseException:  # this request was cancelled: its answer must not become another's
             if self._process is not None:
@@ -108,6 +102,34 @@ class GrammarChecker:
             return "the grammar is too large to be compiled; make it simpler"
         error: str | None = answer["error"]
         return error
+
+    async def _answer(self, process: Process) -> dict[str, Any] | None:
+        """Return the answer to what was just asked.
+
+        Raises
+        ------
+        TimeoutError
+            If it has taken a core for longer than it may.
+        EngineUnavailable
+            If it has not even got that.
+        """
+        limit_s, began, used_before = self._compile_timeout_s, time.monotonic(), _cpu_seconds(process)
+        reading = asyncio.create_task(_read(process))
+        left_s = limit_s
+        try:
+            while not (await asyncio.wait([reading], timeout=left_s))[0]:
+                left_s = limit_s - (_cpu_seconds(process) - used_before)
+                if left_s <= 0:
+                    raise TimeoutError
+                if time.monotonic() - began >= BUSY_FACTOR * limit_s:
+                    raise EngineUnavailable(
+                        f"Structured output is not available: this host was too busy to compile the grammar within "
+                        f"{BUSY_FACTOR * limit_s:g} s; try again"
+                    )
+                left_s = max(left_s, _TICK_S)
+            return reading.result()
+        finally:
+            reading.cancel()
 
     async def _ready_process(self, vocab_size: int) -> Process:
         if self._process is not None and self._process.returncode is None:
@@ -134,6 +156,15 @@ class GrammarChecker:
             why = "its compiler has ended; the log says why" if answer is None else answer["unavailable"]
             raise EngineUnavailable(f"Structured output is not available: {why}")
         return process
+
+
+def _cpu_seconds(process: Process) -> float:
+    """Return the seconds of cores that a process has had; of one that has ended 0."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) * _TICK_S  # utime and stime, proc(5)
 
 
 async def _read(process: Process) -> dict[str, Any] | None:
