@@ -1,6 +1,5 @@
 // Steps of a replica that speculates: what the device does before and after the target's and the draft's graphs, see
-// speculation_rows.cuh. Each kernel has one thread for a row, a group or a slot,
-// but that which looks tokens up, which has a block.
+// speculation_rows.cuh. Each kernel has one thread for a row, a group or a slot; a lookup has a block for a slot.
 #include "speculation.cuh"
 
 namespace tpserve::cuda {
