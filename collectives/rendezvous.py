@@ -1,7 +1,7 @@
 """Where the ranks of a group meet before they exchange activations: small messages over TCP, each with a deadline.
 
-Rank 0 listens, the others come. One exchange gives every rank what all ranks brought, and is a barrier besides. Used
-while a group starts and by nothing in a step. Over a network everything here is within mutual TLS, see `tls`.
+The first rank listens, the others come. One exchange gives every rank what all ranks brought, and is a barrier besides.
+Used while a group starts and by nothing in a step. Over a network everything here is within mutual TLS, see `tls`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -153,15 +153,17 @@ class Rendezvous:
     rank, world_size
         This process and the number of processes.
     address
-        `host:port` of rank 0's door.
+        `host:port` of the first rank's door.
     secret
         Shared by the group; a stranger is turned away.
     timeout_s
         Deadline of each exchange, the first of which waits for the slowest process to start.
     door
-        Rank 0's listening socket, from `listen`; closed with the rest.
+        The first rank's listening socket, from `listen`; closed with the rest.
     tls
         Of this rank; None: plain connections.
+    ranks
+        Who meets, the first at its own door; None: 0 to world_size - 1.
 
     Raises
     ------
@@ -179,27 +181,28 @@ class Rendezvous:
         timeout_s: float,
         door: socket.socket | None = None,
         tls: GroupTls | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         self._rank = rank
-        self._world_size = world_size
+        self._first, *self._others = range(world_size) if ranks is None else ranks
         self._timeout_s = timeout_s
         self._peers: dict[int, socket.socket] = {}
         self._door = door
         deadline = time.monotonic() + timeout_s
         handshake = Handshake(rank, secret.encode(), timeout_s, tls=tls)
         try:
-            if rank != 0:
-                self._peers = {0: handshake.reach(0, address, deadline)}
+            if rank != self._first:
+                self._peers = {self._first: handshake.reach(self._first, address, deadline)}
             elif door is None:
-                raise ValueError("rank 0 needs the door that it opened with `listen`")
+                raise ValueError(f"rank {rank} needs the door that it opened with `listen`")
             else:
-                self._peers = handshake.admit(door, range(1, world_size), deadline)
+                self._peers = handshake.admit(door, self._others, deadline)
         except BaseException:
             self.close()
             raise
 
     def exchange(self, payload: bytes) -> list[bytes]:
-        """Give `payload`, return what every rank gave, by rank.
+        """Give `payload`, return what every rank gave, in the order of the ranks that meet.
 
         Raises
         ------
@@ -209,13 +212,13 @@ class Rendezvous:
             If a rank has ended.
         """
         deadline = time.monotonic() + self._timeout_s
-        if self._rank != 0:
-            _send(self._peers[0], self._rank, payload, deadline)
-            return _split(self._take(0, deadline))
-        gathered = [payload] + [self._take(rank, deadline) for rank in range(1, self._world_size)]
+        if self._rank != self._first:
+            _send(self._peers[self._first], self._rank, payload, deadline)
+            return _split(self._take(self._first, deadline))
+        gathered = [payload] + [self._take(rank, deadline) for rank in self._others]
         everything = b"".join(struct.pack("!I", len(part)) + part for part in gathered)
-        for rank in range(1, self._world_size):
-            _send(self._peers[rank], 0, everything, deadline)
+        for rank in self._others:
+            _send(self._peers[rank], self._first, everything, deadline)
         return gathered
 
     def close(self) -> None:

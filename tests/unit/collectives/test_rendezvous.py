@@ -47,6 +47,18 @@ def test_every_rank_gets_what_all_ranks_brought(world_size: int) -> None:
     assert meet(world_size, work) == [expected] * world_size
 
 
+def test_others_than_the_first_ranks_may_meet_at_the_door_of_another() -> None:
+    ranks, door = (5, 6, 2), listen(HOST)
+
+    def run(rank: int) -> list[bytes]:
+        own = door if rank == 5 else None
+        with Rendezvous(rank, 3, address_of(door), "secret", timeout_s=10.0, door=own, ranks=ranks) as place:
+            return place.exchange(str(rank).encode())
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, ranks)) == [[b"5", b"6", b"2"]] * 3
+
+
 def test_an_exchange_waits_for_the_slowest() -> None:
     started = time.monotonic()
 
