@@ -264,15 +264,18 @@ class Cluster:
         layout = GroupLayout(self._config.rank, places, self._node_id)
         receivers = {node: Receiver(places[rank].node, self._actors[rank]) for node, rank in layout.away.items()}
         folders = await self._distributor.ensure(receivers) if receivers else {}
-        rendezvous, draft_door, target_door = "", "", ""
+        rendezvous, draft_door, target_door, draft_rendezvous = "", "", "", ""
         if layout.needs_door:
             rendezvous = await self._open_door(0, layout.hosts[0], "group")
         if self._num_draft_ranks:
             first = self._config.rank.tp_size
             draft_door = await self._open_door(first, layout.hosts[first], "draft")
-        if self._num_draft_ranks > 1:
-            target_door = await self._open_door(0, layout.hosts[0], "draft")
-        return layout.configs(rendezvous, folders, draft_door, target_door, tls=self._certify(layout))
+            if self._num_draft_ranks > 1 and self._config.rank.device is not None:
+                draft_rendezvous = await self._open_door(first, layout.hosts[first], "group")
+            elif self._num_draft_ranks > 1:
+                target_door = await self._open_door(0, layout.hosts[0], "draft")
+        doors = (draft_door, target_door, draft_rendezvous)
+        return layout.configs(rendezvous, folders, *doors, tls=self._certify(layout))
 
     def _certify(self, layout: GroupLayout) -> list[TlsIdentity] | None:
         """Return a certificate for each rank, which Ray carries there; None if they stay on loopback."""

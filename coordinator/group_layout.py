@@ -60,7 +60,13 @@ class GroupLayout:
             )
         size = 1 if template.speculation is None else template.speculation.draft_tp_size
         if template.device is not None:
-            return  # GPUs have the draft whole, or share it by the group's own collectives, which may cross nodes
+            # GPUs have the draft whole, or share it by the group's own collectives, which may cross nodes.
+            if drafts and len({place.node_id for place in places}) > 1:
+                raise ClusterError(
+                    "--draft-placement dedicated works over memory that GPUs of one node share, and the ranks are on "
+                    f"{_names(places)}: give --draft-placement colocated, or lower --tp or --draft-tp"
+                )
+            return
         for first in range(0, len(places), size) if not drafts else (template.tp_size,):
             group = places[first : first + size]
             if len({place.node_id for place in group}) > 1:
@@ -96,6 +102,7 @@ class GroupLayout:
         folders: Mapping[str, Mapping[str, Path]],
         draft_door: str = "",
         target_door: str = "",
+        draft_rendezvous: str = "",
         *,
         tls: Sequence[TlsIdentity] | None = None,
     ) -> list[RankConfig]:
@@ -103,8 +110,8 @@ class GroupLayout:
 
         Parameters
         ----------
-        rendezvous
-            Address of the door; empty without one.
+        rendezvous, draft_rendezvous
+            Addresses of the doors of the model's ranks and, on GPUs, of a draft's own; empty without one.
         folders
             What ranks load, by kind, at each node of `away`.
         draft_door, target_door
@@ -119,7 +126,8 @@ class GroupLayout:
             device = self._template.device
             if device is not None:  # without a GPU of Ray's, the group's first device plus the rank
                 device = device + rank if place.device is None else place.device
-            config = replace(self._template, rank=rank, host=host, device=device, rendezvous=rendezvous)
+            own = rendezvous if rank < self._template.tp_size else draft_rendezvous
+            config = replace(self._template, rank=rank, host=host, device=device, rendezvous=own)
             config = replace(config, draft_door=draft_door, target_door=target_door)
             if tls is not None:
                 config = replace(config, tls=tls[rank])

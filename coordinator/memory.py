@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tpserve.coordinator.errors import ClusterError
@@ -54,8 +54,8 @@ def plan_memory(
     draft
         Of a draft: each page has its KV too, on each of its ranks.
     draft_share
-        Ranks of the draft for each of the model: 1 where they are the same. A draft's own ranks take theirs from the
-        same memory.
+        Ranks of the draft for each of the model: 1 where they are the same. On a CPU a draft's own ranks take theirs
+        from the same memory.
 
     Raises
     ------
@@ -84,6 +84,36 @@ def plan_memory(
     else:
         num_pages = pages_per_seq
     return MemoryPlan(parameters, num_pages * page, workspace, num_pages)
+
+
+def limit_to_own_draft(
+    plan: MemoryPlan, target: Manifest, draft: Manifest, utilization: float, available_bytes: int
+) -> MemoryPlan:
+    """Return a plan with no more pages than fit on GPUs that a draft has to itself, whose KV has the same pages.
+
+    Parameters
+    ----------
+    plan
+        Of the model's ranks, without the draft.
+    available_bytes
+        Memory that one rank of the draft may count on.
+
+    Raises
+    ------
+    ClusterError
+        If not even one sequence of full length fits there; names the numbers.
+    """
+    parameters, page = _parameter_bytes(draft), draft.kv.page_bytes
+    pages_per_seq = -(-target.max_model_len // target.kv.page_size)
+    budget = int(available_bytes * utilization) - parameters - draft.workspace_bytes
+    if budget < pages_per_seq * page:
+        raise ClusterError(
+            f"one sequence of {target.max_model_len} tokens needs {_mb(pages_per_seq * page)} of the draft's KV cache, "
+            f"{_mb(max(budget, 0))} are left beside {_mb(parameters)} of its parameters: "
+            "lower --max-model-len, or raise --gpu-memory-utilization or --draft-tp"
+        )
+    num_pages = min(plan.num_pages, budget // page)
+    return replace(plan, num_pages=num_pages, kv_bytes=num_pages * target.kv.page_bytes)
 
 
 def _parameter_bytes(manifest: Manifest) -> int:

@@ -39,6 +39,7 @@ from tpserve.coordinator.memory import (
     MODE_MAX_NUM_SEQS,
     available_device_bytes,
     available_host_bytes,
+    limit_to_own_draft,
     plan_memory,
 )
 from tpserve.coordinator.model_build import ModelBuild
@@ -51,7 +52,7 @@ from tpserve.coordinator.process import (
     remove_folder,
     tell_parent,
 )
-from tpserve.coordinator.speculation import choose_speculation
+from tpserve.coordinator.speculation import choose_speculation, num_own_draft_ranks
 from tpserve.proto.manifest import CPU_STEP_TOKENS, GPU_STEP_TOKENS, Manifest, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -153,15 +154,18 @@ class _Server:
         draft_folders, draft = None, None
         if speculation is not None and speculation.draft_model is not None:
             draft_folders, draft = self._build.draft(speculation, folders, manifest, device)
+        has_own_gpus = on_gpu and num_draft_ranks > 0
         memory = plan_memory(
             manifest,
             args.mode,
             max_num_seqs,
             args.gpu_memory_utilization,
             rank_bytes,
-            draft=draft,
+            draft=None if has_own_gpus else draft,
             draft_share=1.0 if not num_draft_ranks else num_draft_ranks / args.tp,
         )
+        if draft is not None and has_own_gpus:
+            memory = limit_to_own_draft(memory, manifest, draft, args.gpu_memory_utilization, rank_bytes)
         logger.info(
             'Under mode "%s", max batch size will be set to %d, max KV cache token capacity will be set to %d, '
             "prefill chunk size will be set to %d.",
@@ -211,15 +215,20 @@ class _Server:
         args = self._args
         gpus = available_device_bytes() if args.device != "cpu" else []
         num_replicas: int = args.replica[1]
-        if args.device == "cuda" and len(gpus) < args.tp:
+        num_ranks = args.tp + num_own_draft_ranks(args)
+        if (gpus or args.device == "cuda") and len(gpus) < num_ranks:
+            device = "--device cuda " if args.device == "cuda" else ""
             raise ServeError(
-                f"--device cuda --tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu"
+                f"{device}{self._ranks_wanted()}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu"
             )
-        if gpus and len(gpus) < args.tp:
-            raise ServeError(f"--tp {args.tp}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu")
         if not gpus:
             return False, available_host_bytes() // (args.tp * num_replicas)
-        return True, min((gpus if num_replicas == 1 else sorted(gpus, reverse=True))[: args.tp])
+        return True, min((gpus if num_replicas == 1 else sorted(gpus, reverse=True))[:num_ranks])
+
+    def _ranks_wanted(self) -> str:
+        """Return the flags that say how many GPUs a replica takes."""
+        own = num_own_draft_ranks(self._args)
+        return f"--tp {self._args.tp}" + (f" --draft-placement dedicated --draft-tp {own}" if own else "")
 
     def _find_memory_of_nodes(self) -> tuple[bool, int]:
         """Return the same of a cluster's nodes, of which this host may be one without a GPU."""
@@ -227,15 +236,15 @@ class _Server:
         nodes = read_nodes(args.ray_address, os.environ | ray_environment(args.ray_address))
         one_node = args.tp_across_nodes is None
         if args.device != "cpu":
-            free = bytes_of_rank(nodes, args.tp, one_node=one_node, on_gpus=True)
+            free = bytes_of_rank(nodes, args.tp + num_own_draft_ranks(args), one_node=one_node, on_gpus=True)
             if free is not None:
                 return True, free
             if args.device == "cuda":
                 counts = ", ".join(f"{node.name} has {node.num_gpus}" for node in nodes)
                 where = "on one node" if one_node else "on all nodes together"
                 raise ServeError(
-                    f"--device cuda --tp {args.tp}: Ray has not so many GPUs {where} ({counts}); lower --tp, allow "
-                    "--tp-across-nodes, or use --device cpu"
+                    f"--device cuda {self._ranks_wanted()}: Ray has not so many GPUs {where} ({counts}); lower --tp, "
+                    "allow --tp-across-nodes, or use --device cpu"
                 )
         free = bytes_of_rank(nodes, args.tp, one_node=one_node, on_gpus=False)
         # Without a place there is nothing to plan by; the coordinator waits for one, and says what is missing.

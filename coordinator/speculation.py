@@ -53,19 +53,14 @@ class SpeculationChoice:
         ClusterError
             If it is not; names the remedy.
         """
-        if self.draft_placement == "dedicated":
-            raise ClusterError(
-                "--draft-placement dedicated is built for CPUs alone: on GPUs a round of drafting and verifying is one "
-                "captured graph; use colocated"
-            )
         if self.method == "suffix":
             raise ClusterError(
                 "--spec-method suffix is built for CPUs alone: on GPUs, give --spec-method ngram, or --draft-model"
             )
-        if self.draft_tp not in (1, tp_size):
+        if self.draft_placement == "colocated" and self.draft_tp not in (1, tp_size):
             raise ClusterError(
                 f"--draft-tp {self.draft_tp} beside --tp {tp_size}: on GPUs each has the whole draft or its shard; "
-                f"give --draft-tp {' or '.join(map(str, dict.fromkeys((1, tp_size))))}"
+                f"give --draft-tp {' or '.join(map(str, dict.fromkeys((1, tp_size))))}, or --draft-placement dedicated"
             )
 
     def of_head(self, tp_size: int, given_draft_tp: int | None) -> SpeculationChoice:
@@ -120,14 +115,15 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-tp",
         type=int,
         metavar="1|2|4|8",
-        help="ranks of one draft group (default: 1; on GPUs as --tp); they divide --tp where colocated; on GPUs 1 or "
-        "as --tp; of an EAGLE-3 head always as --tp",
+        help="ranks of one draft group (default: 1; colocated on GPUs as --tp); where colocated they divide --tp, on "
+        "GPUs 1 or as --tp; of an EAGLE-3 head always as --tp",
     )
     group.add_argument(
         "--draft-placement",
         choices=get_args(DraftPlacement),
         default="colocated",
-        help="colocated: on the ranks of the model itself; dedicated: on ranks of its own, on CPUs",
+        help="colocated: on the ranks of the model itself; dedicated: on ranks of its own, which on GPUs have GPUs of "
+        "their own",
     )
     group.add_argument(
         "--spec-method",
@@ -187,6 +183,11 @@ def choose_speculation(args: argparse.Namespace, *, on_gpu: bool = False) -> Spe
     rule: DraftLengthRule = "fixed" if isinstance(length, int) else length
     most = length if isinstance(length, int) else MOST_BY_RULE[length]
     return SpeculationChoice(method, most, rule, args.draft_model, draft_tp, placement)
+
+
+def num_own_draft_ranks(args: argparse.Namespace) -> int:
+    """Return how many ranks the flags give a draft to itself, before they are checked."""
+    return (args.draft_tp or 1) if args.draft_placement == "dedicated" else 0
 
 
 def draft_step_tokens(max_num_batched_tokens: int, max_num_seqs: int, *, on_gpu: bool) -> int:

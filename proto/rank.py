@@ -12,7 +12,7 @@ from tpserve.proto.speculation import Speculation
 _FINGERPRINT_BYTES = 1 << 20
 
 Door = Literal["group", "draft"]
-"""Where ranks meet: those of the model; or those with a draft's own."""
+"""Where ranks meet: those of one group; or those of the model with a draft's own."""
 
 
 def rank_name(rank: int, tp_size: int) -> str:
@@ -79,15 +79,17 @@ class RankConfig:
     device: int | None = None
     """GPU of this rank; None computes on the CPU."""
     rendezvous: str = ""
-    """`host:port` of rank 0's door, where ranks meet on GPUs or across nodes; empty for one rank, and on one CPU."""
+    """`host:port` of rank 0's door, where ranks meet on GPUs or across nodes, or, on GPUs, of the door of a draft's
+    first own rank for its others; empty for one rank, and on one CPU."""
     collectives: Literal["auto", "push", "nccl"] = "auto"
     """Between GPUs: over peer memory, or by NCCL; auto takes peer memory wherever ranks can map it."""
     speculation: Speculation | None = None
     """How draft tokens are proposed; None: never."""
     target_door: str = ""
-    """`host:port` of rank 0's door for the draft's own ranks but the first; empty if there are none."""
+    """`host:port` of rank 0's door for the draft's own ranks but the first; empty if there are none, and on GPUs."""
     draft_door: str = ""
-    """`host:port` of the draft's first own rank's door for the model's ranks; empty if it has none."""
+    """`host:port` of the draft's first own rank's door for the model's ranks, and on GPUs for the draft's others, too;
+    empty if it has none."""
 
     @property
     def name(self) -> str:

@@ -114,16 +114,15 @@ class RankProcesses:
         pipes = [pipe for _, pipe in self._ranks[: tp_size + num_draft_ranks]]
         name = f"tpserve-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
-            rendezvous, draft_door, target_door = "", "", ""
+            rendezvous, draft_door, target_door, draft_rendezvous = "", "", "", ""
             if num_draft_ranks:
-                pipes[tp_size].send(("open door", "127.0.0.1"))
-                draft_door = _collect(pipes[tp_size : tp_size + 1])[0]
-            if num_draft_ranks > 1:
-                pipes[0].send(("open door", "127.0.0.1"))
-                target_door = _collect(pipes[:1])[0]
+                draft_door = _open_door(pipes[tp_size], "draft")
+            if num_draft_ranks > 1 and devices is not None:
+                draft_rendezvous = _open_door(pipes[tp_size], "group")
+            elif num_draft_ranks > 1:
+                target_door = _open_door(pipes[0], "draft")
             if devices is not None and tp_size > 1:
-                pipes[0].send(("open door", "127.0.0.1"))
-                rendezvous = _collect(pipes[:1])[0]
+                rendezvous = _open_door(pipes[0], "group")
             for rank, pipe in enumerate(pipes):
                 config = RankConfig(
                     rank=rank,
@@ -137,7 +136,7 @@ class RankProcesses:
                     group_name=name,
                     collective_timeout_s=60.0,
                     device=None if devices is None else devices[rank],
-                    rendezvous=rendezvous,
+                    rendezvous=rendezvous if rank < tp_size else draft_rendezvous,
                     collectives=collectives,
                     speculation=speculation,
                     draft_door=draft_door,
@@ -292,6 +291,13 @@ def _collect(pipes: list[Connection], timeout_s: float = DEADLINE_S) -> list[Any
     return [answers[pipe] for pipe in pipes]
 
 
+def _open_door(pipe: Connection, door: str) -> str:
+    """Let a rank open a door, as `Rank.open_door` does; return its address."""
+    pipe.send(("open door", door))
+    address: str = _collect([pipe])[0]
+    return address
+
+
 def _serve(
     pipe: Connection, device_runner: Callable[..., Any] | None, cpu_runner: Callable[..., Any] | None = None
 ) -> None:
@@ -300,7 +306,7 @@ def _serve(
 
     runner: Any = None
     profiler: Any = None
-    door: socket.socket | None = None
+    doors: dict[str, socket.socket] = {}
     pending: deque[Any] = deque()
     try:
         while True:
@@ -311,22 +317,27 @@ def _serve(
                 pending.append(runner.submit(what))
                 continue
             if kind == "open door":
-                door = listen(what)
-                answer = f"{what}:{door.getsockname()[1]}"
+                doors[what] = listen("127.0.0.1")
+                answer = f"127.0.0.1:{doors[what].getsockname()[1]}"
             elif kind == "load" and what.device is not None:
+                from tpserve.worker.device_draft_runner import DeviceDraftRunner
                 from tpserve.worker.device_runner import DeviceRunner
 
-                make = partial(device_runner or DeviceRunner, what, lambda done, total: None, door=door)
+                arguments = (what, lambda done, total: None, doors.get("group"))
+                make = partial(device_runner or DeviceRunner, *arguments)
+                if what.draft_rank is not None:
+                    make = partial(DeviceDraftRunner, *arguments, doors.get("draft"))
                 # In a server, too, steps come from another thread than the one that loads: CUDA's current device is a
                 # thread's own.
                 with ThreadPoolExecutor(1) as loader:
                     runner = loader.submit(make).result()
+                doors.clear()
             elif kind == "load" and what.draft_rank is not None:
                 from tpserve.worker.draft_runner import DraftRunner
 
-                runner, door = DraftRunner(what, lambda done, total: None, door=door), None
+                runner = DraftRunner(what, lambda done, total: None, door=doors.pop("draft", None))
             elif kind == "load":
-                runner, door = (cpu_runner or Runner)(what, lambda done, total: None, drafts_door=door), None
+                runner = (cpu_runner or Runner)(what, lambda done, total: None, drafts_door=doors.pop("draft", None))
             elif runner is None:
                 raise AssertionError(f"{kind} before load")
             elif kind == "close":

@@ -32,7 +32,8 @@ class Rank:
         Parameters
         ----------
         door
-            group: of the model's ranks, at its rank 0; draft: where the model's ranks and the draft's own meet.
+            group: of the model's ranks, at its rank 0, or of a draft's own ranks on GPUs, at their first; draft: where
+            the model's ranks and the draft's own meet.
         """
         from tpserve.collectives.rendezvous import listen
 
@@ -59,7 +60,11 @@ class Rank:
         from tpserve.worker.service import serve
 
         group, draft = self._doors.get("group"), self._doors.get("draft")
-        if config.draft_rank is not None:
+        if config.draft_rank is not None and config.device is not None:
+            from tpserve.worker.device_draft_runner import DeviceDraftRunner
+
+            self._runner = DeviceDraftRunner(config, _log_progress, group_door=group, link_door=draft)
+        elif config.draft_rank is not None:
             from tpserve.worker.draft_runner import DraftRunner
 
             self._runner = DraftRunner(config, _log_progress, door=draft)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import cupy
@@ -75,6 +75,18 @@ class CapturedStep:
     def release(self) -> None:
         """Let the graphs go."""
         self.graph = self.prompt_graph = self.forward_graph = None
+
+
+def capture_graph(stream: Any, run: Callable[[], None]) -> Any:
+    """Capture what `run` queues on the stream, which is the current one; return the graph."""
+    for _ in range(2):  # the pool must be warm: nothing may be allocated while capturing
+        run()
+    stream.synchronize()
+    stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+    run()
+    graph = stream.end_capture()
+    graph.upload(stream)
+    return graph
 
 
 def time_steps(steps: Sequence[CapturedStep], stream: Any, vocab_size: int) -> tuple[SizeTime, ...]:

@@ -1,7 +1,8 @@
 """Which draft a rank on a GPU loads beside its model, and whether the two fit. Knows no device.
 
-Either each rank has the whole draft, and nothing travels between them, or each has its shard, as it has one of the
-model: then the draft's library calls the collectives of the model's own group.
+On the model's ranks either each has the whole draft, and nothing travels between them, or each has its shard, as it has
+one of the model: then the draft's library calls the collectives of the model's own group. Ranks of a draft's own have
+its shards, whatever the model's degree.
 """
 
 from __future__ import annotations
@@ -17,24 +18,25 @@ from tpserve.worker.library import check_manifest
 
 
 def draft_rank_config(config: RankConfig, speculation: Speculation) -> RankConfig:
-    """Return what a rank of the model is told, as a rank of the draft.
+    """Return what a rank of the model, or of a draft that has its own, is told as a rank of the draft.
 
     Raises
     ------
     WorkerError
-        If there is no draft model, or its TP degree is neither 1 nor the model's; names the remedy.
+        If there is no draft model, or on the model's ranks its TP degree is neither 1 nor theirs; names the remedy.
     """
     if speculation.draft_artifact_dir is None or speculation.draft_model_dir is None:
         raise WorkerError(f"method {speculation.method} needs a draft and its library: give --draft-model")
-    size = speculation.draft_tp_size
-    if size not in (1, config.tp_size):
+    size, own_rank = speculation.draft_tp_size, config.draft_rank
+    if own_rank is None and size not in (1, config.tp_size):
         raise WorkerError(
             f"draft_tp_size is {size} beside a model of TP={config.tp_size}: on GPUs each rank has the whole draft or "
-            f"its shard; set --draft-tp {' or '.join(map(str, dict.fromkeys((1, config.tp_size))))}"
+            f"its shard; set --draft-tp {' or '.join(map(str, dict.fromkeys((1, config.tp_size))))}, or "
+            "--draft-placement dedicated"
         )
     return replace(
         config,
-        rank=config.rank if size > 1 else 0,
+        rank=own_rank if own_rank is not None else config.rank if size > 1 else 0,
         tp_size=size,
         model_dir=speculation.draft_model_dir,
         artifact_dir=speculation.draft_artifact_dir,
@@ -96,9 +98,10 @@ def check_draft_manifest(config: RankConfig, target: Manifest) -> Manifest:
             f"the draft has {draft.vocab_size} tokens and pages of {draft.kv.page_size}, the model "
             f"{target.vocab_size} and {target.kv.page_size}: give a draft of the same family"
         )
-    # Of the same vocabulary and on as many ranks it is padded the same, and on one rank no further: the draft's logits
-    # fit where the sampler adjusts the model's.
-    assert draft.padded_vocab_size <= target.padded_vocab_size
+    # Of the same vocabulary and on as many ranks it is padded the same, and on one rank no further: on the model's
+    # ranks the draft's logits fit where the sampler adjusts the model's.
+    has_own_ranks = config.speculation is not None and config.speculation.num_draft_ranks > 0
+    assert has_own_ranks or draft.padded_vocab_size <= target.padded_vocab_size
     # Prompts run through the draft as they ran through the model; and a round begins with a window of each sequence.
     needed = max(target.max_num_batched_tokens, DEVICE_DRAFT_WINDOW * config.max_num_seqs)
     if draft.max_num_batched_tokens < needed:

@@ -92,6 +92,9 @@ class DeviceDraft:
         for begin in reversed(passes):  # the earliest tokens first
             self._run_window(state, run, size, begin, one)
 
+    def settled(self, state: State) -> None:
+        """See DeviceProposer."""
+
     # ---- within a captured step
 
     def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:

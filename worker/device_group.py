@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import cupy
@@ -15,12 +16,12 @@ import cupy
 from tpserve.collectives.nccl import NcclCommunicator
 from tpserve.collectives.push import PushCommunicator
 from tpserve.collectives.rendezvous import Rendezvous
-from tpserve.proto.rank import RankConfig
+from tpserve.proto.rank import RankConfig, rank_name
 from tpserve.worker.group_tls import group_tls
 
 logger = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 600.0
+START_TIMEOUT_S = 600.0
 """For the slowest rank to load its weights or to capture its graphs; the coordinator's own deadline is shorter or the
 same."""
 
@@ -35,7 +36,9 @@ class DeviceGroup:
     max_hidden_size
         Of the rows that are reduced: the larger of a model's and that of a draft with the same ranks.
     door
-        Rank 0's, or None.
+        The first rank's, or None.
+    own_draft
+        The ranks of a draft that has its own, behind the model's; None: those of a model.
 
     Raises
     ------
@@ -45,18 +48,29 @@ class DeviceGroup:
         If collectives over peer memory were asked for and the GPUs cannot reach one another.
     """
 
-    def __init__(self, kernels: Any, config: RankConfig, max_hidden_size: int, door: socket.socket | None) -> None:
-        self._rank = config.rank
+    def __init__(
+        self,
+        kernels: Any,
+        config: RankConfig,
+        max_hidden_size: int,
+        door: socket.socket | None,
+        own_draft: range | None = None,
+    ) -> None:
+        ranks = range(config.tp_size) if own_draft is None else own_draft
+        self._name = partial(rank_name, tp_size=config.tp_size if own_draft is None else own_draft[0])
+        self._ranks = ranks
+        self._own = self._name(ranks[config.rank])
         self._timeout_s = config.collective_timeout_s
         size = config.tp_size
         self._rendezvous = Rendezvous(
-            config.rank,
+            ranks[config.rank],
             size,
             config.rendezvous,
             config.group_name,
-            timeout_s=_START_TIMEOUT_S,
+            timeout_s=START_TIMEOUT_S,
             door=door,
             tls=group_tls(config),
+            ranks=ranks,
         )
         self._communicator: PushCommunicator | NcclCommunicator
         may_map = config.collectives == "auto" and not config.across_nodes
@@ -90,7 +104,7 @@ class DeviceGroup:
         """
         words = self._rendezvous.exchange(what.encode())
         if any(word != what.encode() for word in words):
-            raise RuntimeError(f"rank {self._rank} is at {what!r}, the group at {[word.decode() for word in words]}")
+            raise RuntimeError(f"rank {self._own} is at {what!r}, the group at {[word.decode() for word in words]}")
 
     def raise_if_late(self) -> None:
         """Look whether a step that has ended waited in vain.
@@ -102,7 +116,8 @@ class DeviceGroup:
         """
         late = self._communicator.late_rank()
         if late is not None:
-            raise TimeoutError(f"rank {self._rank} waited {self._timeout_s:g} s in a collective for rank {late}")
+            late_name = self._name(self._ranks[late])
+            raise TimeoutError(f"rank {self._own} waited {self._timeout_s:g} s in a collective for rank {late_name}")
 
     def close(self) -> None:
         """Leave, when all ranks do."""

@@ -102,6 +102,9 @@ class DeviceHead:
     def catch_up(self, state: State, decoding: Array, run: Round) -> None:
         """Do nothing: the head is never behind."""
 
+    def settled(self, state: State) -> None:
+        """See DeviceProposer."""
+
     # ---- within a captured step
 
     def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:

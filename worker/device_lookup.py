@@ -32,6 +32,9 @@ class DeviceLookup:
     def catch_up(self, state: State, decoding: Array, run: Round) -> None:
         """See DeviceProposer."""
 
+    def settled(self, state: State) -> None:
+        """See DeviceProposer."""
+
     def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:
         """See DeviceProposer."""
         where = (run.token_slots, run.stride, run.num_draft_tokens)

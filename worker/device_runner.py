@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -26,15 +25,18 @@ from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.arrays import Array
-from tpserve.worker.batch import Batch, StepArrays
-from tpserve.worker.buckets import Bucket, capture_order, fill, make_buckets, smallest
-from tpserve.worker.captured_step import CapturedStep, PendingStep, time_steps, unowned
+from tpserve.worker.batch import Batch
+from tpserve.worker.buckets import Bucket, capture_order, make_buckets
+from tpserve.worker.captured_step import CapturedStep, PendingStep, capture_graph, time_steps, unowned
 from tpserve.worker.device_draft import check_draft_manifest, check_head_manifest, draft_rank_config
+from tpserve.worker.device_draft_link import DeviceDraftLink
 from tpserve.worker.device_draft_model import DeviceDraft
 from tpserve.worker.device_group import DeviceGroup
 from tpserve.worker.device_head import DeviceHead
+from tpserve.worker.device_inputs import NUM_STAGING, DeviceInputs, choose_step, without_limits
 from tpserve.worker.device_kv_cache import attention_workspace, device_pages
 from tpserve.worker.device_lookup import DeviceLookup
+from tpserve.worker.device_remote import DeviceRemote
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_speculation import DeviceProposer, DeviceSpeculation
 from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
@@ -44,11 +46,6 @@ from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, l
 from tpserve.worker.verify_layout import VerifyBucket, lay_out_verify, make_verify_buckets, read_groups
 
 logger = logging.getLogger(__name__)
-
-_NUM_STAGING = 4
-"""Pinned copies of a step's inputs and outputs: more than plans can be in flight."""
-_MAX_PAGE_UPDATES = 4096
-"""Page-table entries that one step may change."""
 
 
 class DeviceRunner:
@@ -88,6 +85,9 @@ class DeviceRunner:
         if config.tp_size > 1:  # before the library, which looks its collectives up
             sizes = [manifest.hidden_size] if draft is None else [manifest.hidden_size, draft[1].hidden_size]
             self._group = DeviceGroup(self._kernels, config, max(sizes), door)
+        self._link: DeviceDraftLink | None = None
+        if config.speculation is not None and config.speculation.num_draft_ranks:
+            self._link = DeviceDraftLink(self._kernels, config, config.speculation)
         library = Library(config.artifact_dir, manifest, self._kernels, self._device)
         self._step = library.step
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
@@ -98,16 +98,13 @@ class DeviceRunner:
         self._batch = Batch(
             config.max_num_seqs, manifest.max_num_batched_tokens, max_pages, kv.page_size, tokens_on_device=True
         )
-        self._page_table = tvm_ffi.from_dlpack(cupy.zeros((config.max_num_seqs, max_pages), cupy.int32))
-        self._page_updates = cupy.zeros((_MAX_PAGE_UPDATES, 3), cupy.int32)
-        self._page_updates_tensor = tvm_ffi.from_dlpack(self._page_updates)
         self._last_token = tvm_ffi.from_dlpack(cupy.zeros(config.max_num_seqs, cupy.int32))
         self._sampler = DeviceSampler(
             self._kernels,
             config.max_num_seqs,
             manifest.vocab_size,
             manifest.padded_vocab_size,
-            _NUM_STAGING,
+            NUM_STAGING,
             manifest.max_num_rows,
             None if self._group is None else self._group.gather_logits,
             config.tp_size,
@@ -129,10 +126,8 @@ class DeviceRunner:
             most = self._speculation.max_num_draft_tokens
             verify_buckets = make_verify_buckets(config.max_num_seqs, manifest.max_num_rows, most)
         size = max(bucket.num_inputs for bucket in (*buckets, *(each.bucket for each in verify_buckets)))
-        self._input_staging = [pinned(size, np.int32) for _ in range(_NUM_STAGING)]
-        self._update_staging = [pinned(3 * _MAX_PAGE_UPDATES, np.int32) for _ in range(_NUM_STAGING)]
-        self._events = [cupy.cuda.Event(block=True, disable_timing=True) for _ in range(_NUM_STAGING)]
-        self._next_staging = 0
+        self._inputs = DeviceInputs(self._kernels, self._stream, config.max_num_seqs, max_pages, size)
+        self._events = [cupy.cuda.Event(block=True, disable_timing=True) for _ in range(NUM_STAGING)]
         self._next_step_id: int | None = None
         self._hidden_slots: set[int] = set()
         """Slots whose sequence wants its hidden rows."""
@@ -148,9 +143,9 @@ class DeviceRunner:
             self._group.meet("graphs")
 
     def _find_draft(self, manifest: Manifest) -> tuple[RankConfig, Manifest] | None:
-        """Return what this rank is told of the draft, and its manifest, if there is one."""
+        """Return what this rank is told of the draft that it loads, and its manifest, if there is one."""
         speculation = self._config.speculation
-        if speculation is None or speculation.method == "ngram":
+        if speculation is None or speculation.method == "ngram" or speculation.num_draft_ranks:
             return None
         if speculation.method not in ("draft", "eagle3"):
             raise WorkerError(f"{speculation.method} looks tokens up on the host: on GPUs, use ngram, or a draft model")
@@ -167,7 +162,9 @@ class DeviceRunner:
             return None
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             proposer: DeviceProposer
-            if draft is None:
+            if self._link is not None:
+                proposer = DeviceRemote(self._link)
+            elif draft is None:
                 proposer = DeviceLookup(speculation, self._kernels)
             else:
                 given = (*draft, self._kernels, self._device, self._stream, progress)
@@ -175,7 +172,7 @@ class DeviceRunner:
                     proposer = self._head = DeviceHead(*given, target=manifest, target_params=self._params)
                 else:
                     proposer = self._draft = DeviceDraft(*given)
-            sizes = (self._config.max_num_seqs, manifest.max_model_len + 1, _NUM_STAGING)
+            sizes = (self._config.max_num_seqs, manifest.max_model_len + 1, NUM_STAGING)
             return self.speculation_type(speculation, proposer, self._kernels, *sizes)
 
     # ---- capture
@@ -192,28 +189,17 @@ class DeviceRunner:
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             for step in steps:
                 step.plan = tvm_ffi.from_dlpack(self._plan[: self._plan_words(step.bucket)])
-                step.graph = self._capture_one(partial(self._run, step))
+                step.graph = capture_graph(self._stream, partial(self._run, step))
                 if self._draft is not None and not step.num_draft_tokens:
-                    step.prompt_graph = self._capture_one(partial(self._run_draft, step))
+                    step.prompt_graph = capture_graph(self._stream, partial(self._run_draft, step))
             self._stream.synchronize()
         logger.info("captured %d graphs in %.1f s", len(steps), time.perf_counter() - started)
         return steps[::-1]
 
-    def _capture_one(self, run: Callable[[], None]) -> Any:
-        """Capture what `run` queues."""
-        for _ in range(2):  # the pool must be warm: nothing may be allocated while capturing
-            run()
-        self._stream.synchronize()
-        self._stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
-        run()
-        graph = self._stream.end_capture()
-        graph.upload(self._stream)
-        return graph
-
     def _run_draft(self, step: CapturedStep) -> None:
         """Queue the draft's pass over a step that has run."""
         assert self._draft is not None
-        self._draft.run_prompts(step.tensors, self._page_table, decode_only=step.bucket.decode_only)
+        self._draft.run_prompts(step.tensors, self._inputs.page_table, decode_only=step.bucket.decode_only)
 
     def _capture_forward(self, step: CapturedStep) -> None:
         """Capture a bucket's step up to the logits; nothing runs, and the pool has room from the whole step's capture.
@@ -257,21 +243,21 @@ class DeviceRunner:
         else:
             drafts = step.num_draft_tokens
             if drafts:
-                self._speculation.draft(token_slots, step.num_slots, drafts, self._page_table, self._sampler)
+                self._speculation.draft(token_slots, step.num_slots, drafts, self._inputs.page_table, self._sampler)
             self._speculation.load(drafts, step.tensors)
         self._kernels["attention_plan"](positions, token_slots, *self._heads, self._window, step.plan)
         logits, hidden, *aux = self._step(
             token_ids,
             positions,
             token_slots,
-            self._page_table,
+            self._inputs.page_table,
             sample_rows,
             step.plan,
             self._workspace,
             self._kv,
             self._params,
         )
-        head_rows = None if self._head is None else self._head.extend(step.tensors, aux[0], self._page_table)
+        head_rows = None if self._head is None else self._head.extend(step.tensors, aux[0], self._inputs.page_table)
         return logits, hidden, head_rows
 
     # ---- steps
@@ -288,9 +274,9 @@ class DeviceRunner:
             raise PlanError(f"step {plan.step_id} came where {self._next_step_id} was due")
         self._check_drafts(plan)
         self._next_step_id = plan.step_id + 1
-        staging, self._next_staging = self._next_staging, (self._next_staging + 1) % _NUM_STAGING
+        staging = self._inputs.next_staging()
         # How far slots that speculate are, and where they end, only the device knows.
-        updates = self._batch.apply(_without_limits(plan))
+        updates = self._batch.apply(without_limits(plan))
         self._grammars.apply(plan)
         drafts = plan.num_draft_tokens
         arrays = lay_out_verify(self._batch.running(), drafts) if drafts else self._batch.prepare(plan)
@@ -298,7 +284,7 @@ class DeviceRunner:
         self._use_device()
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             if updates:
-                self._update_pages(updates, staging)
+                self._inputs.update_pages(updates, staging)
             if plan.added_slots:
                 self._sampler.add(plan.added_slots, staging, self._stream)
                 if self._speculation is not None:
@@ -307,14 +293,11 @@ class DeviceRunner:
                     (self._hidden_slots.add if added.sampling.wants_hidden else self._hidden_slots.discard)(added.slot)
             if not len(arrays.token_ids):
                 return PendingStep(self, plan, staging)
-            step = self._bucket_for(arrays, drafts)
-            fill(step.bucket, arrays, self._input_staging[staging])
-            step.inputs.data.copy_from_host_async(
-                self._input_staging[staging].ctypes.data, step.inputs.nbytes, self._stream
-            )
+            step = choose_step(self._verifying if drafts else self._captured, arrays, drafts)
+            self._inputs.fill(step, arrays, staging)
             rows = self._grammars.rows(slots)
             if self._speculation is not None and drafts:
-                self._speculation.catch_up(slots, step.tensors[2], step.num_slots, drafts, self._page_table)
+                self._speculation.catch_up(slots, step.tensors[2], step.num_slots, drafts, self._inputs.page_table)
             failures, mask_us = self._launch(step, rows, staging)
             self._constrained = (rows, len(arrays.sample_slots), staging, 1 + drafts)
             self._sampler.fetch(len(arrays.sample_slots), arrays.sample_slots, staging, self._stream)
@@ -324,6 +307,8 @@ class DeviceRunner:
             if self._hidden_slots:
                 hidden = self._fetch_hidden(step.forward_hidden if rows else step.hidden, slots, 1 + drafts)
             self._events[staging].record(self._stream)
+            if self._speculation is not None:
+                self._speculation.settled()
             if self._speculation is not None and not drafts:
                 if not plan.chunks:
                     self._speculation.plain_step(slots)
@@ -374,6 +359,8 @@ class DeviceRunner:
         self._events[pending.staging].synchronize()
         if self._group is not None:
             self._group.raise_if_late()
+        if self._link is not None:
+            self._link.raise_if_late()
         now = time.perf_counter()
         # It ran from the end of the step before it, or from its submission where the device had nothing to do.
         step_us = int((now - max(self._last_finish, pending.submitted)) * 1e6)
@@ -422,6 +409,8 @@ class DeviceRunner:
             step.release()  # NCCL's communicator waits for the last graph that holds its kernels
         if self._group is not None:
             self._group.close()
+        if self._link is not None:
+            self._link.close()
 
     def _fetch_hidden(self, hidden: Any, slots: Array, stride: int) -> dict[int, Array]:
         """Queue copies of the hidden rows of slots that asked; rare, so each has memory of its own.
@@ -446,33 +435,6 @@ class DeviceRunner:
     def _plan_words(self, bucket: Bucket) -> int:
         slots = self._config.max_num_seqs
         return int(self._kernels["attention_plan_size"](bucket.num_tokens, slots, bucket.decode_only))
-
-    def _bucket_for(self, arrays: StepArrays, num_draft_tokens: int) -> CapturedStep:
-        steps = self._captured
-        if num_draft_tokens:
-            steps = [step for step in self._verifying if step.num_draft_tokens == num_draft_tokens]
-        place = smallest([step.bucket for step in steps], arrays)
-        if place is None:
-            num_tokens, num_rows = len(arrays.token_ids), len(arrays.sample_rows)
-            raise PlanError(f"no bucket holds {num_tokens} tokens of which {num_rows} are sampled")
-        return steps[place]
-
-    def _update_pages(self, updates: list[tuple[int, int, int]], staging: int) -> None:
-        for first in range(0, len(updates), _MAX_PAGE_UPDATES):
-            part = updates[first : first + _MAX_PAGE_UPDATES]
-            host = self._update_staging[staging]
-            if first:
-                self._stream.synchronize()  # rare: one step changes more entries than the buffer holds
-            host[: 3 * len(part)] = np.asarray(part, np.int32).reshape(-1)
-            self._page_updates.data.copy_from_host_async(host.ctypes.data, 12 * len(part), self._stream)
-            self._kernels["scatter_pages"](self._page_updates_tensor._create_view((len(part), 3)), self._page_table)
-
-
-def _without_limits(plan: StepPlan) -> StepPlan:
-    if not any(added.max_len for added in plan.added_slots):
-        return plan
-    added = tuple(replace(each, max_len=0, prefix_token_ids=()) for each in plan.added_slots)
-    return replace(plan, added_slots=added)
 
 
 def _num_mask_threads(tp_size: int) -> int:

@@ -45,7 +45,7 @@ class Round:
 
 
 class DeviceProposer(Protocol):
-    """What drafts for the slots of one rank: a model of its own, a head, or the slots' own tokens."""
+    """What drafts for the slots of one rank: a model, here or elsewhere, a head, or the slots' own tokens."""
 
     logits_by_rank: bool
     """Whether a step gives one rank's part of the vocabulary."""
@@ -64,6 +64,9 @@ class DeviceProposer(Protocol):
 
         One that has no logits to sample stores all of them itself, and yields nothing.
         """
+
+    def settled(self, state: State) -> None:
+        """Queue what must follow each step that has run tokens; `state` is behind it."""
 
 
 class DeviceSpeculation:
@@ -103,6 +106,11 @@ class DeviceSpeculation:
         self._results = [(pinned(max_num_seqs, np.int32), pinned(max_num_seqs, np.int32)) for _ in range(num_staging)]
 
     @property
+    def state(self) -> State:
+        """What is known of the slots."""
+        return self._state
+
+    @property
     def num_tokens(self) -> Any:
         """(S,) int32 tensor: tokens of each slot; 0 while its prompt runs."""
         return self._state[1]
@@ -138,6 +146,10 @@ class DeviceSpeculation:
     def plain_step(self, decoding: Array) -> None:
         """Note that slots, (B,) int32, move on without the draft."""
         self._draft.plain_step(decoding)
+
+    def settled(self) -> None:
+        """Queue what must follow a step that has run tokens."""
+        self._draft.settled(self._state)
 
     # ---- within a captured step
 

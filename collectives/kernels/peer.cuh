@@ -123,12 +123,14 @@ __device__ __forceinline__ uint2 sendable(uint2 v) {
   return {sendable(v.x, kNan), sendable(v.y, kNan)};
 }
 
-/// A wait gives up when its deadline has passed, or soon after another one did.
+/// A wait gives up when its deadline has passed, or soon after another one did. It notes
+/// in `control->late`, which is `Control`'s or a link's, who was late.
 struct Patience {
   unsigned tries = 0;
   uint64_t since = 0;
 
-  __device__ __forceinline__ bool is_over(Control* control, uint64_t timeout_ns, int late_rank) {
+  template <typename C>
+  __device__ __forceinline__ bool is_over(C* control, uint64_t timeout_ns, int late_rank) {
     if (++tries % 1024 != 0) return false;
     if (*static_cast<volatile unsigned*>(&control->late) != 0) return true;
     uint64_t now;

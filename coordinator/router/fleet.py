@@ -39,6 +39,7 @@ from tpserve.coordinator.log import configure
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, TOKEN_VARIABLE
 from tpserve.coordinator.serve import check_doors, curl, default_names, local_opener
+from tpserve.coordinator.speculation import num_own_draft_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -179,9 +180,8 @@ class Fleet:
             name: value for name, value in ray_environment(None).items() if name.startswith("RAY_AUTH_")
         }
         args = self._args
-        num_draft_ranks = (args.draft_tp or 1) if args.draft_placement == "dedicated" else 0
         config = {
-            "num_cpus": max(args.replicas * (args.tp + num_draft_ranks), os.cpu_count() or 1),
+            "num_cpus": max(args.replicas * (args.tp + num_own_draft_ranks(args)), os.cpu_count() or 1),
             "temp_dir": str(self._ray_folder),
             "log_format": self._args.log_format,
             "drain_timeout_s": self._args.drain_timeout,

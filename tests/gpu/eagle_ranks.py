@@ -41,6 +41,9 @@ class WatchedProposer:
     def catch_up(self, state: State, decoding: Array, run: Round) -> None:
         self._draft.catch_up(state, decoding, run)
 
+    def settled(self, state: State) -> None:
+        self._draft.settled(state)
+
     def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:
         for index, given in enumerate(self._draft.steps(state, run)):
             for source, target in zip(given, (self.logits, self.slots, self.positions), strict=True):

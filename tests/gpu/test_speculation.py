@@ -25,7 +25,7 @@ from tpserve.coordinator.draft_length import DraftLength, FixedLength
 from tpserve.coordinator.request import Request
 from tpserve.coordinator.scheduler import Scheduler
 from tpserve.proto.messages import SamplingParams
-from tpserve.proto.speculation import Speculation
+from tpserve.proto.speculation import DraftPlacement, Speculation
 from unit.compile.test_cuda_speculation import MOST, NUM_SLOTS, WIDTH, SlotState, address
 
 pytestmark = pytest.mark.gpu(count=1)
@@ -147,15 +147,20 @@ def goldens() -> list[dict[str, Any]]:
 
 
 CASES = [
-    # TP of the model, of its draft, if it is not looked up, and by which the ranks exchange activations.
-    pytest.param((1, 1, "auto"), marks=pytest.mark.gpu(count=1), id="tp1"),
-    pytest.param((2, 1, "push"), marks=pytest.mark.gpu(count=2), id="tp2-draft-tp1"),
-    pytest.param((2, 2, "push"), marks=pytest.mark.gpu(count=2), id="tp2"),
-    pytest.param((2, 2, "nccl"), marks=pytest.mark.gpu(count=2), id="tp2-nccl"),
-    pytest.param((1, None, "auto"), marks=pytest.mark.gpu(count=1), id="tp1-ngram"),
-    pytest.param((2, None, "push"), marks=pytest.mark.gpu(count=2), id="tp2-ngram"),
-    # On two GPUs the ranks take turns; slow, but the same kernels and protocol.
-    pytest.param((4, 4, "push"), marks=[pytest.mark.gpu(count=2), pytest.mark.timeout(1200)], id="tp4"),
+    # TP of the model, of its draft, if it is not looked up, by which the ranks exchange activations, and where it is.
+    pytest.param((1, 1, "auto", "colocated"), marks=pytest.mark.gpu(count=1), id="tp1"),
+    pytest.param((2, 1, "push", "colocated"), marks=pytest.mark.gpu(count=2), id="tp2-draft-tp1"),
+    pytest.param((2, 2, "push", "colocated"), marks=pytest.mark.gpu(count=2), id="tp2"),
+    pytest.param((2, 2, "nccl", "colocated"), marks=pytest.mark.gpu(count=2), id="tp2-nccl"),
+    pytest.param((1, None, "auto", "colocated"), marks=pytest.mark.gpu(count=1), id="tp1-ngram"),
+    pytest.param((2, None, "push", "colocated"), marks=pytest.mark.gpu(count=2), id="tp2-ngram"),
+    # On one GPU, or on two, the ranks take turns; slow, but the same kernels and protocol.
+    pytest.param((1, 1, "auto", "dedicated"), marks=pytest.mark.gpu(count=1), id="tp1-dedicated"),
+    pytest.param((1, 2, "auto", "dedicated"), marks=pytest.mark.gpu(count=3), id="tp1-dedicated-tp2"),
+    pytest.param((2, 1, "push", "dedicated"), marks=pytest.mark.gpu(count=3), id="tp2-dedicated"),
+    pytest.param((2, 2, "push", "dedicated"), marks=pytest.mark.gpu(count=4), id="tp2-dedicated-tp2"),
+    pytest.param((2, 2, "nccl", "dedicated"), marks=pytest.mark.gpu(count=4), id="tp2-dedicated-tp2-nccl"),
+    pytest.param((4, 4, "push", "colocated"), marks=[pytest.mark.gpu(count=2), pytest.mark.timeout(1200)], id="tp4"),
 ]
 
 
@@ -165,6 +170,7 @@ def speculating(
     tp_size: int,
     draft_tp_size: int | None,
     collectives: Literal["auto", "push", "nccl"],
+    placement: DraftPlacement,
 ) -> Iterator[tuple[RankGroup, Path]]:
     """Ranks of SmolLM2 in bfloat16 with itself as its draft, or with prompt lookup, and its folder."""
     model, target = folders(tmp_path_factory, tp_size, ("q0bf16", "auto"), MOST)
@@ -172,7 +178,12 @@ def speculating(
     if draft_tp_size is not None:
         draft_model, draft = folders(tmp_path_factory, draft_tp_size, ("q0bf16", "auto"))
         speculation = Speculation(
-            "draft", MOST, draft_model_dir=draft_model, draft_artifact_dir=draft, draft_tp_size=draft_tp_size
+            "draft",
+            MOST,
+            draft_model_dir=draft_model,
+            draft_artifact_dir=draft,
+            draft_tp_size=draft_tp_size,
+            draft_placement=placement,
         )
     processes = RankProcesses()
     try:
@@ -182,7 +193,7 @@ def speculating(
             tp_size,
             num_pages=NUM_PAGES,
             max_num_seqs=MAX_NUM_SEQS,
-            devices=[rank % NUM_DEVICES for rank in range(tp_size)],
+            devices=[rank % NUM_DEVICES for rank in range(tp_size + speculation.num_draft_ranks)],
             collectives=collectives,
             speculation=speculation,
             start_timeout_s=600.0,

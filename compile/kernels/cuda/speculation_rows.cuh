@@ -191,4 +191,27 @@ TPSERVE_ROW void store_lookup(const SlotState& s, int slot, int num_tokens, int6
       found == 0 ? -1 : token_at(s, slot, next + index % period);
 }
 
+// A draft with GPUs of its own keeps slots as the model does, and is told after each step where they are: of each slot its
+// number of tokens and the last of them, as many as a step can give, the last one first.
+
+/// Words of one slot in that message.
+TPSERVE_ROW int told_words(const SlotState& s) { return 2 + s.max_drafts; }
+
+/// Word w of a slot's.
+TPSERVE_ROW int32_t told_word(const SlotState& s, int slot, int w) {
+  const int count = fresh(s.num_tokens + slot);
+  if (w == 0) return count;
+  return count < w ? -1 : token_at(s, slot, count - w);
+}
+
+/// Puts word w of a slot, whose words begin at `words`, in its place.
+TPSERVE_ROW void take_told(const SlotState& s, int slot, int w, const int32_t* words) {
+  const int count = fresh(words);
+  if (w == 0) {
+    s.num_tokens[slot] = count;
+  } else if (count >= w) {
+    s.tokens[static_cast<int64_t>(slot) * s.width + count - w] = fresh(words + w);
+  }
+}
+
 }  // namespace tpserve::cuda

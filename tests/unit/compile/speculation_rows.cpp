@@ -32,6 +32,16 @@ void next(SlotState* s, int batch, int index, int behind, int draft_max_len, con
   }
 }
 
+void tell(SlotState* s, int num_slots, int32_t* words) {
+  const int width = told_words(*s);
+  for (int i = 0; i < num_slots * width; ++i) words[i] = told_word(*s, i / width, i % width);
+}
+
+void take(SlotState* s, int num_slots, const int32_t* words) {
+  const int width = told_words(*s);
+  for (int i = num_slots * width - 1; i >= 0; --i) take_told(*s, i / width, i % width, words + i / width * width);
+}
+
 void lookup(SlotState* s, int batch, int num_drafts, int least, int most, int threads, const int32_t* decode_slots,
             int stride) {
   for (int b = 0; b < batch; ++b) {

@@ -31,6 +31,7 @@ def test_the_library_names_all_its_kernels() -> None:
     for_the_worker = {"kernel_names", "init_device", "pack_weight", "attention_plan_size", "attention_workspace_size"}
     for_the_worker |= {"load_last_tokens", "store_last_tokens", "scatter_pages", "device_address", "join_columns"}
     for_the_worker |= {"push_clear", "push_create", "push_workspace_bytes"}
+    for_the_worker |= {"link_bytes", "link_clear", "link_create"}
     for_the_worker |= {"speculation_load", "speculation_accept"}
     for_the_worker |= {"draft_begin", "draft_continue", "draft_lookup", "draft_store"}
     for_the_worker |= {"head_begin", "head_pairs", "head_keep", "spread_logits"}

@@ -161,6 +161,39 @@ class Device:
         return [*self.tokens[slot, :held].tolist(), *self.draft_tokens[slot, : count - held].tolist()]
 
 
+class Apart(Device):
+    """A model whose draft has slots of its own: its draft tokens come as a letter, and what a step gave goes back."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.other = Device(self.library, num_counted=self.num_counted, lengths=self.lengths)
+
+    def enter(self, slot: int, state: Running) -> None:
+        super().enter(slot, state)
+        self.other.enter(slot, state)
+
+    def prepare(self, running: dict[int, Running], decoding: list[int]) -> None:
+        self.other.prepare(running, decoding)
+
+    def draft(self, decode_slots: Ints, num_drafts: int, wrong: float, random: Random, draft_max_len: int) -> None:
+        self.other.draft(decode_slots, num_drafts, wrong, random, draft_max_len)
+        self.draft_tokens[:] = self.other.draft_tokens
+
+    def call(self, name: str, *arguments: int | Ints) -> None:
+        if name == "load":
+            self.other.call(name, *(each.copy() if isinstance(each, np.ndarray) else each for each in arguments))
+        super().call(name, *arguments)
+
+    def keep(self, positions: Ints, slots: Ints) -> None:
+        words = ints(NUM_SLOTS, 2 + MOST)
+        self.call("tell", NUM_SLOTS, words)
+        self.other.call("take", NUM_SLOTS, words)
+        assert (self.other.num_tokens == self.num_tokens).all()
+        for slot in self.lengths:
+            held = int(self.num_tokens[slot])
+            assert (self.other.tokens[slot, :held] == self.tokens[slot, :held]).all()
+
+
 @dataclass
 class Running:
     prompt: list[int]
@@ -173,6 +206,26 @@ class Running:
 @pytest.mark.parametrize("seed", range(6))
 def test_texts_are_those_of_plain_decoding(rows: ctypes.CDLL, seed: int) -> None:
     check_texts(Device(rows), seed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_draft_elsewhere_knows_the_slots(rows: ctypes.CDLL, seed: int) -> None:
+    check_texts(Apart(rows), seed)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("return 2 + s.max_drafts;", "return 1 + s.max_drafts;"),  # a step's tokens but one
+        ("token_at(s, slot, count - w)", "token_at(s, slot, count - 1)"),
+        ("s.num_tokens[slot] = count;", ";"),
+        ("s.width + count - w]", "s.width + count - w + 1]"),
+    ],
+)
+def test_a_wrong_letter_is_noticed(right: str, wrong: str, tmp_path: Path) -> None:
+    library = wrong_library(right, wrong, tmp_path)
+    with pytest.raises((AssertionError, IndexError, ValueError)):
+        check_texts(Apart(library), 1)
 
 
 def check_texts(device: Device, seed: int) -> None:

@@ -116,6 +116,18 @@ def test_a_drafts_own_ranks_come_behind_and_are_told_where_to_meet() -> None:
         GroupLayout(replace(TEMPLATE, tp_size=1, speculation=own), (HERE, HERE, THERE), OWN)
 
 
+def test_on_gpus_a_drafts_own_ranks_meet_at_their_first_and_share_a_node_with_the_model() -> None:
+    own = Speculation("draft", 3, draft_tp_size=2, draft_placement="dedicated")
+    template = replace(TEMPLATE, tp_size=2, device=0, speculation=own)
+    found = GroupLayout(template, (HERE, HERE, HERE, HERE), OWN)
+    configs = found.configs("h:1", {}, "h:2", "", "h:3")
+    assert [config.rendezvous for config in configs] == ["h:1", "h:1", "h:3", "h:3"]
+    assert [config.device for config in configs] == [0, 1, 2, 3]
+    assert {config.draft_door for config in configs} == {"h:2"}
+    with pytest.raises(ClusterError, match=r"--draft-placement dedicated .* on a, b: give --draft-placement colocated"):
+        GroupLayout(template, (HERE, HERE, HERE, THERE), OWN)
+
+
 def test_ranks_of_a_draft_group_are_on_one_node() -> None:
     places = (HERE, HERE, THERE, THERE)
     for size in (1, 2):

@@ -10,7 +10,7 @@ import pytest
 
 from tiny_models import MODELS
 from tpserve.coordinator.errors import ClusterError
-from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS, plan_memory
+from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS, limit_to_own_draft, plan_memory
 from tpserve.proto.manifest import Manifest
 from worker_builders import make_manifest
 
@@ -43,6 +43,20 @@ def test_row_25_engine_modes(manifest: Manifest) -> None:
     assert scarce * 0.85 - manifest.kv.page_bytes < plan.total_bytes <= scarce * 0.85
     assert plan.total_bytes == plan.parameter_bytes + plan.num_pages * manifest.kv.page_bytes + 10_000
     assert pages("local", scarce) <= pages("server", scarce)
+
+
+def test_pages_fit_on_the_gpus_of_a_draft_too(manifest: Manifest) -> None:
+    plan = plan_memory(manifest, "server", 64, 0.85, PLENTY)
+    draft = replace(manifest, kv=replace(manifest.kv, num_layers=2 * manifest.kv.num_layers))
+    assert limit_to_own_draft(plan, manifest, draft, 0.85, PLENTY) == plan
+    scarce = math.ceil((1_000_000 + 300 * manifest.kv.page_bytes) / 0.85)
+    own = plan_memory(draft, "server", 64, 0.85, scarce)
+    limited = limit_to_own_draft(plan, manifest, draft, 0.85, scarce)
+    assert limited.num_pages == own.num_pages < plan.num_pages
+    assert limited.kv_bytes == own.num_pages * manifest.kv.page_bytes
+    assert (limited.parameter_bytes, limited.workspace_bytes) == (plan.parameter_bytes, plan.workspace_bytes)
+    with pytest.raises(ClusterError, match=r"of the draft's KV cache, .* lower --max-model-len, or .* --draft-tp"):
+        limit_to_own_draft(plan, manifest, draft, 0.85, 10_000)
 
 
 def test_e4m3_pages_are_half_as_large_and_twice_as_many(manifest: Manifest) -> None:

@@ -83,8 +83,10 @@ def test_flags_that_contradict_each_other_are_refused(flags: str, words: str) ->
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--draft-model d --draft-placement dedicated", "dedicated is built for CPUs alone.* use colocated"),
-        ("--tp 4 --draft-model d --draft-tp 2", "--draft-tp 2 beside --tp 4: .* give --draft-tp 1 or 4"),
+        (
+            "--tp 4 --draft-model d --draft-tp 2",
+            "--draft-tp 2 beside --tp 4: .* give --draft-tp 1 or 4, or --draft-placement dedicated",
+        ),
         ("--spec-method suffix", "suffix is built for CPUs alone: on GPUs, give --spec-method ngram, or --draft-model"),
     ],
 )
@@ -129,9 +131,16 @@ def test_a_head_is_split_as_the_model(flags: str) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    ["--draft-model d", "--tp 4 --draft-model d", "--tp 4 --draft-model d --draft-tp 4", "--tp 2 --spec-method ngram"],
+    [
+        "--draft-model d",
+        "--tp 4 --draft-model d",
+        "--tp 4 --draft-model d --draft-tp 4",
+        "--tp 2 --spec-method ngram",
+        "--tp 4 --draft-model d --draft-tp 2 --draft-placement dedicated",
+        "--tp 1 --draft-model d --draft-tp 2 --draft-placement dedicated",
+    ],
 )
-def test_on_gpus_a_draft_is_whole_or_split_as_the_model(flags: str) -> None:
+def test_on_gpus_a_draft_is_whole_or_split_as_the_model_or_has_its_own(flags: str) -> None:
     args = parse(*flags.split())
     choice = choose_speculation(args)
     assert choice is not None

@@ -1,0 +1,38 @@
+"""Draft tokens that come from GPUs of the draft's own: the model's ranks wait for them, and say what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tpserve.proto.messages import SlotAdd
+from tpserve.worker.arrays import Array
+from tpserve.worker.device_draft_link import DeviceDraftLink
+from tpserve.worker.device_speculation import DraftLogits, Round, State
+
+
+class DeviceRemote:
+    """Drafts nothing here; see `DeviceProposer`. How far the draft is, its own ranks know (`device_draft_runner`)."""
+
+    logits_by_rank = False
+
+    def __init__(self, link: DeviceDraftLink) -> None:
+        self._link = link
+
+    def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
+        """See DeviceProposer."""
+
+    def plain_step(self, decoding: Array) -> None:
+        """See DeviceProposer."""
+
+    def catch_up(self, state: State, decoding: Array, run: Round) -> None:
+        """Queue the wait for what the draft's first rank sends; not in the round's graph, see `DeviceDraftLink`."""
+        self._link.take_drafts(state)
+
+    def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:
+        """See DeviceProposer."""
+        return iter(())
+
+    def settled(self, state: State) -> None:
+        """Queue what the draft's ranks are told, if this is the model's first."""
+        self._link.tell(state)
