@@ -26,6 +26,9 @@ class DeviceLookup:
     def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
         """See DeviceProposer."""
 
+    def remove(self, state: State, removed_slots: Sequence[int]) -> None:
+        """See DeviceProposer."""
+
     def plain_step(self, decoding: Array) -> None:
         """See DeviceProposer."""
 

@@ -299,6 +299,8 @@ class DeviceRunner:
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             if updates:
                 self._update_pages(updates, staging)
+            if plan.removed_slots and self._speculation is not None:
+                self._speculation.remove(plan.removed_slots)
             if plan.added_slots:
                 self._sampler.add(plan.added_slots, staging, self._stream)
                 if self._speculation is not None:
