@@ -58,10 +58,6 @@ class SpeculationChoice:
                 "--draft-placement dedicated is built for CPUs alone: on GPUs a round of drafting and verifying is one "
                 "captured graph; use colocated"
             )
-        if self.method == "suffix":
-            raise ClusterError(
-                "--spec-method suffix is built for CPUs alone: on GPUs, give --spec-method ngram, or --draft-model"
-            )
         if self.draft_tp not in (1, tp_size):
             raise ClusterError(
                 f"--draft-tp {self.draft_tp} beside --tp {tp_size}: on GPUs each has the whole draft or its shard; "
@@ -132,7 +128,7 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--spec-method",
         choices=METHODS,
-        help="draft: needs --draft-model, and is its default; ngram: prompt lookup; suffix: repeated suffixes, on CPUs",
+        help="draft: needs --draft-model, and is its default; ngram: prompt lookup; suffix: repeated suffixes",
     )
     group.add_argument(
         "--num-speculative-tokens",

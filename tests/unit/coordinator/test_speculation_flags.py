@@ -85,7 +85,6 @@ def test_flags_that_contradict_each_other_are_refused(flags: str, words: str) ->
     [
         ("--draft-model d --draft-placement dedicated", "dedicated is built for CPUs alone.* use colocated"),
         ("--tp 4 --draft-model d --draft-tp 2", "--draft-tp 2 beside --tp 4: .* give --draft-tp 1 or 4"),
-        ("--spec-method suffix", "suffix is built for CPUs alone: on GPUs, give --spec-method ngram, or --draft-model"),
     ],
 )
 def test_what_is_not_built_on_gpus_is_refused_there(flags: str, words: str) -> None:
@@ -129,7 +128,13 @@ def test_a_head_is_split_as_the_model(flags: str) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    ["--draft-model d", "--tp 4 --draft-model d", "--tp 4 --draft-model d --draft-tp 4", "--tp 2 --spec-method ngram"],
+    [
+        "--draft-model d",
+        "--tp 4 --draft-model d",
+        "--tp 4 --draft-model d --draft-tp 4",
+        "--tp 2 --spec-method ngram",
+        "--tp 2 --spec-method suffix",
+    ],
 )
 def test_on_gpus_a_draft_is_whole_or_split_as_the_model(flags: str) -> None:
     args = parse(*flags.split())
