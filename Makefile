@@ -109,10 +109,10 @@ test-gpu: $(VENV)/.dev   ## tests that need CUDA devices
 sanitize: $(VENV)/.dev   ## a part of the kernels' tests under compute-sanitizer, on a CUDA device
 	for tool in memcheck synccheck initcheck; do $(BIN)/python tests/gpu/sanitize.py $$tool --every 20 -q \
 	  $(addprefix tests/gpu/test_,$(addsuffix .py,attention elementwise gemm gemm_norm gemm_norm_fp8 gemm_silu head \
-	    new_tokens sample)) \
+	    new_tokens sample suffix)) \
 	  || exit; done
 	$(BIN)/python tests/gpu/sanitize.py racecheck --every 20 -q \
-	  $(addprefix tests/gpu/test_,$(addsuffix .py,elementwise head sample))
+	  $(addprefix tests/gpu/test_,$(addsuffix .py,elementwise head sample suffix))
 
 goldens: $(VENV)/.reference   ## make the committed reference outputs again, with transformers
 	$(BIN)/python tests/goldens/make_goldens.py --model $$($(BIN)/python deploy/fetch_demo_model.py)

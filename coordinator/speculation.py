@@ -53,10 +53,6 @@ class SpeculationChoice:
         ClusterError
             If it is not; names the remedy.
         """
-        if self.method == "suffix":
-            raise ClusterError(
-                "--spec-method suffix is built for CPUs alone: on GPUs, give --spec-method ngram, or --draft-model"
-            )
         if self.draft_placement == "colocated" and self.draft_tp not in (1, tp_size):
             raise ClusterError(
                 f"--draft-tp {self.draft_tp} beside --tp {tp_size}: on GPUs each has the whole draft or its shard; "
@@ -128,7 +124,7 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--spec-method",
         choices=METHODS,
-        help="draft: needs --draft-model, and is its default; ngram: prompt lookup; suffix: repeated suffixes, on CPUs",
+        help="draft: needs --draft-model, and is its default; ngram: prompt lookup; suffix: repeated suffixes",
     )
     group.add_argument(
         "--num-speculative-tokens",

@@ -76,6 +76,9 @@ class DeviceDraft:
         """See DeviceProposer."""
         self._lag.add(added_slots)
 
+    def remove(self, state: State, removed_slots: Sequence[int]) -> None:
+        """See DeviceProposer."""
+
     def plain_step(self, decoding: Array) -> None:
         """See DeviceProposer."""
         self._lag.plain_step(decoding)

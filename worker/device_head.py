@@ -96,6 +96,9 @@ class DeviceHead:
         for added in added_slots:
             self._kept_at[added.slot : added.slot + 1].set(np.asarray([-1], np.int32), stream)
 
+    def remove(self, state: State, removed_slots: Sequence[int]) -> None:
+        """See DeviceProposer."""
+
     def plain_step(self, decoding: Array) -> None:
         """Note nothing: plain steps compute what the head needs."""
 

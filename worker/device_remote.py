@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
-from tpserve.proto.messages import SlotAdd
 from tpserve.worker.arrays import Array
 from tpserve.worker.device_draft_link import DeviceDraftLink
-from tpserve.worker.device_speculation import DraftLogits, Round, State
+from tpserve.worker.device_speculation import DraftLogits, ProposerBase, Round, State
 
 
-class DeviceRemote:
+class DeviceRemote(ProposerBase):
     """Drafts nothing here; see `DeviceProposer`. How far the draft is, its own ranks know (`device_draft_runner`)."""
-
-    logits_by_rank = False
 
     def __init__(self, link: DeviceDraftLink) -> None:
         self._link = link
-
-    def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
-        """See DeviceProposer."""
-
-    def plain_step(self, decoding: Array) -> None:
-        """See DeviceProposer."""
 
     def catch_up(self, state: State, decoding: Array, run: Round) -> None:
         """Queue the wait for what the draft's first rank sends; not in the round's graph, see `DeviceDraftLink`."""

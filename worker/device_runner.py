@@ -24,6 +24,7 @@ import tvm_ffi
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
+from tpserve.proto.speculation import SPARSE_METHODS
 from tpserve.worker.arrays import Array
 from tpserve.worker.batch import Batch
 from tpserve.worker.buckets import Bucket, capture_order, make_buckets
@@ -39,8 +40,9 @@ from tpserve.worker.device_lookup import DeviceLookup
 from tpserve.worker.device_remote import DeviceRemote
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_speculation import DeviceProposer, DeviceSpeculation
+from tpserve.worker.device_suffix import DeviceSuffix
 from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
-from tpserve.worker.errors import PlanError, WorkerError
+from tpserve.worker.errors import PlanError
 from tpserve.worker.grammar import ConstrainedRow, GrammarFollower
 from tpserve.worker.library import Library, check_manifest, load_cuda_runtime, load_kernels, tvm
 from tpserve.worker.verify_layout import VerifyBucket, lay_out_verify, make_verify_buckets, read_groups
@@ -145,10 +147,8 @@ class DeviceRunner:
     def _find_draft(self, manifest: Manifest) -> tuple[RankConfig, Manifest] | None:
         """Return what this rank is told of the draft that it loads, and its manifest, if there is one."""
         speculation = self._config.speculation
-        if speculation is None or speculation.method == "ngram" or speculation.num_draft_ranks:
+        if speculation is None or speculation.method in SPARSE_METHODS or speculation.num_draft_ranks:
             return None
-        if speculation.method not in ("draft", "eagle3"):
-            raise WorkerError(f"{speculation.method} looks tokens up on the host: on GPUs, use ngram, or a draft model")
         config = draft_rank_config(self._config, speculation)
         check = check_head_manifest if speculation.method == "eagle3" else check_draft_manifest
         return config, check(config, manifest)
@@ -164,6 +164,8 @@ class DeviceRunner:
             proposer: DeviceProposer
             if self._link is not None:
                 proposer = DeviceRemote(self._link)
+            elif speculation.method == "suffix":
+                proposer = DeviceSuffix(self._kernels)
             elif draft is None:
                 proposer = DeviceLookup(speculation, self._kernels)
             else:
@@ -285,6 +287,8 @@ class DeviceRunner:
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             if updates:
                 self._inputs.update_pages(updates, staging)
+            if plan.removed_slots and self._speculation is not None:
+                self._speculation.remove(plan.removed_slots)
             if plan.added_slots:
                 self._sampler.add(plan.added_slots, staging, self._stream)
                 if self._speculation is not None:

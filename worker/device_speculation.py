@@ -45,13 +45,16 @@ class Round:
 
 
 class DeviceProposer(Protocol):
-    """What drafts for the slots of one rank: a model, here or elsewhere, a head, or the slots' own tokens."""
+    """What drafts for the slots of one rank: a model, here or elsewhere, a head, or tokens that were seen before."""
 
     logits_by_rank: bool
     """Whether a step gives one rank's part of the vocabulary."""
 
     def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
         """Take sequences that enter slots, in order with the steps on `stream`."""
+
+    def remove(self, state: State, removed_slots: Sequence[int]) -> None:
+        """Let sequences go, before others are added; their tokens still stand in `state`, in order with the steps."""
 
     def plain_step(self, decoding: Array) -> None:
         """Note that slots, (B,) int32, move on in a step without drafts and without prompts."""
@@ -67,6 +70,27 @@ class DeviceProposer(Protocol):
 
     def settled(self, state: State) -> None:
         """Queue what must follow each step that has run tokens; `state` is behind it."""
+
+
+class ProposerBase:
+    """What a `DeviceProposer` does that keeps nothing between steps, for such ones to build on."""
+
+    logits_by_rank = False
+
+    def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
+        """Nothing."""
+
+    def remove(self, state: State, removed_slots: Sequence[int]) -> None:
+        """Nothing."""
+
+    def plain_step(self, decoding: Array) -> None:
+        """Nothing."""
+
+    def catch_up(self, state: State, decoding: Array, run: Round) -> None:
+        """Nothing."""
+
+    def settled(self, state: State) -> None:
+        """Nothing."""
 
 
 class DeviceSpeculation:
@@ -116,6 +140,10 @@ class DeviceSpeculation:
         return self._state[1]
 
     # ---- between steps
+
+    def remove(self, removed_slots: Sequence[int]) -> None:
+        """Let sequences leave their slots; before `add`, which may give those to others."""
+        self._draft.remove(self._state, removed_slots)
 
     def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
         """Take what is known of sequences that enter slots, in order with the steps on `stream`.

@@ -35,6 +35,9 @@ class WatchedProposer:
     def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
         self._draft.add(added_slots, stream)
 
+    def remove(self, state: State, removed_slots: Sequence[int]) -> None:
+        self._draft.remove(state, removed_slots)
+
     def plain_step(self, decoding: Array) -> None:
         self._draft.plain_step(decoding)
 

@@ -170,11 +170,12 @@ def speculating(
     tp_size: int,
     draft_tp_size: int | None,
     collectives: Literal["auto", "push", "nccl"],
-    placement: DraftPlacement,
+    placement: DraftPlacement = "colocated",
+    lookup: Literal["ngram", "suffix"] = "ngram",
 ) -> Iterator[tuple[RankGroup, Path]]:
-    """Ranks of SmolLM2 in bfloat16 with itself as its draft, or with prompt lookup, and its folder."""
+    """Ranks of SmolLM2 in bfloat16 with itself as its draft, or with a lookup, and its folder."""
     model, target = folders(tmp_path_factory, tp_size, ("q0bf16", "auto"), MOST)
-    speculation = Speculation("ngram", MOST)
+    speculation = Speculation(lookup, MOST)
     if draft_tp_size is not None:
         draft_model, draft = folders(tmp_path_factory, draft_tp_size, ("q0bf16", "auto"))
         speculation = Speculation(

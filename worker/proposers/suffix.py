@@ -22,7 +22,7 @@ _TOKENS_PER_LENGTH = 2
 """Most tokens proposed for each token of the run: a short one is a weak hint (the paper's factor alpha)."""
 _MIN_LIKELIHOOD = 0.1
 """A token is proposed while the shares of the chosen continuations, multiplied, are at least this."""
-_KEPT_TOKENS = 1 << 14
+KEPT_TOKENS = 1 << 14
 """Of earlier sequences, the latest: 64 KiB."""
 
 
@@ -47,7 +47,7 @@ class SuffixProposer(TextProposer):
         self._known.remove(slot)
         tokens = self._batch.tokens[slot, : self._batch.num_tokens[slot]]
         if len(tokens):
-            self._earlier = np.concatenate([self._earlier, [-1], tokens], dtype=np.int32)[-_KEPT_TOKENS:]
+            self._earlier = np.concatenate([self._earlier, [-1], tokens], dtype=np.int32)[-KEPT_TOKENS:]
 
     def propose(self, slots: Array, limits: Array, num_draft_tokens: int) -> Array:
         """Propose how sequences go on; see `Proposer.propose`."""

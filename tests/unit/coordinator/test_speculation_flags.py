@@ -87,7 +87,6 @@ def test_flags_that_contradict_each_other_are_refused(flags: str, words: str) ->
             "--tp 4 --draft-model d --draft-tp 2",
             "--draft-tp 2 beside --tp 4: .* give --draft-tp 1 or 4, or --draft-placement dedicated",
         ),
-        ("--spec-method suffix", "suffix is built for CPUs alone: on GPUs, give --spec-method ngram, or --draft-model"),
     ],
 )
 def test_what_is_not_built_on_gpus_is_refused_there(flags: str, words: str) -> None:
@@ -138,6 +137,7 @@ def test_a_head_is_split_as_the_model(flags: str) -> None:
         "--tp 2 --spec-method ngram",
         "--tp 4 --draft-model d --draft-tp 2 --draft-placement dedicated",
         "--tp 1 --draft-model d --draft-tp 2 --draft-placement dedicated",
+        "--tp 2 --spec-method suffix",
     ],
 )
 def test_on_gpus_a_draft_is_whole_or_split_as_the_model_or_has_its_own(flags: str) -> None:

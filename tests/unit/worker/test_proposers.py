@@ -108,5 +108,5 @@ def test_suffixes_are_found_in_sequences_that_have_left() -> None:
     for _ in range(6000):
         proposer.add(second)
         proposer.remove(1)  # memory is bounded: the first one is forgotten
-    assert len(proposer._earlier) == suffix._KEPT_TOKENS
+    assert len(proposer._earlier) == suffix.KEPT_TOKENS
     assert proposer.propose(slots, limits, 4).tolist() == [[-1] * 4]
