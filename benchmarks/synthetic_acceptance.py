@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import cupy
 import numpy as np
 
-from tpserve.worker.device_draft_model import DeviceDraft
-from tpserve.worker.device_head import DeviceHead
+from tpserve.proto.manifest import Manifest
+from tpserve.proto.speculation import Speculation
 from tpserve.worker.device_runner import DeviceRunner
 from tpserve.worker.device_sampler import DeviceSampler
 from tpserve.worker.device_speculation import DeviceSpeculation
@@ -46,10 +46,10 @@ extern "C" __global__ void stamp(unsigned long long* rounds, int num_kept, int w
 class SyntheticSpeculation(DeviceSpeculation):
     """Accepts draft tokens by a hash of slot, position and salt, at the rate that was set last."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        assert isinstance(self._draft, DeviceDraft | DeviceHead), "lookups accept what they find"
-        self._draft_vocab_size = self._draft.manifest.vocab_size
+    def __init__(self, speculation: Speculation, *others: Any) -> None:
+        super().__init__(speculation, *others)
+        assert speculation.draft_artifact_dir is not None, "lookups accept what they find"
+        self._draft_vocab_size = Manifest.load(speculation.draft_artifact_dir).vocab_size
         source = Path(__file__).with_suffix(".cuh").read_text().replace("#pragma once", "") + _KERNELS
         module = cupy.RawModule(code=source, options=("-std=c++17",))
         self._synthesize = module.get_function("synthesize")  # compiles: nothing may while a graph is captured

@@ -215,15 +215,15 @@ class _Server:
         args = self._args
         gpus = available_device_bytes() if args.device != "cpu" else []
         num_replicas: int = args.replica[1]
-        num_ranks = args.tp + num_own_draft_ranks(args)
-        if (gpus or args.device == "cuda") and len(gpus) < num_ranks:
+        needed = num_ranks(args)
+        if (gpus or args.device == "cuda") and len(gpus) < needed:
             device = "--device cuda " if args.device == "cuda" else ""
             raise ServeError(
                 f"{device}{self._ranks_wanted()}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu"
             )
         if not gpus:
             return False, available_host_bytes() // (args.tp * num_replicas)
-        return True, min((gpus if num_replicas == 1 else sorted(gpus, reverse=True))[:num_ranks])
+        return True, min((gpus if num_replicas == 1 else sorted(gpus, reverse=True))[:needed])
 
     def _ranks_wanted(self) -> str:
         """Return the flags that say how many GPUs a replica takes."""
@@ -236,7 +236,7 @@ class _Server:
         nodes = read_nodes(args.ray_address, os.environ | ray_environment(args.ray_address))
         one_node = args.tp_across_nodes is None
         if args.device != "cpu":
-            free = bytes_of_rank(nodes, args.tp + num_own_draft_ranks(args), one_node=one_node, on_gpus=True)
+            free = bytes_of_rank(nodes, num_ranks(args), one_node=one_node, on_gpus=True)
             if free is not None:
                 return True, free
             if args.device == "cuda":
@@ -415,6 +415,11 @@ class _Server:
         if coordinator is not None and coordinator.poll() is not None:
             assert coordinator.stdout is not None
             raise ServeError(last_words("coordinator", coordinator, coordinator.stdout.readline()))
+
+
+def num_ranks(args: argparse.Namespace) -> int:
+    """Return how many ranks a replica has by its flags: the model's, and those of a draft that has its own."""
+    return int(args.tp) + num_own_draft_ranks(args)
 
 
 def check_doors(args: argparse.Namespace) -> None:

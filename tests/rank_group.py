@@ -144,7 +144,7 @@ class RankProcesses:
                 )
                 pipe.send(("load", config))
             _collect(pipes, start_timeout_s)
-            yield RankGroup(pipes)
+            yield RankGroup(pipes, tp_size)
             for pipe in pipes:
                 pipe.send(("close", None))
             _collect(pipes)
@@ -158,8 +158,9 @@ class RankProcesses:
 class RankGroup:
     """The ranks of one loaded model. Plans are numbered here, so that each caller may start at any step."""
 
-    def __init__(self, pipes: list[Connection]) -> None:
+    def __init__(self, pipes: list[Connection], tp_size: int) -> None:
         self._pipes = pipes
+        self._models = pipes[:tp_size]
         self.num_ranks = len(pipes)
         self._next_step = 1
         self._occupied: set[int] = set()
@@ -188,11 +189,11 @@ class RankGroup:
         return _collect(self._pipes)
 
     def call(self, method: str, *arguments: object) -> list[Any]:
-        """Call a method of each rank's runner between steps, when all results are there; return their answers."""
+        """Call a method of the runner of each of the model's ranks between steps, when all results are there."""
         assert not self._submitted, "steps are on their way"
-        for pipe in self._pipes:
+        for pipe in self._models:
             pipe.send(("call", (method, arguments)))
-        return _collect(self._pipes)
+        return _collect(self._models)
 
     def profile(self) -> None:
         """Begin to record what rank 0's GPU does; needs torch, for its profiler."""

@@ -38,8 +38,7 @@ from tpserve.coordinator.children import (
 from tpserve.coordinator.log import configure
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, TOKEN_VARIABLE
-from tpserve.coordinator.serve import check_doors, curl, default_names, local_opener
-from tpserve.coordinator.speculation import num_own_draft_ranks
+from tpserve.coordinator.serve import check_doors, curl, default_names, local_opener, num_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +180,7 @@ class Fleet:
         }
         args = self._args
         config = {
-            "num_cpus": max(args.replicas * (args.tp + num_own_draft_ranks(args)), os.cpu_count() or 1),
+            "num_cpus": max(args.replicas * num_ranks(args), os.cpu_count() or 1),
             "temp_dir": str(self._ray_folder),
             "log_format": self._args.log_format,
             "drain_timeout_s": self._args.drain_timeout,

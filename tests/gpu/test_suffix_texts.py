@@ -27,7 +27,7 @@ CASES = [
 @pytest.fixture(scope="module", params=CASES)
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroup]:
     tp_size, collectives = request.param
-    with speculating(tmp_path_factory, tp_size, None, collectives, "suffix") as (ranks, _):
+    with speculating(tmp_path_factory, tp_size, None, collectives, lookup="suffix") as (ranks, _):
         yield ranks
 
 

@@ -62,11 +62,21 @@ def test_each_rank_has_the_whole_draft_or_its_own_shard(
     assert (found.num_pages, found.device) == (8, 2), "it has the pages of the model, on the same device"
 
 
+@pytest.mark.parametrize(("rank", "tp_size", "draft_tp_size"), [(4, 4, 2), (5, 4, 2), (1, 1, 4), (3, 1, 4), (2, 2, 1)])
+def test_a_drafts_own_ranks_have_its_shards(
+    model: Path, artifact: Path, rank: int, tp_size: int, draft_tp_size: int
+) -> None:
+    own = replace(draft_of(model, artifact, draft_tp_size), draft_placement="dedicated")
+    found = draft_rank_config(config_of(rank, tp_size), own)
+    assert (found.rank, found.tp_size) == (rank - tp_size, draft_tp_size)
+    assert (found.model_dir, found.artifact_dir, found.device) == (model, artifact, rank)
+
+
 @pytest.mark.parametrize(
     ("tp_size", "draft_tp_size", "words"),
     [
         (4, 2, r"draft_tp_size is 2 beside a model of TP=4: .* set --draft-tp 1 or 4"),
-        (1, 2, r"draft_tp_size is 2 beside a model of TP=1: .* set --draft-tp 1$"),
+        (1, 2, r"draft_tp_size is 2 beside a model of TP=1: .* set --draft-tp 1, or --draft-placement dedicated$"),
         (2, 4, r"draft_tp_size is 4 beside a model of TP=2"),
         (2, 0, r"draft_tp_size is 0 beside a model of TP=2"),
     ],
