@@ -372,6 +372,7 @@ class DeviceRunner:
         is_first = self._rank == 0  # only it carries tokens
         rows, num_tokens = np.arange(len(slots)), pending.num_tokens
         fields: dict[str, Any] = {"slots": tuple(slots.tolist())}
+        draft_us = 0
         if self._speculation is not None:
             counts, drafted = self._speculation.results(len(slots), pending.staging)
             emitted = read_groups(slots, plan.num_draft_tokens, counts, drafted)
@@ -379,6 +380,7 @@ class DeviceRunner:
             # Rows without a draft token, and those of slots at their end, were padding.
             num_tokens -= int((counts == 0).sum()) + len(slots) * plan.num_draft_tokens - int(drafted.sum())
             slots = np.repeat(slots, counts)
+            draft_us = self._speculation.draft_us(pending.staging) if plan.num_draft_tokens else 0
         if is_first:
             fields["token_ids"], logprobs = self._sampler.results(slots, rows, pending.staging)
             for slot, row in pending.hidden.items():
@@ -397,6 +399,7 @@ class DeviceRunner:
             bucket_rows=bucket.num_rows,
             failures=pending.failures if is_first else {},
             mask_us=pending.mask_us if is_first else 0,
+            draft_us=draft_us,
         )
 
     @property

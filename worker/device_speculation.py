@@ -28,6 +28,10 @@ DraftLogits = tuple[Any, Any, Any]
 nothing is drafted there."""
 
 
+_TIME_WORDS = 4
+"""Two times of the device's clock, in nanoseconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """A step that drafts and verifies, as it is laid out."""
@@ -124,10 +128,15 @@ class DeviceSpeculation:
             cupy.full((max_num_seqs, most), -1, cupy.int32),
         )
         self._state: State = tuple(tvm_ffi.from_dlpack(array) for array in arrays)
-        self._counts = cupy.zeros(max_num_seqs, cupy.int32)
-        self._drafted = cupy.zeros(max_num_seqs, cupy.int32)
-        self._group_tensors = tuple(tvm_ffi.from_dlpack(array) for array in (self._counts, self._drafted))
-        self._results = [(pinned(max_num_seqs, np.int32), pinned(max_num_seqs, np.int32)) for _ in range(num_staging)]
+        # In one array, for one copy: when drafting began and ended, and what each group gave.
+        size = -(-max_num_seqs // 4) * 4  # kernels want multiples of 16 bytes
+        self._starts = (_TIME_WORDS, _TIME_WORDS + size)
+        self._outcome = cupy.zeros(_TIME_WORDS + 2 * size, cupy.int32)
+        self._times = tvm_ffi.from_dlpack(self._outcome[:_TIME_WORDS].view(cupy.int64))
+        self._group_tensors = tuple(
+            tvm_ffi.from_dlpack(self._outcome[start : start + max_num_seqs]) for start in self._starts
+        )
+        self._results = [pinned(self._outcome.size, np.int32) for _ in range(num_staging)]
 
     @property
     def state(self) -> State:
@@ -169,6 +178,7 @@ class DeviceSpeculation:
         decoding : (B,) int32
             The slots that decode.
         """
+        self._kernels["note_time"](self._times, 0)
         self._draft.catch_up(self._state, decoding, Round(token_slots, num_slots, num_draft_tokens, page_table))
 
     def plain_step(self, decoding: Array) -> None:
@@ -195,6 +205,7 @@ class DeviceSpeculation:
         for index, (logits, slots, positions) in enumerate(self._draft.steps(self._state, run)):
             sampled = sampler.queue_draft(logits, slots, positions, by_rank=self._draft.logits_by_rank)
             self._kernels["draft_store"](*self._state, token_slots, run.stride, index, sampled, slots)
+        self._kernels["note_time"](self._times, 1)
 
     def load(self, num_draft_tokens: int, tensors: Sequence[Any]) -> None:
         """Queue what gives a step's rows their tokens, positions and slots, in place."""
@@ -210,12 +221,17 @@ class DeviceSpeculation:
         self._kernels["speculation_accept"](*self._state, num_slots, num_draft_tokens, *where)
 
     def fetch(self, num_groups: int, staging: int, stream: Any) -> None:
-        """Queue the copies of what each group gave."""
-        for device, host in zip((self._counts, self._drafted), self._results[staging], strict=True):
-            if num_groups:
-                device.data.copy_to_host_async(host.ctypes.data, 4 * num_groups, stream)
+        """Queue the copy of what each group gave."""
+        if num_groups:
+            self._outcome.data.copy_to_host_async(self._results[staging].ctypes.data, self._outcome.nbytes, stream)
 
     def results(self, num_groups: int, staging: int) -> tuple[Array, Array]:
         """Return a finished step's tokens and verified draft tokens by group, (G,) int32 each."""
-        counts, drafted = self._results[staging]
-        return counts[:num_groups].copy(), drafted[:num_groups].copy()
+        found = self._results[staging]
+        counts, drafted = (found[start : start + num_groups].copy() for start in self._starts)
+        return counts, drafted
+
+    def draft_us(self, staging: int) -> int:
+        """Return what drafting took of a finished round, with what was caught up, or what was waited for."""
+        began, ended = self._results[staging][:_TIME_WORDS].view(np.int64)
+        return int(ended - began) // 1000

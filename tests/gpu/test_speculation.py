@@ -6,6 +6,7 @@ import ctypes
 import json
 import shutil
 import subprocess
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -244,6 +245,25 @@ def test_switching_between_plain_and_verified_steps_changes_no_text(
     same = [sum(a == b for a, b in zip(texts[0], other, strict=True)) for other in texts[1:]]
     # bfloat16 sums of steps with other shapes differ in the last bits; a draw seldom hangs on them.
     assert min(same) > 20
+
+
+def test_a_round_says_what_drafting_took(group: tuple[RankGroup, bool], goldens: list[dict[str, Any]]) -> None:
+    ranks, scheduler = group[0], make_scheduler(3)
+    scheduler.add_request(Request(1, tuple(goldens[0]["prompt_token_ids"]), SamplingParams(temperature=0.0), 40))
+    lengths: deque[int] = deque()
+    num_rounds = 0
+    while scheduler.has_unfinished or scheduler.num_in_flight_steps:
+        while (plan := scheduler.schedule()) is not None:
+            ranks.submit(plan)
+            lengths.append(plan.num_draft_tokens)
+        result = ranks.wait()
+        scheduler.update(result)
+        is_round = lengths.popleft() > 0
+        num_rounds += is_round
+        assert (result.draft_us > 0) == is_round
+        assert result.draft_us < 1_000_000
+    ranks.clear()
+    assert num_rounds > 5
 
 
 class Cycle(FixedLength):

@@ -183,6 +183,20 @@ void draft_lookup(TensorView tokens, TensorView num_tokens, TensorView max_len, 
          checked<int32_t>("decode_slots", decode_slots, {batch * stride}), static_cast<int>(stride));
 }
 
+__global__ void note_time_kernel(int64_t* times, int which) {
+  pdl_launch();
+  pdl_wait();
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(times[which]));
+}
+
+/// The device's clock, in nanoseconds, when all before this has run, as (2,) int64 times' `which`.
+void note_time(TensorView times, int64_t which) {
+  if (which < 0 || which > 1) TVM_FFI_THROW(ValueError) << "time " << which << " of two";
+  launch(note_time_kernel, dim3(1), 1, 0, stream_of(times), checked<int64_t>("times", times, {2}),
+         static_cast<int>(which));
+}
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(note_time, note_time);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(speculation_load, speculation_load);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(speculation_accept, speculation_accept);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_begin, draft_begin);

@@ -32,7 +32,7 @@ def test_the_library_names_all_its_kernels() -> None:
     for_the_worker |= {"load_last_tokens", "store_last_tokens", "scatter_pages", "device_address", "join_columns"}
     for_the_worker |= {"push_clear", "push_create", "push_workspace_bytes"}
     for_the_worker |= {"link_bytes", "link_clear", "link_create"}
-    for_the_worker |= {"speculation_load", "speculation_accept"}
+    for_the_worker |= {"speculation_load", "speculation_accept", "note_time"}
     for_the_worker |= {"draft_begin", "draft_continue", "draft_lookup", "draft_store", "draft_suffix", "keep_suffix"}
     for_the_worker |= {"head_begin", "head_pairs", "head_keep", "spread_logits"}
     assert listed == exported - for_the_worker
