@@ -39,9 +39,10 @@ PROMPTS = (
 )
 
 CASES = [
-    # TP of the model, of its draft, and by which the ranks exchange activations.
-    pytest.param((1, 1, "auto"), marks=pytest.mark.gpu(count=1), id="tp1"),
-    pytest.param((2, 2, "push"), marks=pytest.mark.gpu(count=2), id="tp2"),
+    # TP of the model, of its draft, by which the ranks exchange activations, and where it drafts.
+    pytest.param((1, 1, "auto", "colocated"), marks=pytest.mark.gpu(count=1), id="tp1"),
+    pytest.param((2, 2, "push", "colocated"), marks=pytest.mark.gpu(count=2), id="tp2"),
+    pytest.param((1, 1, "auto", "dedicated"), marks=pytest.mark.gpu(count=1), id="tp1-dedicated"),
 ]
 
 
