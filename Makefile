@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 TP ?= 2
+# Tests start hundreds of processes, each of which would compile our modules again: 0.8 s of a processor for each server.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: serve observe test quick lint types unit unit-gateway unit-doors unit-engine unit-compile integration \
   integration-doors integration-exact integration-router integration-lifecycle integration-observed integration-faults \
