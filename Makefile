@@ -26,6 +26,7 @@ test: quick integration   ## everything that needs no GPU
 
 # Two of these at once: most of them keep one core busy. The longest come first, so that both cores end at one time.
 quick: $(VENV)/.dev   ## style, types and unit tests
+	PYTHONPATH=deploy/python $(BIN)/python tests/shared_cache.py
 	$(MAKE) --jobs=2 --output-sync=target unit-compile unit-engine unit-gateway unit-doors types lint
 
 lint: $(VENV)/.dev   ## style
