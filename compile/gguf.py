@@ -48,7 +48,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 """Token types of GGUF that become added tokens."""
 
 
-class _Reader(GGUFReader):
+class _Reader(GGUFReader):  # type: ignore[misc]  # gguf is untyped
     """Reads through plain arrays: as memmaps, a vocabulary's hundred thousand small views take three times as long."""
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -117,7 +117,7 @@ class Cluster:
                     f"free {_TEMP_DIR_BYTES >> 20} MiB or more"
                 )
             options |= {
-                "num_cpus": max(self._num_ranks, os.cpu_count() or 1),
+                "num_ranks": self._num_ranks,
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "_temp_dir": str(self._temp_dir),
             }

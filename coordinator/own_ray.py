@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ _RAYLET_WITHIN_S = 30.0
 """As Ray gives it, which then looks once more and says what is wrong."""
 
 
-def start_own_ray(**options: Any) -> None:
+def start_own_ray(num_ranks: int, **options: Any) -> None:
     """Start a Ray that ends with this process, and connect to it; see `ray.init` for the options.
 
     Raises
@@ -28,8 +29,11 @@ def start_own_ray(**options: Any) -> None:
     Exception
         If a process of it does not come up.
     """
+    # Ray starts an idle process for each CPU that it is told of, on a large host a hundred. Beside those that become
+    # ranks, as many stand ready for the next group.
+    num_cpus = max(num_ranks, min(2 * num_ranks, os.cpu_count() or 1))
     with _lean_node():
-        ray.init(address="local", include_dashboard=False, **options)
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
 
 
 @contextlib.contextmanager

@@ -181,7 +181,7 @@ class Fleet:
         args = self._args
         num_draft_ranks = (args.draft_tp or 1) if args.draft_placement == "dedicated" else 0
         config = {
-            "num_cpus": max(args.replicas * (args.tp + num_draft_ranks), os.cpu_count() or 1),
+            "num_ranks": args.replicas * (args.tp + num_draft_ranks),
             "temp_dir": str(self._ray_folder),
             "log_format": self._args.log_format,
             "drain_timeout_s": self._args.drain_timeout,

@@ -52,7 +52,7 @@ def main() -> int:
     temp_dir = Path(config["temp_dir"])
     try:
         start_own_ray(
-            num_cpus=config["num_cpus"],
+            config["num_ranks"],
             object_store_memory=_OBJECT_STORE_BYTES,
             _temp_dir=str(temp_dir),
             logging_level=logging.WARNING,
