@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 TP ?= 2
+# Tests start hundreds of processes, each of which would compile our modules again: 0.8 s of a processor for each server.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: serve observe test quick lint types unit unit-gateway unit-doors unit-engine unit-compile integration \
   integration-doors integration-exact integration-router integration-lifecycle integration-observed integration-faults \
@@ -24,6 +26,7 @@ test: quick integration   ## everything that needs no GPU
 
 # Two of these at once: most of them keep one core busy. The longest come first, so that both cores end at one time.
 quick: $(VENV)/.dev   ## style, types and unit tests
+	PYTHONPATH=deploy/python $(BIN)/python tests/shared_cache.py
 	$(MAKE) --jobs=2 --output-sync=target unit-compile unit-engine unit-gateway unit-doors types lint
 
 lint: $(VENV)/.dev   ## style

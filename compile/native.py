@@ -10,8 +10,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import tvm_ffi.libinfo
@@ -76,19 +77,31 @@ def build_library(
     library = Path(tvm_ffi.libinfo.find_libtvm_ffi())
     headers = [f"-isystem{path}" for path in tvm_ffi.libinfo.include_paths()]
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        objects = [Path(scratch) / f"{index}-{source.stem}.o" for index, source in enumerate(sources)]
+        objects = {source: Path(scratch) / f"{index}-{source.stem}.o" for index, source in enumerate(sources)}
+        has_failed = threading.Event()
 
-        def compile_one(source: Path, target: Path) -> None:
-            _run([compiler, *_FLAGS, *headers, *extra_flags, "-c", str(source), "-o", str(target)], source.name)
+        def compile_one(source: Path) -> None:
+            if has_failed.is_set():
+                return
+            try:
+                command = [compiler, *_FLAGS, *headers, *extra_flags, "-c", str(source), "-o", str(objects[source])]
+                _run(command, source.name)
+            except BaseException:
+                has_failed.set()
+                raise
 
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-            for done, _ in enumerate(pool.map(compile_one, sources, objects), 1):
+            # The longest first: they take about as long as they are, and no core is to wait for the last.
+            longest_first = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
+            compiling = [pool.submit(compile_one, source) for source in longest_first]
+            for done, future in enumerate(as_completed(compiling), 1):
+                future.result()
                 progress(done, len(sources) + 1)
         partial = Path(scratch) / out.name
         # Never unloaded: threads of its pool run its code as long as the process lives.
         link = ["-Wl,-z,nodelete", f"-L{library.parent}", f"-Wl,-rpath,{library.parent}", "-ltvm_ffi"]
         link += ["-o", str(partial)]
-        _run([compiler, "-shared", *_FLAGS, *extra_flags, *map(str, objects), *link], out.name)
+        _run([compiler, "-shared", *_FLAGS, *extra_flags, *map(str, objects.values()), *link], out.name)
         partial.replace(out)
         progress(len(sources) + 1, len(sources) + 1)
 

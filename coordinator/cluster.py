@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tpserve.coordinator.distribution import Distribute, Distributor, Receiver, root_cause
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.group_layout import GroupLayout, order
+from tpserve.coordinator.own_ray import start_own_ray
 from tpserve.coordinator.process import make_ray_temp_dir, remove_folder
 from tpserve.coordinator.rank_actor import RankActor
 from tpserve.coordinator.ray_daemons import RayDaemons
@@ -116,17 +117,16 @@ class Cluster:
                     f"free {_TEMP_DIR_BYTES >> 20} MiB or more"
                 )
             options |= {
-                "address": "local",
-                "num_cpus": max(self._num_ranks, os.cpu_count() or 1),
+                "num_ranks": self._num_ranks,
                 "object_store_memory": _OBJECT_STORE_BYTES,
-                "include_dashboard": False,
                 "_temp_dir": str(self._temp_dir),
             }
         else:
             head, own = find_own_node(self._config.ray_address)
             options |= {"address": head, "_node_ip_address": own}
         try:
-            ray.init(**options)
+            start = start_own_ray if self._config.ray_address is None else ray.init
+            start(**options)
             self._node_id = ray.get_runtime_context().get_node_id()
             if self._config.ray_address is None:
                 assert self._temp_dir is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -22,6 +23,7 @@ class Rank:
     """The actor's class. Made by the coordinator through Ray, by name."""
 
     def __init__(self) -> None:
+        gc.freeze()  # what Ray has made stands: a collection while a rank loads goes through it for 0.1 s
         self._server: Any = None
         self._runner: Any = None
         self._doors: dict[Door, socket.socket] = {}

@@ -180,7 +180,7 @@ class Fleet:
         }
         args = self._args
         config = {
-            "num_cpus": max(args.replicas * num_ranks(args), os.cpu_count() or 1),
+            "num_ranks": args.replicas * num_ranks(args),
             "temp_dir": str(self._ray_folder),
             "log_format": self._args.log_format,
             "drain_timeout_s": self._args.drain_timeout,

@@ -47,13 +47,13 @@ def main() -> int:
     end_with_parent(config["parent_pid"])
     import ray
 
+    from tpserve.coordinator.own_ray import start_own_ray
+
     temp_dir = Path(config["temp_dir"])
     try:
-        ray.init(
-            address="local",
-            num_cpus=config["num_cpus"],
+        start_own_ray(
+            config["num_ranks"],
             object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
             _temp_dir=str(temp_dir),
             logging_level=logging.WARNING,
             log_to_driver=False,  # each replica shows its own ranks' lines

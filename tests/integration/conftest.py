@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from server import json_line, run_cli
 from shared_cache import new_home
+from tpserve.compile.cache import CachePolicy
+from tpserve.compile.source import resolve_model
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported; see tests/unit/conftest.py
 
@@ -42,12 +44,11 @@ def demo_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_folder(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model as a Hugging Face folder."""
+def demo_folder(demo_model: Path, cache_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as a Hugging Face folder, which no other session has."""
+    converted = resolve_model(str(demo_model), model_policy=CachePolicy.ON, download_policy=CachePolicy.ON)
     folder = tmp_path_factory.mktemp("demo")
-    outcome = run_cli("convert", demo_model, "--output", folder, folder=folder.parent)
-    assert outcome.code == 0, outcome.stderr
-    assert json_line(outcome.stdout) == {"model_dir": str(folder)}
+    shutil.copytree(converted, folder, dirs_exist_ok=True)
     return folder
 
 

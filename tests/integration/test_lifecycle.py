@@ -208,8 +208,15 @@ def test_row_26_policy_off_keeps_nothing(tiny_folder: Path, tmp_path: Path) -> N
 
 
 def test_convert_alone(demo_folder: Path, demo_model: Path, tmp_path: Path) -> None:
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in demo_folder.iterdir()}
-    again = run_cli("convert", demo_model, "--output", demo_folder, folder=tmp_path)
+    folder = tmp_path / "converted"
+    converted = run_cli("convert", demo_model, "--output", folder, folder=tmp_path)
+    assert converted.code == 0, converted.stderr
+    assert json_line(converted.stdout) == {"model_dir": str(folder)}
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert names == {path.name for path in demo_folder.iterdir()}, "what a server makes of it itself"
+    assert all((folder / name).read_bytes() == (demo_folder / name).read_bytes() for name in names)
+    again = run_cli("convert", demo_model, "--output", folder, folder=tmp_path)
     assert "is not an empty folder" in again.only_error()
     missing = run_cli("convert", tmp_path / "none.gguf", "--output", tmp_path / "out", folder=tmp_path)
     assert "none.gguf" in missing.only_error()

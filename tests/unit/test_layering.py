@@ -38,7 +38,10 @@ ROUTER_ALLOWED = (
     "tpserve.coordinator.router",
     "tpserve.coordinator.gateway.errors",
     *(f"tpserve.coordinator.gateway.{name}" for name in ("guard", "limited_body", "tls")),  # of any HTTP door
-    *(f"tpserve.coordinator.{name}" for name in ("process", "log", "metrics_catalogue", "ray_daemons", "relay")),
+    *(
+        f"tpserve.coordinator.{name}"
+        for name in ("own_ray", "process", "log", "metrics_catalogue", "ray_daemons", "relay")
+    ),
 )
 BENCH_ALLOWED = (
     "tpserve.proto",
