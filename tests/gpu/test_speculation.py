@@ -157,8 +157,8 @@ CASES = [
     pytest.param((2, None, "push", "colocated"), marks=pytest.mark.gpu(count=2), id="tp2-ngram"),
     # On one GPU, or on two, the ranks take turns; slow, but the same kernels and protocol.
     pytest.param((1, 1, "auto", "dedicated"), marks=pytest.mark.gpu(count=1), id="tp1-dedicated"),
-    pytest.param((1, 2, "auto", "dedicated"), marks=pytest.mark.gpu(count=3), id="tp1-dedicated-tp2"),
-    pytest.param((2, 1, "push", "dedicated"), marks=pytest.mark.gpu(count=3), id="tp2-dedicated"),
+    pytest.param((1, 2, "auto", "dedicated"), marks=pytest.mark.gpu(count=2), id="tp1-dedicated-tp2"),
+    pytest.param((2, 1, "push", "dedicated"), marks=pytest.mark.gpu(count=2), id="tp2-dedicated"),
     pytest.param((2, 2, "push", "dedicated"), marks=pytest.mark.gpu(count=4), id="tp2-dedicated-tp2"),
     pytest.param((2, 2, "nccl", "dedicated"), marks=pytest.mark.gpu(count=4), id="tp2-dedicated-tp2-nccl"),
     pytest.param((4, 4, "push", "colocated"), marks=[pytest.mark.gpu(count=2), pytest.mark.timeout(1200)], id="tp4"),
