@@ -111,7 +111,7 @@ test-gpu: $(VENV)/.dev   ## tests that need CUDA devices
 # racecheck takes what GEMMs and attention rest on for races, see tests/gpu/sanitize.py.
 sanitize: $(VENV)/.dev   ## a part of the kernels' tests under compute-sanitizer, on a CUDA device
 	for tool in memcheck synccheck initcheck; do $(BIN)/python tests/gpu/sanitize.py $$tool --every 20 -q \
-	  $(addprefix tests/gpu/test_,$(addsuffix .py,attention elementwise gemm gemm_norm gemm_norm_fp8 gemm_silu head \
+	  $(addprefix tests/gpu/test_,$(addsuffix .py,attention draft_link elementwise gemm gemm_norm gemm_norm_fp8 gemm_silu head \
 	    new_tokens sample suffix)) \
 	  || exit; done
 	$(BIN)/python tests/gpu/sanitize.py racecheck --every 20 -q \

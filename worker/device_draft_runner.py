@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import RankConfig, SizeTime
 from tpserve.worker.batch import Batch
 from tpserve.worker.buckets import capture_order, make_buckets
-from tpserve.worker.captured_step import CapturedStep, PendingStep, capture_graph
+from tpserve.worker.captured_step import CapturedStep, capture_graph
 from tpserve.worker.device_draft import check_draft_manifest, draft_rank_config
 from tpserve.worker.device_draft_link import DeviceDraftLink
 from tpserve.worker.device_draft_model import DeviceDraft
@@ -34,6 +35,27 @@ from tpserve.worker.library import check_manifest, load_cuda_runtime, load_kerne
 from tpserve.worker.verify_layout import lay_out_verify, make_verify_buckets
 
 logger = logging.getLogger(__name__)
+
+
+class _Times:
+    """Of one step: where the draft begins and ends, and where the model has. Its own, as results may be read late."""
+
+    def __init__(self) -> None:
+        self.begin, self.end, self.settled = (cupy.cuda.Event(block=True) for _ in range(3))
+
+
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """A step on its way; without times nothing was queued."""
+
+    runner: DeviceDraftRunner
+    plan: StepPlan
+    num_tokens: int = 0
+    times: _Times | None = None
+
+    def wait(self) -> StepResult:
+        """Block until it is done."""
+        return self.runner.finish(self)
 
 
 class DeviceDraftRunner:
@@ -59,7 +81,6 @@ class DeviceDraftRunner:
 
     size_times: ClassVar[tuple[SizeTime, ...]] = ()
     """What a step takes is for the model's ranks to say."""
-    speculation_type: ClassVar[type[DeviceSpeculation]] = DeviceSpeculation
 
     def __init__(
         self,
@@ -89,7 +110,7 @@ class DeviceDraftRunner:
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             self._draft = DeviceDraft(draft_config, manifest, self._kernels, self._device, self._stream, progress)
             sizes = (config.max_num_seqs, target.max_model_len + 1, NUM_STAGING)
-            self._speculation = self.speculation_type(speculation, self._draft, self._kernels, *sizes)
+            self._speculation = DeviceSpeculation(speculation, self._draft, self._kernels, *sizes)
         self._sampler = DeviceSampler(
             self._kernels,
             config.max_num_seqs,
@@ -112,8 +133,8 @@ class DeviceDraftRunner:
         ]
         size = max(step.bucket.num_inputs for step in (*plain, *rounds))
         self._inputs = DeviceInputs(self._kernels, self._stream, config.max_num_seqs, max_pages, size)
-        self._events = [tuple(cupy.cuda.Event(block=True) for _ in range(3)) for _ in range(NUM_STAGING)]
-        """Of each step: where the draft begins, where it ends, and where the model has."""
+        self._last_use = [cupy.cuda.Event(block=True, disable_timing=True) for _ in range(NUM_STAGING)]
+        """Behind the last step that used each of the pinned copies."""
         self._next_step_id: int | None = None
         if self._group is not None:
             self._group.meet("weights")  # a rank that is still loading must not look late to a kernel
@@ -147,7 +168,7 @@ class DeviceDraftRunner:
 
     # ---- steps
 
-    def submit(self, plan: StepPlan) -> PendingStep:
+    def submit(self, plan: StepPlan) -> _Followed:
         """Queue what the draft does in a step, and the wait for what the model has given; returns at once.
 
         Raises
@@ -164,8 +185,9 @@ class DeviceDraftRunner:
         slots = arrays.sample_slots[:: 1 + drafts].copy()
         staging = self._inputs.next_staging()
         cupy.cuda.Device(self._config.device).use()
-        begin, end, settled = self._events[staging]
-        settled.synchronize()  # the coordinator waits for the model, and this may be further behind than that
+        last_use = self._last_use[staging]
+        last_use.synchronize()  # the coordinator waits for the model, and this may be further behind than that
+        times = _Times()
         with tvm_ffi.use_raw_stream(self._device, self._stream.ptr), self._stream:
             if updates:
                 self._inputs.update_pages(updates, staging)
@@ -173,11 +195,12 @@ class DeviceDraftRunner:
                 self._sampler.add(plan.added_slots, staging, self._stream)
                 self._speculation.add(plan.added_slots, self._stream)
             if not len(arrays.token_ids):
-                return PendingStep(self, plan, staging)
+                last_use.record(self._stream)
+                return _Followed(self, plan)
             if drafts or plan.chunks:
                 step = choose_step(self._rounds if drafts else self._prompts, arrays, drafts)
                 self._inputs.fill(step, arrays, staging)
-            begin.record(self._stream)
+            times.begin.record(self._stream)
             if drafts:
                 where = (step.tensors[2], step.num_slots, drafts, self._inputs.page_table)
                 self._speculation.catch_up(slots, *where)
@@ -187,14 +210,15 @@ class DeviceDraftRunner:
                 step.graph.launch(self._stream)
             else:
                 self._speculation.plain_step(slots)
-            end.record(self._stream)
+            times.end.record(self._stream)
             self._link.take_told(self._speculation.state)
-            settled.record(self._stream)
+            times.settled.record(self._stream)
+            last_use.record(self._stream)
         if not drafts:
             self._batch.commit(arrays, None)
-        return PendingStep(self, plan, staging, slots, len(arrays.token_ids))
+        return _Followed(self, plan, len(arrays.token_ids), times)
 
-    def finish(self, pending: PendingStep) -> StepResult:
+    def finish(self, followed: _Followed) -> StepResult:
         """Wait for a step that was submitted, up to where the model has told what it gave.
 
         Returns
@@ -202,22 +226,21 @@ class DeviceDraftRunner:
         StepResult
             Without tokens. `step_us` is what the draft took, not what it waited for the model.
         """
-        plan = pending.plan
-        if pending.slots is None:
+        plan, times = followed.plan, followed.times
+        if times is None:
             return StepResult(plan.step_id, self._rank)
         cupy.cuda.Device(self._config.device).use()
-        begin, end, settled = self._events[pending.staging]
-        settled.synchronize()
+        times.settled.synchronize()
         if self._group is not None:
             self._group.raise_if_late()
         self._link.raise_if_late()
-        step_us = int(cupy.cuda.get_elapsed_time(begin, end) * 1e3)
+        step_us = int(cupy.cuda.get_elapsed_time(times.begin, times.end) * 1e3)
         return StepResult(
             plan.step_id,
             self._rank,
             step_us=step_us,
             started_us=time.time_ns() // 1000 - step_us,
-            num_tokens=pending.num_tokens,
+            num_tokens=followed.num_tokens,
             draft_us=step_us if plan.num_draft_tokens else 0,
         )
 
