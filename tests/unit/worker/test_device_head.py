@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,7 @@ class Kernels:
             "head_begin": self._head_begin,
             "draft_continue": self._draft_continue,
             "draft_store": self._draft_store,
+            "note_time": lambda times, which: np.put(np.from_dlpack(times), which, time.monotonic_ns()),
             "speculation_load": self._load,
             "speculation_accept": self._accept,
         }
