@@ -219,7 +219,8 @@ class _Server:
         if (gpus or args.device == "cuda") and len(gpus) < needed:
             device = "--device cuda " if args.device == "cuda" else ""
             raise ServeError(
-                f"{device}{self._ranks_wanted()}: this host has {len(gpus)} GPUs; lower --tp or use --device cpu"
+                f"{device}{self._ranks_wanted()}: this host has {len(gpus)} GPUs; lower --tp"
+                f"{', give --draft-placement colocated,' if needed > args.tp else ''} or use --device cpu"
             )
         if not gpus:
             return False, available_host_bytes() // (args.tp * num_replicas)

@@ -40,8 +40,8 @@ class Speculation:
     draft_artifact_dir: Path | None = None
     """The draft's compiled library and manifest."""
     draft_tp_size: int = 1
-    """Ranks of one draft group. On the target's ranks it divides their number, and each group drafts the same; on GPUs
-    it is 1 or their number. A head is split as the target is."""
+    """Ranks of one draft group. On the target's ranks it divides their number, and each group drafts the same; on their
+    GPUs it is 1 or their number. A head is split as the target is."""
     draft_placement: DraftPlacement = "colocated"
     draft_load_format: Literal["auto", "dummy"] = "auto"
     min_ngram: int = 2

@@ -41,6 +41,22 @@ def test_missing_model(tmp_path: Path) -> None:
     assert "'nowhere/model.gguf' does not exist" in error
 
 
+def test_fewer_gpus_than_ranks(tmp_path: Path, tiny_folder: Path) -> None:
+    tool = tmp_path / "bin" / "nvidia-smi"  # its answer is all that is read of it
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 81000\n")
+    tool.chmod(0o755)
+    path = f"{tool.parent}:{os.environ['PATH']}"
+    error = serve(tmp_path, tiny_folder, "--tp", "2", PATH=path).only_error()
+    assert "--tp 2: this host has 1 GPUs; lower --tp or use --device cpu" in error
+    draft = ("--draft-model", tiny_folder, "--draft-placement", "dedicated", "--draft-tp", "2")
+    error = serve(tmp_path, tiny_folder, *draft, "--device", "cuda", PATH=path).only_error()
+    assert (
+        "--device cuda --tp 1 --draft-placement dedicated --draft-tp 2: this host has 1 GPUs; lower --tp, give" in error
+    )
+    assert "--draft-placement colocated, or use --device cpu" in error
+
+
 def test_corrupt_gguf(tmp_path: Path, demo_model: Path) -> None:
     data = demo_model.read_bytes()
     for name, content in {
