@@ -31,8 +31,9 @@ _STEP_DEADLINES = 2.0
 class DeviceDraftLink:
     """One rank's end of the link: of the model, or of its draft.
 
-    Every function of `State` tensors below queues one letter on the current stream; both sides queue the same ones in
-    the same order, as their plans say. None may be captured: graphs are launched before anybody is there to answer.
+    Each function below that takes the slots' state (`device_speculation.State`, four int32 tensors by slot) queues one
+    letter on the current stream; both sides queue the same ones in the same order, as their plans say. None may be
+    captured: graphs are launched before anybody is there to answer.
 
     Parameters
     ----------
@@ -75,9 +76,8 @@ class DeviceDraftLink:
         self._late = cupy.cuda.alloc_pinned_memory(4)
         ctypes.memset(self._late.ptr, 0, 4)
         kernels["link_clear"](self._mailbox, num_words, self._late.ptr)
-        handles = dict(
-            zip(ranks, self._rendezvous.exchange(bytes(runtime.ipcGetMemHandle(self._mailbox))), strict=True)
-        )
+        given = self._rendezvous.exchange(bytes(runtime.ipcGetMemHandle(self._mailbox)))
+        handles = dict(zip(ranks, given, strict=True))
         self._opened: list[int] = []
         # A rank of the model reads what the draft's first one writes, and the other way round.
         is_draft = config.rank >= first
@@ -130,7 +130,10 @@ class DeviceDraftLink:
         """
         word = ctypes.c_int32.from_address(self._late.ptr).value
         if word:
-            raise TimeoutError(f"rank {self._own} waited in vain for what rank {self._name(word - 1)} sends or takes")
+            other = self._name(word - 1)
+            raise TimeoutError(
+                f"rank {self._own} waited {self._timeout_s:g} s or more for rank {other} to send a letter or take one"
+            )
 
     def close(self) -> None:
         """Leave, when all ranks do; memory that another rank still maps must not be freed before."""

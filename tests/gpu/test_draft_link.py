@@ -29,7 +29,7 @@ class End:
         self._late = cupy.cuda.alloc_pinned_memory(4)
         ctypes.memset(self._late.ptr, 0, 4)
         kernels("link_clear")(self.mailbox, NUM_WORDS, self._late.ptr)
-        self.arrays = [cupy.zeros(0, cupy.int32)] * 4
+        self.arrays: list[Any] = []
         self.functions: Any = None
         self.fill(rng)
 
