@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tpserve.compile import native
+from shared_cache import as_cache, new_home
+from tpserve.compile.artifact import kernel_library
+from tpserve.compile.cache import CachePolicy
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The kernel library of collectives in shared memory, built once."""
-    path: Path = tmp_path_factory.mktemp("shm") / "shm.so"
-    native.build_library([path for path in native.CPU_KERNEL_SOURCES if path.name == "shm.cc"], path)
-    return str(path)
+    """The kernel library, which has the collectives in shared memory."""
+    with as_cache(new_home(tmp_path_factory.mktemp("home"))):
+        return str(kernel_library("llvm", CachePolicy.ON))
