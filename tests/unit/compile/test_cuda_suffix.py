@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+from planted_faults import one_of_many
 from scripts import ROOT
 from tpserve.proto.messages import SamplingParams, SlotAdd
 from tpserve.worker.batch import Batch
@@ -59,7 +61,7 @@ class Earlier(ctypes.Structure):
 class HostDevice:
     """Blocks of a few threads on the host."""
 
-    def __init__(self, library: ctypes.CDLL, capacity: int, num_threads: int) -> None:
+    def __init__(self, library: Rows, capacity: int, num_threads: int) -> None:
         self._library = library
         self._num_threads = num_threads
         self._tokens, self._held = np.full(capacity, -9, np.int32), np.zeros(2, np.int32)
@@ -82,20 +84,29 @@ class HostDevice:
         return ctypes.byref(state), ctypes.byref(self._earlier)
 
 
-def build(folder: Path, header: str | None = None) -> ctypes.CDLL:
-    """Compile the blocks, with another `suffix_rows.cuh` if one is given."""
-    if header is not None:
-        (folder / "suffix_rows.cuh").write_text(header)
-    source = folder / "suffix_rows.cpp"  # headers beside it come first
-    source.write_text(Path(__file__).with_name("suffix_rows.cpp").read_text())
+NAMES = ("suffix", "keep")
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a library does with rows."""
+
+    suffix: Any
+    keep: Any
+
+
+def build(folder: Path, text: str) -> ctypes.CDLL:
+    source = folder / "suffix_rows.cpp"
+    source.write_text(text)
     command = ["c++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", str(source), f"-I{KERNELS}"]
     subprocess.run([*command, "-o", str(folder / "rows.so")], check=True, timeout=60)
     return ctypes.CDLL(str(folder / "rows.so"))
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("rows"))
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    library = build(tmp_path_factory.mktemp("rows"), Path(__file__).with_name("suffix_rows.cpp").read_text())
+    return Rows(*(library[name] for name in NAMES))
 
 
 def make_text(rng: np.random.Generator, alphabet: Ints, seen: list[Ints], longest: int) -> Ints:
@@ -179,7 +190,7 @@ def check_drafts(device: SuffixDevice, capacity: int, seed: int, num_steps: int 
 
 @pytest.mark.parametrize("num_threads", [1, 3, 40])
 @pytest.mark.parametrize("capacity", [1, 30, 250, 2000])
-def test_drafts_are_those_of_the_host(rows: ctypes.CDLL, capacity: int, num_threads: int) -> None:
+def test_drafts_are_those_of_the_host(rows: Rows, capacity: int, num_threads: int) -> None:
     for seed in range(6 if num_threads == 1 else 1):
         check_drafts(HostDevice(rows, capacity, num_threads), capacity, seed)
 
@@ -208,53 +219,66 @@ def check_long_texts(device: SuffixDevice, num_pages: int = 512) -> None:
 
 
 @pytest.mark.parametrize("num_threads", [1, 5])
-def test_long_texts_are_drafted_as_on_the_host(rows: ctypes.CDLL, num_threads: int) -> None:
+def test_long_texts_are_drafted_as_on_the_host(rows: Rows, num_threads: int) -> None:
     check_long_texts(HostDevice(rows, suffix.KEPT_TOKENS, num_threads))
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        # The text.
-        ("position == num_earlier ? -1 : token", "token"),
-        ("place < capacity ? place : place - capacity", "place < capacity ? place : 0"),
-        ("first < 0 ? first + earlier.capacity : first", "first < 0 ? 0 : first"),
-        # The run.
-        ("constexpr int kMaxRun = 32;", "constexpr int kMaxRun = 40;"),
-        ("first + i > end || tokens[i]", "tokens[i]"),
-        ("best = length, marked = 0, since = word", "best = length, since = word"),
-        ("best < longest || word < since", "best < longest"),
-        # The walk.
-        ("constexpr int kTokensPerLength = 2;", "constexpr int kTokensPerLength = 3;"),
-        ("constexpr double kMinLikelihood = 0.1;", "constexpr double kMinLikelihood = 0.11;"),
-        ("constexpr double kMinLikelihood = 0.1;", "constexpr double kMinLikelihood = 0.09;"),
-        ("likelihood *= static_cast", "likelihood = static_cast"),
-        ("if (token < 0 ||", "if (token < -1 ||"),
-        ("(drafted > 0 && text.at(place + drafted) != token)", "false"),
-        ("place + ahead >= text.size || ", "place + ahead > text.size || "),
-        # The count.
-        ("(value >> shift) % kNumDigits", "static_cast<int>(value >> shift) % kNumDigits"),
-        ("level < 32 / kDigitBits", "level < 24 / kDigitBits"),
-        ("if (times > 0) team.add(shared.counts + at, times);\n        at", "at"),
-        ("likely.counts[which] == most) last", "true) last"),
-        ("*count = most;", "*count = num_places;"),
-        # Slots and their limits.
-        ("return room < num_drafts ? room : num_drafts;", "return num_drafts;"),
-        ("fresh(s.max_len + slot) <= 0 || num_tokens < 1", "num_tokens < 1"),
-        ("fresh(s.max_len + slot) <= 0 || num_tokens < 1", "fresh(s.max_len + slot) <= 0"),
-        ("i == 0 ? -1 : token_at(s, slot, i - 1)", "token_at(s, slot, i == 0 ? 0 : i - 1)"),
-        ("earlier.held[0] = (next + count) % earlier.capacity", "earlier.held[0] = count % earlier.capacity"),
-    ],
-)
-def test_a_wrong_rule_is_noticed(right: str, wrong: str, tmp_path: Path) -> None:
+WRONG_RULES = [
+    # The text.
+    ("position == num_earlier ? -1 : token", "token"),
+    ("place < capacity ? place : place - capacity", "place < capacity ? place : 0"),
+    ("first < 0 ? first + earlier.capacity : first", "first < 0 ? 0 : first"),
+    # The run.
+    ("constexpr int kMaxRun = 32;", "constexpr int kMaxRun = 40;"),
+    ("first + i > end || tokens[i]", "tokens[i]"),
+    ("best = length, marked = 0, since = word", "best = length, since = word"),
+    ("best < longest || word < since", "best < longest"),
+    # The walk.
+    ("constexpr int kTokensPerLength = 2;", "constexpr int kTokensPerLength = 3;"),
+    ("constexpr double kMinLikelihood = 0.1;", "constexpr double kMinLikelihood = 0.11;"),
+    ("constexpr double kMinLikelihood = 0.1;", "constexpr double kMinLikelihood = 0.09;"),
+    ("likelihood *= static_cast", "likelihood = static_cast"),
+    ("if (token < 0 ||", "if (token < -1 ||"),
+    ("(drafted > 0 && text.at(place + drafted) != token)", "false"),
+    ("place + ahead >= text.size || ", "place + ahead > text.size || "),
+    # The count.
+    ("(value >> shift) % kNumDigits", "static_cast<int>(value >> shift) % kNumDigits"),
+    ("level < 32 / kDigitBits", "level < 24 / kDigitBits"),
+    ("if (times > 0) team.add(shared.counts + at, times);\n        at", "at"),
+    ("likely.counts[which] == most) last", "true) last"),
+    ("*count = most;", "*count = num_places;"),
+    # Slots and their limits.
+    ("return room < num_drafts ? room : num_drafts;", "return num_drafts;"),
+    ("fresh(s.max_len + slot) <= 0 || num_tokens < 1", "num_tokens < 1"),
+    ("fresh(s.max_len + slot) <= 0 || num_tokens < 1", "fresh(s.max_len + slot) <= 0"),
+    ("i == 0 ? -1 : token_at(s, slot, i - 1)", "token_at(s, slot, i == 0 ? 0 : i - 1)"),
+    ("earlier.held[0] = (next + count) % earlier.capacity", "earlier.held[0] = count % earlier.capacity"),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong_rows(tmp_path_factory: pytest.TempPathFactory) -> list[Rows]:
+    """The blocks with each of these rules, all in one library: most of what a compiler does for one are its headers."""
     header = (KERNELS / "suffix_rows.cuh").read_text()
-    assert header.count(right) == 1
-    library = build(tmp_path, header.replace(right, wrong))
+    source = Path(__file__).with_name("suffix_rows.cpp").read_text()
+    texts = []
+    for right, wrong in WRONG_RULES:
+        assert header.count(right) == 1
+        texts.append(header.replace(right, wrong))
+    texts.append(header)
+    library = build(tmp_path_factory.mktemp("wrong"), "".join(one_of_many(source, texts, "tpserve::cuda", NAMES)))
+    *forms, right_form = [Rows(*(library[f"{name}_{i}"] for name in NAMES)) for i in range(len(texts))]
+    check_drafts(HostDevice(right_form, 250, 1), 250, 0)  # only a wrong rule makes one wrong
+    return forms
+
+
+@pytest.mark.parametrize("rule", range(len(WRONG_RULES)), ids=[" -> ".join(rule) for rule in WRONG_RULES])
+def test_a_wrong_rule_is_noticed(wrong_rows: list[Rows], rule: int) -> None:
     with pytest.raises(AssertionError):
-        check_several(library)
+        check_several(wrong_rows[rule])
 
 
-def check_several(library: ctypes.CDLL) -> None:
+def check_several(library: Rows) -> None:
     for capacity in (30, 250, 2000):
         for seed in range(10):
             check_drafts(HostDevice(library, capacity, 1), capacity, seed)
