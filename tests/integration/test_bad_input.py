@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,14 @@ HI = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
-def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A small model with as much room as the demo model."""
     folder = tmp_path_factory.mktemp("bad")
-    flags = ("--tp", "2", "--max-num-seqs", "8", "--api-key", "secret", "--api-key", "other")
-    with Server.running(demo_model, *flags, folder=folder) as running:
+    model = Path(shutil.copytree(tiny_folder, folder / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    flags = ("--load-format", "dummy", "--tp", "2", "--max-num-seqs", "8", "--api-key", "secret", "--api-key", "other")
+    with Server.running(model, *flags, folder=folder) as running:
         yield running
 
 
