@@ -6,6 +6,7 @@ Kernels overlap as programmatic launch allows, and what they store is seen late 
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -24,7 +25,22 @@ def part(text: str, begin: str, end: str) -> str:
     return text[text.index(begin) : text.index(end)]
 
 
-def build(folder: Path, num_ranks: int, changes: Changes | None = None) -> ctypes.CDLL:
+COMMAND = ["c++", "-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+COMMAND += ["-Wno-unused-function", "-pthread", "-fPIC"]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of streams_on_host.h, read once for all: it includes much of the standard library."""
+    folder: Path = tmp_path_factory.mktemp("host")
+    for path in (Path(__file__).with_name("streams_on_host.h"), UNIT / "compile/cuda_on_host.h"):
+        shutil.copy(path, folder)
+    (folder / "host.h").write_text('#include "streams_on_host.h"\n')
+    subprocess.run([*COMMAND, "-x", "c++-header", str(folder / "host.h")], check=True, timeout=120)
+    return folder
+
+
+def build(folder: Path, host: Path, num_ranks: int, changes: Changes | None = None) -> ctypes.CDLL:
     """Compile the kernels for the host and so many ranks, with some texts replaced."""
     texts = {name: (KERNELS / name).read_text() for name in HEADERS}
     texts["push_streams.cpp"] = Path(__file__).with_name("push_streams.cpp").read_text()
@@ -46,17 +62,8 @@ def build(folder: Path, num_ranks: int, changes: Changes | None = None) -> ctype
         (folder / name).write_text('#include "streams_on_host.h"\n')
     (folder / "cuda_fp16.h").write_text("")
     (folder / "row_cluster.cuh").write_text("#pragma once\n")  # the harness has its own
-    includes = [f"-I{folder}", f"-I{Path(__file__).parent}", f"-I{UNIT / 'compile'}"]
-    command = ["c++", "-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
-    command += [
-        "-Wno-unused-function",
-        f"-DNUM_RANKS={num_ranks}",
-        "-pthread",
-        "-shared",
-        "-fPIC",
-        *includes,
-        str(folder / "push_streams.cpp"),
-    ]
+    command = [*COMMAND, f"-DNUM_RANKS={num_ranks}", f"-I{folder}", f"-I{host}", "-include", "host.h"]
+    command += ["-shared", str(folder / "push_streams.cpp")]
     subprocess.run([*command, "-o", str(folder / "streams.so")], check=True, timeout=120)
     return ctypes.CDLL(str(folder / "streams.so"))
 
@@ -69,8 +76,8 @@ def simulate(library: ctypes.CDLL, seed: int, calls: int) -> str:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_calls_of_any_kind_follow_each_other(num_ranks: int, tmp_path: Path) -> None:
-    library = build(tmp_path, num_ranks)
+def test_calls_of_any_kind_follow_each_other(num_ranks: int, host: Path, tmp_path: Path) -> None:
+    library = build(tmp_path, host, num_ranks)
     for seed in range(4 // num_ranks):
         assert simulate(library, seed, 200) == ""
 
@@ -94,6 +101,6 @@ WAIT = "  if constexpr (kPushed) pdl_wait();\n"
         pytest.param("push_rows.cuh", END + WAIT, END, id="ends before its GEMM"),
     ],
 )
-def test_a_wrong_rule_is_noticed(name: str, right: str, wrong: str, tmp_path: Path) -> None:
-    library = build(tmp_path, 2, {name: (right, wrong)})
+def test_a_wrong_rule_is_noticed(name: str, right: str, wrong: str, host: Path, tmp_path: Path) -> None:
+    library = build(tmp_path, host, 2, {name: (right, wrong)})
     assert any(simulate(library, seed, 200) for seed in range(4))

@@ -47,7 +47,21 @@ class Case(ctypes.Structure):
     ]
 
 
-def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None) -> ctypes.CDLL:
+COMMAND = ["c++", "-std=c++20", "-O1", "-Wall", "-Werror", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+COMMAND += ["-Wno-sign-compare", "-Wno-unused-function", "-pthread", "-fPIC"]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of cuda_on_host.h, read once for all: it includes much of the standard library."""
+    folder: Path = tmp_path_factory.mktemp("host")
+    shutil.copy(Path(__file__).with_name("cuda_on_host.h"), folder)
+    (folder / "host.h").write_text('#include "cuda_on_host.h"\n')
+    subprocess.run([*COMMAND, "-x", "c++-header", str(folder / "host.h")], check=True, timeout=120)
+    return folder
+
+
+def build(folder: Path, host: Path, changes: dict[str, tuple[str, str]] | None = None) -> ctypes.CDLL:
     """Compile the kernels' headers for the host, some of them with a text replaced: then for one kind of page alone."""
     for name in HEADERS:
         text = (KERNELS / name).read_text()
@@ -58,19 +72,16 @@ def build(folder: Path, changes: dict[str, tuple[str, str]] | None = None) -> ct
         (folder / name).write_text(text)
     for name in ("common.cuh", "hopper.cuh", "cuda_fp16.h"):
         (folder / name).write_text('#include "cuda_on_host.h"\n')
-    for name in ("cuda_on_host.h", "attention_fetch.cpp"):
-        shutil.copy(Path(__file__).with_name(name), folder)
-    command = ["c++", "-std=c++20", "-O1", "-Wall", "-Werror", "-ffp-contract=off", "-Wno-unknown-pragmas"]
-    command += ["-Wno-sign-compare", "-Wno-unused-function"]
-    command += ["-DBF16_128_ALONE"] if changes else []
-    command += ["-pthread", "-shared", "-fPIC", f"-I{folder}", str(folder / "attention_fetch.cpp")]
+    shutil.copy(Path(__file__).with_name("attention_fetch.cpp"), folder)
+    command = [*COMMAND, *(["-DBF16_128_ALONE"] if changes else []), f"-I{folder}", f"-I{host}"]
+    command += ["-include", "host.h", "-shared", str(folder / "attention_fetch.cpp")]
     subprocess.run([*command, "-o", str(folder / "fetch.so")], check=True, timeout=120)
     return ctypes.CDLL(str(folder / "fetch.so"))
 
 
 @pytest.fixture(scope="module")
-def warp(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("fetch"))
+def warp(tmp_path_factory: pytest.TempPathFactory, host: Path) -> ctypes.CDLL:
+    return build(tmp_path_factory.mktemp("fetch"), host)
 
 
 def aligned(array: Array) -> Array:
@@ -245,8 +256,8 @@ def test_a_batch_with_more_runs_than_slots_decodes_nothing(warp: ctypes.CDLL, de
         ("attention_fetch.cuh", "kConsumerWarps * warp_bytes + S::kStageBytes - 1", "kConsumerWarps * warp_bytes - 1"),
     ],
 )
-def test_a_wrong_rule_is_noticed(name: str, right: str, wrong: str, tmp_path: Path) -> None:
+def test_a_wrong_rule_is_noticed(name: str, right: str, wrong: str, host: Path, tmp_path: Path) -> None:
     step = Step((16, 2, 128), BF16, norm=True)
-    library = build(tmp_path, {name: (right, wrong)})
+    library = build(tmp_path, host, {name: (right, wrong)})
     with pytest.raises(AssertionError):
         step.check(*step.run(library))
