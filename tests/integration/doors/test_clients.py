@@ -19,6 +19,7 @@ import pytest
 from integration.doors.browser import needs_browser, open_browser
 from integration.doors.conftest import ALIAS, ORIGIN
 from integration.doors.shapes import FORCED_CALL, PERSON, TOOL, check_call, check_person
+from one_authority import usual_environment
 from server import MODEL_NAME, REPOSITORY, Server, chat_request, chat_text, until
 
 CLIENTS = REPOSITORY / "tests/clients"
@@ -51,6 +52,7 @@ def node_folder() -> Path:
             capture_output=True,
             text=True,
             timeout=120,
+            env=usual_environment(),
         )
         if done.returncode:
             pytest.skip(f"npm cannot install the clients here: {done.stderr[-300:]}")
