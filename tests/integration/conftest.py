@@ -61,3 +61,14 @@ def tiny_folder(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     config = json.loads((demo_folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | TINY))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with random weights in a file, for whoever cannot be told to make some up."""
+    from tiny_models import TinyModel  # which imports numpy
+
+    folder = tmp_path_factory.mktemp("tiny_checkpoint")
+    shutil.copytree(tiny_folder, folder, symlinks=True, dirs_exist_ok=True)
+    TinyModel("tiny", json.loads((tiny_folder / "config.json").read_text())).write(folder)
+    return folder

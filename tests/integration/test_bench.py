@@ -17,10 +17,19 @@ from server import Footprint, command, environment, run_cli, until
 SHORT = ("--dataset", "fixed", "--input-len", "16", "--output-len", "12", "--num-requests", "3")
 
 
-def test_two_degrees(demo_model: Path, tmp_path: Path) -> None:
+def test_two_degrees(tiny_checkpoint: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     outcome = run_cli(
-        "bench", demo_model, "--tp", "1,2", "--concurrency", "1,2", *SHORT, "--output-dir", results, folder=tmp_path
+        "bench",
+        tiny_checkpoint,
+        "--tp",
+        "1,2",
+        "--concurrency",
+        "1,2",
+        *SHORT,
+        "--output-dir",
+        results,
+        folder=tmp_path,
     )
     assert outcome.code == 0, outcome.stdout + outcome.stderr
     names = {"results.json", "results.csv", "report.txt", "chart.png", "chart.svg"}
@@ -50,12 +59,12 @@ def test_two_degrees(demo_model: Path, tmp_path: Path) -> None:
         assert [row["label"] for row in csv.DictReader(file)] == ["TP=1", "TP=1", "TP=2", "TP=2"]
 
 
-def test_ctrl_c_stops_the_server_that_it_started(demo_model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_server_that_it_started(tiny_checkpoint: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     mark = uuid.uuid4().hex
     footprint = Footprint(mark)
     many = ("--dataset", "fixed", "--input-len", "16", "--output-len", "50", "--num-requests", "1000")
-    arguments = ("bench", demo_model, "--concurrency", "1", *many, "--output-dir", results)
+    arguments = ("bench", tiny_checkpoint, "--concurrency", "1", *many, "--output-dir", results)
     with subprocess.Popen(
         command(*arguments), env=environment(mark), cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL
     ) as process:

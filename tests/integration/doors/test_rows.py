@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,6 @@ import pytest
 
 from integration.doors.conftest import ALIAS
 from server import Server, environment, processes_of, until
-from tpserve.compile.cache import CachePolicy
-from tpserve.compile.source import resolve_model
 from tpserve.coordinator.serve import default_names
 
 CURL = """\
@@ -101,15 +100,11 @@ def test_row_20_the_openai_package_with_the_model_of_another_server(client: open
 
 
 @pytest.fixture
-def short_model(demo_model: Path, cache_home: Path, tmp_path: Path) -> Path:
-    """The demo model with room for few tokens: the slide's program sets no limit, and at times its answer fills it."""
-    converted = resolve_model(str(demo_model), model_policy=CachePolicy.ON, download_policy=CachePolicy.ON)
+def short_model(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A model with room for few tokens: the slide's program sets no limit, and at times its answer fills it."""
     folder = tmp_path / "short"
-    folder.mkdir()
-    for file in converted.iterdir():
-        (folder / file.name).symlink_to(file)
-    config = json.loads((converted / "config.json").read_text())
-    (folder / "config.json").unlink()
+    shutil.copytree(tiny_checkpoint, folder, symlinks=True)
+    config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
     return folder
 
