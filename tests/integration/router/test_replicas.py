@@ -108,7 +108,7 @@ async def never_fewer_than(server: Server, num: int) -> AsyncIterator[None]:
 
 async def test_streams_of_a_killed_replica_go_on_at_the_other(server: Server) -> None:
     """kill -9 of all its processes in mid-stream: greedy, sampled, constrained, forked, with log-probabilities."""
-    requests = mixed_requests(max_tokens=240)
+    requests = mixed_requests(max_tokens=120)
     expected = [Answer() for _ in requests]
     answers = [Answer() for _ in requests]
     async with server.async_client() as client:
