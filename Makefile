@@ -22,9 +22,17 @@ observe: $(VENV)/.installed   ## the same under a load, with a Prometheus that w
 	@model=$$($(BIN)/python deploy/fetch_demo_model.py) && \
 	  exec $(BIN)/python deploy/observe.py "$$model" --tp $(TP) --port $(PORT)
 
-test: quick integration   ## everything that needs no GPU
+# Two at once: with three, two cores were so busy that answers missed their deadlines. In this order those of hosts and of
+# faults, which are in a hurry, run beside what keeps one core busy: Ray, as users start it, gives ranks of hosts nice 15.
+# Then the longest come first, so that both cores end at one time.
+test: $(VENV)/.dev   ## everything that needs no GPU
+	PYTHONPATH=deploy/python $(BIN)/python tests/shared_cache.py
+	$(BIN)/python deploy/fetch_demo_model.py
+	$(MAKE) --jobs=2 --output-sync=target integration-hosts types lint unit-engine integration-faults unit-compile \
+	  integration-doors integration-exact integration-lifecycle integration-router integration-killed unit-gateway \
+	  unit-doors integration-observed
 
-# Two of these at once: most of them keep one core busy. The longest come first, so that both cores end at one time.
+# Two of these at once: most of them keep one core busy.
 quick: $(VENV)/.dev   ## style, types and unit tests
 	PYTHONPATH=deploy/python $(BIN)/python tests/shared_cache.py
 	$(MAKE) --jobs=2 --output-sync=target unit-compile unit-engine unit-gateway unit-doors types lint
@@ -56,8 +64,7 @@ unit-compile: $(VENV)/.dev   ## those of the compiled library, its kernels and c
 unit-engine: $(VENV)/.dev   ## all others
 	$(BIN)/pytest tests/unit $(patsubst %,--ignore=%,$(UNIT_GATEWAY) $(UNIT_DOORS) $(UNIT_COMPILE))
 
-# Two of these at once: with three, two cores were so busy that answers missed their deadlines. Those of faults, which are
-# in a hurry, run beside those that mostly wait, and those of hosts alone: Ray, as users start it, gives their ranks nice 15.
+# Those of faults run beside those that mostly wait, and those of hosts alone, see `test`.
 integration: $(VENV)/.dev   ## tests of the real server with the demo model
 	$(BIN)/python deploy/fetch_demo_model.py
 	$(MAKE) --jobs=2 --output-sync=target integration-doors integration-exact integration-lifecycle \
@@ -123,15 +130,20 @@ goldens: $(VENV)/.reference   ## make the committed reference outputs again, wit
 proto: $(VENV)/.dev   ## regenerate proto/pb
 	deploy/protoc.sh
 
+# pip compiles modules on one core, which is half of the time that it takes. Some packages have files that are no Python.
+INSTALL := $(BIN)/python -m pip install -c requirements.lock --no-compile
+BYTECODE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+
 $(VENV)/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check "pip>=25.1"
-	$(BIN)/python -m pip install -c requirements.lock -e .
-	$(BIN)/python -m pip install -c requirements.lock --no-deps xgrammar   # without PyTorch, which it asks for
+	$(INSTALL) -e .
+	$(INSTALL) --no-deps xgrammar   # without PyTorch, which it asks for
+	$(BYTECODE)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -c requirements.lock --group dev
+	$(INSTALL) --group dev   # of which the larger part is never imported
 	touch $@
 
 $(VENV)/.reference: $(VENV)/.dev
