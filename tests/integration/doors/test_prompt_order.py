@@ -11,13 +11,13 @@ import pytest
 
 from server import MODEL_NAME, Server, until
 
-LONG = " ".join(f"word{i}" for i in range(300))
+LONG = " ".join(f"word{i}" for i in range(200))
 SHORT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
 def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Steps of 32 tokens, so that the long prompt takes about as many as it may be passed in."""
+    """Steps of 32 tokens, so that the long prompt takes many."""
     flags = ("--tp", "1", "--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--no-prefix-cache")
     started = Server(demo_model, *flags, folder=tmp_path_factory.mktemp("prompt_order"))
     try:
