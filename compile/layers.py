@@ -168,11 +168,22 @@ class Attention(nn.Module):
             self.k_norm = context.vector(f"{prefix}.k_norm.weight", config.head_dim)
 
     def forward(
-        self, x: GemmInput, batch: BatchInputs, pages: Tensor, residual: Tensor, norm: nn.Parameter
+        self,
+        x: GemmInput,
+        batch: BatchInputs,
+        pages: Tensor,
+        residual: Tensor,
+        norm: nn.Parameter,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, GemmInput]:
-        """(T, H), residual (T, H) -> the residual stream with this layer, and its norm; writes K and V to `pages`."""
-        kv = PagedKV(pages, self.kv_scale)
-        out = self._context.operators.attention(self.qkv(x), self._qk_norm(), batch, kv, self._shape)
+        """(T, H), residual (T, H) -> the residual stream with this layer, and its norm; writes K and V to `pages`.
+
+        `rows`: (R,) int32, the tokens that are wanted; the others have their K and V, and no more.
+        """
+        kv, operators = PagedKV(pages, self.kv_scale), self._context.operators
+        out = operators.attention(self.qkv(x), self._qk_norm(), batch, kv, self._shape)
+        if rows is not None:
+            out, residual = GemmInput(operators.take_rows(out.values, rows)), operators.take_rows(residual, rows)
         return self.o.add_to(residual, out, norm)
 
     def append(self, x: GemmInput, batch: BatchInputs, pages: Tensor) -> Tensor:

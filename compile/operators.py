@@ -166,6 +166,12 @@ class Operators(Protocol):
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """(T, H), (R,) int32 -> (R, H)."""
 
+    def takes_rows_within(self, tp_size: int) -> bool:
+        """Return whether `take_rows` may take them of what attention gives and of the residual stream within a layer.
+
+        They must be whole on each rank, and not quantised.
+        """
+
     def concat(self, parts: Sequence[Tensor]) -> Tensor:
         """(T, H) each, two or three -> side by side, (T, 2 H) or (T, 3 H)."""
 

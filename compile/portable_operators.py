@@ -145,6 +145,10 @@ class PortableOperators:
         """See Operators."""
         return op.take(x, rows, axis=0)
 
+    def takes_rows_within(self, tp_size: int) -> bool:
+        """See Operators."""
+        return not self._quantize
+
     def concat(self, parts: Sequence[Tensor]) -> Tensor:
         """See Operators."""
         return op.concat(list(parts), dim=-1)

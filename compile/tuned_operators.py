@@ -179,6 +179,10 @@ class TunedOperators:
         """See Operators."""
         return self._extern("take_rows", [x, rows], (rows.shape[0], x.shape[1]))
 
+    def takes_rows_within(self, tp_size: int) -> bool:
+        """See Operators."""
+        return not self._quantize and (self._target == "cpu" or tp_size == 1)
+
     def concat(self, parts: Sequence[Tensor]) -> Tensor:
         """See Operators."""
         if self._target == "cpu":

@@ -91,12 +91,15 @@ class LlamaForCausalLM(nn.Module):
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         tp_size = self._context.sharding.tp_size
         streams: list[Tensor] = []  # before each of `aux_layers`
+        # Of the last layer, a token whose logits are not wanted, as most of a prompt, needs keys and values alone.
+        within = operators.takes_rows_within(tp_size)
         for index, (layer, pages, next_norm) in enumerate(zip(self.layers, kv, next_norms, strict=True)):
             if index in self._aux_layers:
                 streams.append(operators.whole_rows(residual, tp_size))
-            residual, x = layer.attention(x, batch, pages, residual, layer.post_attention_norm)
+            rows = sample_rows if within and next_norm is self.norm else None
+            residual, x = layer.attention(x, batch, pages, residual, layer.post_attention_norm, rows)
             residual, x = layer.mlp(x, residual, next_norm, quantize=next_norm is not self.norm)
-        hidden = operators.take_rows(x.values, sample_rows)
+        hidden = x.values if within else operators.take_rows(x.values, sample_rows)
         logits = self.lm_head(GemmInput(hidden))
         if tp_size > 1 and not self._context.logits_by_rank:
             logits = all_gather(logits, tp_size)

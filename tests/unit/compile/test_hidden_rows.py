@@ -8,10 +8,14 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import tvm
+from tvm import relax
 
 from rank_group import Artifacts
 from reference_llama import to_bfloat16
 from tiny_models import MODELS
+from tpserve.compile.config import CompileConfig, ModelConfig
+from tpserve.compile.pipeline import build_graph
 from tpserve.proto.messages import PromptChunk, SamplingParams, SlotAdd, StepPlan, StepResult
 from tpserve.proto.rank import RankConfig
 from tpserve.worker.runner import Runner
@@ -70,3 +74,45 @@ def test_logits_come_from_the_row(
     assert [value for _, value in wire.logprobs[1][0].top] == pytest.approx(logprobs[best].tolist(), abs=1e-4)
     assert wire.logprobs[2][0].hidden == b""
     assert again.logprobs[1][0].hidden == b""
+
+
+def norms_of(config: ModelConfig, compile_config: CompileConfig) -> list[str]:
+    """Return how many rows each norm's residual stream has, in the order of the calls."""
+    found: list[str] = []
+
+    def visit(expr: relax.Expr) -> None:
+        if isinstance(expr, relax.Call) and expr.op == tvm.ir.Op.get("relax.call_dps_packed"):
+            if "add_rms_norm" in str(expr.args[0].global_symbol):
+                found.append(str(expr.ty.fields[0].shape[0]))
+
+    relax.analysis.post_order_visit(build_graph(config, compile_config).module["step"], visit)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "quantization", "target", "within"),
+    [
+        (1, "q0f32", "llvm", True),
+        (2, "q0f32", "llvm", True),
+        (1, "q0bf16", "cuda", True),
+        (2, "q0bf16", "cuda", False),  # ranks have some rows of the stream each
+        (1, "fp8", "cuda", False),
+    ],
+)
+def test_the_last_layer_has_wanted_rows_alone(
+    tmp_path: Path,
+    tp_size: int,
+    quantization: Literal["q0f32", "q0bf16", "fp8"],
+    target: Literal["llvm", "cuda"],
+    within: bool,
+) -> None:
+    """Behind its attention."""
+    MODELS["llama_4q_2kv"].write(tmp_path)
+    model = ModelConfig.from_hf(tmp_path)
+    config = CompileConfig(
+        tp_size, quantization, "tuned", target, max_model_len=64, max_num_batched_tokens=100, max_num_seqs=4
+    )
+    rows = norms_of(model, config)
+    assert len(rows) == 2 * model.num_layers
+    assert set(rows[:-2]) == {"num_tokens"}
+    assert rows[-2:] == ["num_rows" if within else "num_tokens"] * 2
