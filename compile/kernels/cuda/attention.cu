@@ -107,13 +107,10 @@ __global__ void __launch_bounds__(Threads<kDecodeOnly, kTiles, kTeams>::kCount, 
     barrier_init_fence();
   }
   pdl_launch();
-  // Where most blocks have one item, what the two blocks of a multiprocessor begin with is all that they have.
-  const bool paired = kTeams == 2 && p.num_tokens * p.kv.num_kv_heads <= gridDim.x;
-  const int block = paired ? turn_of_block(blockIdx.x, gridDim.x) : blockIdx.x;
   __syncthreads();
   if (threadIdx.x / 32 >= T::kConsumers) {
     if constexpr (T::kGiveRegisters) set_registers<Registers<kDecodeOnly>::kProducer, false>();
-    if (threadIdx.x / 32 == T::kConsumers) fetch_items<kDecodeOnly>(p, shared, block);
+    if (threadIdx.x / 32 == T::kConsumers) fetch_items<kDecodeOnly>(p, shared);
     return;
   }
   if constexpr (T::kGiveRegisters) set_registers<Registers<kDecodeOnly>::kConsumer, true>();
@@ -121,7 +118,7 @@ __global__ void __launch_bounds__(Threads<kDecodeOnly, kTiles, kTeams>::kCount, 
   if (waited) pdl_wait();
   const int num_items = (__ldcg(p.plan) + __ldcg(p.plan + 1)) * p.kv.num_kv_heads;
   RingPlace place, header;
-  for (int turn = 0; item_of_turn(turn, block, gridDim.x) < num_items; ++turn) {
+  for (int turn = 0; item_of_turn(turn, blockIdx.x, gridDim.x) < num_items; ++turn) {
     barrier_wait(&shared.header_full[header.slot], header.parity);
     const Item item = shared.item[header.slot];
     const int head = shared.head[header.slot];

@@ -220,9 +220,9 @@ __device__ void fetch_and_append(const AttentionParams<KV>& p, Shared<KV, kHeadD
   }
 }
 
-/// All that the ninth warp does: the block's items of the plan. `block`: as which of all it takes turns.
+/// All that the ninth warp does: the block's items of the plan.
 template <bool kAppends, typename KV, int kHeadDim>
-__device__ void fetch_items(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int block) {
+__device__ void fetch_items(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared) {
   NewKeyValue<KV, kHeadDim> token;
   if constexpr (kAppends) {  // the plan has ended before any kernel after it started (decode_plan_kernel)
     token.load_parameters(p);
@@ -231,18 +231,18 @@ __device__ void fetch_items(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& 
   }
   const int num_heads = p.kv.num_kv_heads;
   // The first item is read along with the counts, as if there were decode items only.
-  Item next = load_item(p.layout.decode(p.plan) + min(block / num_heads, p.layout.max_decode - 1));
+  Item next = load_item(p.layout.decode(p.plan) + min(static_cast<int>(blockIdx.x) / num_heads, p.layout.max_decode - 1));
   const int num_wide = __ldcg(p.plan) * num_heads, num_items = num_wide + __ldcg(p.plan + 1) * num_heads;
   const auto at = [&](int i) {
     const bool wide = i < num_wide;
     return (wide ? p.layout.wide(p.plan) : p.layout.decode(p.plan)) + (wide ? i : i - num_wide) / num_heads;
   };
-  if (num_wide > 0 && block < num_items) next = load_item(at(block));
+  if (num_wide > 0 && blockIdx.x < num_items) next = load_item(at(blockIdx.x));
   RingPlace place, header;
   bool first = true;
-  for (int turn = 0, i = block, later; i < num_items; i = later) {
+  for (int turn = 0, i = blockIdx.x, later; i < num_items; i = later) {
     const Item item = next;
-    later = item_of_turn(++turn, block, gridDim.x);
+    later = item_of_turn(++turn, blockIdx.x, gridDim.x);
     if (later < num_items) next = load_item(at(later));
     const int head = (i < num_wide ? i : i - num_wide) % num_heads;
     announce(shared, item, head, header);

@@ -115,16 +115,6 @@ TPSERVE_ITEMS int item_of_turn(int turn, int block, int num_blocks) {
   return turn * num_blocks + (turn % 2 == 0 ? block : num_blocks - 1 - block);
 }
 
-/// As which of all blocks one takes turns, where two share a multiprocessor, neighbours mostly: then one of them begins with one of
-/// the longer half of the items, the other with one of the shorter. So it is of blocks that are half of all apart.
-TPSERVE_ITEMS int turn_of_block(int block, int num_blocks) {
-  const int half = num_blocks / 2;
-  if (num_blocks % 4 != 0) return block;
-  const bool upper = block >= half;
-  const int at = block / 2;
-  return (block % 2 == 0) != upper ? at : num_blocks - 1 - at;
-}
-
 /// Heads of a decoding token that one KV head has, in places: the group's queries, the key, the value. Returns which of
 /// all heads of qkv, (Hq + 2 Hkv) queries, keys and values, stands there.
 TPSERVE_ITEMS int head_at(int place, int kv_head, int group, int num_kv_heads) {

@@ -165,7 +165,7 @@ int fetch(const Case& c, bool decode_only) {
     }
     std::thread consumer([&] { consume(p, *shared, block, c.num_blocks, got); });
     run_block(dim3(c.num_blocks), dim3(block), kConsumerWarps * 32, 32, [&] {
-      decode_only ? fetch_items<true>(p, *shared, block) : fetch_items<false>(p, *shared, block);
+      decode_only ? fetch_items<true>(p, *shared) : fetch_items<false>(p, *shared);
       num_bad += static_cast<int>(!pending_stores.empty());  // never fenced
     });
     consumer.join();

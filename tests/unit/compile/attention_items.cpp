@@ -16,10 +16,6 @@ int head_of(int place, int kv_head, int group, int num_kv_heads) {
 
 int turn(int turn, int block, int num_blocks) { return item_of_turn(turn, block, num_blocks); }
 
-int paired_turn(int turn, int block, int num_blocks) {
-  return item_of_turn(turn, turn_of_block(block, num_blocks), num_blocks);
-}
-
 long partial_rows(long tokens, long slots, long group) { return max_partial_rows(tokens, slots, group); }
 
 /// (num_splits, 7) of a run: split, chunk, begin, end, first and last stage, whether it has the newest position.
