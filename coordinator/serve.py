@@ -35,15 +35,8 @@ from tpserve.coordinator.gateway.tls import TlsError, tls_files_of
 from tpserve.coordinator.gateway_keeper import GatewayKeeper, GatewayLost, gateways_beside_gpus
 from tpserve.coordinator.host_limits import usable_cpus
 from tpserve.coordinator.log import configure
-from tpserve.coordinator.memory import (
-    MODE_MAX_NUM_SEQS,
-    available_device_bytes,
-    available_host_bytes,
-    limit_to_own_draft,
-    plan_memory,
-)
+from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS, limit_to_own_draft, plan_memory
 from tpserve.coordinator.model_build import ModelBuild
-from tpserve.coordinator.node_memory import bytes_of_rank, read_nodes
 from tpserve.coordinator.process import (
     bind,
     end_with_parent,
@@ -52,7 +45,8 @@ from tpserve.coordinator.process import (
     remove_folder,
     tell_parent,
 )
-from tpserve.coordinator.speculation import choose_speculation, num_own_draft_ranks
+from tpserve.coordinator.replica_memory import memory_of_ranks
+from tpserve.coordinator.speculation import choose_speculation
 from tpserve.proto.manifest import CPU_STEP_TOKENS, GPU_STEP_TOKENS, Manifest, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -128,8 +122,7 @@ class _Server:
         require_free_port("engine-", args.engine_host, args.engine_port)
         if args.operations_port is not None:
             require_free_port("operations-", args.operations_host or args.engine_host, args.operations_port)
-        is_ours = args.ray_address is None or args.replica[1] > 1  # all its ranks are on this host
-        on_gpu, rank_bytes = self._find_memory() if is_ours else self._find_memory_of_nodes()
+        on_gpu, rank_bytes = memory_of_ranks(args)
         library = None if args.model_lib is None else Manifest.load(args.model_lib.expanduser())
         if args.max_num_batched_tokens is None:
             default = GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS
@@ -147,6 +140,8 @@ class _Server:
         num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
         head = None if speculation is None or speculation.method != "eagle3" else speculation.draft_model
         folders = self._build.model(max_num_seqs, device, num_draft_tokens, head)
+        if not args.no_gateway:
+            require_tokenizer(Path(folders["model_dir"]))
         manifest = Manifest.load(Path(folders["artifact_dir"]))
         manifest.require(tp_size=args.tp, max_num_seqs=max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens)
         if args.kv_cache_dtype != "auto":
@@ -206,50 +201,6 @@ class _Server:
             logger.info("It is ready, at %s for the router", url)
         elif not self._stopping:
             logger.info("Ready at %s\n\n%s\n", url, curl(url, names[0], bool(args.api_key or args.api_key_file)))
-
-    def _find_memory(self) -> tuple[bool, int]:
-        """Return whether ranks are on this host's GPUs, and the bytes that each may count on.
-
-        Replicas get GPUs of their own from Ray, and share a host.
-        """
-        args = self._args
-        gpus = available_device_bytes() if args.device != "cpu" else []
-        num_replicas: int = args.replica[1]
-        needed = num_ranks(args)
-        if (gpus or args.device == "cuda") and len(gpus) < needed:
-            device = "--device cuda " if args.device == "cuda" else ""
-            raise ServeError(
-                f"{device}{self._ranks_wanted()}: this host has {len(gpus)} GPUs; lower --tp"
-                f"{', give --draft-placement colocated,' if needed > args.tp else ''} or use --device cpu"
-            )
-        if not gpus:
-            return False, available_host_bytes() // (args.tp * num_replicas)
-        return True, min((gpus if num_replicas == 1 else sorted(gpus, reverse=True))[:needed])
-
-    def _ranks_wanted(self) -> str:
-        """Return the flags that say how many GPUs a replica takes."""
-        own = num_own_draft_ranks(self._args)
-        return f"--tp {self._args.tp}" + (f" --draft-placement dedicated --draft-tp {own}" if own else "")
-
-    def _find_memory_of_nodes(self) -> tuple[bool, int]:
-        """Return the same of a cluster's nodes, of which this host may be one without a GPU."""
-        args = self._args
-        nodes = read_nodes(args.ray_address, os.environ | ray_environment(args.ray_address))
-        one_node = args.tp_across_nodes is None
-        if args.device != "cpu":
-            free = bytes_of_rank(nodes, num_ranks(args), one_node=one_node, on_gpus=True)
-            if free is not None:
-                return True, free
-            if args.device == "cuda":
-                counts = ", ".join(f"{node.name} has {node.num_gpus}" for node in nodes)
-                where = "on one node" if one_node else "on all nodes together"
-                raise ServeError(
-                    f"--device cuda {self._ranks_wanted()}: Ray has not so many GPUs {where} ({counts}); lower --tp, "
-                    "allow --tp-across-nodes, or use --device cpu"
-                )
-        free = bytes_of_rank(nodes, args.tp, one_node=one_node, on_gpus=False)
-        # Without a place there is nothing to plan by; the coordinator waits for one, and says what is missing.
-        return False, available_host_bytes() // args.tp if free is None else free
 
     def watch(self) -> int:
         """Wait for a signal or for a process that ends on its own; return the exit code."""
@@ -418,11 +369,6 @@ class _Server:
             raise ServeError(last_words("coordinator", coordinator, coordinator.stdout.readline()))
 
 
-def num_ranks(args: argparse.Namespace) -> int:
-    """Return how many ranks a replica has by its flags: the model's, and those of a draft that has its own."""
-    return int(args.tp) + num_own_draft_ranks(args)
-
-
 def check_doors(args: argparse.Namespace) -> None:
     """Fail before anything is built if the keys or the TLS files cannot be used.
 
@@ -436,6 +382,13 @@ def check_doors(args: argparse.Namespace) -> None:
         tls_files_of(args)
     except (ConfigError, TlsError) as error:
         raise ServeError(str(error)) from None
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Raise ServeError for a model without one: its gateways would find out when the engine has been started."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ServeError(f"{path} is missing: put the model's tokenizer beside its config.json")
 
 
 def local_opener() -> urllib.request.OpenerDirector:

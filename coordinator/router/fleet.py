@@ -37,8 +37,9 @@ from tpserve.coordinator.children import (
 )
 from tpserve.coordinator.log import configure
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder
+from tpserve.coordinator.replica_memory import num_ranks
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, TOKEN_VARIABLE
-from tpserve.coordinator.serve import check_doors, curl, default_names, local_opener, num_ranks
+from tpserve.coordinator.serve import check_doors, curl, default_names, local_opener
 
 logger = logging.getLogger(__name__)
 

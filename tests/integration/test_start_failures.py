@@ -100,7 +100,9 @@ def test_folder_without_a_model(tmp_path: Path) -> None:
 
 def test_folder_without_a_tokenizer(tmp_path: Path, tiny_folder: Path) -> None:
     folder = linked(tiny_folder, tmp_path / "model", "config.json")
-    assert "tokenizer.json" in serve(tmp_path, folder, "--load-format", "dummy").only_error()
+    outcome = serve(tmp_path, folder, "--load-format", "dummy")
+    assert "tokenizer.json is missing: put the model's tokenizer beside its config.json" in outcome.only_error()
+    assert "Estimated total memory" not in outcome.stderr, "told before anything is planned or started"
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_the_router_knows_replicas_only_from_outside() -> None:
     assert sources("coordinator/router")
     for path in sources("coordinator/router"):
         allowed = (
-            (*ROUTER_ALLOWED, "tpserve.coordinator.serve", "tpserve.coordinator.children")
+            (*ROUTER_ALLOWED, *(f"tpserve.coordinator.{name}" for name in ("serve", "children", "replica_memory")))
             if path.name == "fleet.py"
             else ROUTER_ALLOWED
         )
