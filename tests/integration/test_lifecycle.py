@@ -17,9 +17,6 @@ import pytest
 
 from patience import patient
 from server import MODEL_NAME, Server, chat_request, json_line, run_cli, until
-from stand_in_compiler import path_with_copied_kernels
-from tpserve.compile.artifact import kernel_library
-from tpserve.compile.cache import CachePolicy
 
 FLAGS = ("--tp", "2", "--max-num-seqs", "8")
 DUMMY = ("--load-format", "dummy", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")
@@ -202,8 +199,7 @@ def test_row_26_policy_off_keeps_nothing(tiny_folder: Path, tmp_path: Path) -> N
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
     scratch.mkdir()
-    path = path_with_copied_kernels(tmp_path, kernel_library("llvm", CachePolicy.ON))
-    environ = {"TPSERVE_HOME": str(home), "TMPDIR": str(scratch), "PATH": path}
+    environ = {"TPSERVE_HOME": str(home), "TMPDIR": str(scratch)}
     with Server.running(tiny_folder, *DUMMY, "--jit-policy", "OFF", folder=tmp_path, environ=environ) as server:
         assert list(scratch.iterdir())
         assert server.health()[0] == 200

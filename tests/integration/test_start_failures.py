@@ -16,7 +16,6 @@ from safetensors.numpy import save_file
 
 from patience import patient
 from server import REPOSITORY, Outcome, json_line, run_cli
-from stand_in_compiler import path_with_quick_objects
 
 QUICK_S = 60
 """No failure may take longer, on a busy machine."""
@@ -190,7 +189,7 @@ def test_full_disk_under_the_cache(
     home.mkdir()
     small = (*unshare, "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs "$0" && exec "$@"', str(home))
     model = (demo_model,) if what == "model" else (tiny_folder, "--load-format", "dummy")
-    environ = {"TPSERVE_HOME": str(home), "PATH": path_with_quick_objects(tmp_path)}
+    environ = {"TPSERVE_HOME": str(home)}
     outcome = run_cli("serve", *model, "--port", "0", folder=tmp_path, environ=environ, within_s=QUICK_S, prefix=small)
     error = outcome.only_error()
     assert f"no space left on the disk of {home}" in error
