@@ -201,6 +201,7 @@ class MLP(nn.Module):
 
     def __init__(self, context: GraphContext, prefix: str) -> None:
         config, sharding = context.config, context.sharding
+        self._context = context
         self.gate_up = Linear(
             context,
             f"{prefix}.gate_up_proj",
@@ -225,6 +226,19 @@ class MLP(nn.Module):
         self, x: GemmInput, residual: Tensor, norm: nn.Parameter, *, quantize: bool
     ) -> tuple[Tensor, GemmInput]:
         """(T, H), residual (T, H) -> the residual stream with this layer, and its norm, quantised if GEMMs want it."""
+        context = self._context
+        hidden, sharding = context.config.hidden_size, context.sharding
+        joined = context.operators.joins_mlp(hidden, sharding.intermediate_size, sharding.tp_size)
+        if joined and x.scales == "norm" and not context.config.mlp_bias:
+            return context.operators.mlp_add_rms_norm(
+                x,
+                GemmWeight(self.gate_up.weight, self.gate_up.scale),
+                GemmWeight(self.down.weight, self.down.scale),
+                sharding.intermediate_size,
+                residual,
+                Norm(norm, context.config.rms_norm_eps),
+                quantize=quantize,
+            )
         return self.down.add_to(residual, self.gate_up.silu_mul(x), norm, quantize=quantize)
 
 

@@ -53,6 +53,13 @@ class AttentionShape:
         """Scores are multiplied by it."""
         return float(self.head_dim**-0.5)
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether e4m3 output has grouped scales: of one head, or of heads beside each other with the same keys."""
+        of_kv_head = self.num_q_heads // self.num_kv_heads * self.head_dim
+        whole = GROUP_SIZE % self.head_dim == 0 and of_kv_head % GROUP_SIZE == 0
+        return whole and self.num_q_heads * self.head_dim % STAGE_SIZE == 0
+
 
 @dataclass(frozen=True, slots=True)
 class GemmInput:
@@ -136,6 +143,25 @@ class Operators(Protocol):
 
     def gemm_silu_mul(self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int) -> GemmInput:
         """(T, K), packed weight of `rows` = 2F output rows of gate and up, (rows,) -> SiLU(gate) * up, (T, F)."""
+
+    def joins_mlp(self, hidden_size: int, intermediate_size: int, tp_size: int) -> bool:
+        """Return whether `mlp_add_rms_norm` takes an MLP of such sizes.
+
+        It must have no biases, and its rows be those of a norm that `gemm_sum_add_rms_norm` has begun.
+        """
+
+    def mlp_add_rms_norm(
+        self,
+        x: GemmInput,
+        gate_up: GemmWeight,
+        down: GemmWeight,
+        intermediate_size: int,
+        residual: Tensor,
+        norm: Norm,
+        *,
+        quantize: bool = True,
+    ) -> tuple[Tensor, GemmInput]:
+        """Return (residual + the MLP of x, its norm), as `gemm_silu_mul` and `gemm_sum_add_rms_norm` do."""
 
     def attention(
         self,

@@ -10,7 +10,6 @@ from tvm.relax.frontend.nn import Tensor, op
 
 from tpserve.compile.kernels import portable, portable_gemm
 from tpserve.compile.operators import (
-    GROUP_SIZE,
     STAGE_SIZE,
     AttentionShape,
     BatchInputs,
@@ -87,6 +86,25 @@ class PortableOperators:
             return GemmInput(self._stored(out))
         return self._quantized(out, "silu" if rows // 2 % STAGE_SIZE == 0 else "row")
 
+    def joins_mlp(self, hidden_size: int, intermediate_size: int, tp_size: int) -> bool:
+        """See Operators."""
+        return False
+
+    def mlp_add_rms_norm(
+        self,
+        x: GemmInput,
+        gate_up: GemmWeight,
+        down: GemmWeight,
+        intermediate_size: int,
+        residual: Tensor,
+        norm: Norm,
+        *,
+        quantize: bool = True,
+    ) -> tuple[Tensor, GemmInput]:
+        """See Operators; two products here, in the order of `gate_up_interleave`."""
+        act = self.gemm_silu_mul(x, gate_up, None, 2 * intermediate_size)
+        return self.gemm_sum_add_rms_norm(act, down, None, residual, norm, tp_size=1, quantize=quantize)
+
     def attention(
         self,
         qkv: Tensor,
@@ -107,7 +125,7 @@ class PortableOperators:
         )
         if not self._quantize:
             return GemmInput(self._stored(out))
-        if shape.head_dim == GROUP_SIZE and columns % STAGE_SIZE == 0:
+        if shape.has_groups:
             return self._quantized(out, "grouped")
         return self._quantized(self._stored(out).astype("float32"), "row")
 

@@ -14,7 +14,6 @@ from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.core import wrap_nested
 
 from tpserve.compile.operators import (
-    GROUP_SIZE,
     STAGE_SIZE,
     AttentionShape,
     BatchInputs,
@@ -30,6 +29,8 @@ _SILU_GROUPS = 8
 """Scales of so many elements that SiLU may give: groups of 32 where tokens are few."""
 _TILE = 64
 """Channels whose squares a GEMM adds up."""
+_MLP_SIZES = (2048, 4096), (96 * 64, 132 * 64)
+"""Hidden and intermediate sizes that the kernel of a whole MLP is for."""
 
 
 class TunedOperators:
@@ -103,14 +104,17 @@ class TunedOperators:
     ) -> tuple[Tensor, GemmInput]:
         """Let the GEMM begin the norm, and those that take its rows end it; see `kernels/cuda/gemm_norm.cuh`."""
         name, args = _gemm_call(x, weight, bias, "_add_rms_norm")
-        tokens, columns = residual.shape
-        squares: tuple[object, ...] = ((int(columns) + _TILE - 1) // _TILE, _padded(tokens))
-        rows = ((tokens, columns), self._dtype)
-        outputs: list[tuple[tuple[object, ...], str]] = [rows, rows, rows, (squares, "float32")]
-        if self._quantize:  # scales of the tiles besides
-            outputs[2:] = [((tokens, columns), "float8_e4m3fn"), ((2, *squares), "float32")]
+        outputs = self._begun_norm(*residual.shape)
         _, total, normed, norms = self._call(f"{self._prefix}{name}", [*args, residual, norm.weight, norm.eps], outputs)
         return total, GemmInput(normed, norms, "norm")
+
+    def _begun_norm(self, tokens: Any, columns: Any) -> list[tuple[tuple[object, ...], str]]:
+        """Return the outputs of what begins a norm: scratch, the stream, its product with the weight, and squares."""
+        squares: tuple[object, ...] = ((int(columns) + _TILE - 1) // _TILE, _padded(tokens))
+        rows = ((tokens, columns), self._dtype)
+        if not self._quantize:
+            return [rows, rows, rows, (squares, "float32")]
+        return [rows, rows, ((tokens, columns), "float8_e4m3fn"), ((2, *squares), "float32")]  # scales of tiles besides
 
     def gate_up_interleave(self, intermediate_size: int) -> int:
         """See Operators; 0 where the GEMM's tiles or groups of scales do not fit, so that a kernel must follow it."""
@@ -128,6 +132,41 @@ class TunedOperators:
         outputs = [((tokens, rows), self._dtype), *_grouped(tokens, columns, _SILU_GROUPS)]
         _, values, scales = self._call(f"{self._prefix}{name}", args, outputs)
         return GemmInput(values, scales, "silu")
+
+    def joins_mlp(self, hidden_size: int, intermediate_size: int, tp_size: int) -> bool:
+        """See Operators; for sizes with which the kernel's blocks, of 64 activations, nearly fill a GPU."""
+        sizes = hidden_size, intermediate_size
+        return (
+            self._target == "cuda"
+            and self._quantize
+            and tp_size == 1
+            and not any(size % STAGE_SIZE for size in sizes)
+            and all(least <= size <= most for size, (least, most) in zip(sizes, _MLP_SIZES, strict=True))
+        )
+
+    def mlp_add_rms_norm(
+        self,
+        x: GemmInput,
+        gate_up: GemmWeight,
+        down: GemmWeight,
+        intermediate_size: int,
+        residual: Tensor,
+        norm: Norm,
+        *,
+        quantize: bool = True,
+    ) -> tuple[Tensor, GemmInput]:
+        """See Operators; see `kernels/cuda/mlp_kernel.cuh`."""
+        tokens, columns = residual.shape
+        operands = [part for pair in (x, gate_up, down) for part in (pair.values, pair.scale) if part is not None]
+        outputs = [((tokens, 2 * intermediate_size), self._dtype), *_grouped(tokens, intermediate_size, _SILU_GROUPS)]
+        *_, total, normed, norms = self._call(
+            f"{self._prefix}mlp_fp8_add_rms_norm",
+            [*operands, residual, norm.weight, norm.eps],
+            [*outputs, *self._begun_norm(tokens, columns)],
+        )
+        if not quantize:
+            return total, GemmInput(self._extern("rms_norm", [total, norm.weight, norm.eps], total.shape))
+        return total, GemmInput(normed, norms, "norm")
 
     def attention(
         self,
@@ -152,7 +191,7 @@ class TunedOperators:
             name, args = f"{name}_fp8", [qkv, *norm, kv.scale, kv.pages]
         args += [*where, batch.rope, batch.plan, shape.scale, shape.window, batch.workspace]
         rotated = ((tokens, columns), self._dtype)  # queries between two kernels
-        if self._quantize and shape.head_dim == GROUP_SIZE and columns % STAGE_SIZE == 0:
+        if self._quantize and shape.has_groups:
             _, values, scales = self._call(f"{name}_grouped", args, [rotated, *_grouped(tokens, columns)])
             return GemmInput(values, scales, "grouped")
         _, x = self._call(name, args, [rotated, ((tokens, columns), self._dtype)])

@@ -5,7 +5,6 @@ Alone it is exact. With `EngineNumbers` it rounds wherever the engine's kernels 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,12 +55,15 @@ class EngineNumbers:
         """Return activations as they are stored between kernels."""
         return to_bfloat16(x)
 
-    def gemm_input(self, x: Array, source: Literal["norm", "attention", "silu"], head_dim: int) -> Array:
-        """Return what a layer's GEMM takes of a norm, of attention, or of SiLU; see kernels/cuda/grouped_scales.cuh."""
+    def gemm_input(self, x: Array, source: Literal["norm", "attention", "silu"], *, whole_heads: bool) -> Array:
+        """Return what a layer's GEMM takes of a norm, of attention, or of SiLU; see kernels/cuda/grouped_scales.cuh.
+
+        `whole_heads`: 128 values are heads with the same keys.
+        """
         if not self.fp8_weights:
             return to_bfloat16(x)
         tokens, columns = x.shape
-        is_grouped = columns % 256 == 0 and (source == "silu" or (source == "attention" and head_dim == 128))
+        is_grouped = columns % 256 == 0 and (source == "silu" or (source == "attention" and whole_heads))
         if source == "attention" and not (is_grouped and tokens <= 128):
             x = to_bfloat16(x)
         if not is_grouped or tokens > 128:
@@ -92,12 +94,14 @@ def log_probs(
     stored = page = keep
     if numbers is not None:
         stored, page = numbers.stored, numbers.page
-    gemm_input: Callable[[Array, Any, int], Array] = (
-        (lambda x, source, head_dim: x) if numbers is None else numbers.gemm_input
-    )
     eps, head_dim = config["rms_norm_eps"], config["head_dim"]
     num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     num_tokens = len(token_ids)
+    whole_heads = 128 % head_dim == 0 and num_heads // num_kv_heads * head_dim % 128 == 0
+
+    def gemm_input(x: Array, source: Literal["norm", "attention", "silu"]) -> Array:
+        return x if numbers is None else numbers.gemm_input(x, source, whole_heads=whole_heads)
+
     inverse = config["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     turns = np.outer(np.arange(num_tokens), inverse)
     cos, sin = (np.tile(f(turns), 2).astype(np.float32)[:, None] for f in (np.cos, np.sin))
@@ -120,7 +124,7 @@ def log_probs(
     future = np.triu(np.full((num_tokens, num_tokens), -np.inf, np.float32), 1)
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
-        x = gemm_input(norm(hidden, f"{name}.input_layernorm"), "norm", head_dim)
+        x = gemm_input(norm(hidden, f"{name}.input_layernorm"), "norm")
         q, k, v = (linear(x, f"{name}.self_attn.{part}_proj").reshape(num_tokens, -1, head_dim) for part in "qkv")
         q, k, v = stored(rotate(q)), page(rotate(k)), page(v)
         heads = []
@@ -129,11 +133,11 @@ def log_probs(
             scores = q[:, head] @ k[:, kv_head].T * np.float32(head_dim**-0.5) + future
             scores = np.exp(scores - scores.max(-1, keepdims=True))
             heads.append((scores @ v[:, kv_head] / scores.sum(-1, keepdims=True)).astype(np.float32))
-        x = gemm_input(np.concatenate(heads, -1), "attention", head_dim)
+        x = gemm_input(np.concatenate(heads, -1), "attention")
         hidden = stored(hidden + linear(x, f"{name}.self_attn.o_proj"))
-        x = gemm_input(norm(hidden, f"{name}.post_attention_layernorm"), "norm", head_dim)
+        x = gemm_input(norm(hidden, f"{name}.post_attention_layernorm"), "norm")
         gate, up = linear(x, f"{name}.mlp.gate_proj"), linear(x, f"{name}.mlp.up_proj")
-        x = gemm_input(gate / (1 + np.exp(-gate)) * up, "silu", head_dim)
+        x = gemm_input(gate / (1 + np.exp(-gate)) * up, "silu")
         hidden = stored(hidden + linear(x, f"{name}.mlp.down_proj"))
     logits: npt.NDArray[np.float64] = linear(stored(norm(hidden, "model.norm")), "lm_head").astype(np.float64)
     logits -= logits.max(-1, keepdims=True)

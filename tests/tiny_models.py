@@ -188,3 +188,8 @@ WIDE = _model(
     max_position_embeddings=2048,
 )  # fmt: skip
 """Sizes for which GPUs have their fastest kernels, at TP=1, 2 and 4: heads of 128, groups of scales that are whole."""
+JOINED = _model(
+    "llama_32q_8kv_joined", "llama", 2048, 32, 8, head_dim=64, intermediate_size=6144, vocab_size=2048,
+    max_position_embeddings=2048,
+)  # fmt: skip
+"""Sizes whose MLP is one kernel in e4m3 on one GPU: two heads of 64 share a scale."""

@@ -254,7 +254,7 @@ def run(
     for _ in range(2):
         q = poisoned((num_tokens, num_heads * dim), BF16)
         out = poisoned(q.shape, FP8 if grouped else BF16)
-        out_scales = poisoned((num_heads // 2, 2, -(-num_tokens // 8) * 8), np.float32) if grouped else None
+        out_scales = poisoned((q.shape[1] // 256, 2, -(-num_tokens // 8) * 8), np.float32) if grouped else None
         kernel(
             tokens.qkv, *norm, *scales, pages, positions, slots, state.table, tokens.rope, plan, dim**-0.5, window,
             workspace, q, out, *([] if out_scales is None else [out_scales]),

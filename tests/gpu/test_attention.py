@@ -25,6 +25,11 @@ HEADS = [
 ]  # fmt: skip
 
 
+def has_groups(num_heads: int, num_kv_heads: int, dim: int) -> bool:
+    """Whether output has grouped scales: 128 values of heads with the same keys."""
+    return num_heads // num_kv_heads * dim % 128 == 0 and num_heads * dim % 256 == 0
+
+
 def rounded_up(batch: Batch) -> int:
     return -(-(max(batch.positions) + 1) // 64) * 64
 
@@ -133,15 +138,15 @@ def test_an_append_is_seen_by_its_own_token(kernels: Kernels, kv: Any) -> None:
         assert run(kernels, state, batch, tokens, decode_only=True).same_as(first)
 
 
-def widened(result: Attended, dim: int) -> tuple[Any, Any]:
-    """Return what e4m3 output with its scales stands for, in float64, and the scales: (T, Hq) or, for rows, (T, 1)."""
-    num_tokens, num_heads = len(result.out.bits), result.out.shape[1] // dim
+def widened(result: Attended) -> tuple[Any, Any]:
+    """Return what e4m3 output with its scales stands for, in float64, and the scales: of 128 values, or rows."""
+    num_tokens, num_groups = len(result.out.bits), result.out.shape[1] // 128
     assert result.scales is not None
-    by_head = result.scales.float64().reshape(num_heads, -1)[:, :num_tokens].T
+    by_group = result.scales.float64().reshape(num_groups, -1)[:, :num_tokens].T
     if num_tokens > 128:
-        by_head = by_head[:, :1]
-    values = result.out.float64().reshape(num_tokens, num_heads, dim) * by_head[:, :, None]
-    return values.reshape(num_tokens, -1), by_head
+        by_group = by_group[:, :1]
+    values = result.out.float64().reshape(num_tokens, num_groups, 128) * by_group[:, :, None]
+    return values.reshape(num_tokens, -1), by_group
 
 
 GROUPED = [
@@ -155,7 +160,7 @@ GROUPED = [
 
 
 @both
-@pytest.mark.parametrize("heads", [heads for heads in HEADS if heads[2] == 128 and heads[0] % 2 == 0])
+@pytest.mark.parametrize("heads", [heads for heads in [*HEADS, (32, 8, 64)] if has_groups(*heads)])
 @pytest.mark.parametrize("runs", GROUPED)
 def test_e4m3_output(kernels: Kernels, heads: tuple[int, int, int], runs: list[tuple[int, int, int]], kv: Any) -> None:
     num_heads, num_kv_heads, dim = heads
@@ -163,10 +168,10 @@ def test_e4m3_output(kernels: Kernels, heads: tuple[int, int, int], runs: list[t
     num_slots = 1 + max(batch.slots)
     state = Paged.make(batch.starts(num_slots), rounded_up(batch), num_kv_heads, dim, 16, kv)
     q = random_bf16((len(batch.slots), num_heads, dim), 2.0, 5)
-    found, scales = widened(attend_history(kernels, state, batch, q, grouped=True), dim)
+    found, scales = widened(attend_history(kernels, state, batch, q, grouped=True))
     expected = reference(state, q.float64(), batch.positions, batch.slots, dim**-0.5, 0)
     assert relative_error(found, expected) < 4e-2
-    size = dim if len(batch.slots) <= 128 else num_heads * dim
+    size = 128 if len(batch.slots) <= 128 else num_heads * dim
     largest = abs(expected).reshape(len(batch.slots), -1, size).max(-1)
     present = cupy.asarray(np.array(batch.slots) >= 0)
     assert float(abs(scales * 448 / largest - 1)[present].max()) < 0.02

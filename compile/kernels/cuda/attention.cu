@@ -75,9 +75,10 @@ __device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int 
     }
   }
   if constexpr (kOut == Out::kGrouped) {
+    const int groups = p.group / kRowsOfScale<kOut, kHeadDim>;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < item.count * p.group; i += kWarps * 32) {
-      p.scales[scale_at(head * p.group + i % p.group, item.token + i / p.group, p.num_tokens)] = 0.0f;
+    for (int i = threadIdx.x; i < item.count * groups; i += kWarps * 32) {
+      p.scales[scale_at(head * groups + i % groups, item.token + i / groups, p.num_tokens)] = 0.0f;
     }
   }
 }
@@ -262,9 +263,10 @@ void attend(const Inputs& in, const HeadNorm& norm, KVScales<KV> kv_scales, cons
   p.scale_log2 = static_cast<float>(in.scale * 1.4426950408889634);
   const bool is_grouped = output.out == nullptr;
   if (is_grouped) {
-    check_multiple("the query heads", num_heads, 2);
+    check_multiple("the size of all query heads", num_heads * dim, 2 * kGroupSize);
+    check_multiple("the size of a group's query heads", p.group * dim, kGroupSize);
     p.quantized = checked<fp8>("out", *output.quantized, {num_tokens, num_heads * dim});
-    p.scales = checked<float>("scales", *output.scales, {num_heads / 2, 2, padded_tokens(num_tokens)});
+    p.scales = checked<float>("scales", *output.scales, {num_heads * dim / (2 * kGroupSize), 2, padded_tokens(num_tokens)});
   } else {
     p.out = checked<bf16>("out", *output.out, {num_tokens, num_heads * dim});
   }
@@ -273,7 +275,9 @@ void attend(const Inputs& in, const HeadNorm& norm, KVScales<KV> kv_scales, cons
   if (!layout.decode_only()) {
     append<KV>({added, kv, positions, slots, q, p.num_tokens, static_cast<int>(num_heads)}, dim, stream);
   }
-  if (is_grouped) return run<KV, 128, Out::kGrouped>(p, device, stream);
+  if (is_grouped) {
+    return dim == 128 ? run<KV, 128, Out::kGrouped>(p, device, stream) : run<KV, 64, Out::kGrouped>(p, device, stream);
+  }
   return dim == 128 ? run<KV, 128, Out::kBf16>(p, device, stream) : run<KV, 64, Out::kBf16>(p, device, stream);
 }
 
@@ -284,9 +288,6 @@ void attend_grouped(const Inputs& in, const HeadNorm& norm, KVScales<KV> kv_scal
                     const TensorView& scales) {
   check_rank("q", in.q, 2);
   check_rank("rope", in.rope, 2);
-  if (in.rope.size(1) != kGroupSize) {
-    TVM_FFI_THROW(ValueError) << "heads of " << in.rope.size(1) << " dimensions, grouped scales are for " << kGroupSize;
-  }
   if (in.q.size(0) <= kMaxGroupedTokens) return attend<KV>(in, norm, kv_scales, {nullptr, &out, &scales});
   attend<KV>(in, norm, kv_scales, {&in.q});
   quantize_fp8_grouped(in.q, out, scales);
@@ -310,7 +311,7 @@ void attention_fp8(TensorView qkv, TensorView kv_scale, TensorView kv_layer, Ten
               scales_from(kv_scale), {&out});
 }
 
-/// As `attention`, giving e4m3 with grouped scales; heads of 128.
+/// As `attention`, giving e4m3 with grouped scales.
 void attention_grouped(TensorView qkv, TensorView kv_layer, TensorView positions, TensorView token_slots,
                        TensorView page_table, TensorView rope, TensorView plan, double scale, int64_t window,
                        TensorView workspace, TensorView q, TensorView out, TensorView scales) {

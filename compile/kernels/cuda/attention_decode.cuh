@@ -145,9 +145,9 @@ struct ChunkPlaces {
   }
 };
 
-/// Adds the sums of the first chunks, `others` of them, which come from other blocks, and empties their places. By a warp. Not
-/// inlined: it is rare, and its registers would be missing in the products.
-template <int kHeadDim>
+/// Adds the sums of the first chunks, `others` of them, which come from other blocks, and empties their places. By a warp,
+/// whose lanes have a row in turn of kLanes. Not inlined: it is rare, and its registers would be missing in the products.
+template <int kHeadDim, int kLanes>
 __device__ __noinline__ RowSums add_chunks(ChunkPlaces places, int others, float scale) {
   constexpr int kBatch = 4;
   const int lane = threadIdx.x % 32;
@@ -168,8 +168,8 @@ __device__ __noinline__ RowSums add_chunks(ChunkPlaces places, int others, float
       while (is_empty(values[i]) || is_empty(state[i])) ask(i);
       __syncwarp();  // all lanes have what they want
       float4* place = places.first + i * places.step;
-      if (lane < kHeadDim / 4) empty_slot(place + lane);
-      if (lane == 0) empty_slot(place + kHeadDim / 4);
+      if (lane % kLanes < kHeadDim / 4) empty_slot(place + lane % kLanes);
+      if (lane % kLanes == 0) empty_slot(place + kHeadDim / 4);
       all.add({{__uint_as_float(values[i].x), __uint_as_float(values[i].y), __uint_as_float(values[i].z),
                 __uint_as_float(values[i].w)},
                __uint_as_float(state[i].x),
@@ -180,13 +180,14 @@ __device__ __noinline__ RowSums add_chunks(ChunkPlaces places, int others, float
   return all;
 }
 
-/// Writes a row. By a warp.
+/// Writes a row, or two that share a scale, which its halves have. By a warp.
 template <int kHeadDim, Out kOut, typename KV>
 __device__ __forceinline__ void write_sums(const AttentionParams<KV>& p, const Item& item, int row, int head,
                                            const RowSums& sums) {
   const int lane = threadIdx.x % 32;
   const int token = item.token + row / p.group, query_head = head * p.group + row % p.group;
-  const int64_t at = out_at<kHeadDim>(p, token, query_head) + lane * 4;
+  constexpr int kRows = kRowsOfScale<kOut, kHeadDim>;
+  const int64_t at = out_at<kHeadDim>(p, token, query_head) + lane % (32 / kRows) * 4;
   const float inverse = value_scale(p) / sums.sum;
   const float(&v)[4] = sums.values;
   if constexpr (kOut == Out::kBf16) {
@@ -194,10 +195,10 @@ __device__ __forceinline__ void write_sums(const AttentionParams<KV>& p, const I
     *reinterpret_cast<uint2*>(p.out + at) =
         make_uint2(pack2(v[0] * inverse, v[1] * inverse), pack2(v[2] * inverse, v[3] * inverse));
   } else {
-    float largest = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
+    float largest = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3]))) * inverse;
 #pragma unroll
     for (int lanes = 1; lanes < 32; lanes *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
-    const float factor = inverse * store_scale(p, token, query_head, largest * inverse, lane == 0);
+    const float factor = inverse * store_scale(p, token, query_head / kRows, largest, lane == 0);
     *reinterpret_cast<uint32_t*>(p.quantized + at) = pack4_fp8(v[0] * factor, v[1] * factor, v[2] * factor, v[3] * factor);
   }
 }
@@ -237,8 +238,8 @@ __device__ __forceinline__ void leave_sums(Shared<KV, kHeadDim>& shared, DecodeS
   }
 }
 
-/// The sums of all warps for a row. By a warp.
-template <typename KV, int kHeadDim>
+/// The sums of all warps for a row. By a warp, whose lanes have a row in turn of kLanes.
+template <int kLanes, typename KV, int kHeadDim>
 __device__ __forceinline__ RowSums add_warps(Shared<KV, kHeadDim>& shared, const Scratch<KV, kHeadDim>& scratch, int slot,
                                              int row, float scale) {
   const int lane = threadIdx.x % 32;
@@ -254,7 +255,7 @@ __device__ __forceinline__ RowSums add_warps(Shared<KV, kHeadDim>& shared, const
 #pragma unroll
   for (int w = 0; w < kConsumerWarps; ++w) {
     const float4 part = *reinterpret_cast<const float4*>(scratch.of(shared, slot, w) + at);
-    const float of_warp = __shfl_sync(~0u, factor, w);
+    const float of_warp = __shfl_sync(~0u, factor, w, kLanes);
     all.values[0] = __fmaf_rn(part.x, of_warp, all.values[0]), all.values[1] = __fmaf_rn(part.y, of_warp, all.values[1]);
     all.values[2] = __fmaf_rn(part.z, of_warp, all.values[2]), all.values[3] = __fmaf_rn(part.w, of_warp, all.values[3]);
   }
@@ -267,7 +268,7 @@ __device__ __forceinline__ void finish_decode(const AttentionParams<KV>& p, Shar
                                               int head, float scale, DecodeSums<KV, kHeadDim, kTiles> (&sums)[kTeams],
                                               RingPlace& place) {
   using S = Shared<KV, kHeadDim>;
-  constexpr int kWarps = kConsumerWarps / kTeams;
+  constexpr int kWarps = kConsumerWarps / kTeams, kRows = kRowsOfScale<kOut, kHeadDim>, kLanes = 32 / kRows;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Scratch<KV, kHeadDim> scratch(kTiles);
   const int slot = place.slot;
@@ -283,8 +284,9 @@ __device__ __forceinline__ void finish_decode(const AttentionParams<KV>& p, Shar
   }
   meet<1, kWarps * 32>();
 #pragma unroll 1
-  for (int row = warp; row < item.count * p.group; row += kWarps) {
-    RowSums all = add_warps(shared, scratch, slot, row, scale);
+  for (int first = warp * kRows; first < item.count * p.group; first += kWarps * kRows) {
+    const int row = first + lane / kLanes;
+    RowSums all = add_warps<kLanes>(shared, scratch, slot, row, scale);
     if (item.num_splits > 1) {
       // Chunks of a window start above zero; sums are kept by their order.
       const int begin = p.window > 0 ? max(0, item.position - p.window + 1) : 0;
@@ -292,11 +294,12 @@ __device__ __forceinline__ void finish_decode(const AttentionParams<KV>& p, Shar
       const ChunkPlaces places = ChunkPlaces::of<kHeadDim>(p, item, row, head);
       if (split + 1 < item.num_splits) {
         float4* target = places.first + split * places.step;
-        if (lane < kHeadDim / 4) store_slot(target + lane, all.values[0], all.values[1], all.values[2], all.values[3]);
-        if (lane == 0) store_slot(target + kHeadDim / 4, all.top, all.sum, 0.0f, 0.0f);
+        const int of_row = lane % kLanes;
+        if (of_row < kHeadDim / 4) store_slot(target + of_row, all.values[0], all.values[1], all.values[2], all.values[3]);
+        if (of_row == 0) store_slot(target + kHeadDim / 4, all.top, all.sum, 0.0f, 0.0f);
         continue;
       }
-      RowSums chunks = add_chunks<kHeadDim>(places, split, scale);
+      RowSums chunks = add_chunks<kHeadDim, kLanes>(places, split, scale);
       chunks.add(all, scale);
       all = chunks;
     }

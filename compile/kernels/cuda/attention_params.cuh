@@ -44,8 +44,13 @@ __device__ __forceinline__ float value_scale(const AttentionParams<KV>& p) {
   return 1.0f;
 }
 
-/// What attention gives: bfloat16, or e4m3 with a scale for each head, which is a group (grouped_scales.cuh).
+/// What attention gives: bfloat16, or e4m3 with a scale for each head of 128, or two of 64, which are a group
+/// (grouped_scales.cuh).
 enum class Out { kBf16, kGrouped };
+
+/// Rows, of heads beside each other, whose output shares a scale.
+template <Out kOut, int kHeadDim>
+constexpr int kRowsOfScale = kOut == Out::kGrouped ? kGroupSize / kHeadDim : 1;
 
 /// Where a row's output begins: of a token and a query head.
 template <int kHeadDim, typename KV>
@@ -53,13 +58,13 @@ __device__ __forceinline__ int64_t out_at(const AttentionParams<KV>& p, int toke
   return (static_cast<int64_t>(token) * p.kv.num_kv_heads * p.group + query_head) * kHeadDim;
 }
 
-/// Stores the scale of a head whose largest magnitude is `largest`; returns what its values are multiplied by. One lane
-/// of those that have the head gives `writes`.
+/// Stores the scale of a group whose largest magnitude is `largest`; returns what its values are multiplied by. One lane
+/// of those that have the group gives `writes`.
 template <typename KV>
-__device__ __forceinline__ float store_scale(const AttentionParams<KV>& p, int token, int query_head, float largest,
+__device__ __forceinline__ float store_scale(const AttentionParams<KV>& p, int token, int group, float largest,
                                              bool writes) {
   largest = fmaxf(largest, 1e-12f);
-  if (writes) p.scales[scale_at(query_head, token, p.num_tokens)] = largest / kFp8Max;
+  if (writes) p.scales[scale_at(group, token, p.num_tokens)] = largest / kFp8Max;
   return kFp8Max / largest;
 }
 

@@ -24,13 +24,16 @@ __device__ __forceinline__ void write_row(const AttentionParams<KV>& p, int firs
           pack2(values(n * 2) * inverse, values(n * 2 + 1) * inverse);
     }
   } else {
-    const uint32_t lanes = 0xFu << lane / 4 * 4;
+    constexpr int kRows = kRowsOfScale<kOut, kHeadDim>;  // beside each other, all there or none
+    const uint32_t lanes = ((1u << kRows * 4) - 1) << lane / (kRows * 4) * (kRows * 4);
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 4; ++i) largest = fmaxf(largest, fabsf(values(i)));
     largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, 2));
-    const float factor = inverse * store_scale(p, token, query_head, largest * inverse, lane % 4 == 0);
+    largest *= inverse;
+    if constexpr (kRows == 2) largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, 4));
+    const float factor = inverse * store_scale(p, token, query_head / kRows, largest, lane % (kRows * 4) == 0);
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
       *reinterpret_cast<uint16_t*>(p.quantized + at + n * 8) =

@@ -3,6 +3,7 @@
 #include "gemm.cuh"
 #include "gemm_dispatch.cuh"
 #include "gemm_product.cuh"
+#include "mlp.cuh"
 
 namespace tpserve::cuda {
 namespace {
@@ -29,6 +30,8 @@ void multiply_add_rms_norm(const TensorView& x, const TensorView& weights, const
   if (M == 0) return;
   dispatch_few<bf16, kMaxFoldedTokens, 0, End::kResidual>(product.params, product.tokens, product.K, product.stream);
 }
+
+}  // namespace
 
 /// The same of e4m3 tokens with the scales of `kind`, and its norm in e4m3 with `norms`.
 void multiply_add_rms_norm_fp8(GemmKind kind, const TensorView& x, const TensorView& token_scale, const TensorView& weights,
@@ -61,6 +64,8 @@ void multiply_add_rms_norm_fp8(GemmKind kind, const TensorView& x, const TensorV
   run(std::integral_constant<int, kGroupSize>());
 }
 
+namespace {
+
 /// x w^T of e4m3 tokens of a norm, with its `norms`.
 void multiply_normed_fp8(const TensorView& x, const TensorView& norms, const TensorView& weights,
                          const TensorView& channel_scale, const TensorView* bias, const TensorView& out) {
@@ -73,6 +78,8 @@ void multiply_normed_fp8(const TensorView& x, const TensorView& norms, const Ten
   dispatch_few<fp8, kMaxFoldedFp8Tokens, kNormGroupSize, End::kMemory>(product.params, product.tokens, product.K,
                                                                        product.stream);
 }
+
+}  // namespace
 
 /// SiLU(gate) * up of the same tokens, with grouped scales. `scratch` (M, 2F) bf16 takes the product of tokens so many that
 /// the kernel does not end in SiLU.
@@ -96,6 +103,8 @@ void multiply_normed_silu_fp8(const TensorView& x, const TensorView& norms, cons
   if (product.M == 0) return;
   dispatch_few<fp8, kMaxSiluGroupedTokens, kNormGroupSize, End::kSilu>(p, product.tokens, product.K, product.stream);
 }
+
+namespace {
 
 /// (M, K) bf16, packed bf16, residual (M, N) bf16, (N,) float32, eps -> residual + product and its norm, (M, N) bf16 each.
 void gemm_add_rms_norm(TensorView x, TensorView weights, TensorView residual, TensorView norm_weight, double eps,

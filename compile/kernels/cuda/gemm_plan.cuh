@@ -35,12 +35,19 @@ struct NarrowRun {
   int first, end;
 };
 
-/// For up to kMostAligned tokens each block has whole tiles, or each tile equally many blocks, where that leaves few
+/// Of up to kMostShort tokens, tiles so short that half of one fits in half a ring are cut in two, though that leaves
+/// multiprocessors without work: their weights are there before the tokens, and each partial sum is a wait.
+///
+/// Else, for up to kMostAligned tokens, each block has whole tiles, or each tile equally many blocks, where that leaves few
 /// multiprocessors without work; else each block has as many units as the others, which of more tokens costs less. Equally many
 /// blocks whose units are not as many pay where the sums that are exchanged are of kLeastUneven tokens or more.
 constexpr NarrowPlan plan_narrow(int tiles, int units_of_k, int tokens) {
-  constexpr int kLeastGrid = 120, kMostAligned = 96, kLeastUneven = 32;  // as measured in steps (benchmarks/README.md)
+  // As measured in steps (benchmarks/README.md).
+  constexpr int kLeastGrid = 120, kMostAligned = 96, kLeastUneven = 32, kMostShort = 8, kShort = 8;
   const int units = tiles * units_of_k;
+  if (tokens <= kMostShort && units_of_k <= kShort && units_of_k % 2 == 0 && 2 * tiles <= kGrid) {
+    return {2 * tiles, units_of_k / 2, 0};
+  }
   for (int grid = kGrid; grid >= kLeastGrid && tokens <= kMostAligned; --grid) {
     if (tiles % grid == 0) return {grid, units / grid, 0};
     const int pieces = grid % tiles == 0 ? grid / tiles : 0;

@@ -68,15 +68,15 @@ __device__ void sample_row(const SampleParams& p, const RowView<T>& row, int r, 
                            SampleScratch& s) {
   const int size = p.vocab_size;
   // The best token, the lowest id among equals.
-  RankedToken top = 0;
+  float most = -INFINITY;
+  int most_id = 0;
   bool bad = false;
-  for_each(row, size, [&](int i, float x) {
+  for_each<8>(row, size, [&](int i, float x) {  // of one thread the lower ids come first
     bad |= x != x;
-    const RankedToken token = ranked(order_key(x), i);
-    top = token > top ? token : top;
+    if (x > most) most = x, most_id = i;
   });
   bad = __syncthreads_or(bad);
-  top = block_reduce(top, RankedToken{0}, s.reduce64, Max{});
+  const RankedToken top = block_reduce(ranked(order_key(most), most_id), RankedToken{0}, s.reduce64, Max{});
   if (!put_best(p, r, bad, top)) return;
   const float best = logit_of_key(key_of(top));
   int id = id_of(top);

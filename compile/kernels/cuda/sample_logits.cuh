@@ -27,11 +27,11 @@ struct RowView {
   __device__ __forceinline__ float operator[](int i) const { return static_cast<float>(data[i]); }
 };
 
-/// Calls visit(i, logit) for this thread's share of the tokens [0, size), in any order: 16 bytes a load and several loads in
-/// flight, since one block alone goes through a row and mostly waits.
-template <typename T, typename Visit>
+/// Calls visit(i, logit) for this thread's share of the tokens [0, size), the lowest first: 16 bytes a load and kBatch loads
+/// in flight, since one block alone goes through a row and mostly waits.
+template <int kBatch = 4, typename T, typename Visit>
 __device__ __forceinline__ void for_each(const RowView<T>& row, int size, Visit&& visit) {
-  constexpr int kBatch = 4, kPerLoad = 16 / sizeof(T);
+  constexpr int kPerLoad = 16 / sizeof(T);
   const int to_aligned = static_cast<int>(-reinterpret_cast<uintptr_t>(row.data) % 16 / sizeof(T));
   const int head = to_aligned < size ? to_aligned : size, num_loads = (size - head) / kPerLoad;
   const int tail = head + num_loads * kPerLoad, thread = static_cast<int>(threadIdx.x);

@@ -159,3 +159,6 @@ def test_few_tokens_have_whole_tiles_where_nearly_all_blocks_get_one(library: ct
     assert narrow(library, 16, 2560, 8192) == [132, 9, 92, 5], "which of so few tokens is no faster"
     assert narrow(library, 64, 3072, 8192) == [132, 11, 84, 4], "48 tiles do not divide"
     assert narrow(library, 128, 8192, 7168)[0] == 132, "of more tokens all blocks are worth more"
+    assert narrow(library, 8, 2048, 2048) == [64, 4, 0, 2], "o of a 1B draft: half a short tile each"
+    assert narrow(library, 8, 3072, 2048) == [96, 4, 0, 2], "its qkv"
+    assert narrow(library, 16, 2048, 2048) == [128, 2, 0, 4], "of more tokens that was not measured"

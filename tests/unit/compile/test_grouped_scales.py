@@ -84,7 +84,8 @@ def test_activation_and_attention_have_grouped_scales(tmp_path: Path) -> None:
     ("heads", "head_dim", "ffn", "grouped", "by_row"),
     [
         (4, 128, 512, GROUPED, {"gemm_fp8"}),
-        (4, 64, 512, SILU, {"gemm_fp8", "quantize_fp8"}),  # a head is no group
+        (4, 64, 512, GROUPED, {"gemm_fp8"}),  # two heads are a group
+        (5, 64, 512, SILU, {"gemm_fp8", "quantize_fp8"}),  # one of five is left over
         (1, 128, 512, SILU, {"gemm_fp8", "quantize_fp8"}),  # half a stage of the GEMM
         (4, 128, 384, ATTENTION, {"gemm_fp8", "silu_mul_fp8"}),
         (1, 64, 300, set(), BY_ROW),
@@ -110,12 +111,13 @@ def test_biases_are_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", "_bias"])
-@pytest.mark.parametrize(("head_dim", "kind"), [(128, "gemm_fp8_grouped"), (64, "gemm_fp8")])
+@pytest.mark.parametrize(("heads", "head_dim", "kind"), [(4, 128, "gemm_fp8_grouped"), (5, 64, "gemm_fp8")])
 def test_norms_on_one_gpu_are_begun_by_one_product_and_ended_by_the_next(
-    tmp_path: Path, head_dim: int, kind: str, suffix: str
+    tmp_path: Path, heads: int, head_dim: int, kind: str, suffix: str
 ) -> None:
     """All but the last, whose norm is wanted whole; where scales of a product's tiles fit in stages of the next."""
-    config = replace(model(tmp_path, head_dim=head_dim, bias=bool(suffix)), hidden_size=512, num_layers=3)
+    config = model(tmp_path, heads=heads, head_dim=head_dim, bias=bool(suffix))
+    config = replace(config, hidden_size=512, num_layers=3)
     called = Counter(name for name, _ in calls(config, FP8))
     assert called[f"{kind}_add_rms_norm{suffix}"] == called[f"gemm_fp8_normed_silu_mul{suffix}"] == 3
     assert called[f"gemm_fp8_after_silu_add_rms_norm{suffix}"] == called[f"gemm_fp8_normed{suffix}"] == 2
@@ -129,6 +131,27 @@ def test_norms_on_one_gpu_are_begun_by_one_product_and_ended_by_the_next(
     narrow = Counter(name for name, _ in calls(replace(config, hidden_size=320), FP8))
     assert narrow["add_rms_norm_fp8"] == 5
     assert not narrow.keys() & begun
+
+
+def test_an_mlp_of_a_drafts_sizes_is_one_call_on_one_gpu(tmp_path: Path) -> None:
+    """Of the last layer too, whose norm is not quantised and a call of its own."""
+    config = replace(model(tmp_path, ffn=8192), hidden_size=2048, num_layers=3)
+    called = Counter(name for name, _ in calls(config, FP8))
+    assert called["mlp_fp8_add_rms_norm"] == 3
+    assert called["rms_norm"] == 1
+    assert not {"gemm_fp8_normed_silu_mul", "gemm_fp8_after_silu", "add_rms_norm"} & called.keys()
+    values, norms = dict(calls(config, FP8))["mlp_fp8_add_rms_norm"][-2:]
+    assert values == "float8_e4m3fn num_tokens x (2048)"
+    assert norms == "float32 (2) x (32) x (num_tokens + T.int64(7)) // T.int64(8) * T.int64(8)"
+    for other in (
+        replace(config, mlp_bias=True),
+        replace(config, hidden_size=1024),
+        replace(config, intermediate_size=8448 + 256),
+        replace(config, intermediate_size=6144 - 256),
+    ):
+        assert "mlp_fp8_add_rms_norm" not in {name for name, _ in calls(other, FP8)}
+    assert "mlp_fp8_add_rms_norm" not in {name for name, _ in calls(config, replace(FP8, quantization="q0bf16"))}
+    assert "mlp_fp8_add_rms_norm" not in kernels(config, 2)
 
 
 def test_unquantised_weights_have_no_scales(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def check(case: Case, runs: Runs) -> None:
         assert relative_error(found[0], flat) < BF16_ERROR
         return
     group = 128
-    if dim != 128 or num_q % 2 or len(slots) > 128:
+    if num_q // num_kv * dim % 128 or num_q * dim % 256 or len(slots) > 128:
         # These rows are bfloat16 first, as they are without quantisation.
         plain = compiled(replace(case, quantize=False), len(runs))
         group, flat = num_q * dim, plain(*inputs)[0].astype(np.float64)
@@ -254,7 +254,11 @@ def test_heads_that_are_normed(page_type: np.dtype) -> None:
 
 
 @PAGE_TYPES
-@pytest.mark.parametrize("heads", [(4, 1, 128), (8, 2, 64), (5, 1, 128)], ids=["grouped", "heads of 64", "odd heads"])
+@pytest.mark.parametrize(
+    "heads",
+    [(4, 1, 128), (8, 2, 64), (12, 4, 64), (5, 1, 128)],
+    ids=["grouped", "two heads of 64", "three heads of 64", "odd heads"],
+)
 def test_output_is_quantised(page_type: np.dtype, heads: tuple[int, int, int]) -> None:
     check(Case(heads, page_type, quantize=True), MIXED)
 
