@@ -1,8 +1,9 @@
 """A Ray of this host alone: started with what ranks need and nothing else, and without waiting longer than it takes.
 
-Ray itself starts two processes more: its autoscaler, which has no nodes to add here, and a dashboard that counts usage,
-which is switched off. Each costs most of a second of a processor, and Ray waits for the second; and it looks once a
-second for whether its raylet is there. `ray.init` has no options for these, so its node is another class meanwhile.
+Ray itself starts four processes more: its autoscaler, which has no nodes to add here; a dashboard that counts usage,
+which is switched off; and a raylet's agents, one for the dashboard, one that makes environments for tasks that ask for
+them, as no rank does here. Each costs a second of a processor, and Ray waits for the second; and it looks once a second
+for whether its raylet is there. `ray.init` has no options for these, so its node is another class meanwhile.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ import contextlib
 import importlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
 
+_NO_AGENT = "cat"
+"""A raylet has two agents, starts again neither and ends if one ends. This waits until the raylet is gone, which holds
+the other end of its standard input."""
+_AGENT_COMMANDS = ("--dashboard_agent_command", "--runtime_env_agent_command")
+_NO_PORT = -1
+"""What an agent tells that listens nowhere: see `ray/dashboard/agent.py`."""
 _LOOK_EVERY_S = 0.02
 _RAYLET_WITHIN_S = 30.0
 """As Ray gives it, which then looks once more and says what is wrong."""
@@ -52,6 +59,10 @@ def _lean_node() -> Iterator[None]:
             super().start_ray_processes()
             self._wait_for_raylet()
 
+        def start_raylet(self, *args: Any, **options: Any) -> None:
+            with _without_agents(self._session_dir, self._node_id):
+                super().start_raylet(*args, **options)
+
         def _wait_for_raylet(self) -> None:
             deadline = time.monotonic() + _RAYLET_WITHIN_S
             (raylet,) = self.all_processes["raylet"]
@@ -65,3 +76,27 @@ def _lean_node() -> Iterator[None]:
         yield
     finally:
         module.Node = whole
+
+
+@contextlib.contextmanager
+def _without_agents(session_dir: str, node_id: str) -> Iterator[None]:
+    """Let Ray start raylets whose agents are nothing, and which need not wait for what agents would tell."""
+    services: Any = importlib.import_module("ray._private.services")
+    raylet: Any = importlib.import_module("ray._raylet")
+    start = services.start_ray_process
+    for kind in ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN", "RUNTIME_ENV_AGENT"):
+        raylet.persist_port(session_dir, node_id, getattr(raylet, f"{kind}_PORT_NAME"), _NO_PORT)
+
+    def start_bare(command: Sequence[str], *args: Any, **options: Any) -> Any:
+        return start(list(map(_bare, command)), *args, **options)
+
+    services.start_ray_process = start_bare
+    try:
+        yield
+    finally:
+        services.start_ray_process = start
+
+
+def _bare(argument: str) -> str:
+    name = argument.partition("=")[0]
+    return f"{name}={_NO_AGENT}" if name in _AGENT_COMMANDS else argument

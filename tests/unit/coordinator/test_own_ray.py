@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from ray._private import node
+from ray._private import node, services
 
+from tpserve.coordinator import own_ray
 from tpserve.coordinator.own_ray import start_own_ray
 
 
@@ -31,7 +33,7 @@ def test_rays_node_is_another_only_while_it_starts(monkeypatch: pytest.MonkeyPat
 
     def fail(**_: Any) -> None:
         assert issubclass(node.Node, whole)
-        for name in ("start_monitor", "start_api_server", "start_ray_processes"):
+        for name in ("start_monitor", "start_api_server", "start_raylet", "start_ray_processes"):
             assert getattr(node.Node, name) is not getattr(whole, name), "Ray still calls it so"
         raise RuntimeError("no port is free")
 
@@ -39,3 +41,21 @@ def test_rays_node_is_another_only_while_it_starts(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError, match="no port is free"):
         start_own_ray(2)
     assert node.Node is whole
+
+
+def test_a_raylet_has_no_agents_and_waits_for_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray's own ones tell it where they listen, in files of the session's folder."""
+    started: list[list[str]] = []
+
+    def start(command: list[str], kind: str) -> None:
+        assert kind == "raylet"
+        started.append(command)
+
+    monkeypatch.setattr(services, "start_ray_process", start)
+    with own_ray._without_agents(str(tmp_path), "f" * 56):
+        agents = ["--dashboard_agent_command=python agent.py --x=1", "--runtime_env_agent_command=python main.py"]
+        services.start_ray_process(["raylet", *agents, "--head"], "raylet")
+    assert services.start_ray_process is start
+    assert started == [["raylet", "--dashboard_agent_command=cat", "--runtime_env_agent_command=cat", "--head"]]
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"-1"}
+    assert len(list(tmp_path.iterdir())) == 4
