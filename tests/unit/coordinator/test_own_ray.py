@@ -43,7 +43,10 @@ def test_rays_node_is_another_only_while_it_starts(monkeypatch: pytest.MonkeyPat
     assert node.Node is whole
 
 
-def test_a_raylet_has_no_agents_and_waits_for_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_a_raylet_has_the_agents_that_it_needs(
+    is_joined: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Ray's own ones tell it where they listen, in files of the session's folder."""
     started: list[list[str]] = []
 
@@ -52,10 +55,14 @@ def test_a_raylet_has_no_agents_and_waits_for_none(monkeypatch: pytest.MonkeyPat
         started.append(command)
 
     monkeypatch.setattr(services, "start_ray_process", start)
-    with own_ray._without_agents(str(tmp_path), "f" * 56):
-        agents = ["--dashboard_agent_command=python agent.py --x=1", "--runtime_env_agent_command=python main.py"]
+    agents = ["--dashboard_agent_command=python agent.py --x=1", "--runtime_env_agent_command=python main.py"]
+    unneeded = own_ray._DASHBOARD_AGENT if is_joined else own_ray._BOTH_AGENTS
+    with own_ray._without_agents(unneeded, str(tmp_path), "f" * 56):
         services.start_ray_process(["raylet", *agents, "--head"], "raylet")
     assert services.start_ray_process is start
-    assert started == [["raylet", "--dashboard_agent_command=cat", "--runtime_env_agent_command=cat", "--head"]]
+    second = agents[1] if is_joined else "--runtime_env_agent_command=cat"
+    assert started == [["raylet", "--dashboard_agent_command=cat", second, "--head"]]
     assert {path.read_text() for path in tmp_path.iterdir()} == {"-1"}
-    assert len(list(tmp_path.iterdir())) == 4
+    told = {path.name.rpartition("_")[0] for path in tmp_path.iterdir()}
+    assert told >= {"metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port"}
+    assert ("runtime_env_agent_port" in told) == (not is_joined)
