@@ -22,6 +22,7 @@ from tpserve.compile.sharding import Sharding
 from tpserve.proto.host import cpu_features
 from tpserve.proto.manifest import HeadFacts, KVLayout, Manifest, sha256_file
 from tpserve.proto.speculation import HEAD_PENDING_ROWS, MAX_DRAFT_TOKENS
+from tpserve.proto.tvm_import import asked_once
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ def _build(
     folder: Path, given: ModelConfig | EagleHeadConfig, compile_config: CompileConfig, key: str, policy: CachePolicy
 ) -> None:
     # The compiler takes a second to import and starts threads: only a build pays for it.
-    from tpserve.compile.pipeline import build_graph, build_head_graph, lower
+    with asked_once():
+        from tpserve.compile.pipeline import build_graph, build_head_graph, lower
 
     head: HeadFacts | None = None
     if isinstance(given, EagleHeadConfig):

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
-
 from tpserve.compile.errors import ModelConfigError
 from tpserve.proto.manifest import sha256_file
 
@@ -187,6 +185,8 @@ class ModelConfig:
         The `llama3` rule is that of the Llama 3.1 release: long wavelengths are divided by `factor`, short ones kept,
         and those between are interpolated.
         """
+        import numpy as np  # whose import is a third of what it takes to find a library in the cache
+
         exponent = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
         inv_freq = (np.float32(1.0) / np.power(np.float32(self.rope_theta), exponent)).astype(np.float32)
         scaling = self.rope_scaling

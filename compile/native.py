@@ -13,9 +13,8 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
 from pathlib import Path
-
-import tvm_ffi.libinfo
 
 from tpserve.compile.errors import CompileError
 from tpserve.compile.progress import Progress
@@ -73,6 +72,8 @@ def build_library(
     NativeBuildError
         If g++ is not installed, or with its output if it fails.
     """
+    import tvm_ffi.libinfo  # with numpy: who finds a library in the cache needs neither
+
     compiler = _compiler()
     library = Path(tvm_ffi.libinfo.find_libtvm_ffi())
     headers = [f"-isystem{path}" for path in tvm_ffi.libinfo.include_paths()]
@@ -126,7 +127,7 @@ def source_hash(sources: Sequence[Path], *, extra_flags: Sequence[str] = ()) -> 
     headers = {header for source in sources for header in source.parent.glob("*.h")}
     for path in sorted({*sources, *headers}, key=lambda path: (path.name, str(path))):
         digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
-    digest.update("\0".join([*_FLAGS, *extra_flags, tvm_ffi.__version__]).encode())
+    digest.update("\0".join([*_FLAGS, *extra_flags, version("apache-tvm-ffi")]).encode())
     return digest.hexdigest()
 
 

@@ -11,9 +11,8 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
-
-import tvm_ffi.libinfo
 
 from tpserve.compile.errors import CompileError
 from tpserve.compile.progress import Progress
@@ -78,6 +77,8 @@ def build_cuda_library(
     CudaBuildError
         If nvcc is not found, or with its output if it fails.
     """
+    import tvm_ffi.libinfo  # with numpy: who finds a library in the cache needs neither
+
     nvcc = _nvcc()
     library = Path(tvm_ffi.libinfo.find_libtvm_ffi())
     headers = [flag for path in tvm_ffi.libinfo.include_paths() for flag in ("-isystem", str(path))]
@@ -122,7 +123,7 @@ def cuda_source_hash(sources: Sequence[Path], *, extra_flags: Sequence[str] = ()
     headers = {header for folder in folders for header in folder.glob("*.cuh")}
     for path in sorted({*sources, *headers}, key=lambda path: (path.name, str(path))):
         digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
-    digest.update("\0".join([*_FLAGS, *extra_flags, nvcc_version(), tvm_ffi.__version__]).encode())
+    digest.update("\0".join([*_FLAGS, *extra_flags, nvcc_version(), version("apache-tvm-ffi")]).encode())
     return digest.hexdigest()
 
 

@@ -47,8 +47,8 @@ class RayDaemons:
     def kill(self) -> None:
         """Kill all that is left, whoever its parent is by now.
 
-        A raylet's agents have nothing but a title in their command lines; but all that Ray starts stays in the session
-        of who started it, which is this process's own, if it leads one.
+        A raylet's agents, or what stands for them, name no folder in their command lines; but all that Ray starts stays
+        in the session of who started it, which is this process's own, if it leads one.
         """
         for pid in filter(self._names_folder, other_pids()):
             with contextlib.suppress(ProcessLookupError):  # gone meanwhile

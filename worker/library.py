@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import tvm_ffi
 
 from tpserve.proto.host import cpu_features
 from tpserve.proto.manifest import Manifest, ManifestError, sha256_file
+from tpserve.proto.tvm_import import asked_once
 from tpserve.worker.errors import LibraryError
 
 KERNEL_PREFIXES = ("tpserve.cpu.", "tpserve.cuda.")
@@ -30,29 +30,12 @@ def _import_tvm_runtime() -> Any:
     given = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        with _unknown_types_looked_up():
+        with asked_once():
             importlib.import_module("tvm.runtime.vm")
             return importlib.import_module("tvm")
     finally:
         if given is None:
             os.environ.pop(name, None)
-
-
-@contextlib.contextmanager
-def _unknown_types_looked_up() -> Iterator[None]:
-    """Let TVM's Python side find out by a list which types its library has.
-
-    It names all of the compiler's, and finds out by the error that each raises. For the trace in the first one the
-    debugging facts of every library of the process are read, which takes a rank beside Ray's 0.7 s.
-    """
-    core: Any = importlib.import_module("tvm_ffi.core")
-    registry: Any = importlib.import_module("tvm_ffi.registry")
-    find = core._object_type_key_to_index
-    core._object_type_key_to_index = lambda key: find(key) if key in registry.get_registered_type_keys() else None
-    try:
-        yield
-    finally:
-        core._object_type_key_to_index = find
 
 
 tvm = _import_tvm_runtime()

@@ -11,12 +11,15 @@ multiplied by the first, of values by the second; ones where pages have no scale
 
 from __future__ import annotations
 
+from functools import cache
+
 import tvm
 from tvm.script import tirx as T
 
 from tpserve.compile.kernels.portable_numbers import narrowed, widened
 
 
+@cache  # layers have the same shapes: it takes 0.1 s to parse
 def rope_append(
     num_q_heads: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: str, page_dtype: str
 ) -> tvm.tirx.PrimFunc:
@@ -95,6 +98,7 @@ def rope_append(
     return rope_append_paged
 
 
+@cache
 def attention(
     num_q_heads: int,
     num_kv_heads: int,

@@ -8,6 +8,7 @@ The plain twins of `kernels/cuda/gemm.cu` and of whatever quantises there. Shape
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import tvm
@@ -40,6 +41,7 @@ def scale_size(columns: int, scales: Scales) -> int:
     return {"row": columns, "grouped": GROUP_SIZE, "silu": SILU_GROUP_SIZE}[scales]
 
 
+@cache
 def quantize(columns: int, scales: Scales) -> tvm.tirx.PrimFunc:
     """(T, K) float32 -> (T, K) e4m3, (T, K / scale_size) float32: a value is its stored value times its scale.
 

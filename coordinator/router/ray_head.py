@@ -53,6 +53,7 @@ def main() -> int:
     try:
         start_own_ray(
             config["num_ranks"],
+            is_joined=True,
             object_store_memory=_OBJECT_STORE_BYTES,
             _temp_dir=str(temp_dir),
             logging_level=logging.WARNING,

@@ -74,14 +74,18 @@ def test_gateway_and_engine_as_the_chart_starts_them(tiny_folder: Path, tmp_path
     files = {"engine_ssl_certfile": certfile, "engine_ssl_keyfile": keyfile, "engine_ssl_ca_certs": authority.cert}
     assert files.keys() <= config.keys()
     config |= {name: str(path) for name, path in files.items()}
-    engine = Server(tiny_folder, *changed, "--load-format", "dummy", folder=tmp_path, environ=token)
     url = f"http://127.0.0.1:{http_port}"
     gateway = subprocess.Popen(
         [sys.executable, "-m", "tpserve.coordinator.gateway", json.dumps(config)],
-        env=environment(engine.mark, token),
+        env=environment("a gateway", token),
         stdout=subprocess.DEVNULL,
     )
+    engine: Server | None = None
     try:
+        # The gateway is up before the engine, as pods come in any order.
+        until(lambda: httpx_status(f"{url}/health/live") == 200, within_s=60, what="the gateway lives")
+        assert httpx_status(f"{url}/health/startup") == 503
+        engine = Server(tiny_folder, *changed, "--load-format", "dummy", folder=tmp_path, environ=token)
 
         def ready(address: str) -> bool:
             assert engine.process.poll() is None, engine.report("the engine ended")
@@ -91,9 +95,6 @@ def test_gateway_and_engine_as_the_chart_starts_them(tiny_folder: Path, tmp_path
             except httpx.TransportError:
                 return False
 
-        # The gateway is up before the engine, as pods come in any order.
-        until(lambda: httpx_status(f"{url}/health/live") == 200, within_s=60, what="the gateway lives")
-        assert httpx_status(f"{url}/health/startup") == 503
         until(lambda: ready(f"http://127.0.0.1:{operations_port}"), within_s=240, what="the engine is ready")
         until(lambda: ready(url), within_s=20, what="the gateway is ready")
         with openai.OpenAI(base_url=f"{url}/v1", api_key="another-key", max_retries=0) as client:
@@ -119,7 +120,8 @@ def test_gateway_and_engine_as_the_chart_starts_them(tiny_folder: Path, tmp_path
     finally:
         gateway.kill()
         gateway.wait(10)
-        engine.kill_all()
+        if engine is not None:
+            engine.kill_all()
 
 
 def httpx_status(url: str) -> int | None:

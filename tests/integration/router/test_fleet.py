@@ -40,7 +40,7 @@ def test_the_router_is_started_again_and_ray_is_not(tiny_folder: Path, tmp_path:
             assert isinstance(chat_text(client, "Hello", max_tokens=4), str)
         (raylet,) = (process for process in processes_of(server.mark) if process.name() == "raylet")
         server.footprint.look()
-        (agent,) = (process for process in raylet.children() if process.name() == "ray::DashboardAgent")
+        (agent,) = (process for process in raylet.children() if process.name() == "ray::RuntimeEnvAgent")
         agent.suspend()  # it would leave by itself, some time
         raylet.kill()
         assert server.process.wait(patient(ENDED_WITHIN_S)) == 1, server.report("the exit code")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from ray._private import node
+from ray._private import node, services
 
+from tpserve.coordinator import own_ray
 from tpserve.coordinator.own_ray import start_own_ray
 
 
@@ -31,7 +33,7 @@ def test_rays_node_is_another_only_while_it_starts(monkeypatch: pytest.MonkeyPat
 
     def fail(**_: Any) -> None:
         assert issubclass(node.Node, whole)
-        for name in ("start_monitor", "start_api_server", "start_ray_processes"):
+        for name in ("start_monitor", "start_api_server", "start_raylet", "start_ray_processes"):
             assert getattr(node.Node, name) is not getattr(whole, name), "Ray still calls it so"
         raise RuntimeError("no port is free")
 
@@ -39,3 +41,28 @@ def test_rays_node_is_another_only_while_it_starts(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError, match="no port is free"):
         start_own_ray(2)
     assert node.Node is whole
+
+
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_a_raylet_has_the_agents_that_it_needs(
+    is_joined: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray's own ones tell it where they listen, in files of the session's folder."""
+    started: list[list[str]] = []
+
+    def start(command: list[str], kind: str) -> None:
+        assert kind == "raylet"
+        started.append(command)
+
+    monkeypatch.setattr(services, "start_ray_process", start)
+    agents = ["--dashboard_agent_command=python agent.py --x=1", "--runtime_env_agent_command=python main.py"]
+    unneeded = own_ray._DASHBOARD_AGENT if is_joined else own_ray._BOTH_AGENTS
+    with own_ray._without_agents(unneeded, str(tmp_path), "f" * 56):
+        services.start_ray_process(["raylet", *agents, "--head"], "raylet")
+    assert services.start_ray_process is start
+    second = agents[1] if is_joined else "--runtime_env_agent_command=cat"
+    assert started == [["raylet", "--dashboard_agent_command=cat", second, "--head"]]
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"-1"}
+    told = {path.name.rpartition("_")[0] for path in tmp_path.iterdir()}
+    assert told >= {"metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port"}
+    assert ("runtime_env_agent_port" in told) == (not is_joined)
