@@ -84,7 +84,7 @@ class Cluster:
         self._num_ranks = rank.tp_size + self._num_draft_ranks
         self._bundle = {"CPU": 1}
         if config.ray_address is not None and rank.device is not None:
-            self._bundle["GPU"] = 1  # others may use the cluster; a Ray of our own counts none
+            self._bundle["GPU"] = 1  # others may use the cluster; ours counts none and makes no environments
         self._placement: Any = None
         self._node_id = ""
         """Ray's, of this node."""
