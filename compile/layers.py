@@ -226,19 +226,20 @@ class MLP(nn.Module):
         self, x: GemmInput, residual: Tensor, norm: nn.Parameter, *, quantize: bool
     ) -> tuple[Tensor, GemmInput]:
         """(T, H), residual (T, H) -> the residual stream with this layer, and its norm, quantised if GEMMs want it."""
-        context = self._context
-        hidden, sharding = context.config.hidden_size, context.sharding
-        joined = context.operators.joins_mlp(hidden, sharding.intermediate_size, sharding.tp_size)
-        if joined and x.scales == "norm" and not context.config.mlp_bias:
-            return context.operators.mlp_add_rms_norm(
+        config, sharding = self._context.config, self._context.sharding
+        if not config.mlp_bias:
+            joined = self._context.operators.joined_mlp(
                 x,
                 GemmWeight(self.gate_up.weight, self.gate_up.scale),
                 GemmWeight(self.down.weight, self.down.scale),
                 sharding.intermediate_size,
                 residual,
-                Norm(norm, context.config.rms_norm_eps),
+                Norm(norm, config.rms_norm_eps),
+                tp_size=sharding.tp_size,
                 quantize=quantize,
             )
+            if joined is not None:
+                return joined
         return self.down.add_to(residual, self.gate_up.silu_mul(x), norm, quantize=quantize)
 
 

@@ -144,13 +144,7 @@ class Operators(Protocol):
     def gemm_silu_mul(self, x: GemmInput, weight: GemmWeight, bias: Tensor | None, rows: int) -> GemmInput:
         """(T, K), packed weight of `rows` = 2F output rows of gate and up, (rows,) -> SiLU(gate) * up, (T, F)."""
 
-    def joins_mlp(self, hidden_size: int, intermediate_size: int, tp_size: int) -> bool:
-        """Return whether `mlp_add_rms_norm` takes an MLP of such sizes.
-
-        It must have no biases, and its rows be those of a norm that `gemm_sum_add_rms_norm` has begun.
-        """
-
-    def mlp_add_rms_norm(
+    def joined_mlp(
         self,
         x: GemmInput,
         gate_up: GemmWeight,
@@ -159,9 +153,13 @@ class Operators(Protocol):
         residual: Tensor,
         norm: Norm,
         *,
-        quantize: bool = True,
-    ) -> tuple[Tensor, GemmInput]:
-        """Return (residual + the MLP of x, its norm), as `gemm_silu_mul` and `gemm_sum_add_rms_norm` do."""
+        tp_size: int,
+        quantize: bool,
+    ) -> tuple[Tensor, GemmInput] | None:
+        """Return (residual + the MLP of x, its norm) of one call; None where two products are what there is.
+
+        x is (T, H), of a norm that `gemm_sum_add_rms_norm` has begun; F = `intermediate_size` of the rank, no biases.
+        """
 
     def attention(
         self,

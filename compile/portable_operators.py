@@ -86,11 +86,7 @@ class PortableOperators:
             return GemmInput(self._stored(out))
         return self._quantized(out, "silu" if rows // 2 % STAGE_SIZE == 0 else "row")
 
-    def joins_mlp(self, hidden_size: int, intermediate_size: int, tp_size: int) -> bool:
-        """See Operators."""
-        return False
-
-    def mlp_add_rms_norm(
+    def joined_mlp(
         self,
         x: GemmInput,
         gate_up: GemmWeight,
@@ -99,11 +95,10 @@ class PortableOperators:
         residual: Tensor,
         norm: Norm,
         *,
-        quantize: bool = True,
-    ) -> tuple[Tensor, GemmInput]:
-        """See Operators; two products here, in the order of `gate_up_interleave`."""
-        act = self.gemm_silu_mul(x, gate_up, None, 2 * intermediate_size)
-        return self.gemm_sum_add_rms_norm(act, down, None, residual, norm, tp_size=1, quantize=quantize)
+        tp_size: int,
+        quantize: bool,
+    ) -> None:
+        """See Operators; two products are its plain twin."""
 
     def attention(
         self,

@@ -133,18 +133,7 @@ class TunedOperators:
         _, values, scales = self._call(f"{self._prefix}{name}", args, outputs)
         return GemmInput(values, scales, "silu")
 
-    def joins_mlp(self, hidden_size: int, intermediate_size: int, tp_size: int) -> bool:
-        """See Operators; for sizes with which the kernel's blocks, of 64 activations, nearly fill a GPU."""
-        sizes = hidden_size, intermediate_size
-        return (
-            self._target == "cuda"
-            and self._quantize
-            and tp_size == 1
-            and not any(size % STAGE_SIZE for size in sizes)
-            and all(least <= size <= most for size, (least, most) in zip(sizes, _MLP_SIZES, strict=True))
-        )
-
-    def mlp_add_rms_norm(
+    def joined_mlp(
         self,
         x: GemmInput,
         gate_up: GemmWeight,
@@ -153,9 +142,16 @@ class TunedOperators:
         residual: Tensor,
         norm: Norm,
         *,
-        quantize: bool = True,
-    ) -> tuple[Tensor, GemmInput]:
-        """See Operators; see `kernels/cuda/mlp_kernel.cuh`."""
+        tp_size: int,
+        quantize: bool,
+    ) -> tuple[Tensor, GemmInput] | None:
+        """See Operators; for sizes with which blocks of 64 activations nearly fill a GPU (`mlp_kernel.cuh`)."""
+        sizes = int(residual.shape[1]), intermediate_size
+        fits = not any(size % STAGE_SIZE for size in sizes) and all(
+            least <= size <= most for size, (least, most) in zip(sizes, _MLP_SIZES, strict=True)
+        )
+        if not (fits and self._target == "cuda" and self._quantize and tp_size == 1 and x.scales == "norm"):
+            return None
         tokens, columns = residual.shape
         operands = [part for pair in (x, gate_up, down) for part in (pair.values, pair.scale) if part is not None]
         outputs = [((tokens, 2 * intermediate_size), self._dtype), *_grouped(tokens, intermediate_size, _SILU_GROUPS)]

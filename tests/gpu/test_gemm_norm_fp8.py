@@ -8,13 +8,13 @@ import cupy
 import numpy as np
 import pytest
 
+from gpu.begun_norm import MOST_FOLDED, BegunFp8
 from gpu.device import BF16, FP8, DeviceArray, poisoned, random_bf16, random_fp8, relative_error
 from gpu.gemm_operands import Kernels, pack, padded, rows_of, uniform
 
 pytestmark = pytest.mark.gpu
 
 ALL_M = [1, 2, 7, 8, 9, 15, 16, 17, 64, 129]
-MOST_FOLDED = 16
 EPS = 1e-3
 """Large enough to be seen."""
 GROUPS = {"": 0, "grouped": 128, "after_silu": 32}
@@ -46,30 +46,6 @@ class Tokens:
         self.float64 = self.values.float64() * each
 
 
-class Begun:
-    """What a product gives that begins a norm of e4m3, with a guard row behind the last token."""
-
-    def __init__(self, num_m: int, size: int) -> None:
-        self._num_m = num_m
-        self.scratch = poisoned((num_m, size), BF16)
-        self._stream, self._out = poisoned((num_m + 1, size), BF16), poisoned((num_m + 1, size), FP8)
-        self.norms = poisoned((2, size // 64, padded(num_m)), np.float32)
-        self.stream, self.out = rows_of(self._stream, num_m), rows_of(self._out, num_m)
-        self.outputs = (self.scratch, self.stream, self.out, self.norms)
-
-    def assert_guarded(self) -> None:
-        assert bool((self._stream.bits[self._num_m] == 0xFFFF).all())
-        assert bool((self._out.bits[self._num_m] == 0xFF).all())
-
-    @property
-    def weighted(self) -> Any:
-        """(M, H) float64: of up to 16 tokens the stream times the norm's weight, of more the whole norm."""
-        if self._num_m > MOST_FOLDED:
-            return self.out.float64() * self.norms.float64().reshape(-1)[: self._num_m, None]
-        scales = self.norms.float64()[0, :, : self._num_m].T
-        return self.out.float64() * cupy.repeat(scales, 64, axis=1)
-
-
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("kind", GROUPS)
 @pytest.mark.parametrize(("size", "num_k"), [(256, 256), (2048, 8192), (4096, 4096), (4096, 14336)])
@@ -83,7 +59,7 @@ def test_both_ends(kernels: Kernels, size: int, num_k: int, kind: str, bias: boo
     inputs_after = [packed_after, after_channels, added_after] if bias else [packed_after, after_channels]
     for num_m in ALL_M:
         x, residual = Tokens(kind, num_m, num_k, 10 + num_m), random_bf16((num_m, size), 2.0, 3)
-        begun, out = Begun(num_m, size), poisoned((num_m + 1, num_n), np.float32)
+        begun, out = BegunFp8(num_m, size), poisoned((num_m + 1, num_n), np.float32)
         function = kernels(f"gemm_fp8{name}_add_rms_norm{suffix}")
         function(x.values, x.scale, *inputs, residual, norm, EPS, *begun.outputs)
         begun.assert_guarded()
@@ -108,7 +84,11 @@ def test_the_activations_of_a_begun_norm(kernels: Kernels, size: int) -> None:
     channels, wide_channels, norm = uniform(hidden, 6, 0.02), uniform(2 * size, 7, 0.02), uniform(hidden, 4)
     packed, packed_wide = pack(kernels, weight), pack(kernels, gate_up)
     for num_m in ALL_M:
-        x, residual, begun = Tokens("", num_m, 2048, num_m), random_bf16((num_m, hidden), 2.0, 3), Begun(num_m, hidden)
+        x, residual, begun = (
+            Tokens("", num_m, 2048, num_m),
+            random_bf16((num_m, hidden), 2.0, 3),
+            BegunFp8(num_m, hidden),
+        )
         kernels("gemm_fp8_add_rms_norm")(x.values, x.scale, packed, channels, residual, norm, EPS, *begun.outputs)
         plain = poisoned((num_m, 2 * size), BF16)
         kernels("gemm_fp8_normed")(begun.out, begun.norms, packed_wide, wide_channels, plain)

@@ -29,12 +29,13 @@ struct MlpEnd {
     }
   }
 
-  /// Adds the parts in the order of warps and pairs, and writes the stream with its norm begun. `added`: shared memory for
-  /// [two tokens][warp][32].
+  /// Adds the parts, each warp those of every eighth pair and then all warps', and writes the stream with its norm begun.
+  /// `added`: shared memory for [two tokens][warp][32], where the tokens were.
   __device__ __forceinline__ void write(const MlpParams& p, int pairs, float4* added) const {
     __shared__ float squares_of_tile[2][8], largest_of_tile[2][8];  // [first or second token][warp]
+    static_assert(MlpShape::kTokens / 2 * 8 * 32 * sizeof(float4) <= MlpShape::kLeastHidden * MlpShape::kTokens);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    // Each warp adds an eighth of the pairs' parts, eight at a time of up to four tokens.
+    // Eight of a warp's parts at a time, of up to four tokens: each is a trip to L2.
     const int twos = (p.M + 1) / 2;
     for (int t = 0; t < twos; t += 2) {
       const int beside = min(twos - t, 2);

@@ -4,9 +4,9 @@
 //
 // A block has 64 activations, of two tiles of gate_up's channels, one for each of its two warp groups. Blocks go in pairs:
 // both take the 128 activations of the pair, with which each multiplies one half of down's channels. So the sums of down's
-// channels are cut into as many parts as there are pairs, and of each tile of 64 channels one block, its owner, adds them up
-// in the order of pairs. Activations go to the pair's other block, and sums to the owner, in slots (slots.cuh): all blocks
-// run at once.
+// channels are cut into as many parts as there are pairs, and of each tile of 64 channels one block, its owner, adds them up,
+// always in one order (mlp_end.cuh). Activations go to the pair's other block, and sums to the owner, in slots (slots.cuh):
+// all blocks run at once.
 #pragma once
 
 #include "gemm_grouped.cuh"
@@ -121,7 +121,7 @@ static __global__ void __launch_bounds__(MlpShape::kThreads, 1)
       }
     }
   }
-  __syncwarp();
+  __syncwarp();  // products are of whole warps
   float sums[4] = {};
   const uint64_t b_tokens = matrix_descriptor(shared_address(tokens));
   for (int u = 0; u < units; ++u) {
