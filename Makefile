@@ -118,8 +118,8 @@ test-gpu: $(VENV)/.dev   ## tests that need CUDA devices
 # racecheck takes what GEMMs and attention rest on for races, see tests/gpu/sanitize.py.
 sanitize: $(VENV)/.dev   ## a part of the kernels' tests under compute-sanitizer, on a CUDA device
 	for tool in memcheck synccheck initcheck; do $(BIN)/python tests/gpu/sanitize.py $$tool --every 20 -q \
-	  $(addprefix tests/gpu/test_,$(addsuffix .py,attention draft_link elementwise gemm gemm_norm gemm_norm_fp8 gemm_silu head \
-	    new_tokens sample suffix)) \
+	  $(addprefix tests/gpu/test_,$(addsuffix .py,attention draft_link elementwise gemm gemm_norm gemm_norm_fp8 gemm_silu head mlp \
+	    new_tokens qkv_attention sample suffix)) \
 	  || exit; done
 	$(BIN)/python tests/gpu/sanitize.py racecheck --every 20 -q \
 	  $(addprefix tests/gpu/test_,$(addsuffix .py,elementwise head sample suffix))

@@ -181,10 +181,17 @@ class Attention(nn.Module):
         `rows`: (R,) int32, the tokens that are wanted; the others have their K and V, and no more.
         """
         kv, operators = PagedKV(pages, self.kv_scale), self._context.operators
-        out = operators.attention(self.qkv(x), self._qk_norm(), batch, kv, self._shape)
+        out = self._joined(x, batch, kv) or operators.attention(self.qkv(x), self._qk_norm(), batch, kv, self._shape)
         if rows is not None:
             out, residual = GemmInput(operators.take_rows(out.values, rows)), operators.take_rows(residual, rows)
         return self.o.add_to(residual, out, norm)
+
+    def _joined(self, x: GemmInput, batch: BatchInputs, kv: PagedKV) -> GemmInput | None:
+        config = self._context.config
+        if config.qkv_bias or config.qk_norm:
+            return None
+        weight = GemmWeight(self.qkv.weight, self.qkv.scale)
+        return self._context.operators.joined_attention(x, weight, batch, kv, self._shape)
 
     def append(self, x: GemmInput, batch: BatchInputs, pages: Tensor) -> Tensor:
         """(T, H) -> rotated queries, (T, Hq, D); writes K and V to `pages`, and attends to nothing."""

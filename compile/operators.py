@@ -161,6 +161,19 @@ class Operators(Protocol):
         x is (T, H), of a norm that `gemm_sum_add_rms_norm` has begun; F = `intermediate_size` of the rank, no biases.
         """
 
+    def joined_attention(
+        self,
+        x: GemmInput,
+        qkv: GemmWeight,
+        batch: BatchInputs,
+        kv: PagedKV,
+        shape: AttentionShape,
+    ) -> GemmInput | None:
+        """Return what `attention` gives of x's queries, keys and values, of one call; None where two are what there is.
+
+        x is (T, H), of a norm that `gemm_sum_add_rms_norm` has begun; no biases, no norms of heads.
+        """
+
     def attention(
         self,
         qkv: Tensor,

@@ -100,6 +100,16 @@ class PortableOperators:
     ) -> None:
         """See Operators; two products are its plain twin."""
 
+    def joined_attention(
+        self,
+        x: GemmInput,
+        qkv: GemmWeight,
+        batch: BatchInputs,
+        kv: PagedKV,
+        shape: AttentionShape,
+    ) -> None:
+        """See Operators; a product and attention are its plain twin."""
+
     def attention(
         self,
         qkv: Tensor,

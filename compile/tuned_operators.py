@@ -31,6 +31,8 @@ _TILE = 64
 """Channels whose squares a GEMM adds up."""
 _MLP_SIZES = (2048, 4096), (96 * 64, 132 * 64)
 """Hidden and intermediate sizes that the kernel of a whole MLP is for."""
+_JOINED_HEADS, _JOINED_HIDDEN = (4, 11, 64), 2048
+"""Query heads of a KV head, most KV heads, their size, and most hidden, of the kernel of qkv and attention."""
 
 
 class TunedOperators:
@@ -163,6 +165,53 @@ class TunedOperators:
         if not quantize:
             return total, GemmInput(self._extern("rms_norm", [total, norm.weight, norm.eps], total.shape))
         return total, GemmInput(normed, norms, "norm")
+
+    def joined_attention(
+        self,
+        x: GemmInput,
+        qkv: GemmWeight,
+        batch: BatchInputs,
+        kv: PagedKV,
+        shape: AttentionShape,
+    ) -> GemmInput | None:
+        """See Operators; for sizes of which a GPU has all blocks at once (`kernels/cuda/qkv_attention_kernel.cuh`)."""
+        tokens, hidden = x.values.shape
+        heads, columns = shape.num_q_heads + 2 * shape.num_kv_heads, shape.num_q_heads * shape.head_dim
+        group, most_kv_heads, head_dim = _JOINED_HEADS
+        fits = shape.num_q_heads == group * shape.num_kv_heads and shape.num_kv_heads <= most_kv_heads
+        fits = (
+            fits
+            and shape.head_dim == head_dim
+            and int(hidden) % (2 * STAGE_SIZE) == 0
+            and int(hidden) <= _JOINED_HIDDEN
+        )
+        if not (fits and self._target == "cuda" and shape.has_groups and shape.window == 0 and x.scales == "norm"):
+            return None
+        if x.scale is None or qkv.scale is None:  # of bfloat16
+            return None
+        name, scales = ("qkv_attention_grouped", []) if kv.scale is None else ("qkv_attention_fp8_grouped", [kv.scale])
+        where = [batch.positions, batch.token_slots, batch.page_table, batch.rope, batch.plan]
+        _, _, values, groups = self._call(
+            f"{self._prefix}{name}",
+            [
+                x.values,
+                x.scale,
+                qkv.values,
+                qkv.scale,
+                *scales,
+                kv.pages,
+                *where,
+                shape.scale,
+                shape.window,
+                batch.workspace,
+            ],
+            [
+                ((tokens, heads * shape.head_dim), self._dtype),
+                ((tokens, columns), self._dtype),
+                *_grouped(tokens, columns),
+            ],
+        )
+        return GemmInput(values, groups, "grouped")
 
     def attention(
         self,

@@ -15,6 +15,7 @@
 #include "attention_decode.cuh"
 #include "attention_rows.cuh"
 #include "elementwise.cuh"
+#include "joined.cuh"
 
 namespace tpserve::cuda {
 namespace {
@@ -183,14 +184,6 @@ void attention_plan(TensorView positions, TensorView token_slots, int64_t num_sl
          static_cast<int>(num_kv_heads), static_cast<int>(window), layout, words);
 }
 
-/// What every variant takes, besides scales of pages and a norm.
-struct Inputs {
-  const TensorView &qkv, &kv_layer, &positions, &token_slots, &page_table, &rope, &plan;
-  double scale;
-  int64_t window;
-  const TensorView &workspace, &q;
-};
-
 /// Norm weights of queries and keys with their epsilon, or none.
 struct HeadNorm {
   const TensorView* q_weight = nullptr;
@@ -226,7 +219,7 @@ void run(const AttentionParams<KV>& p, int device, cudaStream_t stream) {
 }
 
 template <typename KV>
-void attend(const Inputs& in, const HeadNorm& norm, KVScales<KV> kv_scales, const Output& output) {
+void attend(const AttentionInputs& in, const HeadNorm& norm, KVScales<KV> kv_scales, const Output& output) {
   check_rank("q", in.q, 2);
   check_rank("rope", in.rope, 2);
   check_rank("workspace", in.workspace, 1);
@@ -284,7 +277,7 @@ void attend(const Inputs& in, const HeadNorm& norm, KVScales<KV> kv_scales, cons
 /// As `attend`, with e4m3 out. More tokens than have grouped scales go through `q` in bfloat16: a token's output of a head
 /// is written when its queries have been read, by the last of its items.
 template <typename KV>
-void attend_grouped(const Inputs& in, const HeadNorm& norm, KVScales<KV> kv_scales, const TensorView& out,
+void attend_grouped(const AttentionInputs& in, const HeadNorm& norm, KVScales<KV> kv_scales, const TensorView& out,
                     const TensorView& scales) {
   check_rank("q", in.q, 2);
   check_rank("rope", in.rope, 2);
@@ -292,6 +285,15 @@ void attend_grouped(const Inputs& in, const HeadNorm& norm, KVScales<KV> kv_scal
   attend<KV>(in, norm, kv_scales, {&in.q});
   quantize_fp8_grouped(in.q, out, scales);
 }
+
+}  // namespace
+
+void attend_grouped(const AttentionInputs& in, const TensorView* kv_scale, const TensorView& out, const TensorView& scales) {
+  if (kv_scale == nullptr) return attend_grouped<bf16>(in, {}, {}, out, scales);
+  attend_grouped<fp8>(in, {}, scales_from(*kv_scale), out, scales);
+}
+
+namespace {
 
 /// (T, (Hq + 2 Hkv) D) bf16 -> (T, Hq D) bf16: turns queries and keys, appends keys and values to their pages, and attends.
 /// `q` is (T, Hq D) bf16, for the turned queries of steps that do not only decode. Tokens with slot -1 append nothing and

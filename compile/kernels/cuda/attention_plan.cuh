@@ -83,13 +83,14 @@ struct DecodeRoom {
   }
 };
 
+/// It lets no kernel start before it ends: attention, which starts before the kernels before it have ended, then finds the
+/// plan, and all pages as the step before has left them.
 static __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group, int num_kv_heads,
                 int window, PlanLayout layout, int32_t* plan) {
   __shared__ uint32_t starts[kMaxPlanTokens / 32 + 1];  // bit t: a run starts at token t
   __shared__ int num_wide;
   __shared__ DecodeRoom room;
-  pdl_launch();
   pdl_wait();
   const int max_rows = static_cast<int>(max_partial_rows(num_tokens, num_slots, group));
   const int max_runs = min(num_tokens, num_slots);
@@ -145,12 +146,10 @@ static __global__ void __launch_bounds__(kPlanThreads)
   __syncthreads();
   if (room.fits()) visit_runs(false);
   if (threadIdx.x == 0) plan[0] = num_wide, plan[1] = room.num_items;
+  __threadfence();  // the end alone makes it seen by those who wait for it
 }
 
-/// Of a step in which each token is its slot's only one: there are no runs to look for.
-///
-/// It lets no kernel start before it ends: attention, which starts before the kernels before it have ended, then finds the
-/// plan, and all pages as the step before has left them.
+/// Of a step in which each token is its slot's only one: there are no runs to look for. It, too, lets none start before.
 static __global__ void __launch_bounds__(kPlanThreads)
     decode_plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group,
                        int num_kv_heads, int window, PlanLayout layout, int32_t* plan) {

@@ -3,7 +3,7 @@
 #include "gemm.cuh"
 #include "gemm_dispatch.cuh"
 #include "gemm_product.cuh"
-#include "mlp.cuh"
+#include "joined.cuh"
 
 namespace tpserve::cuda {
 namespace {
@@ -64,8 +64,6 @@ void multiply_add_rms_norm_fp8(GemmKind kind, const TensorView& x, const TensorV
   run(std::integral_constant<int, kGroupSize>());
 }
 
-namespace {
-
 /// x w^T of e4m3 tokens of a norm, with its `norms`.
 void multiply_normed_fp8(const TensorView& x, const TensorView& norms, const TensorView& weights,
                          const TensorView& channel_scale, const TensorView* bias, const TensorView& out) {
@@ -78,8 +76,6 @@ void multiply_normed_fp8(const TensorView& x, const TensorView& norms, const Ten
   dispatch_few<fp8, kMaxFoldedFp8Tokens, kNormGroupSize, End::kMemory>(product.params, product.tokens, product.K,
                                                                        product.stream);
 }
-
-}  // namespace
 
 /// SiLU(gate) * up of the same tokens, with grouped scales. `scratch` (M, 2F) bf16 takes the product of tokens so many that
 /// the kernel does not end in SiLU.

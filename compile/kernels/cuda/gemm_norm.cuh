@@ -146,6 +146,17 @@ __device__ __forceinline__ void add_squares(const float* squares, int tokens, in
   meet<3, 128>();
 }
 
+/// The same of squares in shared memory, (tiles, 8), by one warp beside those that multiply.
+__device__ __forceinline__ void add_squares_of_tiles(const float* squares, int tiles, int size, float (&factors)[8]) {
+  const int lane = threadIdx.x % 32;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int tile = lane / 8; tile < tiles; tile += 4) sum += squares[tile * 8 + lane % 8];
+  sum += __shfl_xor_sync(~0u, sum, 8);
+  sum += __shfl_xor_sync(~0u, sum, 16);
+  if (lane < 8) factors[lane] = rsqrtf(sum / static_cast<float>(size));
+}
+
 /// What the end of a tile needs besides the sums: scales of e4m3 channels, biases, and a factor for each token.
 template <bool kByChannel, int kTokens>
 struct NormedScales {

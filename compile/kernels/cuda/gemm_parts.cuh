@@ -49,6 +49,15 @@ __device__ __forceinline__ void tensor_copy(uint32_t target, const CUtensorMap* 
       : "memory");
 }
 
+/// The same of a `few_tokens_map`: its tiles of eight tokens x 128 bytes, from tile `first` of K on.
+__device__ __forceinline__ void copy_few_tokens(uint32_t target, const CUtensorMap* map, int first, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+          target),
+      "l"(map), "r"(0), "r"(0), "r"(first), "r"(shared_address(barrier))
+      : "memory");
+}
+
 /// Takes a warp's tile of 16 channels x all tokens, eight tokens at a time, for the output in memory.
 struct MemoryTile {
   static constexpr bool kToPeers = false;
@@ -119,23 +128,40 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-/// Boxes of 128 bytes of K by `tokens` rows; what is outside of x reads as zero.
-template <typename T>
-CUtensorMap token_map(const T* x, int64_t M, int64_t K, int tokens) {
+/// A map of bytes or bfloat16 with rows of 128 bytes, swizzled; what is outside reads as zero.
+template <typename T, int kRank>
+CUtensorMap swizzled_map(const T* x, const cuuint64_t (&sizes)[kRank], const cuuint64_t (&strides)[kRank - 1],
+                         const cuuint32_t (&box)[kRank]) {
   CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(K), static_cast<cuuint64_t>(M)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(K) * sizeof(T)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / sizeof(T)), static_cast<cuuint32_t>(tokens)};
-  const cuuint32_t steps[2] = {1, 1};
+  cuuint32_t steps[kRank];
+  for (cuuint32_t& step : steps) step = 1;
   const CUresult status = encode_tiled()(
-      &map, sizeof(T) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<T*>(x), sizes,
+      &map, sizeof(T) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<T*>(x), sizes,
       strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
-    TVM_FFI_THROW(RuntimeError) << "cuTensorMapEncodeTiled: CUresult " << static_cast<int>(status) << " for x (" << M
-                                << ", " << K << ")";
+    TVM_FFI_THROW(RuntimeError) << "cuTensorMapEncodeTiled: CUresult " << static_cast<int>(status) << " for x of "
+                                << sizes[1] << " tokens";
   }
   return map;
+}
+
+/// Boxes of 128 bytes of K by `tokens` rows.
+template <typename T>
+CUtensorMap token_map(const T* x, int64_t M, int64_t K, int tokens) {
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(K), static_cast<cuuint64_t>(M)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(K) * sizeof(T)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / sizeof(T)), static_cast<cuuint32_t>(tokens)};
+  return swizzled_map<T, 2>(x, sizes, strides, box);
+}
+
+/// Of up to eight e4m3 tokens `bytes` of K at once, in tiles of eight tokens x 128 bytes: sixteen copies, one after the other,
+/// take as long as their way through L2.
+inline CUtensorMap few_tokens_map(const fp8* x, int64_t M, int64_t K, int64_t bytes) {
+  const cuuint64_t sizes[] = {128, static_cast<cuuint64_t>(M), static_cast<cuuint64_t>(K / 128)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(K), 128};
+  const cuuint32_t box[] = {128, 8, static_cast<cuuint32_t>(bytes / 128)};
+  return swizzled_map<fp8, 3>(x, sizes, strides, box);
 }
 
 }  // namespace tpserve::cuda

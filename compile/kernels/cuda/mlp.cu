@@ -1,6 +1,6 @@
 // A layer's MLP as one function: one kernel for few tokens, else two products.
 #include "gemm_product.cuh"
-#include "mlp.cuh"
+#include "joined.cuh"
 #include "mlp_kernel.cuh"
 
 namespace tpserve::cuda {
@@ -59,7 +59,7 @@ void mlp_fp8_add_rms_norm(TensorView x, TensorView norms, TensorView gate_up, Te
   static_assert(kLetterBytes + MlpShape::kMostHidden / 64 * (kGrid / 2) * 128 * sizeof(float4) <= kWorkspaceBytes);
   if (M == 0) return;
   launch(mlp_kernel, blocks, MlpShape::kThreads, MlpShape::shared_bytes(p.K, p.stages), up.stream,
-         token_map(up.tokens, M, K, p.M), p);
+         few_tokens_map(up.tokens, M, K, K), p);
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(mlp_fp8_add_rms_norm, mlp_fp8_add_rms_norm);

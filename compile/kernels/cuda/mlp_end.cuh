@@ -37,10 +37,12 @@ struct MlpEnd {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // Eight of a warp's parts at a time, of up to four tokens: each is a trip to L2.
     const int twos = (p.M + 1) / 2;
+#pragma unroll 1
     for (int t = 0; t < twos; t += 2) {
       const int beside = min(twos - t, 2);
       float4 sum[2] = {};
       float4* const from = p.parts + (static_cast<int64_t>(tile) * pairs * 4 + t) * 32 + lane;
+#pragma unroll 1
       for (int q = warp; q < pairs; q += 64) {
         const auto place = [&](int k, int j) { return from + static_cast<int64_t>(q + k * 8) * 128 + j * 32; };
         uint4 asked[8][2];

@@ -42,15 +42,20 @@ __device__ __forceinline__ void fetch_weights(const MlpParams& p, uint32_t ring,
     }
   };
   const int ahead = min(count, p.stages);
+  bool is_late = false;
+#pragma unroll 1
   for (int i = 0; i < ahead; ++i) {
+    if (i == MlpShape::kPace) is_late = *released;
     if (i >= MlpShape::kPace && !*released) barrier_wait(full + i - MlpShape::kPace, 0);
     load(i, i);
   }
-  RingPlace place;
+  RingPlace place, before{ahead - (is_late ? MlpShape::kLatePace : MlpShape::kPace)};
+#pragma unroll 1
   for (int i = ahead; i < count; ++i) {
+    barrier_wait(full + before.slot, before.parity);
     barrier_wait(empty + place.slot, place.parity);
     load(i, place.slot);
-    place.advance(p.stages);
+    place.advance(p.stages), before.advance(p.stages);
   }
 }
 
@@ -62,7 +67,6 @@ static __global__ void __launch_bounds__(MlpShape::kThreads, 1)
   __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
   __shared__ alignas(8) float act_scales[4][kTokens];  // of 32 activations each
   __shared__ volatile int released;  // whether the kernels before have ended
-  __shared__ float squares_of_part[128];
   __shared__ alignas(8) float factors[kTokens];
   __shared__ float2 largest_of_warp[2][4][kTokens / 2];
   const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
@@ -89,14 +93,18 @@ static __global__ void __launch_bounds__(MlpShape::kThreads, 1)
     return;
   }
   if (warp == 9) {
-    if (lane != 0) return;
-    pdl_wait();
-    released = 1;
-    const int scale_bytes = p.tiles * 2 * kTokens * 4;
-    barrier_expect(own, p.K * p.M + scale_bytes);
-    for (int k = 0; k < p.K / 128; ++k) tensor_copy(shared_address(tokens) + k * kTokens * 128, &map, k * 128, 0, own);
-    bulk_copy(shared_address(scales), p.norms, scale_bytes, own);
-    return;
+    if (lane == 0) {
+      pdl_wait();
+      released = 1;
+      const int scale_bytes = p.tiles * 2 * kTokens * 4;
+      barrier_expect(own, p.K * kTokens + scale_bytes);
+      copy_few_tokens(shared_address(tokens), &map, 0, own);
+      bulk_copy(shared_address(scales), p.norms, scale_bytes, own);
+    }
+    __syncwarp();
+    barrier_wait(own, 0);
+    add_squares_of_tiles(scales + p.tiles * kTokens, p.tiles, p.K, factors);
+    return meet<1, 288>();
   }
   const int group = __shfl_sync(~0u, warp / 4, 0), thread = threadIdx.x % 128, warp_of_group = warp % 4;
   pdl_wait();
@@ -106,31 +114,17 @@ static __global__ void __launch_bounds__(MlpShape::kThreads, 1)
 #pragma unroll
   for (int h = 0; h < 2; ++h) scale_of[h] = __ldg(p.gate_up_scale + tile * 64 + warp_of_group * 16 + lane / 4 + h * 8);
   barrier_wait(own, 0);
-  {  // 1 / rms of each token: sixteen threads a token, of which each has K / 1024 squares
-    const float* const squares = scales + p.tiles * kTokens;
-    if (group == 0) {
-      float sum = 0.0f;
-      for (int t = thread / 8; t < p.tiles; t += 16) sum += squares[t * kTokens + thread % 8];
-      squares_of_part[thread] = sum;
-      meet<3, 128>();
-      if (thread < kTokens) {
-        float total = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) total += squares_of_part[i * 8 + thread];
-        factors[thread] = rsqrtf(total / static_cast<float>(p.K));
-      }
-    }
-  }
   __syncwarp();  // products are of whole warps
   float sums[4] = {};
   const uint64_t b_tokens = matrix_descriptor(shared_address(tokens));
+#pragma unroll 1
   for (int u = 0; u < units; ++u) {
     const int i = 2 * u + group, slot = i % p.stages, turn = i / p.stages;
     barrier_wait(full + slot, turn & 1);
     GroupedStage<kTokens, 64>::add(sums, matrix_descriptor(ring + slot * kStageBytes), b_tokens + u * (2 * kTokens * 8),
                                    scales + u * 4 * kTokens, kTokens, empty + slot);
   }
-  meet<1, 256>();  // factors are there, and nobody reads tokens again
+  meet<1, 288>();  // factors are there, and nobody reads tokens again
   {
     const float2 factor = *reinterpret_cast<const float2*>(factors + lane % 4 * 2);
     const float values[4] = {sums[0] * (scale_of[0] * factor.x), sums[1] * (scale_of[0] * factor.y),
@@ -184,6 +178,7 @@ static __global__ void __launch_bounds__(MlpShape::kThreads, 1)
 #pragma unroll
   for (int g = 0; g < 4; ++g) of_group[g] = *reinterpret_cast<const float2*>(&act_scales[g][lane % 4 * 2]);
   const uint64_t b_codes = matrix_descriptor(shared_address(codes));
+#pragma unroll 1
   for (int j = group; j < p.tiles / 4; j += 2) {
     __syncwarp();
     const int i = gate_up_stages + j, slot = i % p.stages, turn = i / p.stages;

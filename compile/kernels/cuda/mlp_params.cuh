@@ -32,7 +32,9 @@ struct MlpParams {
 /// What it takes. Two warp groups multiply; one warp fetches weights, one tokens.
 struct MlpShape {
   static constexpr int kTokens = 8, kThreads = 320, kStages = 12;
-  static constexpr int kPace = 3;  // stages on their way while the kernels before still run: they are in a hurry
+  // Stages on their way, of a block that has begun while the kernels before still run, for these are in a hurry; and until
+  // the end, for blocks that begin late have all of their weights before them.
+  static constexpr int kPace = 3, kLatePace = 8;
   static constexpr int kLeastHidden = 2048, kMostHidden = 4096, kBudget = 222 * 1024;
 
   static constexpr int shared_bytes(int hidden, int stages) {
