@@ -62,7 +62,13 @@ __device__ __forceinline__ void meet() {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
-/// The same at a barrier that is not known before.
+/// Takes part, whole warps, without waiting for those who `meet` there.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void arrive() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
+/// As `meet` at a barrier that is not known before.
 template <int kThreads>
 __device__ __forceinline__ void meet_at(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");

@@ -104,7 +104,7 @@ static __global__ void __launch_bounds__(MlpShape::kThreads, 1)
     __syncwarp();
     barrier_wait(own, 0);
     add_squares_of_tiles(scales + p.tiles * kTokens, p.tiles, p.K, factors);
-    return meet<1, 288>();
+    return arrive<1, 288>();
   }
   const int group = __shfl_sync(~0u, warp / 4, 0), thread = threadIdx.x % 128, warp_of_group = warp % 4;
   pdl_wait();

@@ -155,7 +155,7 @@ static __global__ void __launch_bounds__(QkvAttentionShape::kThreads, 2)
     __syncwarp();
     barrier_wait(&own, 0);
     add_squares_of_tiles(scales + p.K / 64 * kTokens, p.K / 64, p.K, factors);
-    return meet<1, S::kThreads>();
+    return arrive<1, S::kThreads>();
   }
   const int group = __shfl_sync(~0u, warp / 4, 0), warp_of_group = warp % 4;
   // Positions, slots and pages are there: the step's plan has ended before any kernel after it started.

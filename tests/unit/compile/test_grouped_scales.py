@@ -154,6 +154,30 @@ def test_an_mlp_of_a_drafts_sizes_is_one_call_on_one_gpu(tmp_path: Path) -> None
     assert "mlp_fp8_add_rms_norm" not in kernels(config, 2)
 
 
+@pytest.mark.parametrize(("kv_cache_dtype", "name"), [("auto", ""), ("fp8", "fp8_")])
+def test_qkv_and_attention_of_a_drafts_sizes_are_one_call_on_one_gpu(
+    tmp_path: Path, kv_cache_dtype: Literal["auto", "fp8"], name: str
+) -> None:
+    """Of all layers but the first, whose norm no product has begun."""
+    config = replace(model(tmp_path, heads=8, head_dim=64), num_kv_heads=2, hidden_size=2048, num_layers=3)
+    quantized = replace(FP8, kv_cache_dtype=kv_cache_dtype)
+    joined = f"qkv_attention_{name}grouped"
+    called = Counter(name for name, _ in calls(config, quantized))
+    assert called[joined] == 2
+    assert called[f"attention_{name}grouped"] == called["gemm_fp8"] == 1
+    values, scales = dict(calls(config, quantized))[joined][-2:]
+    assert values == "float8_e4m3fn num_tokens x (512)"
+    assert scales == "float32 (2) x (2) x (num_tokens + T.int64(7)) // T.int64(8) * T.int64(8)"
+    for other in (
+        replace(config, qkv_bias=True),
+        replace(config, num_kv_heads=1),
+        replace(config, hidden_size=2048 + 512),
+        replace(config, sliding_window=64),
+    ):
+        assert joined not in {name for name, _ in calls(other, quantized)}
+    assert joined not in kernels(config, 2)
+
+
 def test_unquantised_weights_have_no_scales(tmp_path: Path) -> None:
     graph = build_graph(model(tmp_path), replace(FP8, quantization="q0bf16"))
     assert not [name for name in graph.externs if "fp8" in name or "grouped" in name]
