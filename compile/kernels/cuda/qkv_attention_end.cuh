@@ -42,7 +42,8 @@ __device__ __forceinline__ float score_scale_of(const QkvAttentionParams<KV>& p)
 
 /// Gives a block's sums, `own` of its two warp groups, to those of its team that attend, whose bits `to` has.
 template <typename KV>
-__device__ __forceinline__ void give_sums(const QkvAttentionParams<KV>& p, const float* own, uint32_t to, int team, int member) {
+__device__ __forceinline__ void give_sums(const QkvAttentionParams<KV>& p, const float* own, uint32_t to, int team,
+                                          int member) {
   using S = QkvAttentionShape;
   const int at = threadIdx.x % S::kOfBlock, turn = threadIdx.x / S::kOfBlock;  // threads take turns with the blocks
   if (at >= p.M * S::kQuads) return;

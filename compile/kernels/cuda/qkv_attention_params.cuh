@@ -52,7 +52,7 @@ struct QkvAttentionShape {
   }
   static __host__ __device__ constexpr int norm_bytes(int hidden) { return hidden / 64 * 2 * kTokens * 4; }
   template <typename KV>
-  static constexpr int shared_bytes(int hidden) {  // so few that another kernel's blocks, or one of its own, stand beside it
+  static constexpr int shared_bytes(int hidden) {
     return 1024 + ring_bytes<KV>(hidden) + hidden / 2 * kTokens + norm_bytes(hidden) + kWarps * slice_bytes<KV>();
   }
   /// For `token_shift`.
@@ -60,8 +60,8 @@ struct QkvAttentionShape {
 };
 
 /// The slices of sixteen positions, [begin, end), of a token's context that one block of its team attends to. Few blocks do,
-/// a slice or two for each of their warps: the others make room on their multiprocessors for the kernels that follow. The newest
-/// position is in the last slice.
+/// with a slice or two for each of their warps: the others make room on their multiprocessors for the kernels that follow.
+/// The newest position is in the last slice.
 struct ContextShare {
   int slices, each;  // of the whole context, of a block
   int turn;          // of the blocks: from the first on, each has some
@@ -75,7 +75,9 @@ struct ContextShare {
     begin = min(turn * each, slices), end = min(begin + each, slices);
   }
   /// The block whose turn it is, of a token.
-  static __device__ __forceinline__ int member_of(int turn, int token) { return (turn + token * 7) % QkvAttentionShape::kMembers; }
+  static __device__ __forceinline__ int member_of(int turn, int token) {
+    return (turn + token * 7) % QkvAttentionShape::kMembers;
+  }
 
   __device__ __forceinline__ bool any() const { return begin < end; }
   /// Whether the block whose turn it is has some.
