@@ -18,7 +18,8 @@ tvm::ffi::Array<tvm::ffi::String> kernel_names() {
           "gemm_normed", "gemm_normed_bias", "gemm_normed_silu_mul", "gemm_normed_silu_mul_bias", "gemm_silu_mul",
           "gemm_silu_mul_bias", "mlp_fp8_add_rms_norm", "qk_norm_attention", "qk_norm_attention_fp8",
           "qk_norm_attention_fp8_grouped", "qk_norm_attention_grouped", "qkv_attention_fp8_grouped",
-          "qkv_attention_grouped", "quantize_fp8", "quantize_fp8_grouped", "rms_norm", "rms_norm_fp8", "rope_append", "sample", "silu_mul", "silu_mul_fp8", "silu_mul_grouped", "silu_mul_interleaved", "take_rows"};
+          "qkv_attention_grouped", "quantize_fp8", "quantize_fp8_grouped", "rms_norm", "rms_norm_fp8",
+          "rope_append", "sample", "silu_mul", "silu_mul_fp8", "silu_mul_grouped", "silu_mul_interleaved", "take_rows"};
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kernel_names, kernel_names);
