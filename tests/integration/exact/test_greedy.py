@@ -16,7 +16,7 @@ from tpserve.proto.messages import FinishReason, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 MAX_MODEL_LEN = 1024
-MAX_NUM_SEQS = 8
+MAX_NUM_SEQS = 12
 MAX_NUM_TOKENS = 128
 END_TOKEN = 2
 
