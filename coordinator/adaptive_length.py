@@ -107,6 +107,8 @@ class AdaptiveLength:
     _rates: dict[int, _Rate] = field(default_factory=dict)
     """By slot."""
     _overall: _Rate = field(default_factory=_Rate)
+    _accepted: list[float] = field(default_factory=list)
+    """By length, how many draft tokens of a sequence are accepted on average; empty: to be computed of the rates."""
 
     def choose(self, num_decoding: int, num_drafting: int) -> int:
         """See DraftLength."""
@@ -151,6 +153,7 @@ class AdaptiveLength:
                 accepted = count - 1
                 self._rates.setdefault(slot, _Rate()).add(accepted, compared)
                 self._overall.add(accepted, compared)
+                self._accepted.clear()
         num_running = sum(count > 0 for count in counts)
         if result.num_tokens != num_running + sum(drafted):
             return  # prompts ran beside
@@ -167,6 +170,7 @@ class AdaptiveLength:
     def forget(self, slot: int) -> None:
         """See DraftLength."""
         self._rates.pop(slot, None)
+        self._accepted.clear()
 
     def _size_of(self, num_decoding: int) -> _Size:
         """Sizes that differ by less than a factor of two share what is known."""
@@ -230,9 +234,17 @@ class AdaptiveLength:
 
     def _tokens(self, length: int, drafting: float) -> float:
         """Return the tokens that a sequence can expect of one step, on average over those that run."""
+        if not self._accepted:
+            self._accepted = self._expect_accepted()
+        return 1.0 + drafting * self._share * self._accepted[length]
+
+    def _expect_accepted(self) -> list[float]:
         overall = self._overall.accepted / self._overall.compared if self._overall.compared else 1.0
         rates = [
             (rate.accepted + _PRIOR_WEIGHT * overall) / (rate.compared + _PRIOR_WEIGHT) for rate in self._rates.values()
         ] or [overall]
-        accepted = sum(sum(rate**position for position in range(1, length + 1)) for rate in rates) / len(rates)
-        return 1.0 + drafting * self._share * accepted
+        accepted, powers = [0.0], rates
+        for _ in range(self.max_num_draft_tokens):
+            accepted.append(accepted[-1] + sum(powers) / len(rates))
+            powers = [power * rate for power, rate in zip(powers, rates, strict=True)]
+        return accepted

@@ -13,14 +13,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import ray
 
 from tpserve.coordinator.errors import ClusterError
 from tpserve.proto.manifest import MANIFEST_NAME, Manifest, sha256_file
 from tpserve.proto.rank import FileFacts, RankConfig, fingerprint_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +160,8 @@ async def _send(kind: str, files: list[Path], num_bytes: int, nodes: Mapping[str
 
 def _chunks(files: list[Path]) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[np.uint8]]]]:
     """Yield every file's name with its bytes in order; an empty file gives one empty chunk."""
+    import numpy as np  # here: few coordinators send anything, and none needs it for anything else
+
     for path in files:
         with path.open("rb") as file:
             chunk = file.read(_CHUNK_BYTES)

@@ -6,6 +6,7 @@ Both are functions of a whole sequence, so that nothing can be left over from ea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,25 +28,36 @@ def attend(
     """Causal grouped-query attention with rotary positions from 0 on; (T, columns of the weights) -> (T, H)."""
     count, dim = len(x), config["head_dim"]
     num_q, num_kv = config["num_attention_heads"], config["num_key_value_heads"]
-    angle = np.outer(np.arange(count), config["rope_theta"] ** (-np.arange(0, dim, 2) / dim))
-    turn = np.exp(1j * angle)[:, None, :]  # dimension d is turned with dimension d + dim / 2
+    turn = _turns(count, dim, config["rope_theta"])
 
-    def rotated(values: Matrix) -> Matrix:
+    def heads(weight: Array, num: int) -> Matrix:  # (T, H) -> (num, T, D)
+        return (x @ weight.T).reshape(count, num, dim).swapaxes(0, 1)
+
+    def rotated(values: Matrix) -> Matrix:  # dimension d is turned with dimension d + dim / 2
         turned = (values[..., : dim // 2] + 1j * values[..., dim // 2 :]) * turn
         return np.concatenate([turned.real, turned.imag], -1)
 
-    q = rotated((x @ q_weight.T).reshape(count, num_q, dim))
-    k = rotated((x @ k_weight.T).reshape(count, num_kv, dim))
-    v = (x @ v_weight.T).reshape(count, num_kv, dim)
-    out = np.empty((count, num_q, dim))
-    for head in range(num_q):
-        group = head * num_kv // num_q
-        scores = q[:, head] @ k[:, group].T / np.sqrt(dim)
-        scores[np.triu_indices(count, 1)] = -np.inf
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, group]
-    result: Matrix = out.reshape(count, num_q * dim) @ o_weight.T
+    q = rotated(heads(q_weight, num_q)).reshape(num_kv, num_q // num_kv, count, dim)
+    k, v = rotated(heads(k_weight, num_kv))[:, None], heads(v_weight, num_kv)[:, None]
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(dim) + _mask(count)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    out = (weights / weights.sum(-1, keepdims=True)) @ v  # (Hkv, Hq / Hkv, T, D)
+    result: Matrix = out.reshape(num_q, count, dim).swapaxes(0, 1).reshape(count, num_q * dim) @ o_weight.T
     return result
+
+
+@cache
+def _turns(count: int, dim: int, theta: float) -> Array:
+    """(T, D / 2): of each position, as complex numbers."""
+    turns: Array = np.exp(1j * np.outer(np.arange(count), theta ** (-np.arange(0, dim, 2) / dim)))
+    return turns
+
+
+@cache
+def _mask(count: int) -> Matrix:
+    """(T, T): -inf for what comes later."""
+    mask: Matrix = np.triu(np.full((count, count), -np.inf), 1)
+    return mask
 
 
 def gated(x: Matrix, gate: Array, up: Array, down: Array) -> Matrix:

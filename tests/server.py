@@ -18,6 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -371,6 +372,12 @@ def chat_text(client: openai.OpenAI, prompt: str, **options: Any) -> str:
     """Return the text of a chat of one message, greedy unless said otherwise."""
     reply = client.chat.completions.create(**chat_request(prompt, **options))
     return reply.choices[0].message.content or ""
+
+
+def together(*calls: Callable[[], T]) -> list[T]:
+    """Return what each call returns, all at once: a batch takes little longer than what is alone in it."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [call.result() for call in [pool.submit(call) for call in calls]]
 
 
 def chat_request(prompt: str, **options: Any) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,6 +19,9 @@ from tpserve.coordinator.gateway.protocol import MAX_PROMPTS, Text, TokenId, Wir
 from tpserve.coordinator.gateway.service import Service
 from tpserve.coordinator.gateway.stream import json_response
 from tpserve.proto.messages import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _ONE_TEXT = Annotated[str, Field(max_length=2**24)]
 _TOKENS = Annotated[list[TokenId], Field(min_length=1)]
@@ -149,6 +151,8 @@ async def _engine_request(service: Service, http: Request, item: str | list[int]
 
 def _unit(row: bytes) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """Return the row at length 1."""
+    import numpy as np  # here: every gateway would start a tenth later for it
+
     vector = np.frombuffer(row, "<f4").astype(np.float32)
     norm = float(np.linalg.norm(vector))
     if not norm or not np.isfinite(norm):

@@ -74,20 +74,25 @@ async function callOfResponses() {
   return { type, name, arguments: args };
 }
 
-const whole = await client.chat.completions.create(greedy);
-console.log(JSON.stringify({
-  models: (await client.models.list()).data.map(({ id }) => id),
-  whole: whole.choices[0].message.content,
-  streamed: await streamed({}),
-  stopped: await streamed({ stop: ["Paris"] }),
-  choices: (await client.chat.completions.create({ ...greedy, n: 2, seed: 1, temperature: 1 })).choices.map(({ message }) => message.content),
-  completion: (await client.completions.create({ model, prompt: "Once upon a time", temperature: 0, max_tokens: 8 })).choices[0].text,
-  responses: await responses(),
-  call: await wholeCall(),
-  streamedCall: await streamedCall(),
-  schema: await wholeSchema(),
-  responsesCall: await callOfResponses(),
-  badValue: await refused(client.chat.completions.create({ ...greedy, temperature: 9 })),
-  badModel: await refused(client.chat.completions.create({ ...greedy, model: "other" })),
-  aborted: await aborted(),
-}));
+const choices = async () =>
+  (await client.chat.completions.create({ ...greedy, n: 2, seed: 1, temperature: 1 })).choices.map(({ message }) => message.content);
+
+// All at once, which takes little longer than one alone.
+const asked = {
+  models: client.models.list().then(({ data }) => data.map(({ id }) => id)),
+  whole: client.chat.completions.create(greedy).then((reply) => reply.choices[0].message.content),
+  streamed: streamed({}),
+  stopped: streamed({ stop: ["Paris"] }),
+  choices: choices(),
+  completion: client.completions.create({ model, prompt: "Once upon a time", temperature: 0, max_tokens: 8 }).then((reply) => reply.choices[0].text),
+  responses: responses(),
+  call: wholeCall(),
+  streamedCall: streamedCall(),
+  schema: wholeSchema(),
+  responsesCall: callOfResponses(),
+  badValue: refused(client.chat.completions.create({ ...greedy, temperature: 9 })),
+  badModel: refused(client.chat.completions.create({ ...greedy, model: "other" })),
+  aborted: aborted(),
+};
+const answers = await Promise.all(Object.values(asked));
+console.log(JSON.stringify(Object.fromEntries(Object.keys(asked).map((name, i) => [name, answers[i]]))));

@@ -1,4 +1,7 @@
-"""A draft with ranks of its own, of another number than the model's: the same text, soon again when one is killed."""
+"""A draft with ranks of its own, of another number than the model's: the same text, soon again when one is killed.
+
+What the text says is not the subject: the model is a small one of random weights, and the draft the same.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ import pytest
 from server import Server, chat_request, until
 
 REQUESTS = [
-    chat_request("Repeat: red, green, blue, red, green, blue, red,", max_tokens=60),
-    chat_request("Write a long story about a dragon.", temperature=0.8, seed=3, max_tokens=60),
-    chat_request("What is the capital of France?", temperature=0.7, seed=5, frequency_penalty=0.8, max_tokens=30),
+    chat_request("Repeat: red, green, blue, red, green, blue, red,", max_tokens=200),
+    chat_request("Write a long story about a dragon.", temperature=0.8, seed=3, max_tokens=200),
+    chat_request("What is the capital of France?", temperature=0.7, seed=5, frequency_penalty=0.8, max_tokens=150),
 ]
 
 
@@ -30,17 +33,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(demo_model: Path, folder: Path) -> list[str | None]:
+def expected(tiny_checkpoint: Path, folder: Path) -> list[str | None]:
     """What a server without speculation answers."""
-    with Server.running(demo_model, "--max-num-seqs", "4", folder=folder) as plain:
+    with Server.running(tiny_checkpoint, "--max-num-seqs", "4", folder=folder) as plain:
         return asyncio.run(answers(plain))
 
 
 @pytest.fixture(scope="module")
-def server(demo_model: Path, folder: Path) -> Iterator[Server]:
-    flags = ["--max-num-seqs", "4", "--draft-model", str(demo_model), "--num-speculative-tokens", "3"]
+def server(tiny_checkpoint: Path, folder: Path) -> Iterator[Server]:
+    flags = ["--max-num-seqs", "4", "--draft-model", str(tiny_checkpoint), "--num-speculative-tokens", "3"]
     flags += ["--draft-placement", "dedicated", "--draft-tp", "2", "--enable-debug"]
-    with Server.running(demo_model, *flags, folder=folder) as running:
+    with Server.running(tiny_checkpoint, *flags, folder=folder) as running:
         yield running
 
 

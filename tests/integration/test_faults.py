@@ -175,9 +175,9 @@ async def test_killed_rank(server: Server, undisturbed: Undisturbed, rank: int) 
     old = server.rank_pids()
     ranks_lost = server.metrics().get(f"tpserve_ranks_lost_total{{rank={rank}}}", 0)
     watch = HealthWatch(server)
-    expected = await asyncio.to_thread(undisturbed, 80)
+    expected = await asyncio.to_thread(undisturbed, 60)
     async with server.async_client() as client:
-        streams = [Stream(client, request) for request in long_requests(80)]
+        streams = [Stream(client, request) for request in long_requests(60)]
         tasks = [asyncio.create_task(stream.run()) for stream in streams]
         await all_have_text(streams, 60)
         with watch.watching():
@@ -195,7 +195,7 @@ async def test_killed_rank(server: Server, undisturbed: Undisturbed, rank: int) 
         assert watch.states.count("rebuilding") == 1, watch.states
         known_after_s = watch.asked_at[watch.states.index("rebuilding")] - killed_at
         assert known_after_s < patient(5), "far less than ranks wait for each other"
-        assert await texts(client, 80) == expected
+        assert await texts(client, 60) == expected
     wait_idle(server)
     assert server.metric(f"ranks_lost_total{{rank={rank}}}") == ranks_lost + 1
 
@@ -325,7 +325,7 @@ async def test_overload_is_refused_and_nobody_lost(server: Server) -> None:
     async with server.async_client() as client:
         alone = [await ask(client, number) for number in range(8)]
         first, then, tasks = list[Stream](), list[Stream](), []
-        for streams, where, num_tokens in ((first, "running", 150), (then, "waiting", 24)):
+        for streams, where, num_tokens in ((first, "running", 100), (then, "waiting", 24)):
             options = {"max_tokens": num_tokens, "stream": True, "logit_bias": {"2": -100}}
             streams += [Stream(client, chat_request(prompt, **options)) for prompt in PROMPTS]
             tasks += [asyncio.create_task(stream.run()) for stream in streams]

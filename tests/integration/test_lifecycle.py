@@ -80,7 +80,7 @@ def refuses_connections(server: Server) -> bool:
 
 async def test_sigterm_lets_streams_finish_and_leaves_nothing(server: Server) -> None:
     """Each stream has most of its text before it. Ctrl-C does the same: so ends every other server of these tests."""
-    num_chunks, max_tokens = [0] * 4, 150
+    num_chunks, max_tokens = [0] * 4, 100
 
     def count(seed: int) -> None:
         num_chunks[seed] += 1

@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -19,7 +20,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
 
 from integration.doors.conftest import ALIAS
-from server import MODEL_NAME, Server, chat_request, chat_text, until
+from server import MODEL_NAME, Server, chat_request, chat_text, together, until
 
 PROMPTS = [
     "What is the capital of France?",
@@ -38,7 +39,7 @@ def crowd_requests() -> list[dict[str, Any]]:
     return [
         chat_request(
             PROMPTS[number % len(PROMPTS)],
-            max_tokens=12 + number % 7,
+            max_tokens=6 + number % 7,
             temperature=0 if number % 2 == 0 else 1,
             seed=number,
             user=f"user-{number}",
@@ -97,8 +98,10 @@ def test_chat_answer_is_complete(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_streamed_text_is_the_text(client: openai.OpenAI, prompt: str) -> None:
     request = chat_request(prompt, max_tokens=20)
-    whole = client.chat.completions.create(**request)
-    chunks = list(client.chat.completions.create(**request, stream=True))
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(lambda: client.chat.completions.create(**request))
+        chunks = list(client.chat.completions.create(**request, stream=True))
+        whole = beside.result()
     assert collect(chunks) == {0: text_of(whole)}
     assert chunks[0].choices[0].delta.role == "assistant"
     assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
@@ -217,9 +220,13 @@ def test_without_a_seed_texts_differ(client: openai.OpenAI) -> None:
 
 
 def test_a_tiny_top_p_is_greedy(client: openai.OpenAI) -> None:
-    greedy = chat_text(client, PROMPTS[3])
-    assert chat_text(client, PROMPTS[3], temperature=1, top_p=1e-6, seed=3) == greedy
-    assert chat_text(client, PROMPTS[3], temperature=2, top_p=1, seed=3) != greedy
+    greedy, cut, free = together(
+        lambda: chat_text(client, PROMPTS[3]),
+        lambda: chat_text(client, PROMPTS[3], temperature=1, top_p=1e-6, seed=3),
+        lambda: chat_text(client, PROMPTS[3], temperature=2, top_p=1, seed=3),
+    )
+    assert cut == greedy
+    assert free != greedy
 
 
 def test_logprobs_are_those_of_a_distribution(client: openai.OpenAI) -> None:
@@ -262,11 +269,16 @@ def test_penalties_break_repetition(client: openai.OpenAI) -> None:
         prompt = "the cat the cat the cat the cat the cat the cat"
         return complete(client, prompt=prompt, max_tokens=16, **options).split()
 
-    plain = words()
+    plain, less_frequent, less_present, more_frequent = together(
+        words,
+        lambda: words(frequency_penalty=2.0),
+        lambda: words(presence_penalty=2.0),
+        lambda: words(frequency_penalty=-2.0),
+    )
     assert len(set(plain)) <= 3
-    assert len(set(words(frequency_penalty=2.0))) > len(set(plain))
-    assert len(set(words(presence_penalty=2.0))) > len(set(plain))
-    assert words(frequency_penalty=-2.0) == plain
+    assert len(set(less_frequent)) > len(set(plain))
+    assert len(set(less_present)) > len(set(plain))
+    assert more_frequent == plain
 
 
 # ---- many at once

@@ -9,7 +9,7 @@ import json
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from integration.doors.browser import needs_browser, open_browser
 from integration.doors.conftest import ALIAS, ORIGIN
 from integration.doors.shapes import FORCED_CALL, PERSON, TOOL, check_call, check_person
 from one_authority import usual_environment
-from server import MODEL_NAME, REPOSITORY, Server, chat_request, chat_text, until
+from server import MODEL_NAME, REPOSITORY, Server, chat_request, chat_text, together, until
 
 CLIENTS = REPOSITORY / "tests/clients"
 QUESTION = "What is the capital of France?"
@@ -70,29 +70,33 @@ def test_row_38_the_official_npm_package(node_folder: Path, server: Server, clie
     )
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
-    text = chat_text(client, QUESTION)
+    calls: list[Callable[[], Any]] = [
+        lambda: chat_text(client, QUESTION),
+        lambda: client.chat.completions.create(**chat_request(QUESTION, n=2, seed=1, temperature=1)),
+        lambda: client.completions.create(model=MODEL_NAME, prompt="Once upon a time", temperature=0, max_tokens=8),
+        lambda: client.chat.completions.create(**chat_request(QUESTION, **SHAPES["call"])).choices[0],
+        lambda: chat_text(client, QUESTION, **SHAPES["schema"]),
+    ]
+    text, two, more, call, person = together(*calls)
     assert got["models"] == [MODEL_NAME, ALIAS]
     assert got["whole"] == got["streamed"]["text"] == got["responses"]["text"] == text
     assert (got["streamed"]["finish"], got["streamed"]["tokens"]) == ("stop", 8)
     assert got["stopped"]["text"] == text[: text.index("Paris")]
     assert got["stopped"]["finish"] == "stop"
-    two = client.chat.completions.create(**chat_request(QUESTION, n=2, seed=1, temperature=1))
     assert got["choices"] == [choice.message.content for choice in two.choices]
-    more = client.completions.create(model=MODEL_NAME, prompt="Once upon a time", temperature=0, max_tokens=8)
     assert got["completion"] == more.choices[0].text
     assert (got["responses"]["first"], got["responses"]["last"]) == ("response.created", "response.completed")
     refused = {"kind": "BadRequestError", "status": 400, "code": None, "param": "temperature"}
     assert got["badValue"] == refused
     assert got["badModel"] == {"kind": "NotFoundError", "status": 404, "code": "model_not_found", "param": "model"}
     assert got["aborted"] == 5
-    call: Any = client.chat.completions.create(**chat_request(QUESTION, **SHAPES["call"])).choices[0]
     (made,) = call.message.tool_calls
     assert got["call"] == {**made.function.model_dump(), "finish": "tool_calls"}
     assert got["streamedCall"] == got["call"]
     assert got["responsesCall"] == {**made.function.model_dump(), "type": "function_call"}
     check_call(got["call"], got["call"]["finish"])
     check_person(got["schema"]["text"], got["schema"]["finish"])
-    assert got["schema"]["text"] == chat_text(client, QUESTION, **SHAPES["schema"])
+    assert got["schema"]["text"] == person
     until(lambda: server.metric("num_requests_running") == 0, within_s=20, what="the abandoned request ends")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -18,13 +19,22 @@ REQUEST: dict[str, Any] = {"model": MODEL_NAME, "temperature": 0, "max_output_to
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
 def test_a_forced_call_whole_streamed_and_answered(client: openai.OpenAI, choice: Any) -> None:
     request = REQUEST | {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
-    whole = client.responses.create(input=QUESTION, **request)
+    # The chat route makes the same call.
+    function = {"type": "function", "function": {"name": "get_weather"}}
+    tools = [{"type": "function", "function": {name: TOOL[name] for name in ("name", "description", "parameters")}}]
+    of_chat = chat_request(
+        QUESTION, tools=tools, tool_choice=choice if choice == "required" else function, max_tokens=160
+    )
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(lambda: client.responses.create(input=QUESTION, **request))
+        chatted = pool.submit(lambda: client.chat.completions.create(**of_chat, parallel_tool_calls=False))
+        events = list(client.responses.create(input=QUESTION, stream=True, **request))
+        whole, chat = asked.result(), chatted.result()
     (item,) = whole.output
     assert item.type == "function_call"
     check_call({"name": item.name, "arguments": item.arguments}, "tool_calls")
     assert (whole.status, item.status) == ("completed", "completed")
 
-    events = list(client.responses.create(input=QUESTION, stream=True, **request))
     kinds = [event.type for event in events]
     num_deltas = kinds.count("response.function_call_arguments.delta")
     assert kinds == [
@@ -44,13 +54,6 @@ def test_a_forced_call_whole_streamed_and_answered(client: openai.OpenAI, choice
     assert streamed.type == "function_call"
     assert (streamed.name, streamed.arguments) == (item.name, item.arguments)
 
-    # The same call as the chat route's.
-    function = {"type": "function", "function": {"name": "get_weather"}}
-    tools = [{"type": "function", "function": {name: TOOL[name] for name in ("name", "description", "parameters")}}]
-    chat = client.chat.completions.create(
-        **chat_request(QUESTION, tools=tools, tool_choice=choice if choice == "required" else function, max_tokens=160),
-        parallel_tool_calls=False,
-    )
     calls: Any = chat.choices[0].message.tool_calls
     assert calls[0].function.arguments == item.arguments
 

@@ -8,8 +8,6 @@
 // Not modelled: plain stores and atomic additions, which are seen at once, warps, and clusters.
 #pragma once
 
-#include <ucontext.h>
-
 #include <bit>
 #include <functional>
 #include <map>
@@ -59,8 +57,7 @@ struct Block {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  Context context;
   Block* block;
   int thread;
   bool ended = false;
@@ -92,7 +89,6 @@ struct World {
   std::vector<Block*> waiting_blocks;
   std::vector<Word> words;
   std::vector<std::vector<uint8_t>> memories;  // of each rank, that all map
-  ucontext_t scheduler;
   Fiber* current = nullptr;
   std::string wrong;
   int steps = 0;  // since a kernel ended
@@ -109,7 +105,7 @@ struct World {
     kernel->num_blocks = num_blocks, kernel->num_threads = num_threads, kernel->body = std::move(body);
     streams[rank].push_back(std::move(kernel));
   }
-  void yield() { swapcontext(&current->context, &scheduler); }
+  void yield() { current->context.pause(); }
   void perhaps_yield() {
     if (below(3) == 0) yield();
   }
@@ -155,17 +151,11 @@ struct World {
     block.started = true;
     block.running = block.kernel->num_threads;
     for (int t = 0; t < block.kernel->num_threads; ++t) {
-      if (spare.empty()) {
-        spare.push_back(std::make_unique<Fiber>());
-        spare.back()->stack.reset(new char[1 << 15]);
-      }
+      if (spare.empty()) spare.push_back(std::make_unique<Fiber>());
       auto fiber = std::move(spare.back());
       spare.pop_back();
       fiber->block = &block, fiber->thread = t, fiber->ended = false;
-      getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack.get(), fiber->context.uc_stack.ss_size = 1 << 15;
-      fiber->context.uc_link = nullptr;
-      makecontext(&fiber->context, enter, 0);
+      fiber->context.prepare(1 << 15, enter);
       fibers.push_back(std::move(fiber));
     }
   }
@@ -192,7 +182,7 @@ struct World {
     const Kernel& kernel = *fiber.block->kernel;
     threadIdx = dim3(fiber.thread), blockIdx = dim3(fiber.block->index);
     gridDim = dim3(kernel.num_blocks), blockDim = dim3(kernel.num_threads);
-    swapcontext(&scheduler, &fiber.context);
+    fiber.context.resume();
     if (!fiber.ended) return;
     end_thread(*fiber.block);
     spare.push_back(std::move(fibers[i]));

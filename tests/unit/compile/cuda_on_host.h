@@ -4,6 +4,7 @@
 // after that thread's `async_proxy_fence`.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <atomic>
@@ -45,6 +46,37 @@ inline void __threadfence_system() {}
 
 inline thread_local dim3 threadIdx, blockIdx, gridDim;
 
+// --- Contexts -------------------------------------------------------------------------------------------------------
+
+/// Something that runs on a stack of its own, in turns with what resumes it. `swapcontext` would ask the system for the
+/// mask of signals in every turn, which takes longer than most turns: it only enters here.
+struct Context {
+  ucontext_t entry;
+  jmp_buf rest, resumed_by;
+  std::unique_ptr<char[]> stack;
+  bool has_begun = false;
+
+  void prepare(size_t stack_bytes, void (*body)()) {
+    if (!stack) stack.reset(new char[stack_bytes]);
+    getcontext(&entry);
+    entry.uc_stack.ss_sp = stack.get(), entry.uc_stack.ss_size = stack_bytes;
+    entry.uc_link = nullptr;
+    makecontext(&entry, body, 0);
+    has_begun = false;
+  }
+  /// Returns when it pauses.
+  void resume() {
+    if (_setjmp(resumed_by) != 0) return;
+    if (has_begun) _longjmp(rest, 1);
+    has_begun = true;
+    setcontext(&entry);
+  }
+  /// From within; returns when it is resumed.
+  void pause() {
+    if (_setjmp(rest) == 0) _longjmp(resumed_by, 1);
+  }
+};
+
 // --- Warps ----------------------------------------------------------------------------------------------------------
 
 /// Where a number of threads wait for one another.
@@ -61,8 +93,7 @@ struct PendingStore {
   int size;
 };
 struct Thread {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  Context context;
   Warp* warp;
   std::vector<PendingStore> stores;  // while another runs
   bool ended = false;
@@ -70,13 +101,12 @@ struct Thread {
 struct Block {
   const std::function<void()>* body;
   std::vector<Thread> threads;
-  ucontext_t host;
   Thread* running;
   Meeting all;
 };
 inline thread_local Block* block_of_thread;  // of the host; none: it runs no kernel
 
-inline void let_others_run() { swapcontext(&block_of_thread->running->context, &block_of_thread->host); }
+inline void let_others_run() { block_of_thread->running->context.pause(); }
 inline void meet(Meeting& meeting, int count) {
   const int phase = meeting.phase;
   if (++meeting.arrived == count) {
@@ -125,18 +155,15 @@ inline thread_local std::vector<PendingStore> pending_stores;
 inline void run_block(dim3 grid, dim3 index, int first, int num_threads, const std::function<void()>& body) {
   constexpr size_t kStackBytes = 64 << 10;
   std::vector<Warp> warps(num_threads / 32);
-  Block block{&body, std::vector<Thread>(num_threads), {}, nullptr, {}};
+  Block block{&body, std::vector<Thread>(num_threads), nullptr, {}};
   for (int t = 0; t < num_threads; ++t) {
     Thread& thread = block.threads[t];
-    thread.warp = &warps[t / 32], thread.stack.reset(new char[kStackBytes]);
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get(), thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, +[] {
+    thread.warp = &warps[t / 32];
+    thread.context.prepare(kStackBytes, +[] {
       (*block_of_thread->body)();
       block_of_thread->running->ended = true;
       let_others_run();
-    }, 0);
+    });
   }
   block_of_thread = &block;
   gridDim = grid, blockIdx = index;
@@ -146,7 +173,7 @@ inline void run_block(dim3 grid, dim3 index, int first, int num_threads, const s
       if (thread.ended) continue;
       block.running = &thread, threadIdx = dim3(first + t);
       pending_stores.swap(thread.stores);
-      swapcontext(&block.host, &thread.context);
+      thread.context.resume();
       pending_stores.swap(thread.stores);
       left -= thread.ended;
     }
