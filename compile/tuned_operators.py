@@ -178,9 +178,9 @@ class TunedOperators:
         tokens, hidden = x.values.shape
         heads, columns = shape.num_q_heads + 2 * shape.num_kv_heads, shape.num_q_heads * shape.head_dim
         group, most_kv_heads, head_dim = _JOINED_HEADS
-        fits = shape.num_q_heads == group * shape.num_kv_heads and shape.num_kv_heads <= most_kv_heads
         fits = (
-            fits
+            shape.num_q_heads == group * shape.num_kv_heads
+            and shape.num_kv_heads <= most_kv_heads
             and shape.head_dim == head_dim
             and int(hidden) % (2 * STAGE_SIZE) == 0
             and int(hidden) <= _JOINED_HIDDEN
@@ -190,21 +190,11 @@ class TunedOperators:
         if x.scale is None or qkv.scale is None:  # of bfloat16
             return None
         name, scales = ("qkv_attention_grouped", []) if kv.scale is None else ("qkv_attention_fp8_grouped", [kv.scale])
+        operands = [x.values, x.scale, qkv.values, qkv.scale, *scales, kv.pages]
         where = [batch.positions, batch.token_slots, batch.page_table, batch.rope, batch.plan]
         _, _, values, groups = self._call(
             f"{self._prefix}{name}",
-            [
-                x.values,
-                x.scale,
-                qkv.values,
-                qkv.scale,
-                *scales,
-                kv.pages,
-                *where,
-                shape.scale,
-                shape.window,
-                batch.workspace,
-            ],
+            [*operands, *where, shape.scale, shape.window, batch.workspace],
             [
                 ((tokens, heads * shape.head_dim), self._dtype),
                 ((tokens, columns), self._dtype),

@@ -192,4 +192,5 @@ JOINED = _model(
     "llama_32q_8kv_joined", "llama", 2048, 32, 8, head_dim=64, intermediate_size=6144, vocab_size=2048,
     max_position_embeddings=2048,
 )  # fmt: skip
-"""Sizes whose MLP is one kernel in e4m3 on one GPU: two heads of 64 share a scale."""
+"""Sizes of a draft, in e4m3 on one GPU with a kernel for qkv and attention and one for the MLP: two heads of 64 share a
+scale."""

@@ -1,7 +1,7 @@
 """Log-probabilities of greedy text against a float32 reference, through the kernels that real sizes take.
 
 The models are random. One has heads of 128 and whole groups of e4m3 scales, so that at each TP degree decodes go by the
-fused kernels; one the sizes of a draft, whose MLP is one kernel. Prompts end on both sides of pages, stages and chunks
+fused kernels; one the sizes of a draft, whose layers take three. Prompts end on both sides of pages, stages and chunks
 of attention, and one text grows across a chunk's end. Each token that the engine chose is looked up in the reference's
 distribution after the same text: a wrong scale, order or split is off by whole units, bfloat16 by hundredths.
 """

@@ -12,6 +12,13 @@ namespace tpserve::cuda {
 constexpr int kStageBytes = 16384;
 constexpr int kTileBytes = 8192;  // 64 channels x 128 bytes of K
 
+/// Weights in the packed layout, of which a stage is 64 channels x 256 bytes of K.
+struct PackedWeights {
+  const uint8_t* weights;
+  int packed_base, packed_rem;
+  int packed_k;  // stages of a tile
+};
+
 /// Where the weights of consecutive stages of 64 channels are.
 struct WeightCursor {
   int run, place, length;  // of the packed stage: which run, its place there, stages of the run

@@ -6,13 +6,6 @@
 
 namespace tpserve::cuda {
 
-/// Weights in the packed layout, of which a stage is 64 channels x 256 bytes of K.
-struct PackedWeights {
-  const uint8_t* weights;
-  int packed_base, packed_rem;
-  int packed_k;  // stages of a tile
-};
-
 struct MlpParams {
   PackedWeights gate_up, down;
   const float *gate_up_scale, *down_scale;  // of channels

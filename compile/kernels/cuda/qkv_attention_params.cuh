@@ -4,7 +4,6 @@
 #include "gemm_cursor.cuh"
 #include "gemm_parts.cuh"
 #include "kv.cuh"
-#include "mlp_params.cuh"
 
 namespace tpserve::cuda {
 
