@@ -228,7 +228,8 @@ def sampling(kernels: Any, stream: Any) -> None:
             ints = [to_device(np.full(num_slots, v, np.int32)) for v in (top_k, 0, -1)]
             index = to_device(np.arange(num_rows, dtype=np.int32))
             arguments = (
-                logits, vocab, index, index, floats[0], floats[1], ints[0], *floats[2:],
+                logits, to_device(np.zeros((num_rows, 8), np.int64)), False, to_device(np.zeros(num_rows, np.int32)),
+                vocab, index, index, floats[0], floats[1], ints[0], *floats[2:],
                 to_device(np.arange(num_slots, dtype=np.int64)), to_device(np.zeros((num_slots, 1), np.int32)),
                 to_device(np.zeros((num_slots, 1), np.float32)), ints[1], to_device(np.zeros((0, vocab), np.int32)),
                 ints[2], masks, mask_rows, poisoned((num_rows, vocab), np.float32), poisoned((num_rows,), np.int32),

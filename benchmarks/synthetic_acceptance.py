@@ -17,7 +17,7 @@ from tpserve.proto.manifest import Manifest
 from tpserve.proto.speculation import Speculation
 from tpserve.worker.device_runner import DeviceRunner
 from tpserve.worker.device_sampler import DeviceSampler
-from tpserve.worker.device_speculation import DeviceSpeculation
+from tpserve.worker.device_speculation import DeviceSpeculation, Round
 
 _NUM_ROUNDS = 4096
 """Whose times are kept."""
@@ -73,12 +73,10 @@ class SyntheticSpeculation(DeviceSpeculation):
         times = values[1 : 1 + 3 * kept].reshape(kept, 3).astype(np.int64)
         return [(float(draft) * 1e-9, float(verify) * 1e-9) for draft, verify in np.diff(times, axis=1)]
 
-    def draft(
-        self, token_slots: Any, num_slots: int, num_draft_tokens: int, page_table: Any, sampler: DeviceSampler
-    ) -> None:
+    def draft(self, run: Round, sampler: DeviceSampler) -> None:
         """See DeviceSpeculation."""
         self._note(_BEGINS)
-        super().draft(token_slots, num_slots, num_draft_tokens, page_table, sampler)
+        super().draft(run, sampler)
         self._note(_DRAFTED)
 
     def accept(

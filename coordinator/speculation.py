@@ -11,7 +11,7 @@ from typing import Any, get_args
 from tpserve.coordinator.errors import ClusterError
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.speculation import (
-    DEVICE_DRAFT_WINDOW,
+    DEVICE_DRAFT_WINDOWS,
     MAX_DRAFT_TOKENS,
     METHODS,
     DraftLengthRule,
@@ -188,7 +188,7 @@ def num_own_draft_ranks(args: argparse.Namespace) -> int:
 
 def draft_step_tokens(max_num_batched_tokens: int, max_num_seqs: int, *, on_gpu: bool) -> int:
     """Return for how many tokens in a step a draft is compiled: as the model, or more for a GPU's windows."""
-    return max(max_num_batched_tokens, DEVICE_DRAFT_WINDOW * max_num_seqs) if on_gpu else max_num_batched_tokens
+    return max(max_num_batched_tokens, max(DEVICE_DRAFT_WINDOWS) * max_num_seqs) if on_gpu else max_num_batched_tokens
 
 
 def check_draft(target: Manifest, draft: Manifest, target_dir: Path, draft_dir: Path) -> None:

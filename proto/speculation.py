@@ -15,9 +15,9 @@ DraftPlacement = Literal["colocated", "dedicated"]
 """colocated: in the processes of the model's own ranks; dedicated: in processes of the draft's own."""
 DraftLengthRule = Literal["fixed", "auto", "mlc"]
 """fixed: always the most; auto: by measured times and accept rates; mlc: MLC's table by batch size."""
-DEVICE_DRAFT_WINDOW = 4
+DEVICE_DRAFT_WINDOWS = (2, 4)
 """On a GPU, tokens that the draft's first step of a round runs for each sequence: two that the round before may have
-left out, and two of plain steps that were planned before the draft was asked again."""
+left out, and where other steps stood between, two of those that were planned before the draft was asked again."""
 HEAD_PENDING_ROWS = 16
 """Hidden rows of a sequence that an EAGLE-3 head leaves aside at most before it computes their keys and values: then
 one pass of its projections is shared by as many plain steps."""

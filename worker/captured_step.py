@@ -30,8 +30,10 @@ class Finisher(Protocol):
 class CapturedStep:
     """One bucket's graph with the device buffer of its inputs."""
 
-    def __init__(self, bucket: Bucket, verify: VerifyBucket | None = None) -> None:
+    def __init__(self, bucket: Bucket, verify: VerifyBucket | None = None, window: int = 0) -> None:
         self.bucket = bucket
+        self.window = window
+        """Tokens of each slot that the draft's first step runs."""
         self.num_slots = 0 if verify is None else verify.num_slots
         """Decoding slots that the step verifies draft tokens of."""
         self.num_draft_tokens = 0 if verify is None else verify.num_draft_tokens

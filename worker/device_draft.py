@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.rank import RankConfig
-from tpserve.proto.speculation import DEVICE_DRAFT_WINDOW, Speculation
+from tpserve.proto.speculation import DEVICE_DRAFT_WINDOWS, Speculation
 from tpserve.worker.errors import WorkerError
 from tpserve.worker.head_facts import check_head
 from tpserve.worker.library import check_manifest
@@ -103,11 +103,12 @@ def check_draft_manifest(config: RankConfig, target: Manifest) -> Manifest:
     has_own_ranks = config.speculation is not None and config.speculation.num_draft_ranks > 0
     assert has_own_ranks or draft.padded_vocab_size <= target.padded_vocab_size
     # Prompts run through the draft as they ran through the model; and a round begins with a window of each sequence.
-    needed = max(target.max_num_batched_tokens, DEVICE_DRAFT_WINDOW * config.max_num_seqs)
+    window = max(DEVICE_DRAFT_WINDOWS)
+    needed = max(target.max_num_batched_tokens, window * config.max_num_seqs)
     if draft.max_num_batched_tokens < needed:
         raise WorkerError(
             f"the draft's library takes {draft.max_num_batched_tokens} tokens in a step, this replica needs {needed} "
-            f"(the model's {target.max_num_batched_tokens}, and {DEVICE_DRAFT_WINDOW} for each of "
+            f"(the model's {target.max_num_batched_tokens}, and {window} for each of "
             f"{config.max_num_seqs} sequences): compile it with --max-num-batched-tokens {needed}"
         )
     return draft

@@ -15,10 +15,10 @@ import tvm_ffi
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import SlotAdd
 from tpserve.proto.rank import RankConfig
-from tpserve.proto.speculation import DEVICE_DRAFT_WINDOW
+from tpserve.proto.speculation import DEVICE_DRAFT_WINDOWS
 from tpserve.worker.arrays import Array
 from tpserve.worker.device_kv_cache import attention_workspace, device_pages
-from tpserve.worker.device_speculation import DraftLogits, Round, State
+from tpserve.worker.device_speculation import DraftLogits, ProposerBase, Round, State
 from tpserve.worker.device_weights import Progress, load_device_parameters
 from tpserve.worker.draft_lag import DraftLag
 from tpserve.worker.library import Library
@@ -26,7 +26,7 @@ from tpserve.worker.library import Library
 logger = logging.getLogger(__name__)
 
 
-class DeviceDraft:
+class DeviceDraft(ProposerBase):
     """The draft model of one rank: whole, or its shard; see `DeviceProposer`.
 
     Whole ones draft the same, and nothing travels between them. Shards exchange activations over the model's own group,
@@ -40,6 +40,8 @@ class DeviceDraft:
     manifest
         Of the draft; see `check_draft_manifest`.
     """
+
+    windows: tuple[int, ...] = DEVICE_DRAFT_WINDOWS
 
     def __init__(
         self, config: RankConfig, manifest: Manifest, kernels: Any, device: Any, stream: Any, progress: Progress
@@ -65,10 +67,12 @@ class DeviceDraft:
         self._work = tuple(tvm_ffi.from_dlpack(array) for array in work)
         """ids, positions, slots of the draft's steps; slots and positions that it samples."""
         # Rows that are sampled: the last of each window, or each.
-        windows = cupy.arange(config.max_num_seqs, dtype=cupy.int32) * DEVICE_DRAFT_WINDOW + (DEVICE_DRAFT_WINDOW - 1)
-        self._window_rows = tvm_ffi.from_dlpack(windows)
+        places = cupy.arange(config.max_num_seqs, dtype=cupy.int32)
+        self._window_rows = {size: tvm_ffi.from_dlpack(places * size + (size - 1)) for size in self.windows}
         self._all_rows = tvm_ffi.from_dlpack(cupy.arange(config.max_num_seqs, dtype=cupy.int32))
         self._lag = DraftLag(config.max_num_seqs)
+        self._num_missing = 0
+        """Of the round that is about to be launched; see `DraftLag.take`."""
 
     # ---- between steps
 
@@ -76,34 +80,38 @@ class DeviceDraft:
         """See DeviceProposer."""
         self._lag.add(added_slots)
 
-    def remove(self, state: State, removed_slots: Sequence[int]) -> None:
-        """See DeviceProposer."""
-
     def plain_step(self, decoding: Array) -> None:
         """See DeviceProposer."""
         self._lag.plain_step(decoding)
 
-    def catch_up(self, state: State, decoding: Array, run: Round) -> None:
-        """Let the draft compute what plain steps have left out; not captured, since it is rare."""
-        behind = self._lag.take(decoding)
-        if behind <= DEVICE_DRAFT_WINDOW - 2:
+    def prompt_step(self, decoding: Array) -> None:
+        """See DeviceProposer."""
+        self._lag.prompt_step(decoding)
+
+    def look_back(self, decoding: Array) -> int:
+        """See DeviceProposer."""
+        self._num_missing = self._lag.take(decoding)
+        return next((size for size in self.windows if self._num_missing <= size), self.windows[-1])
+
+    def catch_up(self, state: State, run: Round) -> None:
+        """Let the draft compute what lies before the round's window; not captured, since it is rare."""
+        left = self._num_missing - run.window
+        if left <= 0:
             return
-        size = max(1, self._max_num_tokens // run.num_slots)
-        passes = range(DEVICE_DRAFT_WINDOW, behind + 2, size)
-        logger.info("the draft catches up with %d plain steps in %d passes", behind, len(passes))
+        # Powers of two give sizes that were captured: the allocator's pool has their memory.
+        size = min(1 << (left - 1).bit_length(), max(1, self._max_num_tokens // run.num_slots))
+        passes = range(run.window, self._num_missing, size)
+        logger.debug("the draft catches up with %d tokens of each slot in %d passes", left, len(passes))
         one = self._all_rows._create_view((1,))
         for begin in reversed(passes):  # the earliest tokens first
             self._run_window(state, run, size, begin, one)
-
-    def settled(self, state: State) -> None:
-        """See DeviceProposer."""
 
     # ---- within a captured step
 
     def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:
         """See DeviceProposer."""
-        rows = self._window_rows._create_view((run.num_slots,))
-        logits = self._run_window(state, run, DEVICE_DRAFT_WINDOW, 0, rows)
+        rows = self._window_rows[run.window]._create_view((run.num_slots,))
+        logits = self._run_window(state, run, run.window, 0, rows)
         sample_slots, sample_positions = (tensor._create_view((run.num_slots,)) for tensor in self._work[3:])
         yield logits, sample_slots, sample_positions
         ids, positions, slots = (tensor._create_view((run.num_slots,)) for tensor in self._work[:3])
@@ -126,8 +134,10 @@ class DeviceDraft:
             No slot has several of the tokens.
         """
         ids, positions, slots = tensors[:3]
+        own_slots = self._work[2]._create_view(slots.shape)
+        self._kernels["draft_prompts"](positions, slots, self.manifest.max_model_len, own_slots)
         rows = self._all_rows._create_view((1,))
-        self._forward(ids, positions, slots, page_table, rows, decode_only=decode_only)
+        self._forward(ids, positions, own_slots, page_table, rows, decode_only=decode_only)
 
     def _run_window(self, state: State, run: Round, window: int, behind: int, rows: Any) -> Any:
         ids, positions, slots = (tensor._create_view((run.num_slots * window,)) for tensor in self._work[:3])

@@ -28,7 +28,7 @@ from tpserve.worker.device_draft_model import DeviceDraft
 from tpserve.worker.device_group import DeviceGroup
 from tpserve.worker.device_inputs import NUM_STAGING, DeviceInputs, choose_step, without_limits
 from tpserve.worker.device_sampler import DeviceSampler
-from tpserve.worker.device_speculation import DeviceSpeculation
+from tpserve.worker.device_speculation import DeviceSpeculation, Round
 from tpserve.worker.device_weights import Progress
 from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.library import check_manifest, load_cuda_runtime, load_kernels, tvm
@@ -128,8 +128,9 @@ class DeviceDraftRunner:
         plain = [CapturedStep(each) for each in make_buckets(config.max_num_seqs, target.max_num_batched_tokens)]
         most = speculation.max_num_draft_tokens
         rounds = [
-            CapturedStep(each.bucket, each)
+            CapturedStep(each.bucket, each, window)
             for each in make_verify_buckets(config.max_num_seqs, target.max_num_rows, most)
+            for window in self._speculation.windows
         ]
         size = max(step.bucket.num_inputs for step in (*plain, *rounds))
         self._inputs = DeviceInputs(self._kernels, self._stream, config.max_num_seqs, max_pages, size)
@@ -163,8 +164,10 @@ class DeviceDraftRunner:
 
     def _run_round(self, step: CapturedStep) -> None:
         """Queue the draft's part of a round."""
-        where = (step.tensors[2], step.num_slots, step.num_draft_tokens, self._inputs.page_table)
-        self._speculation.draft(*where, self._sampler)
+        self._speculation.draft(self._round(step), self._sampler)
+
+    def _round(self, step: CapturedStep) -> Round:
+        return Round(step.tensors[2], step.num_slots, step.num_draft_tokens, self._inputs.page_table, step.window)
 
     # ---- steps
 
@@ -198,18 +201,18 @@ class DeviceDraftRunner:
                 last_use.record(self._stream)
                 return _Followed(self, plan)
             if drafts or plan.chunks:
-                step = choose_step(self._rounds if drafts else self._prompts, arrays, drafts)
+                window = self._speculation.look_back(slots) if drafts else 0
+                step = choose_step(self._rounds if drafts else self._prompts, arrays, drafts, window)
                 self._inputs.fill(step, arrays, staging)
             times.begin.record(self._stream)
             if drafts:
-                where = (step.tensors[2], step.num_slots, drafts, self._inputs.page_table)
-                self._speculation.catch_up(slots, *where)
+                self._speculation.catch_up(self._round(step))
                 step.graph.launch(self._stream)
                 self._link.send_drafts(self._speculation.state)
-            elif plan.chunks:
-                step.graph.launch(self._stream)
             else:
-                self._speculation.plain_step(slots)
+                self._speculation.note_step(slots, has_prompts=bool(plan.chunks))
+                if plan.chunks:
+                    step.graph.launch(self._stream)
             times.end.record(self._stream)
             self._link.take_told(self._speculation.state)
             times.settled.record(self._stream)

@@ -20,18 +20,18 @@ import tvm_ffi
 from tpserve.proto.manifest import Manifest
 from tpserve.proto.messages import SlotAdd
 from tpserve.proto.rank import RankConfig
-from tpserve.worker.arrays import Array
 from tpserve.worker.device_kv_cache import attention_workspace, device_pages
-from tpserve.worker.device_speculation import DraftLogits, Round, State
+from tpserve.worker.device_speculation import DraftLogits, ProposerBase, Round, State
 from tpserve.worker.device_weights import Progress, as_device_tensor, load_device_parameters
 from tpserve.worker.head_facts import head_token_ids
 from tpserve.worker.library import Library
 
 
-class DeviceHead:
+class DeviceHead(ProposerBase):
     """The head of one rank, split as its target is; see `DeviceProposer`.
 
-    Its steps use the target's group, in an order that is the same on all ranks. A slot whose kept row is not that of
+    Its steps use the target's group, in an order that is the same on all ranks. It is never behind: all steps of the
+    target compute what it needs. A slot whose kept row is not that of
     its last token but one proposes nothing.
 
     Parameters
@@ -56,8 +56,7 @@ class DeviceHead:
         target: Manifest,
         target_params: Sequence[Any],
     ) -> None:
-        self.manifest = manifest
-        self.logits_by_rank = False  # the head has so few tokens that its library brings them together
+        self.manifest = manifest  # its logits come whole: its tokens are so few that its library brings them together
         self._kernels = kernels
         library = Library(config.artifact_dir, manifest, kernels, device)
         self._project, self._append, self._step = map(library.function, ("project", "append", "step"))
@@ -95,18 +94,6 @@ class DeviceHead:
         """See DeviceProposer."""
         for added in added_slots:
             self._kept_at[added.slot : added.slot + 1].set(np.asarray([-1], np.int32), stream)
-
-    def remove(self, state: State, removed_slots: Sequence[int]) -> None:
-        """See DeviceProposer."""
-
-    def plain_step(self, decoding: Array) -> None:
-        """Note nothing: plain steps compute what the head needs."""
-
-    def catch_up(self, state: State, decoding: Array, run: Round) -> None:
-        """Do nothing: the head is never behind."""
-
-    def settled(self, state: State) -> None:
-        """See DeviceProposer."""
 
     # ---- within a captured step
 

@@ -76,15 +76,20 @@ class DeviceInputs:
         step.inputs.data.copy_from_host_async(host.ctypes.data, step.inputs.nbytes, self._stream)
 
 
-def choose_step(steps: Sequence[CapturedStep], arrays: StepArrays, num_draft_tokens: int) -> CapturedStep:
+def choose_step(steps: Sequence[CapturedStep], arrays: StepArrays, num_draft_tokens: int, window: int) -> CapturedStep:
     """Return the smallest of the captured steps, smallest first, that holds one with so many draft tokens of each slot.
+
+    Parameters
+    ----------
+    window
+        Of a round; 0 without draft tokens.
 
     Raises
     ------
     PlanError
         If none does.
     """
-    fitting = [step for step in steps if step.num_draft_tokens == num_draft_tokens]
+    fitting = [step for step in steps if (step.num_draft_tokens, step.window) == (num_draft_tokens, window)]
     place = smallest([step.bucket for step in fitting], arrays)
     if place is None:
         num_tokens, num_rows = len(arrays.token_ids), len(arrays.sample_rows)

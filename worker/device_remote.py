@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tpserve.worker.arrays import Array
 from tpserve.worker.device_draft_link import DeviceDraftLink
 from tpserve.worker.device_speculation import DraftLogits, ProposerBase, Round, State
 
@@ -15,7 +14,7 @@ class DeviceRemote(ProposerBase):
     def __init__(self, link: DeviceDraftLink) -> None:
         self._link = link
 
-    def catch_up(self, state: State, decoding: Array, run: Round) -> None:
+    def catch_up(self, state: State, run: Round) -> None:
         """Queue the wait for what the draft's first rank sends; not in the round's graph, see `DeviceDraftLink`."""
         self._link.take_drafts(state)
 

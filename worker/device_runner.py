@@ -39,7 +39,7 @@ from tpserve.worker.device_kv_cache import attention_workspace, device_pages
 from tpserve.worker.device_lookup import DeviceLookup
 from tpserve.worker.device_remote import DeviceRemote
 from tpserve.worker.device_sampler import DeviceSampler
-from tpserve.worker.device_speculation import DeviceProposer, DeviceSpeculation
+from tpserve.worker.device_speculation import DeviceProposer, DeviceSpeculation, Round
 from tpserve.worker.device_suffix import DeviceSuffix
 from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
 from tpserve.worker.errors import PlanError
@@ -137,7 +137,9 @@ class DeviceRunner:
         if self._group is not None:
             self._group.meet("weights")  # a rank that is still loading must not look late to a kernel
         self._captured = self._capture([CapturedStep(bucket) for bucket in buckets])
-        self._verifying = self._capture([CapturedStep(each.bucket, each) for each in verify_buckets])
+        windows = () if self._speculation is None else self._speculation.windows
+        rounds = [CapturedStep(each.bucket, each, window) for each in verify_buckets for window in windows]
+        self._verifying = self._capture(rounds)
         self.size_times = time_steps(self._captured, self._stream, manifest.vocab_size)
         """What steps of each size take but for attention, which hangs on what they hold."""
         self._grammars.wait_warm()
@@ -237,6 +239,9 @@ class DeviceRunner:
         else:
             self._kernels["store_last_tokens"](ids, sample_slots, self._last_token)
 
+    def _round(self, step: CapturedStep) -> Round:
+        return Round(step.tensors[2], step.num_slots, step.num_draft_tokens, self._inputs.page_table, step.window)
+
     def _forward(self, step: CapturedStep) -> tuple[Any, Any, Any]:
         """Queue a step up to its logits; return them, the hidden rows that they are of, and rows of a head or None."""
         token_ids, positions, token_slots, sample_rows = step.tensors[:4]
@@ -245,7 +250,7 @@ class DeviceRunner:
         else:
             drafts = step.num_draft_tokens
             if drafts:
-                self._speculation.draft(token_slots, step.num_slots, drafts, self._inputs.page_table, self._sampler)
+                self._speculation.draft(self._round(step), self._sampler)
             self._speculation.load(drafts, step.tensors)
         self._kernels["attention_plan"](positions, token_slots, *self._heads, self._window, step.plan)
         logits, hidden, *aux = self._step(
@@ -297,11 +302,12 @@ class DeviceRunner:
                     (self._hidden_slots.add if added.sampling.wants_hidden else self._hidden_slots.discard)(added.slot)
             if not len(arrays.token_ids):
                 return PendingStep(self, plan, staging)
-            step = choose_step(self._verifying if drafts else self._captured, arrays, drafts)
+            window = self._speculation.look_back(slots) if self._speculation is not None and drafts else 0
+            step = choose_step(self._verifying if drafts else self._captured, arrays, drafts, window)
             self._inputs.fill(step, arrays, staging)
             rows = self._grammars.rows(slots)
             if self._speculation is not None and drafts:
-                self._speculation.catch_up(slots, step.tensors[2], step.num_slots, drafts, self._inputs.page_table)
+                self._speculation.catch_up(self._round(step))
             failures, mask_us = self._launch(step, rows, staging)
             self._constrained = (rows, len(arrays.sample_slots), staging, 1 + drafts)
             self._sampler.fetch(len(arrays.sample_slots), arrays.sample_slots, staging, self._stream)
@@ -314,9 +320,8 @@ class DeviceRunner:
             if self._speculation is not None:
                 self._speculation.settled()
             if self._speculation is not None and not drafts:
-                if not plan.chunks:
-                    self._speculation.plain_step(slots)
-                elif step.prompt_graph is not None:  # behind the result: no first token waits for it
+                self._speculation.note_step(slots, has_prompts=bool(plan.chunks))
+                if plan.chunks and step.prompt_graph is not None:  # behind the result: no first token waits for it
                     step.prompt_graph.launch(self._stream)
         if not drafts:
             self._batch.commit(arrays, None)

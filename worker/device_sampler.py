@@ -23,7 +23,7 @@ _LOGPROBS_STATE = 11
 _GREEDY_STATE = (0, 4, 5, 9, _LOGPROBS_STATE, 13)
 """Places of temperature, frequency and presence penalty, and of `bias_count`, `num_logprobs` and mask rows."""
 _BEST_SLICES = 8
-"""Parts of a row's columns that have their best tokens told, as in kernels/cuda/ranked_token.cuh."""
+"""Parts of a row's columns of which each has a best token, as in kernels/cuda/ranked_token.cuh."""
 _FLOATS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty")
 
 
@@ -102,6 +102,7 @@ class DeviceSampler:
         # Logits with penalties and bias applied, and those that were gathered; width is the padded vocabulary.
         rows = -(-max(max_num_rows, max_num_seqs) // 4) * 4
         self._best = tvm_ffi.from_dlpack(cupy.zeros((rows, _BEST_SLICES), cupy.int64))
+        self._arrived = tvm_ffi.from_dlpack(cupy.zeros(rows, cupy.int32))
         self._adjusted = tvm_ffi.from_dlpack(cupy.empty((rows, width), cupy.float32))
         self._out = _outputs(rows)
         # Made once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
@@ -195,17 +196,17 @@ class DeviceSampler:
         self, logits: Any, slots: Any, positions: Any, state: Sequence[Any], out: Sequence[Any], *, by_rank: bool
     ) -> None:
         rows, width = logits.shape
-        best = self._best._create_view((0, _BEST_SLICES))
+        best = self._best._create_view((rows, _BEST_SLICES))
+        is_best_told = False
         # A draft pads its vocabulary no further than the model does: see `check_draft_manifest`.
         adjusted = self._adjusted._create_view((rows, width * self._num_ranks if by_rank else width))
         if by_rank:
             assert self._gather is not None
-            places = self._best._create_view((rows, _BEST_SLICES))
             greedy_state = [state[place] for place in _GREEDY_STATE]
-            if self._gather(logits, self._vocab_size, slots, greedy_state, adjusted, places):
-                best = places
+            is_best_told = self._gather(logits, self._vocab_size, slots, greedy_state, adjusted, best)
             logits = adjusted
-        self._sample(logits, best, self._vocab_size, slots, positions, *state, adjusted, *out)
+        arrived = self._arrived._create_view((rows,))
+        self._sample(logits, best, is_best_told, arrived, self._vocab_size, slots, positions, *state, adjusted, *out)
 
     def fetch(self, num_rows: int, slots: Array, staging: int, stream: Any) -> None:
         """Queue the copies of a step's results to the host; `slots` are those of its rows, or of some of them."""

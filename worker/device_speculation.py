@@ -41,6 +41,8 @@ class Round:
     num_slots: int
     num_draft_tokens: int
     page_table: Any
+    window: int = 0
+    """Tokens of each slot that the draft's first step runs: one of the proposer's windows."""
 
     @property
     def stride(self) -> int:
@@ -53,6 +55,8 @@ class DeviceProposer(Protocol):
 
     logits_by_rank: bool
     """Whether a step gives one rank's part of the vocabulary."""
+    windows: tuple[int, ...]
+    """Tokens of each slot that the first step of a round may run, fewest first: rounds are captured with each."""
 
     def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
         """Take sequences that enter slots, in order with the steps on `stream`."""
@@ -63,8 +67,14 @@ class DeviceProposer(Protocol):
     def plain_step(self, decoding: Array) -> None:
         """Note that slots, (B,) int32, move on in a step without drafts and without prompts."""
 
-    def catch_up(self, state: State, decoding: Array, run: Round) -> None:
-        """Queue what must run before a round that is about to be launched; `decoding` is (B,) int32, its slots."""
+    def prompt_step(self, decoding: Array) -> None:
+        """Note that slots, (B,) int32, move on in a step with prompts."""
+
+    def look_back(self, decoding: Array) -> int:
+        """Return which of the windows a round with slots, (B,) int32, must have, which is launched next."""
+
+    def catch_up(self, state: State, run: Round) -> None:
+        """Queue what must run before a round that is about to be launched."""
 
     def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:
         """Queue the draft's steps of a round, one for each draft token, which is stored before the next begins.
@@ -80,6 +90,7 @@ class ProposerBase:
     """What a `DeviceProposer` does that keeps nothing between steps, for such ones to build on."""
 
     logits_by_rank = False
+    windows: tuple[int, ...] = (0,)
 
     def add(self, added_slots: Sequence[SlotAdd], stream: Any) -> None:
         """Nothing."""
@@ -90,7 +101,14 @@ class ProposerBase:
     def plain_step(self, decoding: Array) -> None:
         """Nothing."""
 
-    def catch_up(self, state: State, decoding: Array, run: Round) -> None:
+    def prompt_step(self, decoding: Array) -> None:
+        """Nothing."""
+
+    def look_back(self, decoding: Array) -> int:
+        """Nowhere."""
+        return 0
+
+    def catch_up(self, state: State, run: Round) -> None:
         """Nothing."""
 
     def settled(self, state: State) -> None:
@@ -168,22 +186,23 @@ class DeviceSpeculation:
                 prefix = np.asarray(added.prefix_token_ids, np.int32)
                 self._tokens[added.slot, : len(prefix)].set(prefix, stream)
 
-    def catch_up(
-        self, decoding: Array, token_slots: Any, num_slots: int, num_draft_tokens: int, page_table: Any
-    ) -> None:
-        """Queue what the draft must compute before a round; arguments as in `draft`.
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """With each of which rounds are captured; see `DeviceProposer`."""
+        return self._draft.windows
 
-        Parameters
-        ----------
-        decoding : (B,) int32
-            The slots that decode.
-        """
+    def look_back(self, decoding: Array) -> int:
+        """Return which of the windows the next round needs, which is of slots, (B,) int32."""
+        return self._draft.look_back(decoding)
+
+    def catch_up(self, run: Round) -> None:
+        """Queue what the draft must compute before a round."""
         self._kernels["note_time"](self._times, 0)
-        self._draft.catch_up(self._state, decoding, Round(token_slots, num_slots, num_draft_tokens, page_table))
+        self._draft.catch_up(self._state, run)
 
-    def plain_step(self, decoding: Array) -> None:
-        """Note that slots, (B,) int32, move on without the draft."""
-        self._draft.plain_step(decoding)
+    def note_step(self, decoding: Array, *, has_prompts: bool) -> None:
+        """Note that slots, (B,) int32, move on in a step without drafts."""
+        (self._draft.prompt_step if has_prompts else self._draft.plain_step)(decoding)
 
     def settled(self) -> None:
         """Queue what must follow a step that has run tokens."""
@@ -191,20 +210,11 @@ class DeviceSpeculation:
 
     # ---- within a captured step
 
-    def draft(
-        self, token_slots: Any, num_slots: int, num_draft_tokens: int, page_table: Any, sampler: DeviceSampler
-    ) -> None:
-        """Queue the draft's part of a round.
-
-        Parameters
-        ----------
-        token_slots : (num_slots * (1 + num_draft_tokens),) int32 tensor
-            As the step is laid out.
-        """
-        run = Round(token_slots, num_slots, num_draft_tokens, page_table)
+    def draft(self, run: Round, sampler: DeviceSampler) -> None:
+        """Queue the draft's part of a round."""
         for index, (logits, slots, positions) in enumerate(self._draft.steps(self._state, run)):
             sampled = sampler.queue_draft(logits, slots, positions, by_rank=self._draft.logits_by_rank)
-            self._kernels["draft_store"](*self._state, token_slots, run.stride, index, sampled, slots)
+            self._kernels["draft_store"](*self._state, run.token_slots, run.stride, index, sampled, slots)
         self._kernels["note_time"](self._times, 1)
 
     def load(self, num_draft_tokens: int, tensors: Sequence[Any]) -> None:

@@ -25,7 +25,7 @@ class WatchedProposer:
     """Copies what a proposer gives, within the captured steps; see `DeviceProposer`."""
 
     def __init__(self, draft: DeviceProposer, kernels: Any, most: int, num_slots: int, width: int) -> None:
-        self.logits_by_rank = draft.logits_by_rank
+        self.logits_by_rank, self.windows = draft.logits_by_rank, draft.windows
         self._draft = draft
         self._address = kernels["device_address"]
         self.logits = cupy.zeros((most, num_slots, width), cupy.float32)
@@ -41,8 +41,14 @@ class WatchedProposer:
     def plain_step(self, decoding: Array) -> None:
         self._draft.plain_step(decoding)
 
-    def catch_up(self, state: State, decoding: Array, run: Round) -> None:
-        self._draft.catch_up(state, decoding, run)
+    def prompt_step(self, decoding: Array) -> None:
+        self._draft.prompt_step(decoding)
+
+    def look_back(self, decoding: Array) -> int:
+        return self._draft.look_back(decoding)
+
+    def catch_up(self, state: State, run: Round) -> None:
+        self._draft.catch_up(state, run)
 
     def settled(self, state: State) -> None:
         self._draft.settled(state)

@@ -48,9 +48,12 @@ def run(
         poisoned((len(rows), MAX_TOP), np.int32),
         poisoned((len(rows), MAX_TOP), np.float32),
     ]
+    arrived = to_device(np.zeros(len(rows), np.int32))
     kernels("sample")(
         logits,
-        to_device(np.zeros((0, 8), np.int64)),
+        poisoned((len(rows), 8), np.int64),
+        False,
+        arrived,
         vocab_size,
         column([slot for slot, _ in rows], np.int32),
         column([position for _, position in rows], np.int32),
@@ -71,6 +74,7 @@ def run(
         poisoned(logits.shape, np.float32),
         *outputs,
     )
+    assert not arrived.host().any()
     return (*(output.host() for output in outputs), output_counts.host())
 
 
@@ -172,3 +176,33 @@ def test_rows_without_a_maximum_are_marked(kernels: Kernels) -> None:
     assert ids[:2].tolist() == [-1, -1]
     assert ids[2] >= 0
     assert cupy.cuda.runtime.getDevice() == 0
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 16, 17, 33, 40, 66, 70, 200])
+@pytest.mark.parametrize("vocab_size", [1, 33, 1000, 49152, 128256])
+def test_several_blocks_find_the_best_token_of_a_row(kernels: Kernels, num_rows: int, vocab_size: int) -> None:
+    """Greedy rows beside drawn ones, those whose log-probabilities are wanted, padding, and rows that tell no token."""
+    rng = np.random.default_rng(num_rows + vocab_size)
+    greedy: dict[str, Any] = {"temperature": 0.0}
+    others: list[dict[str, Any]] = [
+        {"temperature": 0.7},
+        greedy | {"num_logprobs": 2},
+        greedy | {"presence_penalty": 1.0},
+    ]
+    rules = [greedy if i % 5 else others[i // 5 % len(others)] for i in range(num_rows)]
+    params = [SamplingParams(**rule, seed=i) for i, rule in enumerate(rules)]
+    rows = [(-1 if i % 7 == 6 else i, 9) for i in range(num_rows)]
+    for _ in range(3):  # what counts the blocks must be ready for the next launch
+        logits = rng.standard_normal((num_rows, -(-vocab_size // 64) * 64)).astype(np.float32)
+        logits = np.round(logits * 2)  # many ties
+        logits[:, vocab_size:] = np.nan  # is not read
+        logits[1::11, rng.integers(vocab_size)] = np.nan
+        logits[2::11] = -np.inf
+        counts = rng.integers(0, 2, (num_rows, vocab_size)).astype(np.int32)
+        ids = run(kernels, to_device(logits), vocab_size, rows, params, counts.copy())[0]
+        for r, (slot, position) in enumerate(rows):
+            if slot < 0 or r % 11 in (1, 2):
+                assert ids[r] == -1
+            elif params[slot].temperature == 0.0:
+                row = logits[r, :vocab_size]
+                assert ids[r] == sample_reference(row, params[slot], position, counts[slot], None).token_id

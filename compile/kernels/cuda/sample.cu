@@ -9,12 +9,13 @@
 //   5. A race: the kept token with the least e(i) / weight(i), the lowest id among equals, with e(i) = -ln(1 - v(i)) and
 //      v(i) = (word i % 32 / 8 of Philox4x32-10, key: seed, counter: (position, i / 32 * 8 + i % 8), plus a half) / 2^32.
 //
-// One block per row: it adjusts the logits, finds the best, cuts the ranking (sample_cut.cuh), draws from what is left
+// One block per row, or several where its best token is all that is wanted (sample_best.cuh): it adjusts the logits, finds the best, cuts the ranking (sample_cut.cuh), draws from what is left
 // (sample_race.cuh), and writes log-probabilities (sample_logprobs.cuh has those of the best tokens). Weights are float32
 // exponentials in units of 2^-44, so their sums are integers: the same whatever the order of adding, on every rank. Rows
 // with slot -1 are padding and skipped. A row without a finite maximum, or with a NaN, gets id -1.
 #include <cfloat>
 
+#include "sample_best.cuh"
 #include "sample_cut.cuh"
 #include "sample_logprobs.cuh"
 #include "sample_race.cuh"
@@ -51,8 +52,8 @@ __device__ __forceinline__ int draw(const SampleParams& p, const RowView<T>& row
 
 /// Writes a row's token, or -1 if its logits do not tell one, and that no log-probability is known yet; returns whether one is
 /// told.
-__device__ __forceinline__ bool put_best(const SampleParams& p, int r, bool bad, RankedToken top) {
-  const bool told = !bad && fabsf(logit_of_key(key_of(top))) <= FLT_MAX;
+__device__ __forceinline__ bool put_best(const SampleParams& p, int r, RankedToken top) {
+  const bool told = fabsf(logit_of_key(key_of(top))) <= FLT_MAX;  // not of a NaN's key
   if (threadIdx.x == 0) p.out_ids[r] = told ? id_of(top) : -1;
   if (told && threadIdx.x < kMaxTop) {
     p.out_top_ids[r * kMaxTop + threadIdx.x] = -1;
@@ -67,17 +68,8 @@ template <typename T>
 __device__ void sample_row(const SampleParams& p, const RowView<T>& row, int r, int slot, int32_t* counts,
                            SampleScratch& s) {
   const int size = p.vocab_size;
-  // The best token, the lowest id among equals.
-  float most = -INFINITY;
-  int most_id = 0;
-  bool bad = false;
-  for_each<8>(row, size, [&](int i, float x) {  // of one thread the lower ids come first
-    bad |= x != x;
-    if (x > most) most = x, most_id = i;
-  });
-  bad = __syncthreads_or(bad);
-  const RankedToken top = block_reduce(ranked(order_key(most), most_id), RankedToken{0}, s.reduce64, Max{});
-  if (!put_best(p, r, bad, top)) return;
+  const RankedToken top = best_of(row, 0, size, s);
+  if (!put_best(p, r, top)) return;
   const float best = logit_of_key(key_of(top));
   int id = id_of(top);
 
@@ -103,19 +95,23 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
   __shared__ SampleScratch s;
   pdl_launch();
   pdl_wait();
-  const int r = blockIdx.x, slot = __ldcg(p.slots + r), size = p.vocab_size;
+  const int r = blockIdx.x / p.num_slices, slot = __ldcg(p.slots + r), size = p.vocab_size;
   if (slot < 0 || slot >= p.num_slots) return;
-  if (p.best != nullptr) {
-    RankedToken top = 0;
-#pragma unroll
-    for (int i = 0; i < kBestSlices; ++i) top = max(top, __ldcg(p.best + static_cast<int64_t>(r) * kBestSlices + i));
-    if (top != 0) {
-      put_best(p, r, false, top);
+  if (p.is_best_told) {
+    if (const RankedToken top = best_of_slices(p, r, kBestSlices); top != 0) {
+      put_best(p, r, top);
       return;
     }
   }
   const int64_t offset = static_cast<int64_t>(r) * p.width;
   const T* logits = static_cast<const T*>(p.logits) + offset;
+  if (const int slice = blockIdx.x % p.num_slices; p.num_slices > 1) {
+    if (needs_only_best(p, r)) {
+      if (const RankedToken top = join_slices(p, RowView<T>{logits}, r, slice, s); top != 0) put_best(p, r, top);
+      return;
+    }
+    if (slice > 0) return;
+  }
   const float frequency = p.frequency[slot], presence = p.presence[slot];
   const bool penalised = p.counts != nullptr && (frequency != 0.0f || presence != 0.0f);
   const int num_bias = min(p.bias_count[slot], p.max_bias);
@@ -155,10 +151,11 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
 }
 
 /// As the CPU's `sample`, all on the device. logits (R, width) float32 or bfloat16 stay as they are, unless they are the
-/// `workspace`, which is (R, width) float32 and needed only by rows with a mask, bias or penalties. `best` is (R, kBestSlices)
-/// or (0, kBestSlices): rows that have a token there are done, and their logits are not read. A slot has at most one row.
-/// Parameters are not checked.
-void sample(TensorView logits, TensorView best, int64_t vocab_size, TensorView slots, TensorView positions,
+/// `workspace`, which is (R, width) float32 and needed only by rows with a mask, bias or penalties. `best` is (R, kBestSlices):
+/// if it `is_best_told`, rows that have a token there are done, and their logits are not read. `arrived` is (R,), zero before
+/// and after. A slot has at most one row. Parameters are not checked.
+void sample(TensorView logits, TensorView best, bool is_best_told, TensorView arrived, int64_t vocab_size,
+            TensorView slots, TensorView positions,
             TensorView temperature, TensorView top_p, TensorView top_k, TensorView min_p, TensorView frequency_penalty,
             TensorView presence_penalty, TensorView seed, TensorView bias_ids, TensorView bias_values,
             TensorView bias_count, TensorView output_counts, TensorView num_logprobs, TensorView masks,
@@ -178,10 +175,10 @@ void sample(TensorView logits, TensorView best, int64_t vocab_size, TensorView s
   const bool is_bf16 = has_dtype<bf16>(logits);
   p.logits = is_bf16 ? static_cast<const void*>(checked<bf16>("logits", logits, {num_rows, width}))
                      : checked<float>("logits", logits, {num_rows, width});
-  check_rank("best", best, 2);
-  if (best.size(0) != 0) {
-    p.best = reinterpret_cast<const RankedToken*>(checked<int64_t>("best", best, {num_rows, kBestSlices}));
-  }
+  p.best = reinterpret_cast<RankedToken*>(checked<int64_t>("best", best, {num_rows, kBestSlices}));
+  p.is_best_told = is_best_told;
+  p.arrived = checked<int32_t>("arrived", arrived, {num_rows});
+  p.num_slices = is_best_told ? 1 : num_slices_of(num_rows);
   p.adjusted = checked<float>("workspace", workspace, {num_rows, width});
   p.slots = checked<int32_t>("slots", slots, {num_rows});
   p.positions = checked<int32_t>("positions", positions, {num_rows});
@@ -207,8 +204,8 @@ void sample(TensorView logits, TensorView best, int64_t vocab_size, TensorView s
   p.out_top_logprobs = checked<float>("out_top_logprobs", out_top_logprobs, {num_rows, kMaxTop});
   p.width = static_cast<int>(width), p.vocab_size = static_cast<int>(vocab_size);
   p.max_bias = static_cast<int>(max_bias), p.num_slots = static_cast<int>(num_slots);
-  launch(is_bf16 ? sample_kernel<bf16> : sample_kernel<float>, static_cast<unsigned>(num_rows), kThreads, 0,
-         stream_of(out_ids), p);
+  launch(is_bf16 ? sample_kernel<bf16> : sample_kernel<float>, static_cast<unsigned>(num_rows * p.num_slices), kThreads,
+         0, stream_of(out_ids), p);
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample, sample);

@@ -11,7 +11,8 @@ constexpr int kMaxVocabSize = 1 << 18;
 struct SampleParams {
   const void* logits;  // (R, width) float32 or bfloat16
   float* adjusted;     // (R, width); rows with a mask, bias or penalties are worked on here
-  const RankedToken* best;  // (R, kBestSlices); null, or 0 in all of a row: to be found here
+  RankedToken* best;   // (R, kBestSlices); told by others, but for rows that have 0 in all, or found here by as many blocks
+  int32_t* arrived;    // (R,): blocks of a row that have found the best of their slice; 0 between launches
   const int32_t *slots, *positions;
   const float *temperature, *top_p, *min_p, *frequency, *presence, *bias_values;
   const int32_t *top_k, *bias_ids, *bias_count, *num_logprobs;
@@ -21,7 +22,8 @@ struct SampleParams {
   const int32_t* mask_rows;  // by slot; -1: all are
   int32_t *out_ids, *out_top_ids;
   float *out_logprob, *out_top_logprobs;
-  int width, vocab_size, max_bias, num_slots, num_masks;
+  int width, vocab_size, max_bias, num_slots, num_masks, num_slices;
+  bool is_best_told;
 };
 
 }  // namespace tpserve::cuda

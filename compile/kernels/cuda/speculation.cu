@@ -196,12 +196,29 @@ void note_time(TensorView times, int64_t which) {
          static_cast<int>(which));
 }
 
+__global__ void draft_prompts_kernel(int count, int draft_max_len, const int32_t* positions, const int32_t* slots,
+                                     int32_t* draft_slots) {
+  pdl_launch();
+  pdl_wait();
+  const int t = index_of_thread();
+  if (t < count) draft_prompt(t, draft_max_len, positions, slots, draft_slots);
+}
+
+/// Slots (T,) of the draft's pass over a step with prompts, all but those of tokens that are beyond its length.
+void draft_prompts(TensorView positions, TensorView slots, int64_t draft_max_len, TensorView draft_slots) {
+  const int64_t count = positions.size(0);
+  launch(draft_prompts_kernel, blocks_for(count), kThreads, 0, stream_of(slots), static_cast<int>(count),
+         static_cast<int>(draft_max_len), checked<int32_t>("positions", positions, {count}),
+         checked<int32_t>("slots", slots, {count}), checked<int32_t>("draft_slots", draft_slots, {count}));
+}
+
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(note_time, note_time);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(speculation_load, speculation_load);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(speculation_accept, speculation_accept);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_begin, draft_begin);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_continue, draft_continue);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_lookup, draft_lookup);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_prompts, draft_prompts);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_store, draft_store);
 
 }  // namespace

@@ -149,6 +149,13 @@ TPSERVE_ROW void draft_next(const SlotState& s, int b, int index, int behind, in
   ids[b] = token, positions[b] = row_slot < 0 ? 0 : position, slots[b] = row_slot;
 }
 
+/// Token t of a step with prompts runs through the draft, too, unless it is beyond the draft's length: there are no angles
+/// for such a position.
+TPSERVE_ROW void draft_prompt(int t, int draft_max_len, const int32_t* positions, const int32_t* slots,
+                              int32_t* draft_slots) {
+  draft_slots[t] = fresh(positions + t) < draft_max_len ? fresh(slots + t) : -1;
+}
+
 /// What the draft sampled for slot b becomes its draft token `index`; -1 where the draft has not run.
 TPSERVE_ROW void store_draft(const SlotState& s, int b, int index, const int32_t* decode_slots, int stride,
                              const int32_t* sampled, const int32_t* row_slots) {

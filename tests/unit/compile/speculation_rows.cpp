@@ -32,6 +32,10 @@ void next(SlotState* s, int batch, int index, int behind, int draft_max_len, con
   }
 }
 
+void prompt(SlotState*, int count, int draft_max_len, const int32_t* positions, const int32_t* slots, int32_t* draft_slots) {
+  for (int t = 0; t < count; ++t) draft_prompt(t, draft_max_len, positions, slots, draft_slots);
+}
+
 void tell(SlotState* s, int num_slots, int32_t* words) {
   const int width = told_words(*s);
   for (int i = 0; i < num_slots * width; ++i) words[i] = told_word(*s, i / width, i % width);

@@ -33,7 +33,15 @@ def test_the_library_names_all_its_kernels() -> None:
     for_the_worker |= {"push_clear", "push_create", "push_workspace_bytes"}
     for_the_worker |= {"link_bytes", "link_clear", "link_create"}
     for_the_worker |= {"speculation_load", "speculation_accept", "note_time"}
-    for_the_worker |= {"draft_begin", "draft_continue", "draft_lookup", "draft_store", "draft_suffix", "keep_suffix"}
+    for_the_worker |= {
+        "draft_begin",
+        "draft_continue",
+        "draft_lookup",
+        "draft_prompts",
+        "draft_store",
+        "draft_suffix",
+        "keep_suffix",
+    }
     for_the_worker |= {"head_begin", "head_pairs", "head_keep", "spread_logits"}
     assert listed == exported - for_the_worker
 

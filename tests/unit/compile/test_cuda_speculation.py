@@ -20,10 +20,12 @@ import numpy.typing as npt
 import pytest
 
 from scripts import ROOT
+from tpserve.proto.messages import SamplingParams, SlotAdd
+from tpserve.proto.speculation import DEVICE_DRAFT_WINDOWS
+from tpserve.worker.draft_lag import DraftLag
 from tpserve.worker.proposers.ngram import continuation
 
 NUM_SLOTS, WIDTH, MOST, VOCAB = 5, 64, 4, 7
-WINDOW = 4
 Ints = npt.NDArray[np.int32]
 
 
@@ -76,6 +78,9 @@ class Device:
     num_counted: dict[int, int] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)
     """At which sequences end, whether they speculate or not."""
+    lag: DraftLag = field(default_factory=lambda: DraftLag(NUM_SLOTS))
+    window: int = 0
+    windows_seen: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         arrays = (self.tokens, self.num_tokens, self.max_len, self.draft_tokens)
@@ -104,6 +109,7 @@ class Device:
         self.num_counted.pop(slot, None)
         if not state.speculates:
             self.num_counted[slot] = 0
+        self.lag.add([SlotAdd(slot, SamplingParams(), (), max_len=int(self.max_len[slot]))])
         for array in (self.kv, self.draft_kv, self.tokens):
             array[slot] = -7
             if state.speculates or array is not self.tokens:  # nobody sends the tokens of hits otherwise
@@ -116,14 +122,32 @@ class Device:
             self.num_counted[slot] += 1
         return sample(self.kv[slot, : position + 1].tolist(), salt)
 
-    def prepare(self, running: dict[int, Running], decoding: list[int]) -> None:
-        """Let the draft compute what it does beside the captured steps."""
-        for slot, state in running.items():
-            if slot not in decoding:  # a prompt is computed by the draft as it is by the target
-                self.draft_kv[slot, : state.num_run] = state.prompt[: state.num_run]
-        for slot in decoding:  # what plain steps have left out, however many they were
+    def prepare(self, decoding: list[int], num_drafts: int) -> None:
+        """Let the draft compute what it does before the captured steps: what lies before the round's window."""
+        if not num_drafts:
+            return
+        missing = self.lag.take(np.asarray(decoding, np.int32))
+        self.window = next((size for size in DEVICE_DRAFT_WINDOWS if missing <= size), DEVICE_DRAFT_WINDOWS[-1])
+        self.windows_seen.add(self.window)
+        for slot in decoding:
             held = int(self.num_tokens[slot])
-            self.draft_kv[slot, : max(0, held - WINDOW)] = self.tokens[slot, : max(0, held - WINDOW)]
+            behind = slice(max(0, held - missing), max(0, held - self.window))
+            self.draft_kv[slot, behind] = self.tokens[slot, behind]
+
+    def follow(
+        self, ids: Ints, positions: Ints, slots: Ints, decoding: list[int], num_drafts: int, draft_max_len: int
+    ) -> None:
+        """Let the draft run what a step with prompts has run; only their tokens, if it has verified drafts."""
+        is_decode = np.isin(slots, [*decoding, -1])  # -1: padding
+        if is_decode.all() and not num_drafts:
+            self.lag.plain_step(np.asarray(decoding, np.int32))
+            return
+        known = ints(len(slots))
+        self.call("prompt", len(slots), draft_max_len, positions, slots, known)
+        assert (positions[known >= 0] < draft_max_len).all(), "a token runs beyond the draft's length"
+        self.run(self.draft_kv, ids, positions, np.where(is_decode & (num_drafts > 0), -1, known))
+        if not num_drafts:
+            self.lag.prompt_step(np.asarray(decoding, np.int32))
 
     def extend(self, ids: Ints, positions: Ints, slots: Ints) -> None:
         """Do what follows the target's step; `keep` what follows the comparison."""
@@ -133,11 +157,11 @@ class Device:
     def draft(self, decode_slots: Ints, num_drafts: int, wrong: float, random: Random, draft_max_len: int) -> None:
         batch = len(decode_slots)
         sample_slots, sample_positions = ints(batch), ints(batch)
-        ids, positions, slots = ints(batch * WINDOW), ints(batch * WINDOW), ints(batch * WINDOW)
+        ids, positions, slots = (ints(batch * self.window) for _ in "abc")
         stride = random.randint(1, 3)
         laid_out = np.repeat(decode_slots, stride)
-        window = (WINDOW, 0, draft_max_len, laid_out, stride, ids, positions, slots, sample_slots, sample_positions)
-        self.call("window", batch, *window)
+        window = (laid_out, stride, ids, positions, slots, sample_slots, sample_positions)
+        self.call("window", batch, self.window, 0, draft_max_len, *window)
         for index in range(num_drafts):
             if index:
                 ids, positions, slots = ints(batch), ints(batch), ints(batch)
@@ -172,8 +196,12 @@ class Apart(Device):
         super().enter(slot, state)
         self.other.enter(slot, state)
 
-    def prepare(self, running: dict[int, Running], decoding: list[int]) -> None:
-        self.other.prepare(running, decoding)
+    def prepare(self, decoding: list[int], num_drafts: int) -> None:
+        self.other.prepare(decoding, num_drafts)
+        self.windows_seen = self.other.windows_seen
+
+    def follow(self, *step: Any) -> None:
+        self.other.follow(*step)
 
     def draft(self, decode_slots: Ints, num_drafts: int, wrong: float, random: Random, draft_max_len: int) -> None:
         self.other.draft(decode_slots, num_drafts, wrong, random, draft_max_len)
@@ -228,6 +256,18 @@ def test_a_wrong_letter_is_noticed(right: str, wrong: str, tmp_path: Path) -> No
         check_texts(Apart(library), 1)
 
 
+@pytest.mark.parametrize("rule", ["plain_step", "prompt_step", "take"])
+def test_a_draft_that_is_further_behind_than_is_counted_is_noticed(
+    rule: str, rows: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(DraftLag, rule)
+    wrong = (lambda lag, slots: min(1, right(lag, slots))) if rule == "take" else (lambda lag, slots: None)
+    monkeypatch.setattr(DraftLag, rule, wrong)
+    monkeypatch.setattr("unit.compile.test_cuda_speculation.DEVICE_DRAFT_WINDOWS", (1, *DEVICE_DRAFT_WINDOWS))
+    with pytest.raises(AssertionError, match="the draft's KV is stale"):
+        check_texts(Device(rows), 1)
+
+
 def check_texts(device: Device, seed: int) -> None:
     """Run sequences that come and go, and compare their texts."""
     random = Random(seed)
@@ -252,7 +292,7 @@ def check_texts(device: Device, seed: int) -> None:
                 size = random.randint(1, len(state.prompt) - state.num_run)
                 chunks.append((slot, state.num_run, state.prompt[state.num_run : state.num_run + size]))
                 state.num_run += size
-        device.prepare(running, decoding)
+        device.prepare(decoding, num_drafts)
         if num_drafts:
             device.draft(decode_slots, num_drafts, 0.3, random, draft_max_len)
         batch = len(decode_slots)
@@ -277,6 +317,7 @@ def check_texts(device: Device, seed: int) -> None:
         )
         device.run(device.kv, ids_, positions_, slots_)
         device.extend(ids_, positions_, slots_)
+        device.follow(ids_, positions_, slots_, decoding, num_drafts, draft_max_len)
         sampled = ints(len(rows_))
         for r, row in enumerate(rows_):
             if sample_slots_[r] >= 0:
@@ -316,6 +357,7 @@ def check_texts(device: Device, seed: int) -> None:
     assert {(count, drafted) for drafted in range(MOST + 1) for count in range(1, drafted + 2)} <= counts_seen
     assert (0, 0) in counts_seen
     assert beside, "nobody decoded plainly beside verified drafts"
+    assert device.windows_seen in (set(), set(DEVICE_DRAFT_WINDOWS)), "a head has none"
 
 
 def check_lookups(library: ctypes.CDLL, seed: int) -> None:

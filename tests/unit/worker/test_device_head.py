@@ -238,6 +238,7 @@ class HostRank:
 
     def execute(self, plan: StepPlan) -> StepResult:
         from tpserve.worker.arrays import as_tensor
+        from tpserve.worker.device_speculation import Round
         from tpserve.worker.verify_layout import lay_out_verify, read_groups
 
         drafts = 0 if plan.chunks else plan.num_draft_tokens
@@ -261,9 +262,9 @@ class HostRank:
         tensors = [as_tensor(array) for array in own]
         table = as_tensor(self._batch.page_table)
         if drafts:
-            layout = (tensors[2], len(running), drafts, table)
-            self.speculation.catch_up(slots, tensors[2], len(running), drafts, table)
-            self.speculation.draft(*layout, self.sampler)
+            run = Round(tensors[2], len(running), drafts, table)
+            self.speculation.catch_up(run)
+            self.speculation.draft(run, self.sampler)
         self.speculation.load(drafts, tensors)
         logits, aux = self._run_target(own)
         rows = self.head.extend(tensors, as_tensor(aux), table)
@@ -272,7 +273,7 @@ class HostRank:
         self.speculation.accept(len(running) if drafts else 0, drafts, sampled, *tensors[4:])
         self.head.keep(self.speculation.num_tokens, tensors, rows)
         if not drafts:
-            self.speculation.plain_step(slots)
+            self.speculation.note_step(slots, has_prompts=bool(plan.chunks))
             self._batch.commit(arrays, None)
         counts = np.from_dlpack(self.speculation._group_tensors[0])[: len(slots)].copy()
         drafted = np.from_dlpack(self.speculation._group_tensors[1])[: len(slots)].copy()

@@ -20,15 +20,36 @@ def make_lag(*max_len: int) -> DraftLag:
     return lag
 
 
+def test_a_round_leaves_out_two_tokens_at_most() -> None:
+    lag = make_lag(50)
+    assert lag.take(slots(0)) == 1, "of a prompt, the draft has run all but the token that was sampled"
+    assert lag.take(slots(0)) == 2
+    assert lag.take(slots(0)) == 2
+
+
 def test_the_slot_that_is_furthest_behind_counts_and_only_once() -> None:
     lag = make_lag(50, 50, 50)
     for _ in range(3):
         lag.plain_step(slots(0, 1))
     lag.plain_step(slots(0, 1, 2))
-    assert lag.take(slots(2)) == 1
-    assert lag.take(slots(2, 0)) == 4
-    assert lag.take(slots(0, 2)) == 0
-    assert lag.take(slots(1)) == 4
+    assert lag.take(slots(2)) == 2
+    assert lag.take(slots(2, 0)) == 5
+    assert lag.take(slots(0, 2)) == 2
+    assert lag.take(slots(1)) == 5
+
+
+def test_steps_with_prompts_move_on_from_what_was_left_out() -> None:
+    """The draft runs their tokens, but not the one before that a round has left out."""
+    lag = make_lag(50, 50)
+    lag.prompt_step(slots(0, 1))
+    assert lag.take(slots(1)) == 1
+    for _ in range(3):
+        lag.prompt_step(slots(0, 1))
+    assert lag.take(slots(0)) == 1
+    assert lag.take(slots(1)) == 5
+    lag.plain_step(slots(0, 1))
+    lag.prompt_step(slots(0, 1))
+    assert lag.take(slots(0, 1)) == 4
 
 
 def test_who_does_not_speculate_is_never_behind() -> None:
@@ -36,9 +57,12 @@ def test_who_does_not_speculate_is_never_behind() -> None:
     lag = make_lag(0, 0)
     for _ in range(1000):
         lag.plain_step(slots(0, 1))
+        lag.prompt_step(slots(0, 1))
+    assert lag.take(slots(0, 1)) == 0
+    lag.prompt_step(slots(0, 1))
     lag.add([SlotAdd(2, SAMPLING, (), max_len=50)])
     lag.plain_step(slots(0, 1, 2))
-    assert lag.take(slots(0, 1, 2)) == 1
+    assert lag.take(slots(0, 1, 2)) == 2
 
 
 def test_a_slot_begins_anew_with_its_next_sequence() -> None:
@@ -49,7 +73,7 @@ def test_a_slot_begins_anew_with_its_next_sequence() -> None:
     for _ in range(2):
         lag.plain_step(slots(0, 1))
     assert lag.take(slots(0)) == 0
-    assert lag.take(slots(1)) == 2
+    assert lag.take(slots(1)) == 3
 
 
 def test_nobody_is_behind_where_nothing_decodes() -> None:
