@@ -21,6 +21,7 @@ from tpserve.worker.device_kv_cache import attention_workspace, device_pages
 from tpserve.worker.device_speculation import DraftLogits, ProposerBase, Round, State
 from tpserve.worker.device_weights import Progress, load_device_parameters
 from tpserve.worker.draft_lag import DraftLag
+from tpserve.worker.later_steps import LaterSteps
 from tpserve.worker.library import Library
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,9 @@ class DeviceDraft(ProposerBase):
             cupy.zeros(config.max_num_seqs, cupy.int32) for _ in "ab"
         ]
         self._work = tuple(tvm_ffi.from_dlpack(array) for array in work)
-        """ids, positions, slots of the draft's steps; slots and positions that it samples."""
+        """ids, positions, slots of the draft's windows and prompts; slots and positions that it samples of those."""
+        later = (manifest.attention_window, manifest.max_model_len, 0)
+        self._later = LaterSteps(kernels, self._heads, *later)
         # Rows that are sampled: the last of each window, or each.
         places = cupy.arange(config.max_num_seqs, dtype=cupy.int32)
         self._window_rows = {size: tvm_ffi.from_dlpack(places * size + (size - 1)) for size in self.windows}
@@ -104,24 +107,24 @@ class DeviceDraft(ProposerBase):
         logger.debug("the draft catches up with %d tokens of each slot in %d passes", left, len(passes))
         one = self._all_rows._create_view((1,))
         for begin in reversed(passes):  # the earliest tokens first
-            self._run_window(state, run, size, begin, one)
+            self._forward(*self._begin_window(state, run, size, begin), run.page_table, one)
 
     # ---- within a captured step
 
     def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:
         """See DeviceProposer."""
         rows = self._window_rows[run.window]._create_view((run.num_slots,))
-        logits = self._run_window(state, run, run.window, 0, rows)
-        sample_slots, sample_positions = (tensor._create_view((run.num_slots,)) for tensor in self._work[3:])
-        yield logits, sample_slots, sample_positions
-        ids, positions, slots = (tensor._create_view((run.num_slots,)) for tensor in self._work[:3])
+        sample_slots, sample_positions = sampled = self._sampled(run)
+        window = self._begin_window(state, run, run.window, 0)
+        self._later.queue(state, run, sample_slots)
+        logits = self._forward(*window, run.page_table, rows)
+        next_ids = self._later.token_ids._create_view((run.num_slots,))
+        yield logits, *sampled, next_ids
         rows = self._all_rows._create_view((run.num_slots,))
-        limits = (0, self.manifest.max_model_len)
         for index in range(1, run.num_draft_tokens):
-            where = (ids, positions, slots, sample_positions)
-            self._kernels["draft_continue"](*state, run.token_slots, run.stride, index, *limits, *where)
-            logits = self._forward(ids, positions, slots, run.page_table, rows, decode_only=True)
-            yield logits, slots, sample_positions
+            ids, positions, slots, sample_positions, plan = self._later.step(index, run.num_slots)
+            logits = self._run(ids, positions, slots, run.page_table, rows, plan)
+            yield logits, slots, sample_positions, next_ids
 
     def run_prompts(self, tensors: Sequence[Any], page_table: Any, *, decode_only: bool) -> None:
         """Queue the draft's pass over a step that has run, so that it has the KV of prompts too.
@@ -139,13 +142,18 @@ class DeviceDraft(ProposerBase):
         rows = self._all_rows._create_view((1,))
         self._forward(ids, positions, own_slots, page_table, rows, decode_only=decode_only)
 
-    def _run_window(self, state: State, run: Round, window: int, behind: int, rows: Any) -> Any:
+    def _sampled(self, run: Round) -> tuple[Any, Any]:
+        """Return the (B,) slots and positions that a window samples."""
+        slots, positions = (tensor._create_view((run.num_slots,)) for tensor in self._work[3:])
+        return slots, positions
+
+    def _begin_window(self, state: State, run: Round, window: int, behind: int) -> tuple[Any, Any, Any]:
+        """Queue what finds the last `window` tokens of each slot before its last `behind`; return (T,) of each."""
         ids, positions, slots = (tensor._create_view((run.num_slots * window,)) for tensor in self._work[:3])
-        sampled = tuple(tensor._create_view((run.num_slots,)) for tensor in self._work[3:])
-        where = (ids, positions, slots, *sampled)
         limits = (window, behind, self.manifest.max_model_len)
+        where = (ids, positions, slots, *self._sampled(run))
         self._kernels["draft_begin"](*state, run.token_slots, run.stride, *limits, *where)
-        return self._forward(ids, positions, slots, run.page_table, rows)
+        return ids, positions, slots
 
     def _forward(
         self, ids: Any, positions: Any, slots: Any, page_table: Any, rows: Any, *, decode_only: bool = False
@@ -154,5 +162,7 @@ class DeviceDraft(ProposerBase):
         words = self._kernels["attention_plan_size"](ids.shape[0], self._max_num_seqs, decode_only)
         plan = self._plan._create_view((words,))
         self._kernels["attention_plan"](positions, slots, *self._heads, self.manifest.attention_window, plan)
-        arguments = (ids, positions, slots, page_table, rows, plan, self._workspace, self._kv, self._params)
-        return self._step(*arguments)[0]
+        return self._run(ids, positions, slots, page_table, rows, plan)
+
+    def _run(self, *where: Any) -> Any:
+        return self._step(*where, self._workspace, self._kv, self._params)[0]

@@ -24,6 +24,7 @@ from tpserve.worker.device_kv_cache import attention_workspace, device_pages
 from tpserve.worker.device_speculation import DraftLogits, ProposerBase, Round, State
 from tpserve.worker.device_weights import Progress, as_device_tensor, load_device_parameters
 from tpserve.worker.head_facts import head_token_ids
+from tpserve.worker.later_steps import LaterSteps
 from tpserve.worker.library import Library
 
 
@@ -65,12 +66,13 @@ class DeviceHead(ProposerBase):
         kv, slots, hidden = manifest.kv, config.max_num_seqs, manifest.hidden_size
         self._kv = device_pages(kv, config.num_pages)
         self._heads = (slots, manifest.num_q_heads, kv.num_kv_heads)
+        self._later = LaterSteps(kernels, self._heads, manifest.attention_window, manifest.max_model_len, 1)
         # Each exchanged once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
         words = kernels["attention_plan_size"](slots, slots, True)
         self._plan = tvm_ffi.from_dlpack(cupy.zeros(words, cupy.int32))
         self._workspace = attention_workspace(kernels["attention_workspace_size"](slots, *self._heads, kv.head_dim))
         self._work = tuple(tvm_ffi.from_dlpack(cupy.zeros(slots, cupy.int32)) for _ in range(4))
-        """ids, positions and slots of the steps of a round, and positions that are sampled."""
+        """ids, positions and slots of the first step of a round, and positions that are sampled."""
         self._all_rows = tvm_ffi.from_dlpack(cupy.arange(slots, dtype=cupy.int32))
         self._kept = _rows(slots, hidden)
         """By slot, the projected row that its next pair is of."""
@@ -100,24 +102,24 @@ class DeviceHead(ProposerBase):
     def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:
         """See DeviceProposer."""
         ids, positions, slots, sample_positions = (tensor._create_view((run.num_slots,)) for tensor in self._work)
-        where = (ids, positions, slots, sample_positions)
         at, max_len = (run.token_slots, run.stride), self.manifest.max_model_len
         rows = self._all_rows._create_view((run.num_slots,))
         hidden = self._first_rows._create_view((run.num_slots, self.manifest.hidden_size))
         out = self._logits._create_view((run.num_slots, self._logits.shape[1]))
         words = self._kernels["attention_plan_size"](run.num_slots, self._heads[0], True)
         plan = self._plan._create_view((words,))
+        self._kernels["head_begin"](*state, self._kept_at_tensor, *at, max_len, ids, positions, slots, sample_positions)
+        self._kernels["take_rows"](self._kept, slots, hidden)
+        self._later.queue(state, run, slots)
+        self._kernels["attention_plan"](positions, slots, *self._heads, self.manifest.attention_window, plan)
+        next_ids = self._later.token_ids._create_view((run.num_slots,))
         for index in range(run.num_draft_tokens):
             if index:
-                self._kernels["draft_continue"](*state, *at, index, 1, max_len, *where)
-            else:
-                self._kernels["head_begin"](*state, self._kept_at_tensor, *at, max_len, *where)
-                self._kernels["take_rows"](self._kept, slots, hidden)
-            self._kernels["attention_plan"](positions, slots, *self._heads, self.manifest.attention_window, plan)
+                ids, positions, slots, sample_positions, plan = self._later.step(index, run.num_slots)
             arguments = (ids, positions, slots, run.page_table, rows, plan, self._workspace, hidden)
             logits, hidden = self._step(*arguments, self._kv, self._params)
             self._kernels["spread_logits"](logits, self._token_ids, out)
-            yield out, slots, sample_positions
+            yield out, slots, sample_positions, next_ids
 
     def extend(self, tensors: Sequence[Any], aux: Any, page_table: Any) -> Any:
         """Queue the head KV of a step's pairs, behind the target.

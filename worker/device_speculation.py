@@ -23,9 +23,9 @@ from tpserve.worker.device_weights import pinned
 
 State = tuple[Any, ...]
 """Tensors by slot: tokens, num_tokens, max_len, draft_tokens; `SlotState` of speculation_rows.cuh."""
-DraftLogits = tuple[Any, Any, Any]
-"""(B, width) float32 logits of one draft token of each slot, and the (B,) int32 slots and positions to sample; slot -1:
-nothing is drafted there."""
+DraftLogits = tuple[Any, Any, Any, Any]
+"""(B, width) float32 logits of one draft token of each slot, (B,) int32 slots and positions to sample, and where the
+tokens go that the next step runs; slot -1: nothing is drafted there, and the next step gets some token."""
 
 
 _TIME_WORDS = 4
@@ -212,9 +212,10 @@ class DeviceSpeculation:
 
     def draft(self, run: Round, sampler: DeviceSampler) -> None:
         """Queue the draft's part of a round."""
-        for index, (logits, slots, positions) in enumerate(self._draft.steps(self._state, run)):
+        at = (run.token_slots, run.stride)
+        for index, (logits, slots, positions, next_ids) in enumerate(self._draft.steps(self._state, run)):
             sampled = sampler.queue_draft(logits, slots, positions, by_rank=self._draft.logits_by_rank)
-            self._kernels["draft_store"](*self._state, run.token_slots, run.stride, index, sampled, slots)
+            self._kernels["draft_store"](*self._state, *at, index, sampled, slots, next_ids)
         self._kernels["note_time"](self._times, 1)
 
     def load(self, num_draft_tokens: int, tensors: Sequence[Any]) -> None:

@@ -55,7 +55,7 @@ class WatchedProposer:
 
     def steps(self, state: State, run: Round) -> Iterator[DraftLogits]:
         for index, given in enumerate(self._draft.steps(state, run)):
-            for source, target in zip(given, (self.logits, self.slots, self.positions), strict=True):
+            for source, target in zip(given[:3], (self.logits, self.slots, self.positions), strict=True):
                 num_bytes = 4 * source.numel()
                 assert num_bytes <= target[index].nbytes
                 runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()

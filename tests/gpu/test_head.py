@@ -103,9 +103,11 @@ def test_rounds_begin_as_on_the_host(host: ctypes.CDLL, kernels: Kernels, seed: 
     out_there = [to_device(array) for array in out]
     host.first(ctypes.byref(state), batch, 50, address(kept_at), address(at), stride, *map(address, out))
     kernels("head_begin")(*on_device, kept_there, at_there, stride, 50, *out_there)
-    host.next(ctypes.byref(state), batch, 1, 1, 50, address(at), stride, *map(address, out))
-    kernels("draft_continue")(*on_device, at_there, stride, 1, 1, 50, *out_there)
-    for ours, theirs in zip(out, out_there, strict=True):
+    later = [np.zeros((MOST - 1, batch), np.int32) for _ in range(3)]
+    later_there = [to_device(array) for array in later]
+    host.later(ctypes.byref(state), batch, MOST - 1, batch, 1, 50, address(out[2]), *map(address, later))
+    kernels("draft_later")(*on_device, out_there[2], 1, 50, *later_there)
+    for ours, theirs in zip([*out, *later], [*out_there, *later_there], strict=True):
         np.testing.assert_array_equal(ours, theirs.host())
 
 

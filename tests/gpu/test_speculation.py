@@ -95,7 +95,10 @@ def test_rows_are_those_of_the_host(host: ctypes.CDLL, kernels: Callable[[str], 
         window_slots=np.zeros(batch * 4, np.int32),
         draft_slots=np.zeros(batch, np.int32),
         draft_positions=np.zeros(batch, np.int32),
-        draft_sampled=ints(0, 3, batch),
+        draft_sampled=ints(-1, 3, batch),
+        next_ids=np.zeros(batch, np.int32),
+        **{f"later_{name}": np.zeros((MOST - 1, NUM_SLOTS), np.int32) for name in ("positions", "slots", "sampled")},
+        prompt_slots=np.zeros(rows, np.int32),
     )
     a, t = both.host, both.tensors
     state = SlotState(*(a[name].ctypes.data for name in STATE), WIDTH, MOST)
@@ -113,8 +116,17 @@ def test_rows_are_those_of_the_host(host: ctypes.CDLL, kernels: Callable[[str], 
     on_host("window", batch, 4, 0, 50, a["decode_slots"], width, *(a[name] for name in window))
     kernels("draft_begin")(*on_device, t["decode_slots"], width, 4, 0, 50, *(t[name] for name in window))
     both.assert_equal()
-    on_host("store", batch, 0, a["decode_slots"], width, a["draft_sampled"], a["draft_slots"])
-    kernels("draft_store")(*on_device, t["decode_slots"], width, 0, t["draft_sampled"], t["draft_slots"])
+    later = ("later_positions", "later_slots", "later_sampled")
+    on_host("later", batch, MOST - 1, NUM_SLOTS, 0, 50, a["draft_slots"], *(a[name] for name in later))
+    kernels("draft_later")(*on_device, t["draft_slots"], 0, 50, *(t[name] for name in later))
+    both.assert_equal()
+    stored = ("draft_sampled", "draft_slots", "next_ids")
+    on_host("store", batch, 0, a["decode_slots"], width, *(a[name] for name in stored))
+    kernels("draft_store")(*on_device, t["decode_slots"], width, 0, *(t[name] for name in stored))
+    both.assert_equal()
+    prompts = ("positions", "slots", "prompt_slots")
+    on_host("prompt", rows, 9, *(a[name] for name in prompts))
+    kernels("draft_prompts")(t["positions"], t["slots"], 9, t["prompt_slots"])
     load = ("ids", "positions", "slots")
     sampling = ("rows", "sample_slots", "sample_positions")
     on_host("load", rows, drafts, *(a[name] for name in load), rows, *(a[name] for name in sampling))

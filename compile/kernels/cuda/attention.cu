@@ -164,6 +164,14 @@ void check_heads(int64_t num_heads, int64_t num_kv_heads) {
   }
 }
 
+void check_plan(int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t window) {
+  check_heads(num_heads, num_kv_heads);
+  if (num_tokens > kMaxPlanTokens) {
+    TVM_FFI_THROW(ValueError) << num_tokens << " tokens in a step, at most " << kMaxPlanTokens << " are supported";
+  }
+  if (window < 0) TVM_FFI_THROW(ValueError) << "window is " << window << ", expected 0 (none) or more";
+}
+
 /// (T,) positions and slots -> the plan that `attention` of every layer of this step takes. The plan's size says whether
 /// it is one of decodes alone; then no two tokens may have the same slot, and those with slot -1 may be anywhere.
 void attention_plan(TensorView positions, TensorView token_slots, int64_t num_slots, int64_t num_heads,
@@ -172,16 +180,39 @@ void attention_plan(TensorView positions, TensorView token_slots, int64_t num_sl
   const int64_t num_tokens = positions.size(0);
   const int32_t* position = checked<int32_t>("positions", positions, {num_tokens});
   const int32_t* slot = checked<int32_t>("token_slots", token_slots, {num_tokens});
-  check_heads(num_heads, num_kv_heads);
-  if (num_tokens > kMaxPlanTokens) {
-    TVM_FFI_THROW(ValueError) << num_tokens << " tokens in a step, at most " << kMaxPlanTokens << " are supported";
-  }
-  if (window < 0) TVM_FFI_THROW(ValueError) << "window is " << window << ", expected 0 (none) or more";
+  check_plan(num_tokens, num_heads, num_kv_heads, window);
   const PlanLayout layout = layout_of(plan, num_tokens, num_slots);
   int32_t* words = checked<int32_t>("plan", plan, {layout.size()});
-  launch(layout.decode_only() ? decode_plan_kernel : plan_kernel, 1, kPlanThreads, 0, stream_of(plan), position, slot,
-         static_cast<int>(num_tokens), static_cast<int>(num_slots), static_cast<int>(num_heads / num_kv_heads),
-         static_cast<int>(num_kv_heads), static_cast<int>(window), layout, words);
+  const int tokens = static_cast<int>(num_tokens), slots = static_cast<int>(num_slots);
+  const int group = static_cast<int>(num_heads / num_kv_heads), kv_heads = static_cast<int>(num_kv_heads);
+  if (layout.decode_only()) {
+    launch(decode_plan_kernel, 1, kPlanThreads, 0, stream_of(plan), position, slot, tokens, slots, group, kv_heads,
+           static_cast<int>(window), layout, words, 0, 0);
+  } else {
+    launch(plan_kernel, 1, kPlanThreads, 0, stream_of(plan), position, slot, tokens, slots, group, kv_heads,
+           static_cast<int>(window), layout, words);
+  }
+}
+
+/// The plans of N steps of T decodes at once: positions and slots (N, P), of which the first T columns count, and plans
+/// (N, at least attention_plan_size), each as `attention_plan` gives it.
+void attention_plans(TensorView positions, TensorView token_slots, int64_t num_tokens, int64_t num_slots,
+                     int64_t num_heads, int64_t num_kv_heads, int64_t window, TensorView plans) {
+  check_rank("positions", positions, 2);
+  check_rank("plans", plans, 2);
+  const int64_t steps = positions.size(0), pitch = positions.size(1), plan_pitch = plans.size(1);
+  check_plan(num_tokens, num_heads, num_kv_heads, window);
+  const PlanLayout layout(static_cast<int>(num_tokens), static_cast<int>(num_slots), true);
+  if (num_tokens > pitch || layout.size() > plan_pitch) {
+    TVM_FFI_THROW(ValueError) << "rows of " << pitch << " tokens and " << plan_pitch << " words of plans, " << num_tokens
+                              << " tokens of " << num_slots << " slots need " << layout.size() << " words";
+  }
+  launch(decode_plan_kernel, static_cast<unsigned>(steps), kPlanThreads, 0, stream_of(plans),
+         checked<int32_t>("positions", positions, {steps, pitch}),
+         checked<int32_t>("token_slots", token_slots, {steps, pitch}), static_cast<int>(num_tokens),
+         static_cast<int>(num_slots), static_cast<int>(num_heads / num_kv_heads), static_cast<int>(num_kv_heads),
+         static_cast<int>(window), layout, checked<int32_t>("plans", plans, {steps, plan_pitch}), static_cast<int>(pitch),
+         static_cast<int>(plan_pitch));
 }
 
 /// Norm weights of queries and keys with their epsilon, or none.
@@ -366,6 +397,7 @@ void qk_norm_attention_fp8_grouped(TensorView qkv, TensorView q_weight, TensorVi
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_plan_size, attention_plan_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_workspace_size, attention_workspace_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_plan, attention_plan);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_plans, attention_plans);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_fp8, attention_fp8);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_grouped, attention_grouped);

@@ -149,11 +149,13 @@ static __global__ void __launch_bounds__(kPlanThreads)
   __threadfence();  // the end alone makes it seen by those who wait for it
 }
 
-/// Of a step in which each token is its slot's only one: there are no runs to look for. It, too, lets none start before.
+/// Of steps in which each token is its slot's only one, one for each block: there are no runs to look for. It, too, lets none
+/// start before. `pitch` and `plan_pitch`: from a step's positions and slots, and from its plan, to the next's.
 static __global__ void __launch_bounds__(kPlanThreads)
     decode_plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group,
-                       int num_kv_heads, int window, PlanLayout layout, int32_t* plan) {
+                       int num_kv_heads, int window, PlanLayout layout, int32_t* plan, int pitch, int plan_pitch) {
   __shared__ DecodeRoom room;
+  positions += blockIdx.x * pitch, slots += blockIdx.x * pitch, plan += blockIdx.x * plan_pitch;
   pdl_wait();
   const int max_rows = static_cast<int>(max_partial_rows(num_tokens, num_slots, group));
   const int max_runs = min(num_tokens, num_slots);

@@ -94,9 +94,12 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_constant__ SampleParams p) {
   __shared__ SampleScratch s;
   pdl_launch();
-  pdl_wait();
+  // No kernel behind a step's plan writes slots, and none at all their parameters.
   const int r = blockIdx.x / p.num_slices, slot = __ldcg(p.slots + r), size = p.vocab_size;
-  if (slot < 0 || slot >= p.num_slots) return;
+  const bool is_padding = slot < 0 || slot >= p.num_slots;
+  const bool is_split = p.num_slices > 1 && !is_padding && needs_only_best(p, r);
+  pdl_wait();
+  if (is_padding) return;
   if (p.is_best_told) {
     if (const RankedToken top = best_of_slices(p, r, kBestSlices); top != 0) {
       put_best(p, r, top);
@@ -105,13 +108,12 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
   }
   const int64_t offset = static_cast<int64_t>(r) * p.width;
   const T* logits = static_cast<const T*>(p.logits) + offset;
-  if (const int slice = blockIdx.x % p.num_slices; p.num_slices > 1) {
-    if (needs_only_best(p, r)) {
-      if (const RankedToken top = join_slices(p, RowView<T>{logits}, r, slice, s); top != 0) put_best(p, r, top);
-      return;
-    }
-    if (slice > 0) return;
+  const int slice = blockIdx.x % p.num_slices;
+  if (is_split) {
+    if (const RankedToken top = join_slices(p, RowView<T>{logits}, r, slice, s); top != 0) put_best(p, r, top);
+    return;
   }
+  if (slice > 0) return;
   const float frequency = p.frequency[slot], presence = p.presence[slot];
   const bool penalised = p.counts != nullptr && (frequency != 0.0f || presence != 0.0f);
   const int num_bias = min(p.bias_count[slot], p.max_bias);

@@ -103,47 +103,53 @@ void draft_begin(TensorView tokens, TensorView num_tokens, TensorView max_len, T
          checked<int32_t>("sample_positions", sample_positions, {batch}));
 }
 
-__global__ void draft_next_kernel(SlotState s, int batch, int index, int behind, int draft_max_len,
-                                  const int32_t* decode_slots, int stride, int32_t* ids, int32_t* positions, int32_t* slots,
-                                  int32_t* sample_positions) {
+__global__ void draft_later_kernel(SlotState s, int batch, int num_steps, int pitch, int behind, int draft_max_len,
+                                   const int32_t* first_slots, int32_t* positions, int32_t* slots,
+                                   int32_t* sample_positions) {
   pdl_launch();
   pdl_wait();
-  const int b = index_of_thread();
-  if (b < batch) {
-    draft_next(s, b, index, behind, draft_max_len, decode_slots, stride, ids, positions, slots, sample_positions);
+  const int i = index_of_thread(), step = i / batch, b = i % batch, row = step * pitch;
+  if (step < num_steps) {
+    draft_later(s, b, 1 + step, behind, draft_max_len, first_slots, positions + row, slots + row, sample_positions + row);
   }
 }
 
-/// The draft's step that runs draft token `index` - 1 of each slot and samples `index`; (B,) all. `behind`: positions
-/// between a token and where it runs, 1 of an EAGLE-3 head's pairs.
-void draft_continue(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens,
-                    TensorView decode_slots, int64_t stride, int64_t index, int64_t behind, int64_t draft_max_len,
-                    TensorView ids, TensorView positions, TensorView slots, TensorView sample_positions) {
+/// Where the draft's later steps of a round run and sample: (N, P) each, of which the first B columns are for the (B,) slots
+/// of the first step's sampled rows. Step i of them runs draft token i and samples i + 1. `behind`: positions between a token
+/// and where it runs, 1 of an EAGLE-3 head's pairs.
+void draft_later(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens,
+                 TensorView first_slots, int64_t behind, int64_t draft_max_len, TensorView positions, TensorView slots,
+                 TensorView sample_positions) {
   const SlotState s = state_of(tokens, num_tokens, max_len, draft_tokens);
-  const int64_t batch = batch_of(decode_slots, stride);
-  if (index < 1 || index >= s.max_drafts) {
-    TVM_FFI_THROW(ValueError) << "draft token " << index << ", expected 1 to " << s.max_drafts - 1;
+  check_rank("first_slots", first_slots, 1);
+  check_rank("positions", positions, 2);
+  const int64_t batch = first_slots.size(0), steps = positions.size(0), pitch = positions.size(1);
+  if (steps >= s.max_drafts || batch > pitch) {
+    TVM_FFI_THROW(ValueError) << steps << " later steps of " << batch << " slots, expected fewer than " << s.max_drafts
+                              << " of " << pitch << " at most";
   }
   if (behind < 0 || behind > 1) TVM_FFI_THROW(ValueError) << behind << " positions behind, expected 0 or 1";
-  launch(draft_next_kernel, blocks_for(batch), kThreads, 0, stream_of(ids), s, static_cast<int>(batch),
-         static_cast<int>(index), static_cast<int>(behind), static_cast<int>(draft_max_len),
-         checked<int32_t>("decode_slots", decode_slots, {batch * stride}), static_cast<int>(stride),
-         checked<int32_t>("ids", ids, {batch}),
-         checked<int32_t>("positions", positions, {batch}), checked<int32_t>("slots", slots, {batch}),
-         checked<int32_t>("sample_positions", sample_positions, {batch}));
+  launch(draft_later_kernel, blocks_for(steps * batch), kThreads, 0, stream_of(positions), s, static_cast<int>(batch),
+         static_cast<int>(steps), static_cast<int>(pitch), static_cast<int>(behind), static_cast<int>(draft_max_len),
+         checked<int32_t>("first_slots", first_slots, {batch}), checked<int32_t>("positions", positions, {steps, pitch}),
+         checked<int32_t>("slots", slots, {steps, pitch}),
+         checked<int32_t>("sample_positions", sample_positions, {steps, pitch}));
 }
 
+/// No kernel behind it starts before all kernels in front of it have ended: attention of the next step, which starts early,
+/// then finds pages as this step has left them.
 __global__ void draft_store_kernel(SlotState s, int batch, int index, const int32_t* decode_slots, int stride,
-                                   const int32_t* sampled, const int32_t* row_slots) {
-  pdl_launch();
+                                   const int32_t* sampled, const int32_t* row_slots, int32_t* next_ids) {
   pdl_wait();
+  pdl_launch();
   const int b = index_of_thread();
-  if (b < batch) store_draft(s, b, index, decode_slots, stride, sampled, row_slots);
+  if (b < batch) store_draft(s, b, index, decode_slots, stride, sampled, row_slots, next_ids);
 }
 
-/// What the draft sampled becomes draft token `index` of each slot; (B,) all.
+/// What the draft sampled becomes draft token `index` of each slot, and what its next step runs; (B,) all.
 void draft_store(TensorView tokens, TensorView num_tokens, TensorView max_len, TensorView draft_tokens,
-                 TensorView decode_slots, int64_t stride, int64_t index, TensorView sampled, TensorView row_slots) {
+                 TensorView decode_slots, int64_t stride, int64_t index, TensorView sampled, TensorView row_slots,
+                 TensorView next_ids) {
   const SlotState s = state_of(tokens, num_tokens, max_len, draft_tokens);
   const int64_t batch = batch_of(decode_slots, stride);
   if (index < 0 || index >= s.max_drafts) {
@@ -152,7 +158,8 @@ void draft_store(TensorView tokens, TensorView num_tokens, TensorView max_len, T
   launch(draft_store_kernel, blocks_for(batch), kThreads, 0, stream_of(sampled), s, static_cast<int>(batch),
          static_cast<int>(index), checked<int32_t>("decode_slots", decode_slots, {batch * stride}),
          static_cast<int>(stride),
-         checked<int32_t>("sampled", sampled, {batch}), checked<int32_t>("row_slots", row_slots, {batch}));
+         checked<int32_t>("sampled", sampled, {batch}), checked<int32_t>("row_slots", row_slots, {batch}),
+         checked<int32_t>("next_ids", next_ids, {batch}));
 }
 
 /// A block for each slot.
@@ -216,7 +223,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(note_time, note_time);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(speculation_load, speculation_load);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(speculation_accept, speculation_accept);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_begin, draft_begin);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_continue, draft_continue);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_later, draft_later);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_lookup, draft_lookup);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_prompts, draft_prompts);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft_store, draft_store);

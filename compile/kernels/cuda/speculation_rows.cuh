@@ -132,21 +132,18 @@ TPSERVE_ROW void draft_window(const SlotState& s, int b, int w, int window, int 
   ids[t] = token, positions[t] = position, slots[t] = row_slot;
 }
 
-/// Slot b in the draft's later steps of a round: draft token `index` - 1 runs, and `index` is sampled. `behind`: how many
-/// positions before its own the token runs.
-TPSERVE_ROW void draft_next(const SlotState& s, int b, int index, int behind, int draft_max_len,
-                            const int32_t* decode_slots, int stride, int32_t* ids, int32_t* positions, int32_t* slots,
-                            int32_t* sample_positions) {
-  const int slot = fresh(decode_slots + static_cast<int64_t>(b) * stride);
-  int token = 0, position = 0, row_slot = -1;
+/// Slot b in step `index` of a round, of which the first is 0: draft token `index` - 1 runs, and `index` is sampled. Where is
+/// known before it is known which token that is. `behind`: how many positions before its own the token runs. `first_slots`:
+/// of the first step's sampled rows.
+TPSERVE_ROW void draft_later(const SlotState& s, int b, int index, int behind, int draft_max_len, const int32_t* first_slots,
+                             int32_t* positions, int32_t* slots, int32_t* sample_positions) {
+  const int slot = fresh(first_slots + b);
+  int position = 0, row_slot = -1, own = 0;
   if (slot >= 0) {
-    const int drafted = draft_at(s, slot, index - 1);
-    const int own = fresh(s.num_tokens + slot) + index - 1;
-    sample_positions[b] = own + 1;
-    position = own - behind;
-    if (drafted >= 0 && index < draft_room(s, slot) && position + 1 < draft_max_len) token = drafted, row_slot = slot;
+    own = fresh(s.num_tokens + slot) + index - 1;
+    if (index < draft_room(s, slot) && own - behind + 1 < draft_max_len) position = own - behind, row_slot = slot;
   }
-  ids[b] = token, positions[b] = row_slot < 0 ? 0 : position, slots[b] = row_slot;
+  positions[b] = position, slots[b] = row_slot, sample_positions[b] = own + 1;
 }
 
 /// Token t of a step with prompts runs through the draft, too, unless it is beyond the draft's length: there are no angles
@@ -156,13 +153,14 @@ TPSERVE_ROW void draft_prompt(int t, int draft_max_len, const int32_t* positions
   draft_slots[t] = fresh(positions + t) < draft_max_len ? fresh(slots + t) : -1;
 }
 
-/// What the draft sampled for slot b becomes its draft token `index`; -1 where the draft has not run.
+/// What the draft sampled for slot b becomes its draft token `index`, -1 where the draft has not run, and what its next step
+/// runs in `next_ids`, which has a token in any case.
 TPSERVE_ROW void store_draft(const SlotState& s, int b, int index, const int32_t* decode_slots, int stride,
-                             const int32_t* sampled, const int32_t* row_slots) {
+                             const int32_t* sampled, const int32_t* row_slots, int32_t* next_ids) {
   const int slot = fresh(decode_slots + static_cast<int64_t>(b) * stride);
-  if (slot < 0) return;
-  s.draft_tokens[static_cast<int64_t>(slot) * s.max_drafts + index] =
-      fresh(row_slots + b) < 0 ? -1 : fresh(sampled + b);
+  const int token = fresh(row_slots + b) < 0 ? -1 : fresh(sampled + b);
+  next_ids[b] = token < 0 ? 0 : token;
+  if (slot >= 0) s.draft_tokens[static_cast<int64_t>(slot) * s.max_drafts + index] = token;
 }
 
 // Prompt lookup (worker/proposers/ngram.py, whose text this must give): what followed the last tokens before follows again.

@@ -25,10 +25,12 @@ void window(SlotState* s, int batch, int size, int behind, int draft_max_len, co
   }
 }
 
-void next(SlotState* s, int batch, int index, int behind, int draft_max_len, const int32_t* decode_slots, int stride,
-          int32_t* ids, int32_t* positions, int32_t* slots, int32_t* sample_positions) {
-  for (int b = 0; b < batch; ++b) {
-    draft_next(*s, b, index, behind, draft_max_len, decode_slots, stride, ids, positions, slots, sample_positions);
+void later(SlotState* s, int batch, int num_steps, int pitch, int behind, int draft_max_len, const int32_t* first_slots,
+           int32_t* positions, int32_t* slots, int32_t* sample_positions) {
+  for (int i = 0; i < num_steps * batch; ++i) {
+    const int row = i / batch * pitch;
+    draft_later(*s, i % batch, 1 + i / batch, behind, draft_max_len, first_slots, positions + row, slots + row,
+                sample_positions + row);
   }
 }
 
@@ -62,7 +64,7 @@ void lookup(SlotState* s, int batch, int num_drafts, int least, int most, int th
 }
 
 void store(SlotState* s, int batch, int index, const int32_t* decode_slots, int stride, const int32_t* sampled,
-           const int32_t* row_slots) {
-  for (int b = 0; b < batch; ++b) store_draft(*s, b, index, decode_slots, stride, sampled, row_slots);
+           const int32_t* row_slots, int32_t* next_ids) {
+  for (int b = 0; b < batch; ++b) store_draft(*s, b, index, decode_slots, stride, sampled, row_slots, next_ids);
 }
 }

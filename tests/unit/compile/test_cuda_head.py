@@ -121,13 +121,13 @@ class HeadDevice(Device):
         laid_out = np.repeat(decode_slots, stride)
         ids, positions, slots, sample_positions = ints(batch), ints(batch), ints(batch), ints(batch)
         where = (laid_out, stride, ids, positions, slots, sample_positions)
-        hidden = np.zeros(batch, np.int64)
+        self.call("first", batch, draft_max_len, self.kept_at, *where)
+        hidden = np.where(slots >= 0, self.kept[slots], 0)
+        later = self.later_steps(slots, num_drafts, 1, draft_max_len)
+        next_ids = ints(batch)
         for index in range(num_drafts):
             if index:
-                self.call("next", batch, index, 1, draft_max_len, *where)
-            else:
-                self.call("first", batch, draft_max_len, self.kept_at, *where)
-                hidden = np.where(slots >= 0, self.kept[slots], 0)
+                ids, (positions, slots, sample_positions) = next_ids.copy(), later[index - 1]
             sampled = ints(batch)
             for b in range(batch):
                 slot, position = int(slots[b]), int(positions[b])
@@ -149,7 +149,7 @@ class HeadDevice(Device):
                 hidden[b] = own_row(seen)
                 self.num_drafted += 1
                 sampled[b] = sample(true, salt=int(random.random() < wrong))
-            self.call("store", batch, index, laid_out, stride, sampled, slots)
+            self.call("store", batch, index, laid_out, stride, sampled, slots, next_ids)
         self.draft_tokens[:, num_drafts:] = -1
 
 

@@ -28,14 +28,15 @@ def test_the_library_names_all_its_kernels() -> None:
     export = re.compile(r"^TVM_FFI_DLL_EXPORT_TYPED_FUNC\((\w+),", re.MULTILINE)
     exported = {name for source in text.values() for name in export.findall(source)}
     listed = set(re.findall(r'"(\w+)"', text["library.cu"].partition("kernel_names() {")[2].partition("}")[0]))
-    for_the_worker = {"kernel_names", "init_device", "pack_weight", "attention_plan_size", "attention_workspace_size"}
+    for_the_worker = {"kernel_names", "init_device", "pack_weight", "attention_plan_size", "attention_plans"}
+    for_the_worker |= {"attention_workspace_size"}
     for_the_worker |= {"load_last_tokens", "store_last_tokens", "scatter_pages", "device_address", "join_columns"}
     for_the_worker |= {"push_clear", "push_create", "push_workspace_bytes"}
     for_the_worker |= {"link_bytes", "link_clear", "link_create"}
     for_the_worker |= {"speculation_load", "speculation_accept", "note_time"}
     for_the_worker |= {
         "draft_begin",
-        "draft_continue",
+        "draft_later",
         "draft_lookup",
         "draft_prompts",
         "draft_store",

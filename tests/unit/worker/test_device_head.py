@@ -66,12 +66,13 @@ class Kernels:
             "attention_plan_size": lambda *_: 1,
             "attention_workspace_size": lambda *_: 1,
             "attention_plan": lambda *_: None,
+            "attention_plans": lambda *_: None,
             "take_rows": self._take_rows,
             "spread_logits": self._spread_logits,
             "head_pairs": self._head_pairs,
             "head_keep": self._head_keep,
             "head_begin": self._head_begin,
-            "draft_continue": self._draft_continue,
+            "draft_later": self._draft_later,
             "draft_store": self._draft_store,
             "note_time": lambda times, which: np.put(np.from_dlpack(times), which, time.monotonic_ns()),
             "speculation_load": self._load,
@@ -136,13 +137,13 @@ class Kernels:
         state, (kept_at, at, stride, max_len, *out) = arguments[:4], arguments[4:]
         self._call("first", state, at.shape[0] // stride, max_len, kept_at, at, stride, *out)
 
-    def _draft_continue(self, *arguments: Any) -> None:
-        state, (at, stride, index, behind, max_len, *out) = arguments[:4], arguments[4:]
-        self._call("next", state, at.shape[0] // stride, index, behind, max_len, at, stride, *out)
+    def _draft_later(self, *arguments: Any) -> None:
+        state, (first_slots, behind, max_len, *out) = arguments[:4], arguments[4:]
+        self._call("later", state, first_slots.shape[0], *out[0].shape, behind, max_len, first_slots, *out)
 
     def _draft_store(self, *arguments: Any) -> None:
-        state, (at, stride, index, sampled, slots) = arguments[:4], arguments[4:]
-        self._call("store", state, at.shape[0] // stride, index, at, stride, sampled, slots)
+        state, (at, stride, index, *tokens) = arguments[:4], arguments[4:]
+        self._call("store", state, at.shape[0] // stride, index, at, stride, *tokens)
 
     def _load(self, *arguments: Any) -> None:
         state, (num_drafts, ids, positions, slots, rows, *sampling) = arguments[:4], arguments[4:]
