@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +31,27 @@ MODEL_LIBRARY = "model.so"
 KERNEL_LIBRARY = "kernels.so"
 
 
-def build_artifact(config: ModelConfig | EagleHeadConfig, compile_config: CompileConfig, policy: CachePolicy) -> Path:
-    """Return the artifact folder of a model or an EAGLE-3 head, compiled now or taken from the cache."""
+def build_artifact(
+    config: ModelConfig | EagleHeadConfig,
+    compile_config: CompileConfig,
+    policy: CachePolicy,
+    check: Callable[[], None] | None = None,
+) -> Path:
+    """Return the artifact folder of a model or an EAGLE-3 head, compiled now or taken from the cache.
+
+    Parameters
+    ----------
+    check
+        Called before anything is compiled, and not for what is in the cache; what it raises ends the build.
+    """
     key = input_hash(config, compile_config)
-    return cached_folder("lib", key, policy, lambda folder: _build(folder, config, compile_config, key, policy))
+
+    def build(folder: Path) -> None:
+        if check is not None:
+            check()
+        _build(folder, config, compile_config, key, policy)
+
+    return cached_folder("lib", key, policy, build)
 
 
 def input_hash(config: ModelConfig | EagleHeadConfig, compile_config: CompileConfig) -> str:

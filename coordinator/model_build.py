@@ -44,6 +44,11 @@ class ModelBuild:
         self._folders = folders
         self._is_stopping = is_stopping
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether texts are read by the model's own tokenizer: by a gateway, or by the process that this ends with."""
+        return not self._args.no_gateway or self._args.parent_pid is not None
+
     def inspect_draft(self, speculation: SpeculationChoice, model: str) -> SpeculationChoice:
         """Return what is to be done with a draft, which may be an EAGLE-3 head; fetched now if it must be."""
         found = self._run("inspect", model, [])
@@ -71,6 +76,8 @@ class ModelBuild:
             flags += ["--max-model-len", str(args.max_model_len)]
         if head is not None:
             flags += ["--draft-model", head]
+        if self.needs_tokenizer:
+            flags.append("--require-tokenizer")
         return self._compile(args.model, device, args.max_num_batched_tokens, flags)
 
     def draft(

@@ -14,7 +14,7 @@ from tpserve.compile import artifact, native
 from tpserve.compile.artifact import build_artifact, input_hash
 from tpserve.compile.cache import CachePolicy
 from tpserve.compile.config import CompileConfig, ModelConfig
-from tpserve.compile.errors import CacheError
+from tpserve.compile.errors import CacheError, CheckpointError
 from tpserve.proto.host import cpu_features
 from tpserve.proto.manifest import Manifest
 
@@ -59,6 +59,22 @@ def test_the_folder_holds_what_the_manifest_says(
     assert Manifest.load(folder) == replace(manifest, files=Manifest.load(folder).files)
     assert (folder / "kernels.so").read_bytes() == before
     assert set((artifacts.home / "kernels").glob("[!.]*")) == kernels  # what is being built there has a dot before it
+
+
+def test_what_must_hold_is_looked_at_before_a_build_and_only_then(
+    artifacts: Artifacts, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise CheckpointError("no tokenizer")
+
+    monkeypatch.setenv("TPSERVE_HOME", str(artifacts.home))
+    folder = build_artifact(model, CONFIG, CachePolicy.ON)
+    assert build_artifact(model, CONFIG, CachePolicy.ON, fails) == folder, "a library that is there needs no check"
+    monkeypatch.setattr(artifact, "_build", lambda *arguments: pytest.fail("it was built"))
+    for config, policy in ((replace(CONFIG, tp_size=1), CachePolicy.ON), (CONFIG, CachePolicy.REDO)):
+        with pytest.raises(CheckpointError, match="no tokenizer"):
+            build_artifact(model, config, policy, fails)
+    assert folder.is_dir()
 
 
 @pytest.mark.parametrize(
