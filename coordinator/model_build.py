@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tpserve.coordinator.children import AlreadyTold, ServeError, log_lines
 from tpserve.coordinator.process import end_with_parent
-from tpserve.coordinator.speculation import SpeculationChoice, check_draft, draft_step_tokens
+from tpserve.coordinator.speculation import SpeculationChoice, check_draft, check_draft_tokens, draft_step_tokens
 from tpserve.proto.manifest import Manifest
 
 _POLL_S = 0.1
@@ -90,10 +90,12 @@ class ModelBuild:
         if speculation.method == "eagle3":  # it takes the model's embedding as that is stored, and is not fp8 itself
             quantization = "q0bf16" if target.quantization == "fp8" else target.quantization
             flags += ["--target-model", folders["model_dir"], "--quantization", quantization]
+        else:
+            check_draft_tokens(Path(folders["model_dir"]), Path(speculation.draft_model))
         num_tokens = draft_step_tokens(self._args.max_num_batched_tokens, target.max_num_seqs, on_gpu=device == "cuda")
         draft_folders = self._compile(speculation.draft_model, device, num_tokens, flags)
         draft = Manifest.load(Path(draft_folders["artifact_dir"]))
-        check_draft(target, draft, Path(folders["model_dir"]), Path(draft_folders["model_dir"]))
+        check_draft(target, draft)
         return draft_folders, draft
 
     def _compile(self, model: str, device: str, num_tokens: int, flags: list[str]) -> dict[str, str]:
