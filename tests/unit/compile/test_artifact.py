@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from rank_group import Artifacts
 from tiny_models import MODELS
 from tpserve.compile import artifact, native
-from tpserve.compile.artifact import build_artifact, input_hash
+from tpserve.compile.artifact import build_artifact, input_hash, kernel_library
 from tpserve.compile.cache import CachePolicy
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.errors import CacheError, CheckpointError
@@ -59,6 +60,30 @@ def test_the_folder_holds_what_the_manifest_says(
     assert Manifest.load(folder) == replace(manifest, files=Manifest.load(folder).files)
     assert (folder / "kernels.so").read_bytes() == before
     assert set((artifacts.home / "kernels").glob("[!.]*")) == kernels  # what is being built there has a dot before it
+
+
+def test_policy_off_leaves_the_artifact_and_nothing_else(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    scratch.mkdir()
+    source = tmp_path / "kernel.cc"  # a short one: what kernels are is nothing to where they are built
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setenv("TPSERVE_HOME", str(home))
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(native, "CPU_KERNEL_SOURCES", (source,))
+    folder = build_artifact(model, CONFIG, CachePolicy.OFF)
+    assert sorted(path.name for path in folder.iterdir()) == ["kernels.so", "manifest.json", "model.so"]
+    assert Manifest.load(folder).tp_size == 2
+    assert list(scratch.iterdir()) == [folder]
+    assert not home.exists()
+    # Kernels that are there need not be built again, and stay.
+    kernels = kernel_library("llvm", CachePolicy.ON)
+    kernels.write_bytes(kernels.read_bytes() + b"those of the cache")
+    again = build_artifact(model, CONFIG, CachePolicy.OFF)
+    assert (again / "kernels.so").read_bytes() == kernels.read_bytes()
+    assert sorted(scratch.iterdir()) == sorted([folder, again])
+    assert [path for path in home.rglob("*") if path.is_file()] == [kernels]
 
 
 def test_what_must_hold_is_looked_at_before_a_build_and_only_then(
