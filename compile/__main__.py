@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from tpserve.compile.cache import CachePolicy, told_if_full
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.eagle import EagleHeadConfig, is_eagle_head
 from tpserve.compile.errors import CompileError
-from tpserve.compile.source import convert_to, require_weights, resolve_model, stored_quantization
+from tpserve.compile.source import convert_to, require_tokenizer, require_weights, resolve_model, stored_quantization
 from tpserve.proto.manifest import CPU_STEP_TOKENS, GPU_STEP_TOKENS
 
 _POLICIES = [policy.value for policy in CachePolicy]
@@ -76,6 +77,9 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target-model", metavar="MODEL", help="that an EAGLE-3 head drafts for; others need none")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
+    parser.add_argument(
+        "--require-tokenizer", action="store_true", help="compile nothing for a model whose tokenizer cannot be loaded"
+    )
     add_cache_arguments(parser)
 
 
@@ -167,7 +171,8 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
         artifact = build_artifact(head, compile_config, policy)
     else:
         compile_config.check_model(config)
-        artifact = build_artifact(config, compile_config, policy)
+        check = partial(require_tokenizer, model_dir) if args.require_tokenizer else None
+        artifact = build_artifact(config, compile_config, policy, check)
     return {"model_dir": str(model_dir), "artifact_dir": str(artifact)}
 
 

@@ -7,13 +7,14 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tpserve.compile import native, native_cuda
-from tpserve.compile.cache import CachePolicy, cached_folder
+from tpserve.compile.cache import CachePolicy, cache_root, cached_folder
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.eagle import EagleHeadConfig
 from tpserve.compile.kernels.cuda import sizes
@@ -30,10 +31,27 @@ MODEL_LIBRARY = "model.so"
 KERNEL_LIBRARY = "kernels.so"
 
 
-def build_artifact(config: ModelConfig | EagleHeadConfig, compile_config: CompileConfig, policy: CachePolicy) -> Path:
-    """Return the artifact folder of a model or an EAGLE-3 head, compiled now or taken from the cache."""
+def build_artifact(
+    config: ModelConfig | EagleHeadConfig,
+    compile_config: CompileConfig,
+    policy: CachePolicy,
+    check: Callable[[], None] | None = None,
+) -> Path:
+    """Return the artifact folder of a model or an EAGLE-3 head, compiled now or taken from the cache.
+
+    Parameters
+    ----------
+    check
+        Called before anything is compiled, and not for what is in the cache; what it raises ends the build.
+    """
     key = input_hash(config, compile_config)
-    return cached_folder("lib", key, policy, lambda folder: _build(folder, config, compile_config, key, policy))
+
+    def build(folder: Path) -> None:
+        if check is not None:
+            check()
+        _build(folder, config, compile_config, key, policy)
+
+    return cached_folder("lib", key, policy, build)
 
 
 def input_hash(config: ModelConfig | EagleHeadConfig, compile_config: CompileConfig) -> str:
@@ -86,8 +104,7 @@ def _build(
         graph = build_graph(given, compile_config)
     executable, workspace_bytes = lower(graph.module, _tvm_target(compile_config))
     executable.export_library(str(folder / MODEL_LIBRARY))
-    kernels = kernel_library(compile_config.target, policy)
-    shutil.copyfile(kernels, folder / KERNEL_LIBRARY)
+    _put_kernels(folder, compile_config.target, policy)
     sharding = graph.sharding
     Manifest(
         model_type=model_type,
@@ -171,19 +188,34 @@ def _target_facts(compile_config: CompileConfig) -> dict[str, str]:
     return {"kind": "cuda", "arch": native_cuda.ARCH}
 
 
+def _put_kernels(folder: Path, target: str, policy: CachePolicy) -> None:
+    """Put a target's kernels into an artifact.
+
+    REDO and OFF mean the model's own library: kernels of unchanged sources would come out the same.
+    """
+    if policy is not CachePolicy.OFF:
+        kernels = kernel_library(target, CachePolicy.ON)
+    elif (cache_root() / "kernels" / _kernel_key(target)).is_dir():
+        kernels = kernel_library(target, CachePolicy.READONLY)
+    else:
+        _build_kernels(target, folder)
+        return
+    shutil.copyfile(kernels, folder / KERNEL_LIBRARY)
+
+
 def kernel_library(target: str, policy: CachePolicy) -> Path:
-    """Return the kernels of a target, built once and shared by all models."""
-    key = hashlib.sha256(json.dumps(_kernel_facts(target)).encode()).hexdigest()
+    """Return the kernels of a target in the cache, built once and shared by all models."""
+    folder = cached_folder("kernels", _kernel_key(target), policy, lambda folder: _build_kernels(target, folder))
+    return folder / KERNEL_LIBRARY
 
-    def build(folder: Path) -> None:
-        with progress_bar("Compiling kernels, once for all models") as progress:
-            if target == "llvm":
-                native.build_library(native.CPU_KERNEL_SOURCES, folder / KERNEL_LIBRARY, progress=progress)
-            else:
-                native_cuda.build_cuda_library(
-                    native_cuda.CUDA_KERNEL_SOURCES, folder / KERNEL_LIBRARY, progress=progress
-                )
 
-    # REDO means the model's own library: kernels of unchanged sources would come out the same.
-    kernel_policy = CachePolicy.ON if policy is CachePolicy.REDO else policy
-    return cached_folder("kernels", key, kernel_policy, build) / KERNEL_LIBRARY
+def _kernel_key(target: str) -> str:
+    return hashlib.sha256(json.dumps(_kernel_facts(target)).encode()).hexdigest()
+
+
+def _build_kernels(target: str, folder: Path) -> None:
+    with progress_bar("Compiling kernels, once for all models") as progress:
+        if target == "llvm":
+            native.build_library(native.CPU_KERNEL_SOURCES, folder / KERNEL_LIBRARY, progress=progress)
+        else:
+            native_cuda.build_cuda_library(native_cuda.CUDA_KERNEL_SOURCES, folder / KERNEL_LIBRARY, progress=progress)

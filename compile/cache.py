@@ -27,7 +27,7 @@ class CachePolicy(Enum):
     ON = "ON"
     """Use what is there, keep what is built."""
     OFF = "OFF"
-    """Build every time, keep nothing (a temporary folder that the caller removes)."""
+    """Build every time, keep nothing (a temporary folder that the caller removes); kernels that are there are used."""
     REDO = "REDO"
     """Build again and replace what is there."""
     READONLY = "READONLY"

@@ -126,3 +126,22 @@ def require_weights(model_dir: Path) -> None:
                 pass
         except SafetensorError as error:
             raise CheckpointError(f"{path} is corrupt ({error}): fetch it again") from None
+
+
+def require_tokenizer(model_dir: Path) -> None:
+    """Check that the folder holds a tokenizer that can be loaded, which takes a quarter of a second.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the file that is missing or cannot be loaded.
+    """
+    from tokenizers import Tokenizer
+
+    path = model_dir / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: put the model's tokenizer beside its config.json")
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path} cannot be loaded ({error}): put the model's tokenizer there") from None

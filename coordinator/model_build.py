@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tpserve.coordinator.children import AlreadyTold, ServeError, log_lines
 from tpserve.coordinator.process import end_with_parent
-from tpserve.coordinator.speculation import SpeculationChoice, check_draft, draft_step_tokens
+from tpserve.coordinator.speculation import SpeculationChoice, check_draft, check_draft_tokens, draft_step_tokens
 from tpserve.proto.manifest import Manifest
 
 _POLL_S = 0.1
@@ -43,6 +43,11 @@ class ModelBuild:
         self._args = args
         self._folders = folders
         self._is_stopping = is_stopping
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether texts are read by the model's own tokenizer: by a gateway, or by the process that this ends with."""
+        return not self._args.no_gateway or self._args.parent_pid is not None
 
     def inspect_draft(self, speculation: SpeculationChoice, model: str) -> SpeculationChoice:
         """Return what is to be done with a draft, which may be an EAGLE-3 head; fetched now if it must be."""
@@ -71,6 +76,8 @@ class ModelBuild:
             flags += ["--max-model-len", str(args.max_model_len)]
         if head is not None:
             flags += ["--draft-model", head]
+        if self.needs_tokenizer:
+            flags.append("--require-tokenizer")
         return self._compile(args.model, device, args.max_num_batched_tokens, flags)
 
     def draft(
@@ -83,10 +90,12 @@ class ModelBuild:
         if speculation.method == "eagle3":  # it takes the model's embedding as that is stored, and is not fp8 itself
             quantization = "q0bf16" if target.quantization == "fp8" else target.quantization
             flags += ["--target-model", folders["model_dir"], "--quantization", quantization]
+        else:
+            check_draft_tokens(Path(folders["model_dir"]), Path(speculation.draft_model))
         num_tokens = draft_step_tokens(self._args.max_num_batched_tokens, target.max_num_seqs, on_gpu=device == "cuda")
         draft_folders = self._compile(speculation.draft_model, device, num_tokens, flags)
         draft = Manifest.load(Path(draft_folders["artifact_dir"]))
-        check_draft(target, draft, Path(folders["model_dir"]), Path(draft_folders["model_dir"]))
+        check_draft(target, draft)
         return draft_folders, draft
 
     def _compile(self, model: str, device: str, num_tokens: int, flags: list[str]) -> dict[str, str]:

@@ -140,9 +140,9 @@ class _Server:
         num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
         head = None if speculation is None or speculation.method != "eagle3" else speculation.draft_model
         folders = self._build.model(max_num_seqs, device, num_draft_tokens, head)
-        if not args.no_gateway:
+        if self._build.needs_tokenizer:
             require_tokenizer(Path(folders["model_dir"]))
-        manifest = Manifest.load(Path(folders["artifact_dir"]))
+        manifest = library if library is not None else Manifest.load(Path(folders["artifact_dir"]))
         manifest.require(tp_size=args.tp, max_num_seqs=max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens)
         if args.kv_cache_dtype != "auto":
             manifest.require_kv_dtype("bfloat16" if args.kv_cache_dtype == "bfloat16" else "float8_e4m3fn")

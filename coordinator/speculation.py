@@ -191,8 +191,24 @@ def draft_step_tokens(max_num_batched_tokens: int, max_num_seqs: int, *, on_gpu:
     return max(max_num_batched_tokens, max(DEVICE_DRAFT_WINDOWS) * max_num_seqs) if on_gpu else max_num_batched_tokens
 
 
-def check_draft(target: Manifest, draft: Manifest, target_dir: Path, draft_dir: Path) -> None:
-    """Check that the tokens of a draft are those of the model, or that a head reads what the model's library gives.
+def check_draft_tokens(target_dir: Path, draft_dir: Path) -> None:
+    """Check that the tokenizer of a draft, if there is one, gives the ids of the model's.
+
+    Raises
+    ------
+    ClusterError
+        If it does not, or if one of them cannot be read.
+    """
+    ours, theirs = (_vocabulary(folder) for folder in (target_dir, draft_dir))
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ClusterError(
+            f"the tokenizer of {draft_dir} gives other ids than that of {target_dir}: "
+            "give a --draft-model of the same family"
+        )
+
+
+def check_draft(target: Manifest, draft: Manifest) -> None:
+    """Check that a draft has as many tokens as the model, or that a head reads what the model's library gives.
 
     Raises
     ------
@@ -211,12 +227,6 @@ def check_draft(target: Manifest, draft: Manifest, target_dir: Path, draft_dir: 
             f"the draft has {draft.vocab_size} tokens, the model {target.vocab_size}: "
             "give a --draft-model of the same family"
         )
-    ours, theirs = (_vocabulary(folder) for folder in (target_dir, draft_dir))
-    if ours is not None and theirs is not None and ours != theirs:
-        raise ClusterError(
-            f"the tokenizer of {draft_dir} gives other ids than that of {target_dir}: "
-            "give a --draft-model of the same family"
-        )
 
 
 def _layers(manifest: Manifest) -> str:
@@ -228,11 +238,14 @@ def _vocabulary(folder: Path) -> dict[str, int] | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    raw = json.loads(path.read_text())
-    vocabulary = raw.get("model", {}).get("vocab")
-    if not isinstance(vocabulary, dict):  # unigram models list pairs, whose order gives the ids
-        vocabulary = {pair[0]: index for index, pair in enumerate(vocabulary or [])}
-    added = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+    try:
+        raw = json.loads(path.read_text())
+        vocabulary = raw.get("model", {}).get("vocab")
+        if not isinstance(vocabulary, dict):  # unigram models list pairs, whose order gives the ids
+            vocabulary = {pair[0]: index for index, pair in enumerate(vocabulary or [])}
+        added = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ClusterError(f"{path} cannot be read ({type(error).__name__}: {error}): fetch it again") from None
     return vocabulary | added
 
 

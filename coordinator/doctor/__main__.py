@@ -24,7 +24,9 @@ from tpserve.coordinator.doctor.host import (
 from tpserve.coordinator.doctor.model import check_model
 from tpserve.coordinator.doctor.network import check_network
 from tpserve.coordinator.doctor.software import check_compiler, check_python, check_ray
+from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS
+from tpserve.coordinator.speculation import add_speculation_arguments, choose_speculation
 
 CHECKS: tuple[Check, ...] = (
     check_python,
@@ -57,11 +59,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--ray-address", metavar="HOST:PORT", help="a cluster that this host is to be a node of")
+    parser.add_argument("--tp-across-nodes", choices=["pack", "spread"], help="its ranks may be on several nodes")
+    add_speculation_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        speculation = choose_speculation(args, on_gpu=args.device == "cuda")
+        if speculation is not None and args.device == "cuda":
+            speculation.require_gpus(args.tp)
+    except ClusterError as error:  # as `tpserve serve` would refuse them
+        parser.error(str(error))
     wanted = Wanted(
         device=args.device,
         tp_size=args.tp,
+        num_draft_ranks=0 if speculation is None else speculation.num_draft_ranks,
+        tp_across_nodes=args.tp_across_nodes,
         host=args.host,
         port=args.port,
         ray_address=args.ray_address,

@@ -43,15 +43,16 @@ def check_gpus(wanted: Wanted, read: Callable[[], Gpus | None] = read_gpus) -> I
             yield Finding("gpu", "ok", f"{what}: ranks compute on the CPU (target llvm)")
         return
     names = ", ".join(f"{gpu.name} ({gpu.total_bytes >> 30} GiB)" for gpu in found.gpus)
-    enough = len(found.gpus) >= wanted.tp_size
-    remedy = "" if enough else f"lower --tp, or give this host or container {wanted.tp_size} GPUs"
-    yield Finding("gpu", "ok" if enough else "fail", f"{len(found.gpus)}: {names}", remedy)
+    enough = len(found.gpus) >= wanted.num_ranks
+    remedy = "" if enough else f"{wanted.fewer}, or give this host or container {wanted.num_ranks} GPUs"
+    needed = "" if enough else f"; {wanted.flags} takes {wanted.num_ranks}"
+    yield Finding("gpu", "ok" if enough else "fail", f"{len(found.gpus)}: {names}{needed}", remedy)
     yield from _check_driver(found)
     yield from _check_capability(found)
-    yield from _check_used(found, wanted.tp_size)
-    if wanted.tp_size > 1:
-        yield _check_peers(found, wanted.tp_size)
-    yield from _check_libraries(wanted.tp_size)
+    yield from _check_used(found, wanted.num_ranks)
+    if wanted.num_ranks > 1:
+        yield _check_peers(found, wanted)
+    yield from _check_libraries(max(wanted.tp_size, wanted.num_draft_ranks))
 
 
 def _check_driver(found: Gpus) -> Iterator[Finding]:
@@ -74,8 +75,8 @@ def _check_capability(found: Gpus) -> Iterator[Finding]:
         yield Finding("gpu-capability", "warn", text, "kernels are tuned for sm_90 (Hopper): expect less speed here")
 
 
-def _check_used(found: Gpus, tp_size: int) -> Iterator[Finding]:
-    busy = [gpu for gpu in found.gpus[:tp_size] if gpu.used_bytes > _BUSY_SHARE * gpu.total_bytes]
+def _check_used(found: Gpus, num_ranks: int) -> Iterator[Finding]:
+    busy = [gpu for gpu in found.gpus[:num_ranks] if gpu.used_bytes > _BUSY_SHARE * gpu.total_bytes]
     if not busy:
         yield Finding("gpu-memory", "ok", "free")
     else:
@@ -85,11 +86,18 @@ def _check_used(found: Gpus, tp_size: int) -> Iterator[Finding]:
         yield Finding("gpu-memory", "warn", used, "end what holds it (nvidia-smi names it), or expect fewer KV pages")
 
 
-def _check_peers(found: Gpus, tp_size: int) -> Finding:
-    apart = [pair for pair in found.unreachable if max(pair) < tp_size]
+def _check_peers(found: Gpus, wanted: Wanted) -> Finding:
+    apart = [pair for pair in found.unreachable if max(pair) < wanted.num_ranks]
     if not apart:
-        return Finding("gpu-peers", "ok", f"GPUs 0 to {tp_size - 1} reach each other's memory")
+        return Finding("gpu-peers", "ok", f"GPUs 0 to {wanted.num_ranks - 1} reach each other's memory")
     pairs = ", ".join(f"{a}-{b}" for a, b in apart)
+    if wanted.num_draft_ranks:
+        return Finding(
+            "gpu-peers",
+            "fail",
+            f"no peer access: {pairs}; a model and a draft with GPUs of its own exchange tokens by it",
+            "give --draft-placement colocated, or GPUs that reach each other (`nvidia-smi topo -p2p rw`)",
+        )
     return Finding(
         "gpu-peers",
         "warn",
@@ -99,7 +107,7 @@ def _check_peers(found: Gpus, tp_size: int) -> Finding:
     )
 
 
-def _check_libraries(tp_size: int) -> Iterator[Finding]:
+def _check_libraries(group_size: int) -> Iterator[Finding]:
     if importlib.util.find_spec("cupy") is None:
         yield Finding("cupy", "fail", "not installed", "pip install 'tpserve[cuda]'")
         return
@@ -112,7 +120,7 @@ def _check_libraries(tp_size: int) -> Iterator[Finding]:
             "libraries cannot be compiled here: give --model-lib, or install CUDA 13's nvcc, or pip install "
             "'tpserve[nvcc]'",
         )
-    if tp_size > 1:
+    if group_size > 1:
         yield check_nccl()
 
 

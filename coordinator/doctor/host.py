@@ -27,8 +27,8 @@ _SMALL_CACHE_BYTES, _GOOD_CACHE_BYTES = 1024 * _MIB, 10 * 1024 * _MIB
 def check_shared_memory(wanted: Wanted, folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
     """See that /dev/shm holds Ray's object store and what ranks exchange."""
     needed = 0 if wanted.ray_address else _RAY_STORE_BYTES
-    if wanted.tp_size > 1:
-        needed += wanted.tp_size * (_RANK_BYTES if wanted.device == "cpu" else _NCCL_RANK_BYTES)
+    num_sharing = sum(size for size in (wanted.tp_size, wanted.num_draft_ranks) if size > 1)  # a draft is a group too
+    needed += num_sharing * (_RANK_BYTES if wanted.device == "cpu" else _NCCL_RANK_BYTES)
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
@@ -64,8 +64,10 @@ def check_cpus(wanted: Wanted) -> Iterator[Finding]:
     """See that every rank, and the coordinator besides, may have a CPU of its own; and tell the memory's limit."""
     usable, whole = usable_cpus(), os.cpu_count() or 1
     found = f"{usable} of {whole} CPUs" if usable < whole else f"{usable} CPUs"
-    remedy = "raise the container's CPU limit, or lower --tp: ranks that share a CPU wait for each other in every layer"
-    yield least("cpus", usable, 1, wanted.tp_size, found, remedy)
+    if usable < wanted.num_ranks:
+        found = f"{found}; {wanted.flags} has {wanted.num_ranks} ranks"
+    remedy = f"{wanted.fewer}, or raise the container's CPU limit: ranks that share a CPU wait for each other"
+    yield least("cpus", usable, 1, wanted.num_ranks, found, remedy)
     limit = free_memory_limit()
     if limit is not None:
         remedy = "raise the container's memory limit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from tpserve.coordinator.children import ray_environment
 from tpserve.coordinator.doctor.findings import Finding, Wanted
 from tpserve.coordinator.errors import ClusterError
+from tpserve.coordinator.node_memory import NodeMemory, bytes_of_rank, read_nodes
 
 _MIN_PYTHON = (3, 11)
 _ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +68,7 @@ def check_compiler(wanted: Wanted) -> Iterator[Finding]:
 
 
 def check_ray(wanted: Wanted) -> Iterator[Finding]:
-    """See that a cluster that was named can be joined from here."""
+    """See that a cluster that was named can be joined from here, and has a place for every rank."""
     if wanted.ray_address is None:
         return
     from tpserve.coordinator.ray_nodes import find_own_node  # Ray takes a second to load
@@ -78,6 +81,29 @@ def check_ray(wanted: Wanted) -> Iterator[Finding]:
         )
     else:
         yield Finding("ray", "ok", f"{own} is a node of {head}")
+        try:
+            nodes = read_nodes(wanted.ray_address, os.environ | ray_environment(wanted.ray_address))
+        except ClusterError as error:
+            yield Finding("ray-places", "fail", str(error), "see by `ray status` that all nodes are well")
+        else:
+            yield check_places(wanted, nodes)
+
+
+def check_places(wanted: Wanted, nodes: list[NodeMemory]) -> Finding:
+    """See that Ray has a GPU or a CPU to give to every rank, in use now or not."""
+    count = wanted.num_ranks
+    for kind in {"auto": ("GPU", "CPU"), "cuda": ("GPU",), "cpu": ("CPU",)}[wanted.device]:
+        on_gpus = kind == "GPU"
+        must_be_near = on_gpus and wanted.num_draft_ranks > 0  # a model and its draft write each other's memory
+        one_node = must_be_near or wanted.tp_across_nodes is None
+        where = "on one node" if one_node else "on all nodes together"
+        if bytes_of_rank(nodes, count, one_node=one_node, on_gpus=on_gpus) is not None:
+            return Finding("ray-places", "ok", f"Ray has {count} {kind}s {where}")
+    places = sorted((node.name, node.num_gpus if on_gpus else node.num_cpus) for node in nodes)
+    has = ", ".join(f"{name} has {num}" for name, num in places)
+    found = f"{wanted.flags} takes {count} {kind}s {where}: {has or 'no node is alive'}"
+    across = ", allow --tp-across-nodes" if one_node and not must_be_near else ""
+    return Finding("ray-places", "fail", found, f"{wanted.fewer}{across}, or add a node with more {kind}s")
 
 
 def _required() -> list[Requirement]:

@@ -9,6 +9,7 @@ import asyncio
 import os
 import re
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +18,17 @@ from pathlib import Path
 import httpx
 import pytest
 
+from patience import patient
 from server import Server, chat_request, until
 
 REQUESTS = [
     chat_request("Repeat: red, green, blue, red, green, blue, red,", max_tokens=200),
     chat_request("Write a long story about a dragon.", temperature=0.8, seed=3, max_tokens=200),
     chat_request("What is the capital of France?", temperature=0.7, seed=5, frequency_penalty=0.8, max_tokens=150),
+    chat_request("How does a bicycle stay upright?", max_tokens=150),
 ]
+PROMISED_S = 45.0
+"""The default of --replay-timeout."""
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +117,16 @@ def test_a_step_trace_has_a_track_for_each_of_its_ranks(server: Server) -> None:
     assert steps == {"rank 0": 5, "rank draft 0": 5, "rank draft 1": 5}
 
 
-def test_a_killed_draft_rank_costs_no_answer(server: Server, expected: list[str | None]) -> None:
-    before = draft_pids(server)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_draft_rank_costs_no_answer(server: Server, expected: list[str | None], rank: int) -> None:
+    """The first, which sends draft tokens, and one that only helps it."""
+    before, log_begin = draft_pids(server), len(server.log)
     assert len(before) == 2
-    assert asyncio.run(answers(server, stream_kill=before[0])) == expected
-    assert re.search(r"lost rank draft 0: .*; rebuilding the TP group", server.log)
+    asked_at = time.monotonic()
+    assert asyncio.run(answers(server, stream_kill=before[rank])) == expected
+    assert time.monotonic() - asked_at < patient(PROMISED_S), "every client has its text by then, or an error"
+    (lost,) = re.findall(r"coordinator: lost rank (.*); rebuilding the TP group", server.log[log_begin:])
+    assert lost.startswith(f"draft {rank}: connection lost")
     until(lambda: server.health()[0] == 200, within_s=10, what="ready")
     assert not set(before) & set(draft_pids(server)), "the group is rebuilt whole"
-    assert server.metrics()["tpserve_ranks_lost_total{rank=draft 0}"] == 1
+    assert server.metrics()[f"tpserve_ranks_lost_total{{rank=draft {rank}}}"] == 1

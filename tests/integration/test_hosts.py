@@ -109,13 +109,27 @@ def test_answers_are_those_of_one_host(server: Server, hosts: TwoHosts, demo_fol
     assert re.search(r"rank 1: pid \d+ on host-b", server.log)
     for kind in ("model", "library"):
         assert re.search(rf"sent the {kind} to host-b in [\d.]+ s", server.log)
-    assert "rank 0 on host-a, rank 1 on host-b run at nice 15: " in server.log
+    niceness = min(os.nice(0) + 15, 19)  # Ray adds to its own
+    assert f"rank 0 on host-a, rank 1 on host-b run at nice {niceness}: " in server.log
     assert server.metrics()["tpserve_collectives_info{backend=tcp}"] == 1
     with server.client() as client:
         for name in GOLDENS:
             golden, chunks = Golden(demo_folder, name), list[str]()
             golden.stream(client, chunks)
             assert "".join(chunks) == golden.text, name
+
+
+def test_the_doctor_counts_the_places_of_all_hosts(hosts: TwoHosts, tmp_path: Path) -> None:
+    flags = ("--tp", "2", "--device", "cpu", "--ray-address", ADDRESS, "--tp-across-nodes", "pack", "--port", "0")
+    draft = ("--draft-model", "d", "--draft-placement", "dedicated")
+    outcome = run_cli(
+        *("doctor", "--json", *flags, *draft), folder=tmp_path, environ=RAY_ENVIRON, prefix=hosts.first.inside
+    )
+    found = {finding["check"]: finding for finding in json.loads(outcome.stdout)["checks"]}
+    assert found["ray"]["status"] == "ok", outcome.stdout
+    ranks = "--tp 2 --draft-placement dedicated --draft-tp 1 takes 3 CPUs on all nodes together"
+    assert found["ray-places"]["found"] == f"{ranks}: host-a has 1, host-b has 1"
+    assert (outcome.code, found["ray-places"]["status"]) == (1, "fail")
 
 
 PROBE = """

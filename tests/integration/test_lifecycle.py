@@ -164,12 +164,15 @@ def test_random_weights_serve_without_a_checkpoint(tiny_folder: Path, tmp_path: 
         assert niceness == [os.nice(0)] * 4, "ranks come after every other process of the host, unless Ray is told"
 
 
-def test_row_26_cache_policies(tiny_folder: Path, tmp_path: Path, cache_home: Path) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    # Kernels do not depend on the model; building them again would only take time.
+@pytest.fixture
+def home(tiny_folder: Path, tmp_path: Path, cache_home: Path) -> Path:
+    """A cache with nothing but kernels, which do not depend on the model: building them again would only take time."""
     run_cli("compile", tiny_folder, *DUMMY, folder=tmp_path)
-    shutil.copytree(cache_home / "kernels", home / "kernels")
+    shutil.copytree(cache_home / "kernels", tmp_path / "home/kernels")
+    return tmp_path / "home"
+
+
+def test_row_26_cache_policies(tiny_folder: Path, tmp_path: Path, home: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     environ = {"TPSERVE_HOME": str(home), "TMPDIR": str(scratch)}
@@ -195,16 +198,16 @@ def test_row_26_cache_policies(tiny_folder: Path, tmp_path: Path, cache_home: Pa
     assert sorted(path.name for path in (home / "lib").iterdir()) == [first.name]
 
 
-def test_row_26_policy_off_keeps_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    home, scratch = tmp_path / "home", tmp_path / "scratch"
-    home.mkdir()
+def test_row_26_policy_off_keeps_nothing(tiny_folder: Path, tmp_path: Path, home: Path) -> None:
+    """`test_artifact.py` has it without kernels."""
+    before, scratch = sorted(home.rglob("*")), tmp_path / "scratch"
     scratch.mkdir()
     environ = {"TPSERVE_HOME": str(home), "TMPDIR": str(scratch)}
     with Server.running(tiny_folder, *DUMMY, "--jit-policy", "OFF", folder=tmp_path, environ=environ) as server:
         assert list(scratch.iterdir())
         assert server.health()[0] == 200
     assert not list(scratch.iterdir())
-    assert not list(home.iterdir())
+    assert sorted(home.rglob("*")) == before
 
 
 def test_convert_alone(demo_folder: Path, demo_model: Path, tmp_path: Path) -> None:

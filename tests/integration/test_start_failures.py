@@ -97,9 +97,40 @@ def test_folder_without_a_model(tmp_path: Path) -> None:
     assert "has no config.json" in serve(tmp_path, tmp_path / "empty").only_error()
 
 
-def test_folder_without_a_tokenizer(tmp_path: Path, tiny_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "tokenizer.json is missing: put the model's tokenizer beside its config.json"),
+        ('{"model": {}}', "tokenizer.json cannot be loaded"),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_folder_without_a_usable_tokenizer(
+    tmp_path: Path, tiny_folder: Path, command: str, content: str | None, reason: str
+) -> None:
     folder = linked(tiny_folder, tmp_path / "model", "config.json")
-    outcome = serve(tmp_path, folder, "--load-format", "dummy")
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    home, log = tmp_path / "home", tmp_path / "engine.log"
+    flags = ("--port", "0") if command == "serve" else ("--log-file", log)
+    outcome = run_cli(
+        command,
+        folder,
+        *("--load-format", "dummy", *flags),
+        folder=tmp_path,
+        environ={"TPSERVE_HOME": str(home)},
+        within_s=QUICK_S,
+    )
+    assert reason in outcome.only_error()
+    assert "Compiling" not in outcome.stderr + (log.read_text() if log.exists() else "")
+    assert not list(home.glob("lib/[!.]*")), "told before anything is compiled"
+
+
+def test_folder_without_a_tokenizer_beside_its_library(tmp_path: Path, tiny_folder: Path) -> None:
+    sizes = ("--load-format", "dummy", "--max-num-seqs", "4", "--max-num-batched-tokens", "256")
+    library = json_line(run_cli("compile", tiny_folder, *sizes, folder=tmp_path).stdout)["artifact_dir"]
+    folder = linked(tiny_folder, tmp_path / "model", "config.json")
+    outcome = serve(tmp_path, folder, *sizes, "--model-lib", library)
     assert "tokenizer.json is missing: put the model's tokenizer beside its config.json" in outcome.only_error()
     assert "Estimated total memory" not in outcome.stderr, "told before anything is planned or started"
 

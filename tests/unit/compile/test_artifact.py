@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 from rank_group import Artifacts
 from tiny_models import MODELS
 from tpserve.compile import artifact, native
-from tpserve.compile.artifact import build_artifact, input_hash
+from tpserve.compile.artifact import build_artifact, input_hash, kernel_library
 from tpserve.compile.cache import CachePolicy
 from tpserve.compile.config import CompileConfig, ModelConfig
-from tpserve.compile.errors import CacheError
+from tpserve.compile.errors import CacheError, CheckpointError
 from tpserve.proto.host import cpu_features
 from tpserve.proto.manifest import Manifest
 
@@ -59,6 +60,46 @@ def test_the_folder_holds_what_the_manifest_says(
     assert Manifest.load(folder) == replace(manifest, files=Manifest.load(folder).files)
     assert (folder / "kernels.so").read_bytes() == before
     assert set((artifacts.home / "kernels").glob("[!.]*")) == kernels  # what is being built there has a dot before it
+
+
+def test_policy_off_leaves_the_artifact_and_nothing_else(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    scratch.mkdir()
+    source = tmp_path / "kernel.cc"  # a short one: what kernels are is nothing to where they are built
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setenv("TPSERVE_HOME", str(home))
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(native, "CPU_KERNEL_SOURCES", (source,))
+    folder = build_artifact(model, CONFIG, CachePolicy.OFF)
+    assert sorted(path.name for path in folder.iterdir()) == ["kernels.so", "manifest.json", "model.so"]
+    assert Manifest.load(folder).tp_size == 2
+    assert list(scratch.iterdir()) == [folder]
+    assert not home.exists()
+    # Kernels that are there need not be built again, and stay.
+    kernels = kernel_library("llvm", CachePolicy.ON)
+    kernels.write_bytes(kernels.read_bytes() + b"those of the cache")
+    again = build_artifact(model, CONFIG, CachePolicy.OFF)
+    assert (again / "kernels.so").read_bytes() == kernels.read_bytes()
+    assert sorted(scratch.iterdir()) == sorted([folder, again])
+    assert [path for path in home.rglob("*") if path.is_file()] == [kernels]
+
+
+def test_what_must_hold_is_looked_at_before_a_build_and_only_then(
+    artifacts: Artifacts, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise CheckpointError("no tokenizer")
+
+    monkeypatch.setenv("TPSERVE_HOME", str(artifacts.home))
+    folder = build_artifact(model, CONFIG, CachePolicy.ON)
+    assert build_artifact(model, CONFIG, CachePolicy.ON, fails) == folder, "a library that is there needs no check"
+    monkeypatch.setattr(artifact, "_build", lambda *arguments: pytest.fail("it was built"))
+    for config, policy in ((replace(CONFIG, tp_size=1), CachePolicy.ON), (CONFIG, CachePolicy.REDO)):
+        with pytest.raises(CheckpointError, match="no tokenizer"):
+            build_artifact(model, config, policy, fails)
+    assert folder.is_dir()
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_flag_reaches_the_compiler(
     read(tmp_path)
     built: list[CompileConfig] = []
 
-    def build(model: ModelConfig, config: CompileConfig, policy: CachePolicy) -> Path:
+    def build(model: ModelConfig, config: CompileConfig, policy: CachePolicy, check: None) -> Path:
         built.append(config)
         return tmp_path
 
@@ -114,7 +114,7 @@ def test_portable_kernels_of_a_cpu_take_a_gpus_pages(
     read(tmp_path)
     built: list[CompileConfig] = []
 
-    def build(model: ModelConfig, config: CompileConfig, policy: CachePolicy) -> Path:
+    def build(model: ModelConfig, config: CompileConfig, policy: CachePolicy, check: None) -> Path:
         built.append(config)
         return tmp_path
 

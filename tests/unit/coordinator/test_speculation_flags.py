@@ -12,9 +12,11 @@ import pytest
 from tiny_models import MODELS
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.memory import plan_memory
+from tpserve.coordinator.model_build import ModelBuild
 from tpserve.coordinator.speculation import (
     add_speculation_arguments,
     check_draft,
+    check_draft_tokens,
     choose_speculation,
     draft_step_tokens,
 )
@@ -189,25 +191,48 @@ def write_tokenizer(folder: Path, vocabulary: object, added: list[dict[str, obje
 
 def test_a_draft_with_other_tokens_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match="the draft has 100 tokens, the model 200"):
-        check_draft(manifest, replace(manifest, vocab_size=100), tmp_path, tmp_path)
-    check_draft(manifest, manifest, tmp_path, tmp_path)  # neither has a tokenizer
+        check_draft(manifest, replace(manifest, vocab_size=100))
+    check_draft(manifest, manifest)
+    check_draft_tokens(tmp_path, tmp_path)  # neither has a tokenizer
     added: list[dict[str, object]] = [{"content": "<s>", "id": 2}]
     ours = write_tokenizer(tmp_path / "ours", {"a": 0, "b": 1}, added)
     same = write_tokenizer(tmp_path / "same", [["a", -1.0], ["b", -2.0]], added)
     other = write_tokenizer(tmp_path / "other", {"a": 1, "b": 0}, added)
     more = write_tokenizer(tmp_path / "more", {"a": 0, "b": 1}, [{"content": "<end>", "id": 2}])
-    check_draft(manifest, manifest, ours, same)
+    check_draft_tokens(ours, same)
     for wrong in (other, more):
         with pytest.raises(ClusterError, match="gives other ids"):
-            check_draft(manifest, manifest, ours, wrong)
+            check_draft_tokens(ours, wrong)
 
 
-def test_a_head_reads_what_the_models_library_gives(manifest: Manifest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": 1}', '{"model": {"vocab": 1}}', '{"added_tokens": [1]}'])
+def test_a_drafts_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
+    ours = write_tokenizer(tmp_path / "ours", {"a": 0}, [])
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft/tokenizer.json").write_text(content)
+    with pytest.raises(ClusterError, match=r"draft/tokenizer\.json cannot be read .*: fetch it again"):
+        check_draft_tokens(ours, tmp_path / "draft")
+
+
+def test_a_drafts_tokens_are_compared_before_it_is_compiled(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = write_tokenizer(tmp_path / "ours", {"a": 0, "b": 1}, [])
+    other = write_tokenizer(tmp_path / "other", {"a": 1, "b": 0}, [])
+    choice = choose_speculation(parse("--draft-model", str(other)))
+    assert choice is not None
+    build = ModelBuild(argparse.Namespace(max_num_batched_tokens=256), [], lambda: False)
+    monkeypatch.setattr(build, "_compile", lambda *arguments: pytest.fail("it was compiled"))
+    with pytest.raises(ClusterError, match="gives other ids"):
+        build.draft(choice, {"model_dir": str(ours)}, manifest, "cpu")
+
+
+def test_a_head_reads_what_the_models_library_gives(manifest: Manifest) -> None:
     head = replace(manifest, vocab_size=150, aux_layers=(2, 4, 5), head=HeadFacts(200, 64, has_token_map=True))
-    check_draft(replace(manifest, aux_layers=(2, 4, 5)), head, tmp_path, tmp_path)
+    check_draft(replace(manifest, aux_layers=(2, 4, 5)), head)
     for layers, words in (((), "none"), ((1, 4, 6), "1, 4, 6")):
         with pytest.raises(ClusterError, match=f"layers 2, 4, 5 of the model, whose library gives those of {words}"):
-            check_draft(replace(manifest, aux_layers=layers), head, tmp_path, tmp_path)
+            check_draft(replace(manifest, aux_layers=layers), head)
 
 
 def test_what_a_draft_shares_is_counted_once(manifest: Manifest) -> None:

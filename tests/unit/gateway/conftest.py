@@ -18,6 +18,7 @@ import tokenizers
 import uvicorn
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from patience import Patience
 from tpserve.coordinator.gateway.__main__ import Server
 from tpserve.coordinator.gateway.app import create_app
 from tpserve.coordinator.gateway.config import GatewayConfig
@@ -108,10 +109,12 @@ class Stack:
 
     async def until_state(self, status: str) -> dict[str, str]:
         """Poll /health until it says `status`."""
+        patience = Patience(20)
         while True:
             body: dict[str, str] = (await self.http.get("/health")).json()
             if body["status"] == status:
                 return body
+            assert not patience.is_over(), f"not {status} in time but {body}"
 
 
 StackFactory = Callable[..., contextlib.AbstractAsyncContextManager[Stack]]
@@ -153,8 +156,7 @@ def make_stack(model_dir: Path, tokenizer: Tokenizer) -> StackFactory:
                 httpx.AsyncClient(base_url=url, timeout=20, verify=verify) as http,
             ):
                 stack = Stack(engine, engine_server, service, server, serving, url, client, http)
-                async with asyncio.timeout(20):
-                    await stack.until_state(EXPECTED_STATES[engine.status])
+                await stack.until_state(EXPECTED_STATES[engine.status])
                 yield stack
         finally:
             server.should_exit = True

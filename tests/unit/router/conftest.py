@@ -3,27 +3,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import openai
 import pytest
 import uvicorn
 
+from patience import Patience, patient
 from tpserve.coordinator.gateway.tokenizer import Tokenizer
 from tpserve.coordinator.process import bind
 from tpserve.coordinator.router.__main__ import Server
 from tpserve.coordinator.router.app import Router
 from tpserve.coordinator.router.config import RouterConfig
+from tpserve.proto.pb import engine_pb2
 from unit.gateway.conftest import Stack, StackFactory, make_stack, model_dir, tokenizer
 from unit.gateway.scripted_engine import Script, ScriptedEngine, seeded_script
 
 __all__ = ["make_stack", "model_dir", "tokenizer"]
 
 SECRET = "s3cret"
-FAST = {"health_interval_s": 0.05, "queue_timeout_s": 10.0}
+FAST = {"health_interval_s": 0.05}
+PATIENT = {"health_timeout_s": 60.0, "queue_timeout_s": 60.0}
+"""Of what ends by an event: on a busy machine it may come late, and no test is about that."""
+STATES_STAY: dict[str, Any] = {"router_token": SECRET, "rpc_timeout_s": 600.0}
+"""Who has told of a state keeps it: nobody asks again before the test is over."""
+_CLIENT_TIMEOUT_S = 60.0
+
+T = TypeVar("T")
 
 
 class ReadyServer(Server):
@@ -40,11 +49,15 @@ class ReadyServer(Server):
 
 async def until(probe: Callable[[], bool]) -> None:
     """Wait until `probe` says yes."""
-    for _ in range(1000):
-        if probe():
-            return
+    patience = Patience(20)
+    while not probe():
+        assert not patience.is_over(), "not within 20 s"
         await asyncio.sleep(0.01)
-    raise AssertionError("not within 10 s")
+
+
+async def soon(event: Awaitable[T]) -> T:
+    """Wait for what must come."""
+    return await asyncio.wait_for(event, patient(20))
 
 
 @dataclass
@@ -71,7 +84,7 @@ class Routed:
 @contextlib.asynccontextmanager
 async def routed(*backends: str, num_ready: int | None = None, **changes: object) -> AsyncIterator[Routed]:
     """Run a router."""
-    config = RouterConfig(**{"backends": backends, "router_token": SECRET, **FAST, **changes})  # type: ignore[arg-type]
+    config = RouterConfig(**{"backends": backends, "router_token": SECRET, **FAST, **PATIENT, **changes})  # type: ignore[arg-type]
     router = Router(config)
     bound = bind("127.0.0.1", 0)
     uvicorn_config = uvicorn.Config(
@@ -83,8 +96,10 @@ async def routed(*backends: str, num_ready: int | None = None, **changes: object
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     try:
         async with (
-            openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=20) as client,
-            httpx.AsyncClient(base_url=url, timeout=20) as http,
+            openai.AsyncOpenAI(
+                base_url=url + "/v1", api_key="none", max_retries=0, timeout=_CLIENT_TIMEOUT_S
+            ) as client,
+            httpx.AsyncClient(base_url=url, timeout=_CLIENT_TIMEOUT_S) as http,
         ):
             found = Routed(router, url, client, http)
             await found.until_ready(len(backends) if num_ready is None else num_ready)
@@ -98,11 +113,28 @@ async def routed(*backends: str, num_ready: int | None = None, **changes: object
 async def two(make_stack: StackFactory, tokenizer: Tokenizer) -> AsyncIterator[tuple[Stack, Stack]]:
     """Two gateways on engines with the same tokens."""
     engines = [make_engine(tokenizer) for _ in range(2)]
-    # Who has told of a state keeps it: nobody asks again before the test is over.
-    settings: dict[str, Any] = {"router_token": SECRET, "rpc_timeout_s": 600.0}
-    async with make_stack(engines[0], **settings) as one, make_stack(engines[1], **settings) as other:
+    async with make_stack(engines[0], **STATES_STAY) as one, make_stack(engines[1], **STATES_STAY) as other:
         yield one, other
 
 
-def make_engine(tokenizer: Tokenizer, script: Script | None = None, **changes: object) -> ScriptedEngine:
-    return ScriptedEngine(script or seeded_script(tokenizer.vocab_size), tokenizer.vocab_size, **changes)  # type: ignore[arg-type]
+def make_engine(tokenizer: Tokenizer, **changes: object) -> ScriptedEngine:
+    return ScriptedEngine(wordy_script(tokenizer), tokenizer.vocab_size, **changes)  # type: ignore[arg-type]
+
+
+def wordy_script(tokenizer: Tokenizer) -> Script:
+    """Like `seeded_script`, but each choice begins with letters.
+
+    A token may also be a part of a character, whose text comes with the next one: a test that lets no more come would
+    wait for the stream's first comment, a quarter of a minute.
+    """
+    words = [
+        token for token in range(3, tokenizer.vocab_size) if tokenizer.piece(token).decode(errors="replace").isalpha()
+    ]
+    others = seeded_script(tokenizer.vocab_size)
+
+    def script(submit: engine_pb2.Submit, choice: int) -> Iterator[int]:
+        tokens = iter(others(submit, choice))
+        yield words[next(tokens) % len(words)]
+        yield from tokens
+
+    return script

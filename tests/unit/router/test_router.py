@@ -18,7 +18,7 @@ from tpserve.coordinator.router.marks import MarkedStream
 from tpserve.proto.pb import engine_pb2
 from unit.gateway.conftest import Stack, StackFactory
 from unit.gateway.test_chat import HI
-from unit.router.conftest import SECRET, make_engine, routed, until
+from unit.router.conftest import SECRET, STATES_STAY, make_engine, routed, soon, until
 
 CHAT = "/v1/chat/completions"
 READY = engine_pb2.EngineState.READY
@@ -140,7 +140,7 @@ async def metrics(http: httpx.AsyncClient) -> dict[str, float]:
 async def test_a_stream_outlives_its_engine(make_stack: StackFactory, tokenizer: Tokenizer) -> None:
     """The gateway lives and says that it cannot go on: that is not the client's affair either."""
     failing, good = make_engine(tokenizer, fail_after=6), make_engine(tokenizer)
-    async with make_stack(failing, router_token=SECRET) as one, make_stack(good, router_token=SECRET) as other:
+    async with make_stack(failing, **STATES_STAY) as one, make_stack(good, **STATES_STAY) as other:
         async with routed(one.url, other.url, policy="round-robin") as routing:
             texts = []
             for _ in range(2):
@@ -161,7 +161,7 @@ async def test_a_stream_that_fails_before_its_first_token_begins_elsewhere(
     make_stack: StackFactory, tokenizer: Tokenizer
 ) -> None:
     failing, good = make_engine(tokenizer, fail_after=0), make_engine(tokenizer)
-    async with make_stack(failing, router_token=SECRET) as one, make_stack(good, router_token=SECRET) as other:
+    async with make_stack(failing, **STATES_STAY) as one, make_stack(good, **STATES_STAY) as other:
         async with routed(one.url, other.url, policy="round-robin") as routing:
             stream = await routing.client.chat.completions.create(model="tiny", messages=HI, stream=True, max_tokens=9)
             assert await text_of(stream)
@@ -175,9 +175,9 @@ async def test_a_refusal_of_a_draining_replica_is_not_the_clients_affair(
     """Its 503 is known before its health is asked the next time: the request waits for the one that comes back."""
     away = engine_pb2.Rejected(code=engine_pb2.Rejected.UNAVAILABLE, message="the engine is draining", retry_after_s=1)
     engine = make_engine(tokenizer)
-    async with make_stack(engine, router_token=SECRET, rpc_timeout_s=600.0) as stack:  # its state is as it was told
+    async with make_stack(engine, **STATES_STAY) as stack:
         async with routed(stack.url, health_interval_s=60.0) as routing:
-            outbox = await stack.engine.sessions.get()
+            outbox = await soon(stack.engine.sessions.get())
             engine.rejection = away
             state = engine_pb2.EngineState(status=engine_pb2.EngineState.DRAINING, detail="shutting down")
             outbox.put_nowait(engine_pb2.EngineMessage(state=state))
@@ -195,7 +195,7 @@ async def test_a_refusal_of_a_draining_replica_is_not_the_clients_affair(
 async def test_nobody_can_go_on(make_stack: StackFactory, tokenizer: Tokenizer) -> None:
     """A request that every replica fails at ends with an error, before it has them all three times over."""
     engines = [make_engine(tokenizer, fail_after=4), make_engine(tokenizer, fail_after=4)]
-    async with make_stack(engines[0], router_token=SECRET) as one, make_stack(engines[1], router_token=SECRET) as other:
+    async with make_stack(engines[0], **STATES_STAY) as one, make_stack(engines[1], **STATES_STAY) as other:
         async with routed(one.url, other.url, max_moves=3) as routing:
             for path, said in ((CHAT, "data: {"), ("/v1/responses", "event: error\ndata: {")):
                 body = {"messages": HI, "input": "hello", "stream": True, "model": "tiny", "seed": 2}
@@ -230,7 +230,7 @@ async def test_an_answer_in_one_piece_is_asked_for_again(two: tuple[Stack, Stack
             stack.engine.gate.clear()
         asking = asyncio.create_task(routing.http.post(CHAT, json={"messages": HI, "max_tokens": 9, "seed": 1}))
         arrivals = [asyncio.create_task(stack.engine.arrivals.get()) for stack in two]
-        await asyncio.wait(arrivals, return_when=asyncio.FIRST_COMPLETED)
+        await soon(asyncio.wait(arrivals, return_when=asyncio.FIRST_COMPLETED))
         first = busy(*two)
         second = two[1] if first is two[0] else two[0]
         second.engine.gate.set()
@@ -249,7 +249,7 @@ async def test_a_replica_that_drains_gets_nothing_new_and_keeps_what_it_has(two:
         first = busy(*two)
         second = two[1] if first is two[0] else two[0]
         second.engine.gate.set()
-        outbox = await first.engine.sessions.get()
+        outbox = await soon(first.engine.sessions.get())
         state = engine_pb2.EngineState(status=engine_pb2.EngineState.DRAINING, detail="shutting down")
         outbox.put_nowait(engine_pb2.EngineMessage(state=state))
         await routing.until_ready(1)
@@ -264,33 +264,38 @@ async def test_a_replica_that_drains_gets_nothing_new_and_keeps_what_it_has(two:
 
 
 async def test_more_than_there_is_room_for(two: tuple[Stack, Stack]) -> None:
-    stacks = two
-    limits: dict[str, Any] = {"max_in_flight_per_backend": 1, "max_queued": 2, "queue_timeout_s": 3.0}
-    async with routed(*(stack.url for stack in stacks), **limits) as routing:
-        for stack in stacks:
+    async with routed(*(stack.url for stack in two), max_in_flight_per_backend=1, max_queued=2) as routing:
+        for stack in two:
             stack.engine.gate.clear()
         body = {"messages": HI, "max_tokens": 2}
         running = [asyncio.create_task(routing.http.post(CHAT, json=body)) for _ in range(2)]
-        for stack in stacks:
-            await stack.engine.arrivals.get()
+        for stack in two:
+            await soon(stack.engine.arrivals.get())
         waiting = [asyncio.create_task(routing.http.post(CHAT, json=body)) for _ in range(2)]
         await routing.until_queued(2)
         full = await routing.http.post(CHAT, json=body)
         assert (full.status_code, full.json()["error"]["type"]) == (429, "rate_limit_error")
         assert full.headers["retry-after"] == "1"
-        late = await waiting[1]  # its time is up
-        assert late.status_code == 429
-        assert "within 3 s" in late.json()["error"]["message"]
-        assert (await waiting[0]).status_code == 429
-        waiting = [asyncio.create_task(routing.http.post(CHAT, json=body)) for _ in range(2)]
-        await routing.until_queued(2)
-        for stack in stacks:
+        for stack in two:
             stack.engine.gate.set()
         assert [(await task).status_code for task in (*running, *waiting)] == [200] * 4
         assert routing.router.replicas.num_in_flight == 0
-        found = await metrics(routing.http)
-        assert found['tpserve_router_rejections_total{reason="queue_full"}'] == 1
-        assert found['tpserve_router_rejections_total{reason="queue_timeout"}'] == 2
+        assert (await metrics(routing.http))['tpserve_router_rejections_total{reason="queue_full"}'] == 1
+
+
+async def test_who_waits_too_long_for_room(two: tuple[Stack, Stack]) -> None:
+    async with routed(two[0].url, max_in_flight_per_backend=1, queue_timeout_s=0.3) as routing:
+        two[0].engine.gate.clear()
+        body = {"messages": HI, "max_tokens": 2}
+        running = asyncio.create_task(routing.http.post(CHAT, json=body))
+        await soon(two[0].engine.arrivals.get())
+        for late in await asyncio.gather(*(routing.http.post(CHAT, json=body) for _ in range(2))):
+            assert late.status_code == 429
+            assert "within 0.3 s" in late.json()["error"]["message"]
+        two[0].engine.gate.set()
+        assert (await running).status_code == 200
+        assert routing.router.replicas.num_in_flight == 0
+        assert (await metrics(routing.http))['tpserve_router_rejections_total{reason="queue_timeout"}'] == 2
 
 
 async def test_no_replica_at_all(two: tuple[Stack, Stack]) -> None:
@@ -316,7 +321,7 @@ async def test_a_refusal_goes_elsewhere_and_is_told_if_all_refuse(
 ) -> None:
     full = engine_pb2.Rejected(code=engine_pb2.Rejected.QUEUE_FULL, message="7 requests wait", retry_after_s=3)
     engines = [make_engine(tokenizer, rejection=full), make_engine(tokenizer)]
-    async with make_stack(engines[0], router_token=SECRET) as one, make_stack(engines[1], router_token=SECRET) as other:
+    async with make_stack(engines[0], **STATES_STAY) as one, make_stack(engines[1], **STATES_STAY) as other:
         async with routed(one.url, other.url, policy="round-robin") as routing:
             for stream in (False, True):
                 for _ in range(2):
@@ -342,7 +347,7 @@ async def test_a_client_that_leaves_frees_its_place(two: tuple[Stack, Stack]) ->
         for stream in streams:
             await stream.close()
         for stack in two:
-            await asyncio.wait_for(stack.engine.aborts.get(), 5)
+            await soon(stack.engine.aborts.get())
         await until(lambda: routing.router.replicas.num_in_flight == 0)
         left = [value for name, value in (await metrics(routing.http)).items() if 'outcome="left"' in name]
         assert sum(left) == 2
@@ -361,7 +366,7 @@ async def test_who_is_still_there_when_the_router_ends_is_told(two: tuple[Stack,
                 pass
         reply = await asking
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
-        await asyncio.wait_for(two[0].engine.aborts.get(), 5)
+        await soon(two[0].engine.aborts.get())
         assert routing.router.replicas.num_in_flight == 0
 
 

@@ -169,7 +169,7 @@ async def test_silence_is_a_loss_of_streams_and_of_others_only_if_health_is_sile
         request = await take(reader)
         if b"/stream" in request:
             writer.write(OK + b"5\r\nhello\r\n")
-        await asyncio.sleep(10)
+        await asyncio.Event().wait()  # until it is cancelled
 
     async with upstream(peer) as found:
         stream = await found.request(b"GET", b"/stream", [])
