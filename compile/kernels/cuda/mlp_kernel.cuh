@@ -177,6 +177,9 @@ static __global__ void __launch_bounds__(MlpShape::kThreads, 1)
   float2 of_group[4];
 #pragma unroll
   for (int g = 0; g < 4; ++g) of_group[g] = *reinterpret_cast<const float2*>(&act_scales[g][lane % 4 * 2]);
+  // Nothing overwrites them; but then no load from shared memory is on its way at an arrival below.
+  await_loaded(__float_as_uint(of_group[0].x) | __float_as_uint(of_group[1].x) | __float_as_uint(of_group[2].x) |
+               __float_as_uint(of_group[3].x));
   const uint64_t b_codes = matrix_descriptor(shared_address(codes));
 #pragma unroll 1
   for (int j = group; j < p.tiles / 4; j += 2) {
