@@ -20,7 +20,7 @@ from tpserve.worker.arrays import Array
 from tpserve.worker.device_kv_cache import attention_workspace, device_pages
 from tpserve.worker.device_speculation import DraftLogits, ProposerBase, Round, State
 from tpserve.worker.device_weights import Progress, load_device_parameters
-from tpserve.worker.draft_lag import DraftLag
+from tpserve.worker.draft_lag import DraftLag, passes_before, smallest_window
 from tpserve.worker.later_steps import LaterSteps
 from tpserve.worker.library import Library
 
@@ -94,20 +94,16 @@ class DeviceDraft(ProposerBase):
     def look_back(self, decoding: Array) -> int:
         """See DeviceProposer."""
         self._num_missing = self._lag.take(decoding)
-        return next((size for size in self.windows if self._num_missing <= size), self.windows[-1])
+        return smallest_window(self._num_missing, self.windows)
 
     def catch_up(self, state: State, run: Round) -> None:
         """Let the draft compute what lies before the round's window; not captured, since it is rare."""
-        left = self._num_missing - run.window
-        if left <= 0:
-            return
-        # Powers of two give sizes that were captured: the allocator's pool has their memory.
-        size = min(1 << (left - 1).bit_length(), max(1, self._max_num_tokens // run.num_slots))
-        passes = range(run.window, self._num_missing, size)
-        logger.debug("the draft catches up with %d tokens of each slot in %d passes", left, len(passes))
+        passes = passes_before(run.window, self._num_missing, max(1, self._max_num_tokens // run.num_slots))
+        if passes:
+            logger.debug("the draft catches up with %d tokens of each slot in %s", self._num_missing, passes)
         one = self._all_rows._create_view((1,))
-        for begin in reversed(passes):  # the earliest tokens first
-            self._forward(*self._begin_window(state, run, size, begin), run.page_table, one)
+        for size, behind in passes:
+            self._forward(*self._begin_window(state, run, size, behind), run.page_table, one)
 
     # ---- within a captured step
 

@@ -45,3 +45,28 @@ class DraftLag:
         most = int(self._num_missing[slots].max(initial=0))
         self._num_missing[slots] = _LEFT_OUT_BY_ROUND * self._speculates[slots]
         return most
+
+
+def smallest_window(num_missing: int, windows: Sequence[int]) -> int:
+    """Return the first of the windows, fewest tokens first, that covers what is missing; the last if none does."""
+    return next((size for size in windows if num_missing <= size), windows[-1])
+
+
+def passes_before(window: int, num_missing: int, most: int) -> list[tuple[int, int]]:
+    """Return the passes over what is missing before a round's window.
+
+    Parameters
+    ----------
+    most
+        Tokens of each slot that a pass may take.
+
+    Returns
+    -------
+    Of each, its tokens of each slot and how many tokens lie behind those; the earliest tokens first. They may take more
+    than is missing: powers of two give steps of captured sizes, for which the allocator's pool has memory.
+    """
+    left = num_missing - window
+    if left <= 0:
+        return []
+    size = min(1 << (left - 1).bit_length(), most)
+    return [(size, behind) for behind in reversed(range(window, num_missing, size))]

@@ -88,7 +88,7 @@ class HeadDevice(Device):
     def true_pair(tokens: list[int], position: int) -> int:
         return pair_kv(row_of(tokens[: position + 1]), tokens[position + 1])
 
-    def prepare(self, decoding: list[int], num_drafts: int) -> None:
+    def prepare(self, decoding: list[int], num_drafts: int, random: Random, draft_max_len: int) -> None:
         """A head has nothing to catch up with."""
 
     def extend(self, ids: Ints, positions: Ints, slots: Ints) -> None:

@@ -22,7 +22,7 @@ import pytest
 from scripts import ROOT
 from tpserve.proto.messages import SamplingParams, SlotAdd
 from tpserve.proto.speculation import DEVICE_DRAFT_WINDOWS
-from tpserve.worker.draft_lag import DraftLag
+from tpserve.worker.draft_lag import DraftLag, passes_before, smallest_window
 from tpserve.worker.proposers.ngram import continuation
 
 NUM_SLOTS, WIDTH, MOST, VOCAB = 5, 64, 4, 7
@@ -122,17 +122,25 @@ class Device:
             self.num_counted[slot] += 1
         return sample(self.kv[slot, : position + 1].tolist(), salt)
 
-    def prepare(self, decoding: list[int], num_drafts: int) -> None:
+    def prepare(self, decoding: list[int], num_drafts: int, random: Random, draft_max_len: int) -> None:
         """Let the draft compute what it does before the captured steps: what lies before the round's window."""
         if not num_drafts:
             return
         missing = self.lag.take(np.asarray(decoding, np.int32))
-        self.window = next((size for size in DEVICE_DRAFT_WINDOWS if missing <= size), DEVICE_DRAFT_WINDOWS[-1])
+        self.window = smallest_window(missing, DEVICE_DRAFT_WINDOWS)
         self.windows_seen.add(self.window)
-        for slot in decoding:
-            held = int(self.num_tokens[slot])
-            behind = slice(max(0, held - missing), max(0, held - self.window))
-            self.draft_kv[slot, behind] = self.tokens[slot, behind]
+        for size, behind in passes_before(self.window, missing, random.randint(1, 9)):
+            where = self.window_of(np.asarray(decoding, np.int32), size, behind, random, draft_max_len)
+            self.run(self.draft_kv, *where[:3])
+
+    def window_of(
+        self, decode_slots: Ints, size: int, behind: int, random: Random, draft_max_len: int
+    ) -> tuple[Ints, ...]:
+        """Return token ids, positions and slots of a window, and the slots and positions that are sampled."""
+        batch, stride = len(decode_slots), random.randint(1, 3)
+        where = (*(ints(batch * size) for _ in "abc"), ints(batch), ints(batch))
+        self.call("window", batch, size, behind, draft_max_len, np.repeat(decode_slots, stride), stride, *where)
+        return where
 
     def follow(
         self, ids: Ints, positions: Ints, slots: Ints, decoding: list[int], num_drafts: int, draft_max_len: int
@@ -155,13 +163,10 @@ class Device:
     def keep(self, positions: Ints, slots: Ints) -> None: ...
 
     def draft(self, decode_slots: Ints, num_drafts: int, wrong: float, random: Random, draft_max_len: int) -> None:
-        batch = len(decode_slots)
-        sample_slots, sample_positions = ints(batch), ints(batch)
-        ids, positions, slots = (ints(batch * self.window) for _ in "abc")
-        stride = random.randint(1, 3)
+        batch, stride = len(decode_slots), random.randint(1, 3)
         laid_out = np.repeat(decode_slots, stride)
-        window = (laid_out, stride, ids, positions, slots, sample_slots, sample_positions)
-        self.call("window", batch, self.window, 0, draft_max_len, *window)
+        window = self.window_of(decode_slots, self.window, 0, random, draft_max_len)
+        ids, positions, slots, sample_slots, sample_positions = window
         later = self.later_steps(sample_slots, num_drafts, 0, draft_max_len)
         next_ids = ints(batch)
         for index in range(num_drafts):
@@ -207,8 +212,8 @@ class Apart(Device):
         super().enter(slot, state)
         self.other.enter(slot, state)
 
-    def prepare(self, decoding: list[int], num_drafts: int) -> None:
-        self.other.prepare(decoding, num_drafts)
+    def prepare(self, decoding: list[int], num_drafts: int, random: Random, draft_max_len: int) -> None:
+        self.other.prepare(decoding, num_drafts, random, draft_max_len)
         self.windows_seen = self.other.windows_seen
 
     def follow(self, *step: Any) -> None:
@@ -303,7 +308,7 @@ def check_texts(device: Device, seed: int) -> None:
                 size = random.randint(1, len(state.prompt) - state.num_run)
                 chunks.append((slot, state.num_run, state.prompt[state.num_run : state.num_run + size]))
                 state.num_run += size
-        device.prepare(decoding, num_drafts)
+        device.prepare(decoding, num_drafts, random, draft_max_len)
         if num_drafts:
             device.draft(decode_slots, num_drafts, 0.3, random, draft_max_len)
         batch = len(decode_slots)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tpserve.proto.messages import SamplingParams, SlotAdd
-from tpserve.worker.draft_lag import DraftLag
+from tpserve.worker.draft_lag import DraftLag, passes_before, smallest_window
 
 SAMPLING = SamplingParams()
 
@@ -78,3 +79,19 @@ def test_a_slot_begins_anew_with_its_next_sequence() -> None:
 
 def test_nobody_is_behind_where_nothing_decodes() -> None:
     assert make_lag(50).take(slots()) == 0
+
+
+def test_a_window_covers_what_is_missing_if_one_does() -> None:
+    assert [smallest_window(missing, (2, 4)) for missing in range(7)] == [2, 2, 2, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("window", [2, 4])
+@pytest.mark.parametrize("most", [1, 3, 8, 1000])
+def test_passes_cover_what_lies_before_the_window_in_order(window: int, most: int) -> None:
+    for missing in range(40):
+        found = passes_before(window, missing, most)
+        places = [behind + size - 1 - i for size, behind in found for i in range(size)]  # 0: the last token of all
+        assert places == sorted(places, reverse=True), "the earliest first, none twice"
+        assert set(range(window, missing)) <= set(places)
+        assert all(size <= most and behind >= window for size, behind in found)
+        assert len(found) <= -(-max(0, missing - window) // most) if most < 1000 else len(found) <= 1
