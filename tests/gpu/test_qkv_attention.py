@@ -199,3 +199,17 @@ def test_the_same_bits_again_and_again(kernels: Kernels) -> None:
         step = Step(layer, state, batch, decode_only=False)
         first = step.joined(x)
         assert all(step.joined(x).same_as(first) for _ in range(50)), name
+
+
+@pytest.mark.parametrize("decode_only", [True, False])
+def test_what_is_no_number_stays_so(kernels: Kernels, decode_only: bool) -> None:
+    """NaN in one token ends in NaN in that one alone, and nobody waits forever for a sum that looks like none."""
+    layer = Layer(kernels, 32, 8)
+    batch = Batch.of([(0, 200, 1), (1, 90, 1), (2, 33, 1)])
+    state, x = make(layer, batch, BF16, 16), layer.begin(3)
+    step = Step(layer, state, batch, decode_only=decode_only)
+    clean = step.joined(x).widened()
+    x.out.bits[1, 100] = 0x7F
+    found = step.joined(x).widened()
+    assert bool(cupy.isnan(found[1]).all())
+    assert bool((found[::2] == clean[::2]).all())
