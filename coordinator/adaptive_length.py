@@ -5,10 +5,14 @@ running accept rate of each, over the time that a step of this batch size takes 
 A sequence that may not be drafted for counts as one token.
 A length that was never tried at a batch size is tried a few times; while none pays, that is repeated ever more rarely,
 so that what it costs stays under `_TRIAL_SHARE`.
+
+A draft model must run what plain steps have left out before it drafts again: of 64 sequences a plain step costs it a
+twelfth of that step. This, too, is measured, and a draft after plain steps must promise to repay it soon.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tpserve.proto.messages import StepResult
@@ -37,6 +41,13 @@ _TRIAL_SHARE = 0.01
 """Of time may go to trying lengths that do not pay."""
 _FIRST_TRIAL_AFTER = 200
 _MAX_TRIAL_AFTER = 20_000
+_REPAID_WITHIN = 64
+"""Plain steps' worth of time in which a longer draft must repay what it takes to begin."""
+_BEGIN_WEIGHT, _BEGIN_TOLERANCE, _LEAST_BEHIND = 0.3, 0.05, 8
+"""Of a measurement of that; what a step may take longer for other reasons; and plain steps over which it is spread at
+least, since a part of it is the same for any number."""
+_NEVER = -1_000_000_000
+"""Plain steps behind, of a slot that is not."""
 _GIVES_UP_AFTER = 64
 """Plain steps at a batch size before its sequences are given up."""
 
@@ -76,6 +87,10 @@ class _Size:
     num_trial_steps: int = 0
     num_since_trial: int = 0
     trial_after: int = _FIRST_TRIAL_AFTER
+    begin_us: float = 0.0
+    """What a round takes longer for each plain step before it, of the sequence that had most of them."""
+    begun: tuple[int, float, int] | None = None
+    """A round behind plain steps whose length was not timed yet: length, microseconds, and those steps."""
     tried: set[int] = field(default_factory=set)
 
 
@@ -107,6 +122,10 @@ class AdaptiveLength:
     _rates: dict[int, _Rate] = field(default_factory=dict)
     """By slot."""
     _overall: _Rate = field(default_factory=_Rate)
+    _behind: dict[int, int] = field(default_factory=dict)
+    """By slot, plain steps since it was last drafted for."""
+    _most_behind: int = 0
+    """Of the slots of the last step."""
     _accepted: list[float] = field(default_factory=list)
     """By length, how many draft tokens of a sequence are accepted on average; empty: to be computed of the rates."""
 
@@ -127,7 +146,8 @@ class AdaptiveLength:
         size.num_since_trial += 1
         if size.num_stayed >= _MIN_STAY:
             best = max(range(self.max_num_draft_tokens + 1), key=lambda length: self._speed(size, length))
-            if best != size.length and self._speed(size, best) > self._speed(size, size.length) * (1 + _MIN_GAIN):
+            least_gain = _MIN_GAIN if size.length else max(_MIN_GAIN, self._begin_steps(size) / _REPAID_WITHIN)
+            if best != size.length and self._speed(size, best) > self._speed(size, size.length) * (1 + least_gain):
                 size.length, size.num_stayed = best, 0
             elif size.length and self._speed(size, 0) >= self._speed(size, size.length):
                 size.length, size.num_stayed = 0, 0
@@ -160,16 +180,47 @@ class AdaptiveLength:
         # Only those that speculate may be at their end.
         most = num_draft_tokens * (num_drafting - (len(counts) - num_running))
         share = sum(drafted) / most if most > 0 else 1.0
+        behind = self._note_behind(result.slots, drafted, is_round=num_draft_tokens > 0)
         if self.are_sparse:
             self._share += (share - self._share) * _SHARE_WEIGHT if num_draft_tokens else 0.0
         elif share < _MIN_SHARE:
             return  # the draft is still catching up, which the other steps do not have to pay
         if num_running:
-            self._size_of(num_running).times[num_draft_tokens].add(result.step_us)
+            self._time(self._size_of(num_running), num_draft_tokens, float(result.step_us), behind)
+
+    def _note_behind(self, slots: Sequence[int], drafted: Sequence[int], *, is_round: bool) -> int:
+        """Count a step; return for how many plain steps one of its slots had not been drafted for before it."""
+        most = max(self._behind.get(slot, 0) for slot in slots)
+        for slot, num_drafted in zip(slots, drafted, strict=True):
+            if is_round:  # who gets nothing, and may be one that is never drafted for, is not behind until it does
+                self._behind[slot] = 0 if num_drafted else _NEVER
+            else:
+                self._behind[slot] = self._behind.get(slot, 0) + 1
+        self._most_behind = 0 if is_round else max(0, most + 1)
+        return max(0, most)
+
+    def _time(self, size: _Size, length: int, step_us: float, behind: int) -> None:
+        """Take in what a step took: of its length, or if it is a round behind plain steps, of beginning."""
+        time = size.times[length]
+        if length and behind:
+            size.begun = length, step_us, behind
+            time.num_steps = max(time.num_steps, 1)  # the first, of which nothing is kept anyway
+        else:
+            time.add(step_us)
+        if size.begun is not None and time.is_known and size.begun[0] == length:
+            _, begun_us, num_steps = size.begun
+            longer_us = max(0.0, begun_us - time.step_us * (1 + _BEGIN_TOLERANCE)) / max(num_steps, _LEAST_BEHIND)
+            size.begin_us += (longer_us - size.begin_us) * (_BEGIN_WEIGHT if size.begin_us else 1.0)
+            size.begun = None
+
+    def _begin_steps(self, size: _Size) -> float:
+        """Return in how many plain steps' time the draft would run what it has left out."""
+        return size.begin_us * self._most_behind / max(1.0, size.times[0].step_us)
 
     def forget(self, slot: int) -> None:
         """See DraftLength."""
         self._rates.pop(slot, None)
+        self._behind.pop(slot, None)
         self._accepted.clear()
 
     def _size_of(self, num_decoding: int) -> _Size:
@@ -193,7 +244,7 @@ class AdaptiveLength:
             if 0 < length <= self.max_num_draft_tokens and length not in size.tried:
                 if self._speed(size, length) >= least:
                     return length
-        if size.length == 0 and size.num_since_trial >= size.trial_after:
+        if size.length == 0 and size.num_since_trial >= size.trial_after + self._begin_steps(size) / _TRIAL_SHARE:
             return max(range(1, self.max_num_draft_tokens + 1), key=lambda length: self._speed(size, length))
         return None
 
