@@ -19,6 +19,7 @@ RAY_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Makes a Ray of one host take 127.0.0.1 as its address, as it does on those two systems: at any other one its daemons
 and every rank listen on all interfaces."""
 _NICENESS = "RAY_worker_niceness"
+_TASK_EVENTS = "RAY_task_events_report_interval_ms"
 _POLL_S = 0.1
 
 
@@ -69,6 +70,9 @@ def ray_environment(ray_address: str | None) -> dict[str, str]:
     environment |= {_NICENESS: os.environ.get(_NICENESS, "0")}
     if ray_address is None:
         environment |= RAY_ON_LOOPBACK
+        # What each task did is shown by Ray's dashboard alone, which is not there; and whoever ends waits 0.3 s, most
+        # times, until the last of it has been sent.
+        environment |= {_TASK_EVENTS: os.environ.get(_TASK_EVENTS, "0")}
     if ray_address is None and "RAY_AUTH_MODE" not in os.environ:
         # A secret for this run alone: left to itself, Ray keeps a lasting token in the home folder.
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

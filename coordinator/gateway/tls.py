@@ -187,6 +187,7 @@ class TlsServer(uvicorn.Server):
     """
 
     def __init__(self, config: uvicorn.Config, tls: TlsFiles | None, reload_s: float = RELOAD_S) -> None:
+        self._ending = asyncio.Event()
         super().__init__(config)
         self.tls = tls
         self._reload_s = reload_s
@@ -195,6 +196,26 @@ class TlsServer(uvicorn.Server):
             self._seen = tls.digest()
             self._newest = tls.context()
             config.ssl_context_factory = lambda *_: self._first_context(tls)
+
+    @property
+    def should_exit(self) -> bool:
+        """Whether it has been told to end; set by who tells it, in its own thread."""
+        return self._ending.is_set()
+
+    @should_exit.setter
+    def should_exit(self, value: bool) -> None:
+        (self._ending.set if value else self._ending.clear)()
+
+    async def main_loop(self) -> None:
+        """Run until it is told to end: at once then, where uvicorn looks ten times a second."""
+        looking, ending = asyncio.create_task(super().main_loop()), asyncio.create_task(self._ending.wait())
+        try:
+            await asyncio.wait([looking, ending], return_when=asyncio.FIRST_COMPLETED)
+            if looking.done():
+                looking.result()
+        finally:
+            looking.cancel()
+            ending.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen."""

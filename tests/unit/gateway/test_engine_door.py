@@ -81,10 +81,15 @@ async def listening(door: EngineDoor | None) -> AsyncIterator[str]:
         await server.stop(None)
 
 
-async def said_of(address: str, door: EngineDoor | None, caplog: pytest.LogCaptureFixture) -> str:
-    """Return what a gateway logs first of the session that it cannot open."""
+async def said_of(
+    address: str, door: EngineDoor | None, caplog: pytest.LogCaptureFixture, *, is_answered: bool = False
+) -> str:
+    """Return what a gateway logs first of the session that it cannot open.
+
+    Where no answer comes it waits for one as long as it is told to, and only then asks why.
+    """
     caplog.clear()
-    client = EngineClient(address, rpc_timeout_s=3.0, session_timeout_s=5.0, door=door)
+    client = EngineClient(address, rpc_timeout_s=3.0 if is_answered else 0.3, session_timeout_s=5.0, door=door)
     with caplog.at_level(logging.WARNING):
         client.start()
         async with asyncio.timeout(60):
@@ -137,7 +142,7 @@ async def test_another_gateway_is_not_and_its_log_says_why(
         "with the wrong token": replace(gateway, token="guess"),
     }[name]
     async with listening(engine) as address:
-        assert why in await said_of(address, door, caplog)
+        assert why in await said_of(address, door, caplog, is_answered=name == "with the wrong token")
 
 
 async def test_tls_at_a_plain_port_is_told(

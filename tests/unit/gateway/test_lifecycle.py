@@ -13,10 +13,12 @@ from typing import Any
 
 import openai
 import pytest
+import uvicorn
 
 from tpserve.coordinator.gateway import __main__ as gateway
 from tpserve.coordinator.gateway.config import ConfigError, GatewayConfig
 from tpserve.coordinator.gateway.engine_client import EngineClient
+from tpserve.coordinator.gateway.tls import TlsServer
 from unit.gateway.conftest import StackFactory
 from unit.gateway.test_chat import HI
 from unit.gateway.test_protocol import USER
@@ -206,3 +208,24 @@ async def test_a_writer_ends_when_cancelled_just_as_a_write_ends() -> None:
     writer.cancel()
     done, _ = await asyncio.wait([writer], timeout=2)
     assert done
+
+
+async def test_it_ends_when_it_is_told_to(make_stack: StackFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not when uvicorn looks next."""
+    never = asyncio.Event()
+    monkeypatch.setattr(uvicorn.Server, "main_loop", lambda _: never.wait())
+    async with make_stack() as stack:
+        assert not stack.server.should_exit
+        stack.server.should_exit = True
+        async with asyncio.timeout(20):
+            await stack.serving
+
+
+async def test_what_fails_while_it_runs_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_: uvicorn.Server) -> None:
+        raise OSError("no more")
+
+    monkeypatch.setattr(uvicorn.Server, "main_loop", fail)
+    server = TlsServer(uvicorn.Config("unused"), None)
+    with pytest.raises(OSError, match="no more"):
+        await server.main_loop()
