@@ -147,8 +147,10 @@ int fetch(const Case& c, bool decode_only) {
   p.added = tokens_of(c), p.kv = pages_of<KV>(c), p.q = reinterpret_cast<const bf16*>(c.q);
   p.num_tokens = c.num_tokens, p.group = c.num_heads / c.num_kv_heads, p.window = c.window;
   run_block(dim3(), dim3(0), 0, (c.num_tokens / 32 + 1) * 32, [&] {
-    const auto kernel = decode_only ? decode_plan_kernel : plan_kernel;
-    kernel(c.positions, c.slots, c.num_tokens, c.num_slots, p.group, c.num_kv_heads, c.window, layout, p.plan);
+    const auto plan = [&](auto kernel, auto... pitches) {
+      kernel(c.positions, c.slots, c.num_tokens, c.num_slots, p.group, c.num_kv_heads, c.window, layout, p.plan, pitches...);
+    };
+    decode_only ? plan(decode_plan_kernel, 0, 0) : plan(plan_kernel);
   });
   std::atomic<int> num_bad = 0;
   gave_up = false, num_overwritten = 0;
@@ -208,11 +210,18 @@ int fetch(const Case& c, bool decode_only) {
 extern "C" int decode_items(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group,
                             int num_kv_heads, int window, int decode_only, int32_t* out) {
   const PlanLayout layout(num_tokens, num_slots, decode_only != 0);
-  std::vector<int32_t> storage(layout.size() + 4, -1);
-  auto* plan = reinterpret_cast<int32_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) / 16 * 16);
-  run_block(dim3(), dim3(0), 0, (num_tokens / 32 + 1) * 32, [&] {
-    const auto kernel = decode_only ? decode_plan_kernel : plan_kernel;
-    kernel(positions, slots, num_tokens, num_slots, group, num_kv_heads, window, layout, plan);
+  const int pitch = num_tokens + 3, words = (layout.size() + 15) / 16 * 16;
+  std::vector<int32_t> storage(2 * words + 4, -1), rows(4 * pitch, -1);  // the step that is wanted is the second of two
+  std::copy_n(positions, num_tokens, rows.data() + pitch), std::copy_n(slots, num_tokens, rows.data() + 3 * pitch);
+  auto* plans = reinterpret_cast<int32_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) / 16 * 16);
+  int32_t* const plan = plans + (decode_only ? words : 0);
+  run_block(dim3(2), dim3(decode_only ? 1 : 0), 0, (num_tokens / 32 + 1) * 32, [&] {
+    if (decode_only) {
+      decode_plan_kernel(rows.data(), rows.data() + 2 * pitch, num_tokens, num_slots, group, num_kv_heads, window, layout,
+                         plans, pitch, words);
+    } else {
+      plan_kernel(positions, slots, num_tokens, num_slots, group, num_kv_heads, window, layout, plan);
+    }
   });
   for (int i = 0; i < plan[1]; ++i, out += 4) {
     const Item& item = layout.decode(plan)[i];
