@@ -11,7 +11,7 @@ import pytest
 
 from server import MODEL_NAME, Server, until
 
-LONG = " ".join(f"word{i}" for i in range(100))
+LONG = " ".join(f"word{i}" for i in range(200))
 SHORT = "The capital of France is"
 
 
