@@ -6,8 +6,8 @@ A sequence that may not be drafted for counts as one token.
 A length that was never tried at a batch size is tried a few times; while none pays, that is repeated ever more rarely,
 so that what it costs stays under `_TRIAL_SHARE`.
 
-A draft model must run what plain steps have left out before it drafts again: of 64 sequences a plain step costs it a
-twelfth of that step. This, too, is measured, and a draft after plain steps must promise to repay it soon.
+A draft model must run what plain steps have left out before it drafts again. What it takes for that is measured, too,
+and a draft after plain steps must promise to repay it soon.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from tpserve.proto.messages import StepPlan, StepResult
 from tpserve.proto.rank import SizeTime
 from tpserve.worker.arrays import Array
 from tpserve.worker.buckets import Bucket
+from tpserve.worker.device_speculation import Round
 from tpserve.worker.device_weights import as_device_tensor
 from tpserve.worker.verify_layout import VerifyBucket
 
@@ -57,6 +58,10 @@ class CapturedStep:
         """What the graph writes: (R, hidden_size) bfloat16, good until the next launch of any graph."""
         self.forward_hidden: Any = None
         """The same of the forward graph."""
+
+    def round_over(self, page_table: Any) -> Round:
+        """Return what of the step the draft is told, with the (S, P) int32 page table."""
+        return Round(self.tensors[2], self.num_slots, self.num_draft_tokens, page_table, self.window)
 
     def launch_timed(self, stream: Any, vocab_size: int) -> tuple[Any, Any]:
         """Launch the graph on padding alone, twice; return events at the second's beginning and end.

@@ -67,8 +67,7 @@ class DeviceDraft(ProposerBase):
         ]
         self._work = tuple(tvm_ffi.from_dlpack(array) for array in work)
         """ids, positions, slots of the draft's windows and prompts; slots and positions that it samples of those."""
-        later = (manifest.attention_window, manifest.max_model_len, 0)
-        self._later = LaterSteps(kernels, self._heads, *later)
+        self._later = LaterSteps(kernels, self._heads, manifest.attention_window, manifest.max_model_len, behind=0)
         # Rows that are sampled: the last of each window, or each.
         places = cupy.arange(config.max_num_seqs, dtype=cupy.int32)
         self._window_rows = {size: tvm_ffi.from_dlpack(places * size + (size - 1)) for size in self.windows}

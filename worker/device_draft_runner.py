@@ -28,7 +28,7 @@ from tpserve.worker.device_draft_model import DeviceDraft
 from tpserve.worker.device_group import DeviceGroup
 from tpserve.worker.device_inputs import NUM_STAGING, DeviceInputs, choose_step, without_limits
 from tpserve.worker.device_sampler import DeviceSampler
-from tpserve.worker.device_speculation import DeviceSpeculation, Round
+from tpserve.worker.device_speculation import DeviceSpeculation
 from tpserve.worker.device_weights import Progress
 from tpserve.worker.errors import PlanError, WorkerError
 from tpserve.worker.library import check_manifest, load_cuda_runtime, load_kernels, tvm
@@ -164,10 +164,7 @@ class DeviceDraftRunner:
 
     def _run_round(self, step: CapturedStep) -> None:
         """Queue the draft's part of a round."""
-        self._speculation.draft(self._round(step), self._sampler)
-
-    def _round(self, step: CapturedStep) -> Round:
-        return Round(step.tensors[2], step.num_slots, step.num_draft_tokens, self._inputs.page_table, step.window)
+        self._speculation.draft(step.round_over(self._inputs.page_table), self._sampler)
 
     # ---- steps
 
@@ -206,7 +203,7 @@ class DeviceDraftRunner:
                 self._inputs.fill(step, arrays, staging)
             times.begin.record(self._stream)
             if drafts:
-                self._speculation.catch_up(self._round(step))
+                self._speculation.catch_up(step.round_over(self._inputs.page_table))
                 step.graph.launch(self._stream)
                 self._link.send_drafts(self._speculation.state)
             else:

@@ -66,7 +66,7 @@ class DeviceHead(ProposerBase):
         kv, slots, hidden = manifest.kv, config.max_num_seqs, manifest.hidden_size
         self._kv = device_pages(kv, config.num_pages)
         self._heads = (slots, manifest.num_q_heads, kv.num_kv_heads)
-        self._later = LaterSteps(kernels, self._heads, manifest.attention_window, manifest.max_model_len, 1)
+        self._later = LaterSteps(kernels, self._heads, manifest.attention_window, manifest.max_model_len, behind=1)
         # Each exchanged once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
         words = kernels["attention_plan_size"](slots, slots, True)
         self._plan = tvm_ffi.from_dlpack(cupy.zeros(words, cupy.int32))

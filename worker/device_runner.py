@@ -39,7 +39,7 @@ from tpserve.worker.device_kv_cache import attention_workspace, device_pages
 from tpserve.worker.device_lookup import DeviceLookup
 from tpserve.worker.device_remote import DeviceRemote
 from tpserve.worker.device_sampler import DeviceSampler
-from tpserve.worker.device_speculation import DeviceProposer, DeviceSpeculation, Round
+from tpserve.worker.device_speculation import DeviceProposer, DeviceSpeculation
 from tpserve.worker.device_suffix import DeviceSuffix
 from tpserve.worker.device_weights import Progress, load_device_parameters, pinned
 from tpserve.worker.errors import PlanError
@@ -239,9 +239,6 @@ class DeviceRunner:
         else:
             self._kernels["store_last_tokens"](ids, sample_slots, self._last_token)
 
-    def _round(self, step: CapturedStep) -> Round:
-        return Round(step.tensors[2], step.num_slots, step.num_draft_tokens, self._inputs.page_table, step.window)
-
     def _forward(self, step: CapturedStep) -> tuple[Any, Any, Any]:
         """Queue a step up to its logits; return them, the hidden rows that they are of, and rows of a head or None."""
         token_ids, positions, token_slots, sample_rows = step.tensors[:4]
@@ -250,7 +247,7 @@ class DeviceRunner:
         else:
             drafts = step.num_draft_tokens
             if drafts:
-                self._speculation.draft(self._round(step), self._sampler)
+                self._speculation.draft(step.round_over(self._inputs.page_table), self._sampler)
             self._speculation.load(drafts, step.tensors)
         self._kernels["attention_plan"](positions, token_slots, *self._heads, self._window, step.plan)
         logits, hidden, *aux = self._step(
@@ -307,7 +304,7 @@ class DeviceRunner:
             self._inputs.fill(step, arrays, staging)
             rows = self._grammars.rows(slots)
             if self._speculation is not None and drafts:
-                self._speculation.catch_up(self._round(step))
+                self._speculation.catch_up(step.round_over(self._inputs.page_table))
             failures, mask_us = self._launch(step, rows, staging)
             self._constrained = (rows, len(arrays.sample_slots), staging, 1 + drafts)
             self._sampler.fetch(len(arrays.sample_slots), arrays.sample_slots, staging, self._stream)

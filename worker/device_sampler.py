@@ -103,6 +103,7 @@ class DeviceSampler:
         rows = -(-max(max_num_rows, max_num_seqs) // 4) * 4
         self._best = tvm_ffi.from_dlpack(cupy.zeros((rows, _BEST_SLICES), cupy.int64))
         self._arrived = tvm_ffi.from_dlpack(cupy.zeros(rows, cupy.int32))
+        """By row, blocks that have found the best of their part; zero between steps."""
         self._adjusted = tvm_ffi.from_dlpack(cupy.empty((rows, width), cupy.float32))
         self._out = _outputs(rows)
         # Made once: an exchange by DLPack makes streams wait for each other, which a capture forbids.
