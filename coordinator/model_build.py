@@ -77,8 +77,8 @@ class ModelBuild:
             folders = self._given()
             self._require(choice.library, choice)
         model_dir = Path(folders["model_dir"])
-        if self._needs_tokenizer and not (path := model_dir / "tokenizer.json").is_file():
-            raise ServeError(f"{path} is missing: put the model's tokenizer beside its config.json")
+        if self._needs_tokenizer:
+            _require_texts(model_dir)
         if speculation is not None and speculation.method == "draft":
             assert speculation.draft_model is not None
             check_draft_tokens(model_dir, Path(speculation.draft_model))
@@ -208,3 +208,18 @@ class ModelBuild:
             raise AlreadyTold("the model could not be prepared")
         folders: dict[str, str] = json.loads(output)
         return folders
+
+
+def _require_texts(model_dir: Path) -> None:
+    """Raise ServeError for a model whose gateways would only find out when the engine has been started."""
+    # Imported here: an engine whose texts are read elsewhere needs neither Jinja nor the tokenizers' library.
+    from tpserve.coordinator.gateway.chat_template import ChatTemplate
+    from tpserve.coordinator.gateway.tokenizer import ModelFilesError
+
+    path = model_dir / "tokenizer.json"
+    if not path.is_file():  # whether it can be loaded is seen by the compiler, before it builds
+        raise ServeError(f"{path} is missing: put the model's tokenizer beside its config.json")
+    try:
+        ChatTemplate.load(model_dir)
+    except ModelFilesError as error:
+        raise ServeError(str(error)) from None
