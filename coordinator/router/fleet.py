@@ -218,6 +218,8 @@ class Fleet:
         command += ["--replicas", "1", "--replica", f"{number}/{args.replicas}", "--parent-pid", str(os.getpid())]
         command += ["--host", "127.0.0.1", "--port", str(self._ports[number]), "--ray-address", ray_address]
         command += ["--limits-dir", str(self._limits_folder)]
+        if args.ray_address is None:
+            command.append("--ray-of-replicas")
         if args.operations_port is not None:
             command += ["--operations-port", str(args.operations_port + number)]
         if args.engine_port:
