@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tpserve.compile.artifact import build_artifact
+from tpserve.compile.artifact import build_artifact, find_artifact
 from tpserve.compile.cache import CachePolicy, told_if_full
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.eagle import EagleHeadConfig, is_eagle_head
@@ -80,6 +80,9 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--require-tokenizer", action="store_true", help="compile nothing for a model whose tokenizer cannot be loaded"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="fetch and check the model, look for a cached library, compile nothing"
+    )
     add_cache_arguments(parser)
 
 
@@ -119,7 +122,7 @@ def _read_model(model_dir: Path, args: argparse.Namespace) -> tuple[ModelConfig,
 
 
 def compile_model(args: argparse.Namespace) -> dict[str, str]:
-    """Resolve the model and build its artifact; return both folders."""
+    """Resolve the model and build its artifact; return both folders, in a dry run without an artifact the model's."""
     policy = CachePolicy(args.jit_policy)
     model_dir = _resolve(args.model, args)
     config, head = _read_model(model_dir, args)
@@ -167,13 +170,15 @@ def compile_model(args: argparse.Namespace) -> dict[str, str]:
             f"--kv-cache-dtype bfloat16: KV pages of {args.kernels} kernels for {quantization} on a CPU are "
             f"{compile_config.page_dtype}; use auto, --device cuda, or --kernels portable --quantization q0bf16"
         )
+    artifact_of = find_artifact if args.dry_run else build_artifact
     if head is not None and config is head.layer:
-        artifact = build_artifact(head, compile_config, policy)
+        artifact = artifact_of(head, compile_config, policy)
     else:
         compile_config.check_model(config)
         check = partial(require_tokenizer, model_dir) if args.require_tokenizer else None
-        artifact = build_artifact(config, compile_config, policy, check)
-    return {"model_dir": str(model_dir), "artifact_dir": str(artifact)}
+        artifact = artifact_of(config, compile_config, policy, check)
+    folders = {"model_dir": str(model_dir)}
+    return folders if artifact is None else folders | {"artifact_dir": str(artifact)}
 
 
 def main(argv: list[str] | None = None) -> int:

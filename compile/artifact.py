@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tpserve.compile import native, native_cuda
-from tpserve.compile.cache import CachePolicy, cache_root, cached_folder
+from tpserve.compile.cache import CachePolicy, cache_root, cached_folder, kept_folder
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.eagle import EagleHeadConfig
 from tpserve.compile.kernels.cuda import sizes
@@ -52,6 +52,19 @@ def build_artifact(
         _build(folder, config, compile_config, key, policy)
 
     return cached_folder("lib", key, policy, build)
+
+
+def find_artifact(
+    config: ModelConfig | EagleHeadConfig,
+    compile_config: CompileConfig,
+    policy: CachePolicy,
+    check: Callable[[], None] | None = None,
+) -> Path | None:
+    """Return what `build_artifact` takes from the cache; None where it would compile, once `check` has been called."""
+    folder = kept_folder("lib", input_hash(config, compile_config), policy)
+    if folder is None and check is not None:
+        check()
+    return folder
 
 
 def input_hash(config: ModelConfig | EagleHeadConfig, compile_config: CompileConfig) -> str:

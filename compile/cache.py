@@ -65,6 +65,25 @@ def told_if_full(folder: Path) -> Iterator[None]:
         raise
 
 
+def kept_folder(kind: str, key: str, policy: CachePolicy) -> Path | None:
+    """Return the folder `kind`/`key` if the policy takes it from the cache; None if it is to be built.
+
+    Raises
+    ------
+    CacheError
+        If the policy is READONLY and the folder is missing.
+    """
+    folder = cache_root() / kind / key
+    if policy in (CachePolicy.OFF, CachePolicy.REDO):
+        return None
+    if folder.is_dir():
+        logger.info("Using cached %s: %s", kind, folder)
+        return folder
+    if policy is CachePolicy.READONLY:
+        raise CacheError(f"{folder} is not in the cache and the cache policy is READONLY: use ON, or build it first")
+    return None
+
+
 def cached_folder(kind: str, key: str, policy: CachePolicy, build: Callable[[Path], None]) -> Path:
     """Return the folder `kind`/`key`, building it if the policy asks for it.
 
@@ -81,6 +100,9 @@ def cached_folder(kind: str, key: str, policy: CachePolicy, build: Callable[[Pat
     CacheError
         If the policy is READONLY and the folder is missing.
     """
+    kept = kept_folder(kind, key, policy)
+    if kept is not None:
+        return kept
     parent = cache_root() / kind
     folder = parent / key
     if policy is CachePolicy.OFF:
@@ -92,11 +114,6 @@ def cached_folder(kind: str, key: str, policy: CachePolicy, build: Callable[[Pat
             shutil.rmtree(fresh)
             raise
         return fresh
-    if folder.is_dir() and policy is not CachePolicy.REDO:
-        logger.info("Using cached %s: %s", kind, folder)
-        return folder
-    if policy is CachePolicy.READONLY:
-        raise CacheError(f"{folder} is not in the cache and the cache policy is READONLY: use ON, or build it first")
     parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=parent))
     old = fresh.with_name(f"{fresh.name}-old")

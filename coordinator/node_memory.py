@@ -59,21 +59,46 @@ def read_nodes(ray_address: str, environment: dict[str, str]) -> list[NodeMemory
     return [NodeMemory(**node) for node in json.loads(answer["nodes"])]
 
 
-def bytes_of_rank(nodes: list[NodeMemory], tp_size: int, *, one_node: bool, on_gpus: bool) -> int | None:
-    """Return the memory that any rank may count on, wherever Ray puts it; None if there is no place for the group.
+def bytes_of_rank(
+    nodes: list[NodeMemory],
+    tp_size: int,
+    *,
+    one_node: bool,
+    on_gpus: bool,
+    num_draft_ranks: int = 0,
+    num_replicas: int = 1,
+) -> int | None:
+    """Return the memory that any rank of the model may count on, wherever Ray puts it; None without a place for all.
+
+    On CPUs that is its part of a node's, from which it leaves the draft's own ranks their share; see `plan_memory`.
 
     Parameters
     ----------
     one_node
-        Whether all ranks are on the same.
+        Whether all ranks of a replica are on the same.
+    num_draft_ranks
+        That the draft has to itself, beside the model's.
+    num_replicas
+        Which share the nodes.
     """
+    num_ranks = tp_size + num_draft_ranks
     places = {node.name: min(node.num_gpus, len(node.device_bytes)) if on_gpus else node.num_cpus for node in nodes}
-    fit = [node for node in nodes if places[node.name] >= (tp_size if one_node else 1)]
-    if not fit or sum(places[node.name] for node in fit) < tp_size:
+    fit = [node for node in nodes if places[node.name] >= (num_ranks if one_node else 1)]
+    if not fit or sum(places[node.name] for node in fit) < num_ranks:
         return None
     if on_gpus:
         return min(min(node.device_bytes) for node in fit)
-    return min(node.host_bytes // min(tp_size, places[node.name]) for node in fit)
+
+    def num_parts(num_places: int) -> int:
+        """Return how many ranks of the model a node's memory is for, at most."""
+        if one_node:
+            return tp_size * min(num_replicas, num_places // num_ranks)
+        parts = min(tp_size * num_replicas, num_places)
+        if num_draft_ranks:  # which are all on one node: there the whole draft, so the shares of all the model's ranks
+            parts = max(parts, tp_size * min(num_replicas, num_places // num_draft_ranks))
+        return parts
+
+    return min(node.host_bytes // num_parts(places[node.name]) for node in fit)
 
 
 def main() -> int:

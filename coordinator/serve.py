@@ -27,6 +27,7 @@ from tpserve.coordinator.children import (
     require_free_port,
     spawn_child,
 )
+from tpserve.coordinator.engine_choice import choose_engine
 from tpserve.coordinator.engine_door import EngineDoor, door_fields, own_door
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.gateway.config import ConfigError
@@ -35,7 +36,7 @@ from tpserve.coordinator.gateway.tls import TlsError, tls_files_of
 from tpserve.coordinator.gateway_keeper import GatewayKeeper, GatewayLost, gateways_beside_gpus
 from tpserve.coordinator.host_limits import usable_cpus
 from tpserve.coordinator.log import configure
-from tpserve.coordinator.memory import MODE_MAX_NUM_SEQS, limit_to_own_draft, plan_memory
+from tpserve.coordinator.memory import limit_to_own_draft, plan_memory
 from tpserve.coordinator.model_build import ModelBuild
 from tpserve.coordinator.process import (
     bind,
@@ -45,9 +46,7 @@ from tpserve.coordinator.process import (
     remove_folder,
     tell_parent,
 )
-from tpserve.coordinator.replica_memory import memory_of_ranks
-from tpserve.coordinator.speculation import choose_speculation
-from tpserve.proto.manifest import CPU_STEP_TOKENS, GPU_STEP_TOKENS, Manifest, ManifestError
+from tpserve.proto.manifest import ManifestError
 
 logger = logging.getLogger(__name__)
 
@@ -122,33 +121,14 @@ class _Server:
         require_free_port("engine-", args.engine_host, args.engine_port)
         if args.operations_port is not None:
             require_free_port("operations-", args.operations_host or args.engine_host, args.operations_port)
-        on_gpu, rank_bytes = memory_of_ranks(args)
-        library = None if args.model_lib is None else Manifest.load(args.model_lib.expanduser())
-        if args.max_num_batched_tokens is None:
-            default = GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS
-            args.max_num_batched_tokens = default if library is None else library.max_num_batched_tokens
+        choice, folders = self._build.look(choose_engine(args))
+        on_gpu, rank_bytes, speculation = choice.on_gpu, choice.rank_bytes, choice.speculation
+        max_num_seqs, max_num_batched_tokens = choice.max_num_seqs, choice.max_num_batched_tokens
         if args.gateway_processes is None:
             args.gateway_processes = gateways_beside_gpus(usable_cpus() // args.replica[1]) if on_gpu else 1
-        max_num_seqs = args.max_num_seqs or (MODE_MAX_NUM_SEQS[args.mode] if library is None else library.max_num_seqs)
-        device = "cuda" if on_gpu else "cpu"
-        speculation = choose_speculation(args, on_gpu=on_gpu)
-        if speculation is not None and speculation.draft_model is not None:
-            speculation = self._build.inspect_draft(speculation, speculation.draft_model)
-        if speculation is not None and on_gpu:
-            speculation.require_gpus(args.tp)
-        num_draft_tokens = 0 if speculation is None else speculation.max_num_draft_tokens
         num_draft_ranks = 0 if speculation is None else speculation.num_draft_ranks
-        head = None if speculation is None or speculation.method != "eagle3" else speculation.draft_model
-        folders = self._build.model(max_num_seqs, device, num_draft_tokens, head)
-        if self._build.needs_tokenizer:
-            require_tokenizer(Path(folders["model_dir"]))
-        manifest = library if library is not None else Manifest.load(Path(folders["artifact_dir"]))
-        manifest.require(tp_size=args.tp, max_num_seqs=max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens)
-        if args.kv_cache_dtype != "auto":
-            manifest.require_kv_dtype("bfloat16" if args.kv_cache_dtype == "bfloat16" else "float8_e4m3fn")
-        draft_folders, draft = None, None
-        if speculation is not None and speculation.draft_model is not None:
-            draft_folders, draft = self._build.draft(speculation, folders, manifest, device)
+        folders, manifest = self._build.model(choice, folders)
+        draft_folders, draft = self._build.draft(choice, folders, manifest)
         has_own_gpus = on_gpu and num_draft_ranks > 0
         memory = plan_memory(
             manifest,
@@ -167,7 +147,7 @@ class _Server:
             args.mode,
             max_num_seqs,
             memory.num_pages * manifest.kv.page_size,
-            args.max_num_batched_tokens,
+            max_num_batched_tokens,
         )
         logger.info(
             "Estimated total memory usage of each rank: %.1f MB (Parameters: %.1f MB. KVCache: %.1f MB. "
@@ -179,6 +159,7 @@ class _Server:
         )
         names = args.served_model_name or default_names(args.model)
         sizes: dict[str, Any] = {"num_pages": memory.num_pages, "max_num_seqs": max_num_seqs}
+        sizes["max_num_batched_tokens"] = max_num_batched_tokens
         sizes["num_threads"] = max(1, usable_cpus() // ((args.tp + num_draft_ranks) * args.replica[1]))
         if speculation is not None:
             sizes |= speculation.config(draft_folders, args.load_format)
@@ -243,7 +224,6 @@ class _Server:
             **folders,
             "model_name": model_name,
             **sizes,
-            "max_num_batched_tokens": args.max_num_batched_tokens,
             "max_num_queued_requests": args.max_num_queued_reqs,
             "enable_prefix_cache": not args.no_prefix_cache,
             "load_format": args.load_format,
@@ -382,13 +362,6 @@ def check_doors(args: argparse.Namespace) -> None:
         tls_files_of(args)
     except (ConfigError, TlsError) as error:
         raise ServeError(str(error)) from None
-
-
-def require_tokenizer(folder: Path) -> None:
-    """Raise ServeError for a model without one: its gateways would find out when the engine has been started."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ServeError(f"{path} is missing: put the model's tokenizer beside its config.json")
 
 
 def local_opener() -> urllib.request.OpenerDirector:

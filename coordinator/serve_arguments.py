@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--operations-host", help="where they are (default: --engine-host)")
     parser.add_argument("--parent-pid", type=_positive, help=argparse.SUPPRESS)  # of a process that this ends with
     parser.add_argument("--replica", type=_replica, default=(0, 1), help=argparse.SUPPRESS)  # of --replicas: I/N
+    parser.add_argument("--ray-of-replicas", action="store_true", help=argparse.SUPPRESS)  # theirs alone, of this host
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free port")
     parser.add_argument(

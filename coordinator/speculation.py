@@ -183,7 +183,7 @@ def choose_speculation(args: argparse.Namespace, *, on_gpu: bool = False) -> Spe
 
 def num_own_draft_ranks(args: argparse.Namespace) -> int:
     """Return how many ranks the flags give a draft to itself, before they are checked."""
-    return (args.draft_tp or 1) if args.draft_placement == "dedicated" else 0
+    return max(1, args.draft_tp or 1) if args.draft_placement == "dedicated" else 0
 
 
 def draft_step_tokens(max_num_batched_tokens: int, max_num_seqs: int, *, on_gpu: bool) -> int:

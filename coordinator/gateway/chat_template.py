@@ -74,8 +74,12 @@ class ChatTemplate:
             self._template = environment.from_string(source)
             self._tool_template = environment.from_string(tool_source)
             variables = jinja2.meta.find_undeclared_variables(environment.parse(tool_source))
-        except jinja2.TemplateError as error:
-            raise ModelFilesError(f"the chat template does not compile: {error}") from None
+        except jinja2.TemplateSyntaxError as error:
+            where = f"line {error.lineno}: {error.message}"
+            raise ModelFilesError(f"the chat template does not compile ({where})") from None
+        except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError) as error:
+            # Python compiles what Jinja writes, and refuses what Jinja lets pass.
+            raise ModelFilesError(f"the chat template does not compile ({error})") from None
         for template in (self._template, self._tool_template):
             # Copied at each rendering: of the chain of maps that it is, in 80 us.
             template.globals = dict(template.globals)
@@ -91,21 +95,19 @@ class ChatTemplate:
         Raises
         ------
         ModelFilesError
-            If a file is corrupt or the template does not compile.
+            If a file is corrupt or the template does not compile; names the file and the remedy.
         """
-        config_path = model_dir / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.is_file() else {}
+        path = model_dir / "tokenizer_config.json"
+        config = read_json(path) if path.is_file() else {}
         file = model_dir / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-        tool_source = None
-        if isinstance(source, list):  # several named templates
-            by_name = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
-            source, tool_source = by_name.get("default"), by_name.get("tool_use")
-        if source is None:
-            return None
-        if not isinstance(source, str):
-            raise ModelFilesError(f"{config_path}: chat_template must be a string or a list of named templates")
-        return cls(source, special_tokens(config), tool_source)
+        try:
+            if file.is_file():
+                path = file
+                return cls(file.read_text(encoding="utf-8"), special_tokens(config))
+            source, tool_source = _sources(config.get("chat_template"))
+            return None if source is None else cls(source, special_tokens(config), tool_source)
+        except (OSError, ValueError) as error:
+            raise ModelFilesError(f"{path}: {error}: fetch it again, or write another template to {file}") from None
 
     def render(
         self,
@@ -189,6 +191,19 @@ class _TimedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """See jinja2."""
         self._check()
         return super().call(context, obj, *args, **kwargs)
+
+
+def _sources(value: object) -> tuple[str | None, str | None]:
+    """Return the text of the template that tokenizer_config.json gives, and of that for chats with tools."""
+    source, tool_source = value, None
+    if isinstance(value, list):  # several named templates
+        by_name = {str(item.get("name")): item.get("template") for item in value if isinstance(item, dict)}
+        source, tool_source = by_name.get("default"), by_name.get("tool_use")
+    if source is None:
+        return None, None
+    if not isinstance(source, str) or not isinstance(tool_source, str | None):
+        raise ModelFilesError("chat_template must be a string or a list of named templates")
+    return source, tool_source
 
 
 def special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:

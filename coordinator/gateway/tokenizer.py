@@ -33,9 +33,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelFilesError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
-        raise ModelFilesError(f"{path} cannot be read as JSON: {error}") from None
+        raise ModelFilesError(f"{path} cannot be read as JSON ({error}): fetch it again") from None
     if not isinstance(raw, dict):
-        raise ModelFilesError(f"{path} must hold a JSON object")
+        raise ModelFilesError(f"{path} must hold a JSON object: fetch it again")
     return raw
 
 

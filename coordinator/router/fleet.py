@@ -35,11 +35,15 @@ from tpserve.coordinator.children import (
     ray_environment,
     require_free_port,
 )
+from tpserve.coordinator.engine_choice import choose_engine
+from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.log import configure
+from tpserve.coordinator.model_build import ModelBuild
 from tpserve.coordinator.process import bind, end_with_parent, make_ray_temp_dir, remove_folder
 from tpserve.coordinator.replica_memory import num_ranks
 from tpserve.coordinator.router.arguments import ADMIN_VARIABLE, TOKEN_VARIABLE
 from tpserve.coordinator.serve import check_doors, curl, default_names, local_opener
+from tpserve.proto.manifest import ManifestError
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +156,7 @@ class Fleet:
 
         Raises
         ------
-        ServeError
+        ServeError, ClusterError, ManifestError
             If something cannot be started.
         """
         args = self._args
@@ -162,6 +166,7 @@ class Fleet:
         if args.ssl_client_auth == "required":
             raise ServeError("--ssl-client-auth required: with --replicas it can only be optional or none")
         require_free_port("", args.host, args.port)
+        self._look_at_model()
         self._limits_folder = Path(tempfile.mkdtemp(prefix="tpserve-limits-"))
         token = args.router_token or os.urandom(24).hex()
         self._environment = {TOKEN_VARIABLE: token}
@@ -172,6 +177,16 @@ class Fleet:
         self._router = self._make_router()
         self._start_router()
         self._replicas[0].start()
+
+    def _look_at_model(self) -> None:
+        """See that the model can be served, as each replica does, before there is a Ray to start them on."""
+        args = argparse.Namespace(**vars(self._args) | {"replica": (0, self._args.replicas)})
+        built: list[Path] = []
+        try:
+            ModelBuild(args, built, lambda: self._stopping).look(choose_engine(args))
+        finally:
+            for folder in built:
+                remove_folder(folder)
 
     def _start_ray(self) -> str:
         self._ray_folder = make_ray_temp_dir()
@@ -203,6 +218,8 @@ class Fleet:
         command += ["--replicas", "1", "--replica", f"{number}/{args.replicas}", "--parent-pid", str(os.getpid())]
         command += ["--host", "127.0.0.1", "--port", str(self._ports[number]), "--ray-address", ray_address]
         command += ["--limits-dir", str(self._limits_folder)]
+        if args.ray_address is None:
+            command.append("--ray-of-replicas")
         if args.operations_port is not None:
             command += ["--operations-port", str(args.operations_port + number)]
         if args.engine_port:
@@ -277,6 +294,7 @@ class Fleet:
             child.num_failed_starts = 0
         child.num_failed_starts += 1
         if child in self._replicas and not self._was_all_ready and not child.was_ready:
+            logger.error("%s could not be started: its own words are above", child.name)
             raise AlreadyTold(f"{child.name} could not be started")
         if child.num_failed_starts > _MAX_FAILED_STARTS:
             raise ServeError(f"{child.name} ended {_MAX_FAILED_STARTS} times in a row before it was ready")
@@ -392,10 +410,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         fleet.start()
         return fleet.watch()
-    except ServeError as error:
-        if isinstance(error, AlreadyTold):
-            logger.error("%s: its own words are above", error)
-        else:
+    except (ServeError, ClusterError, ManifestError) as error:
+        if not isinstance(error, AlreadyTold):
             logger.error("tpserve serve: error: %s", error)
         return 1
     finally:

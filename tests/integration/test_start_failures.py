@@ -111,6 +111,32 @@ def test_folder_without_a_usable_tokenizer(
     folder = linked(tiny_folder, tmp_path / "model", "config.json")
     if content is not None:
         (folder / "tokenizer.json").write_text(content)
+    assert reason in told_before_a_build(command, folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "content"),
+    [
+        ("serve", "chat_template.jinja", "{% if %}"),
+        ("serve", "tokenizer_config.json", '{"chat_template": "{% if %}"}'),
+        ("chat", "chat_template.jinja", "{% if %}"),
+    ],
+)
+def test_folder_with_a_broken_chat_template(
+    tmp_path: Path, tiny_folder: Path, command: str, name: str, content: str
+) -> None:
+    folder = linked(tiny_folder, tmp_path / "model", "config.json", "tokenizer.json")
+    (folder / name).write_text(content)
+    reason = (
+        f"{name}: the chat template does not compile (line 1: Expected an expression, got 'end of statement block')"
+    )
+    error = told_before_a_build(command, folder, tmp_path)
+    assert reason in error
+    assert f": fetch it again, or write another template to {folder / 'chat_template.jinja'}" in error
+
+
+def told_before_a_build(command: str, folder: Path, tmp_path: Path) -> str:
+    """Return the error of a server, or of a chat that would start one, for which nothing may be compiled."""
     home, log = tmp_path / "home", tmp_path / "engine.log"
     flags = ("--port", "0") if command == "serve" else ("--log-file", log)
     outcome = run_cli(
@@ -121,18 +147,24 @@ def test_folder_without_a_usable_tokenizer(
         environ={"TPSERVE_HOME": str(home)},
         within_s=QUICK_S,
     )
-    assert reason in outcome.only_error()
     assert "Compiling" not in outcome.stderr + (log.read_text() if log.exists() else "")
     assert not list(home.glob("lib/[!.]*")), "told before anything is compiled"
+    return outcome.only_error()
 
 
-def test_folder_without_a_tokenizer_beside_its_library(tmp_path: Path, tiny_folder: Path) -> None:
+def test_folder_without_usable_texts_beside_its_library(tmp_path: Path, tiny_folder: Path) -> None:
     sizes = ("--load-format", "dummy", "--max-num-seqs", "4", "--max-num-batched-tokens", "256")
     library = json_line(run_cli("compile", tiny_folder, *sizes, folder=tmp_path).stdout)["artifact_dir"]
     folder = linked(tiny_folder, tmp_path / "model", "config.json")
     outcome = serve(tmp_path, folder, *sizes, "--model-lib", library)
     assert "tokenizer.json is missing: put the model's tokenizer beside its config.json" in outcome.only_error()
     assert "Estimated total memory" not in outcome.stderr, "told before anything is planned or started"
+    (folder / "tokenizer.json").symlink_to(tiny_folder / "tokenizer.json")
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    for flags in (("--model-lib", library), ()):  # and with the same library out of the cache
+        outcome = serve(tmp_path, folder, *sizes, *flags)
+        assert "chat_template.jinja: the chat template does not compile" in outcome.only_error()
+        assert "Estimated total memory" not in outcome.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from patience import patient
-from server import Server, chat_text, processes_of, run_cli, until
+from server import Outcome, Server, chat_text, processes_of, run_cli, until
 
 FLAGS = ("--replicas", "2", "--load-format", "dummy", "--max-num-seqs", "4", "--max-num-batched-tokens", "64")
 ENDED_WITHIN_S = 60.0
@@ -62,6 +65,39 @@ def test_all_end_with_the_launcher(tiny_folder: Path, tmp_path: Path) -> None:
         server.kill_all()
 
 
-def test_a_model_that_is_not_there_is_told_once(tmp_path: Path) -> None:
-    outcome = run_cli("serve", tmp_path / "nothing", "--replicas", "2", "--port", "0", folder=tmp_path)
-    assert "nothing" in outcome.only_error()
+def broken(kind: str, tiny_folder: Path, folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """Return a model that cannot be served, and flags."""
+    model = folder / "model"
+    if kind == "no model":
+        return model, ()
+    shutil.copytree(tiny_folder, model)
+    if kind == "no tokenizer":
+        (model / "tokenizer.json").unlink()
+    elif kind == "another engine's":
+        (model / "config.json").write_text('{"model_type": "mamba"}')
+    else:
+        draft = Path(shutil.copytree(tiny_folder, folder / "draft"))
+        (draft / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+        return model, ("--draft-model", str(draft))
+    return model, ()
+
+
+@pytest.mark.parametrize("kind", ["no model", "no tokenizer", "another engine's", "another family's draft"])
+def test_a_model_that_cannot_be_served_is_told_before_anything_is_started(
+    tiny_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    """In the words of a single replica."""
+    model, flags = broken(kind, tiny_folder, tmp_path)
+
+    def outcome(*more: str) -> Outcome:
+        environ = {"TPSERVE_HOME": str(tmp_path / "home")}
+        return run_cli(
+            "serve", model, "--load-format", "dummy", "--port", "0", *flags, *more, folder=tmp_path, environ=environ
+        )
+
+    one, two = outcome(), outcome("--replicas", "2")
+    told, again = (re.sub(r"^\d\S+ \S+ ", "", each.only_error()) for each in (one, two))
+    assert again == told
+    assert two.code == one.code == 1
+    assert "replica 0" not in two.stderr, "it is started when Ray and the router are"
+    assert not list((tmp_path / "home").glob("lib/[!.]*"))

@@ -12,7 +12,7 @@ import pytest
 from rank_group import Artifacts
 from tiny_models import MODELS
 from tpserve.compile import artifact, native
-from tpserve.compile.artifact import build_artifact, input_hash, kernel_library
+from tpserve.compile.artifact import build_artifact, find_artifact, input_hash, kernel_library
 from tpserve.compile.cache import CachePolicy
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.errors import CacheError, CheckpointError
@@ -99,6 +99,10 @@ def test_what_must_hold_is_looked_at_before_a_build_and_only_then(
     for config, policy in ((replace(CONFIG, tp_size=1), CachePolicy.ON), (CONFIG, CachePolicy.REDO)):
         with pytest.raises(CheckpointError, match="no tokenizer"):
             build_artifact(model, config, policy, fails)
+        with pytest.raises(CheckpointError, match="no tokenizer"):
+            find_artifact(model, config, policy, fails)
+        assert find_artifact(model, config, policy) is None
+    assert find_artifact(model, CONFIG, CachePolicy.READONLY, fails) == folder
     assert folder.is_dir()
 
 

@@ -16,6 +16,7 @@ from tpserve.compile.artifact import input_hash
 from tpserve.compile.cache import CachePolicy
 from tpserve.compile.config import CompileConfig, ModelConfig
 from tpserve.compile.pipeline import build_graph
+from tpserve.coordinator.engine_choice import EngineChoice
 from tpserve.coordinator.model_build import ModelBuild
 from tpserve.coordinator.serve_arguments import add_arguments
 
@@ -129,15 +130,15 @@ def test_serve_gives_the_flag_to_the_compiler_of_the_model_but_not_of_its_draft(
 ) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    args = parser.parse_args(["m", "--kv-cache-dtype", "fp8"])
+    args = parser.parse_args(["m", "--kv-cache-dtype", "fp8", "--no-gateway"])
     building, given = ModelBuild(args, [], lambda: False), []
 
     def build(model: str, device: str, num_tokens: int, flags: list[str]) -> dict[str, Any]:
         given.append(flags)
-        return {}
+        return {"model_dir": str(tmp_path)}
 
     monkeypatch.setattr(building, "_compile", build)
-    building.model(4, "cuda", 0, None)
+    building.look(EngineChoice(True, 0, None, 4, 256, None))
     (flags,) = given
     compiler = argparse.ArgumentParser()
     command.add_compile_arguments(compiler)

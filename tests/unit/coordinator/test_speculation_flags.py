@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from tiny_models import MODELS
+from tpserve.coordinator.engine_choice import choose_engine
 from tpserve.coordinator.errors import ClusterError
 from tpserve.coordinator.memory import plan_memory
 from tpserve.coordinator.model_build import ModelBuild
+from tpserve.coordinator.serve_arguments import add_arguments
 from tpserve.coordinator.speculation import (
     add_speculation_arguments,
     check_draft,
@@ -214,17 +216,23 @@ def test_a_drafts_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, content
         check_draft_tokens(ours, tmp_path / "draft")
 
 
-def test_a_drafts_tokens_are_compared_before_it_is_compiled(
-    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_drafts_tokens_are_compared_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = write_tokenizer(tmp_path / "ours", {"a": 0, "b": 1}, [])
     other = write_tokenizer(tmp_path / "other", {"a": 1, "b": 0}, [])
-    choice = choose_speculation(parse("--draft-model", str(other)))
-    assert choice is not None
-    build = ModelBuild(argparse.Namespace(max_num_batched_tokens=256), [], lambda: False)
-    monkeypatch.setattr(build, "_compile", lambda *arguments: pytest.fail("it was compiled"))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args([str(ours), "--device", "cpu", "--draft-model", str(other)])
+
+    def run(command: str, model: str, flags: list[str]) -> dict[str, str]:
+        assert command == "inspect" or "--dry-run" in flags, "it was compiled"
+        return {"model_dir": model, "method": "draft"}
+
+    build = ModelBuild(args, [], lambda: False)
+    monkeypatch.setattr(build, "_run", run)
     with pytest.raises(ClusterError, match="gives other ids"):
-        build.draft(choice, {"model_dir": str(ours)}, manifest, "cpu")
+        build.look(choose_engine(args))
 
 
 def test_a_head_reads_what_the_models_library_gives(manifest: Manifest) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tpserve.coordinator.gateway.chat_template import ChatTemplate
 from tpserve.coordinator.gateway.errors import InvalidRequest
+from tpserve.coordinator.gateway.tokenizer import ModelFilesError
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
@@ -68,6 +69,57 @@ def test_the_jinja_file_wins_and_named_templates_are_found(tmp_path: Path) -> No
     template = ChatTemplate.load(tmp_path)
     assert template is not None
     assert template.render([]) == "file </s>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        (
+            "chat_template.jinja",
+            "a\n{% if %}",
+            "the chat template does not compile (line 2: Expected an expression, got",
+        ),
+        ("chat_template.jinja", "{% break %}", "the chat template does not compile ('break' outside loop"),
+        ("chat_template.jinja", f"{{{{ {'-' * 3000}1 }}}}", "the chat template does not compile (maximum recursion"),
+        ("chat_template.jinja", b"\xff", "'utf-8' codec can't decode byte 0xff"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": "{{ x"},
+            "the chat template does not compile (line 1: unexpected end",
+        ),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": "default", "template": ""}, {"name": "tool_use", "template": "{{ x | y }}"}]},
+            "the chat template does not compile (line 1: No filter named 'y'.)",
+        ),
+        ("tokenizer_config.json", {"chat_template": 1}, "chat_template must be a string or a list of named templates"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": "default", "template": ""}, {"name": "tool_use", "template": 1}]},
+            "chat_template must be a string or a list of named templates",
+        ),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_named_with_the_remedy(
+    tmp_path: Path, name: str, content: str | bytes | dict[str, object], reason: str
+) -> None:
+    data = json.dumps(content) if isinstance(content, dict) else content
+    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(ModelFilesError) as caught:
+        ChatTemplate.load(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / name}: {reason}")
+    remedy = f": fetch it again, or write another template to {tmp_path / 'chat_template.jinja'}"
+    assert str(caught.value).endswith(remedy)
+    (tmp_path / "chat_template.jinja").write_text("another")
+    template = ChatTemplate.load(tmp_path)
+    assert template is not None
+    assert template.render([]) == "another"
+
+
+@pytest.mark.parametrize("value", [None, [], [{"name": []}], [{"name": "rag", "template": "x"}], ["x"]])
+def test_a_model_may_have_no_template(tmp_path: Path, value: object) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    assert ChatTemplate.load(tmp_path) is None
 
 
 @pytest.mark.parametrize(

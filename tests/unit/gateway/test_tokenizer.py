@@ -140,6 +140,7 @@ def test_sampling_defaults_come_from_the_model(tmp_path: Path) -> None:
         ("generation_config.json", '{"temperature": -1}', "temperature is -1"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'"),
         ("tokenizer_config.json", '{"chat_template": "{% if %}"}', "does not compile"),
+        ("chat_template.jinja", "{% if %}", "does not compile"),
     ],
 )
 def test_broken_model_files(tmp_path: Path, name: str, content: str, message: str) -> None:

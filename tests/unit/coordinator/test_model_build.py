@@ -1,0 +1,50 @@
+"""What of a model is looked at before anything is compiled."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from tpserve.coordinator.children import ServeError
+from tpserve.coordinator.engine_choice import EngineChoice
+from tpserve.coordinator.model_build import ModelBuild
+from tpserve.coordinator.serve_arguments import add_arguments
+
+CHOICE = EngineChoice(False, 1 << 30, None, 4, 256, None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def make_build(monkeypatch: pytest.MonkeyPatch, *flags: str) -> ModelBuild:
+    """Return a build whose compiler finds every folder, and no library."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    build = ModelBuild(parser.parse_args(flags), [], lambda: False)
+
+    def run(command: str, model: str, flags: list[str]) -> dict[str, str]:
+        assert command == "compile"
+        assert "--dry-run" in flags, "it was compiled"
+        return {"model_dir": model}
+
+    monkeypatch.setattr(build, "_run", run)
+    return build
+
+
+def test_a_model_without_a_chat_template_is_served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_build(monkeypatch, str(folder)).look(CHOICE) == (CHOICE, {"model_dir": str(folder)})
+
+
+def test_texts_are_looked_at_where_they_are_read_with_the_models_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    for flags in ((), ("--no-gateway", "--parent-pid", "1")):
+        with pytest.raises(ServeError, match=r"chat_template\.jinja: the chat template does not compile"):
+            make_build(monkeypatch, str(folder), *flags).look(CHOICE)
+    make_build(monkeypatch, str(folder), "--no-gateway").look(CHOICE)  # whose gateways may have other files
