@@ -67,7 +67,13 @@ def check(kernels: Kernels, num_n: int, num_k: int, dtype: Any, all_m: list[int]
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize(("num_n", "num_k"), llama_shapes())
 def test_llama_shapes(kernels: Kernels, num_n: int, num_k: int, dtype: Any) -> None:
-    check(kernels, num_n, num_k, dtype, [1, 8, 11, 32, 64, 100, 160, 200, 256, 300, 320, 384])
+    check(
+        kernels,
+        num_n,
+        num_k,
+        dtype,
+        [1, 8, 11, 32, 64, 72, 96, 97, 100, 128, 144, 160, 200, 224, 256, 288, 300, 320, 384, 448],
+    )
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])

@@ -41,62 +41,67 @@ struct WeightCursor {
   }
 };
 
-/// The units of a block's run, one after the other: of up to 128 tokens.
-template <int kTokens, int kBlocks>
-struct UnitCursor {
-  static_assert(kBlocks == 1);
+/// Which tokens the units of a block's run need, one unit after the other: of up to 128 tokens, all of them.
+struct NarrowUnits {
   static constexpr int token = 0;
   int k;  // unit within its tile
-  WeightCursor weights[1];
 
   template <typename Params>
-  constexpr UnitCursor(const Params& p, const NarrowRun& run) : k(run.first % p.units_of_k), weights{} {
-    if (run.first < run.end) weights[0].start(p, run.first);
-  }
+  constexpr NarrowUnits(const Params& p, const NarrowRun& run) : k(run.first % p.units_of_k) {}
   template <typename Params>
   constexpr void advance(const Params& p) {
     if (++k == p.units_of_k) k = 0;
-    weights[0].advance(p);
   }
 };
 
-/// Of more tokens.
-template <int kTokens, int kBlocks>
-  requires(kBlocks > 1)
-struct UnitCursor<kTokens, kBlocks> {
+/// Of more: those of a tile.
+struct WideUnits {
   int k;                       // unit within its tile
   int token, block;            // first token, first 64 channels
   int first_token, end_token;  // of the run's tiles
-  WeightCursor weights[kBlocks];
 
   template <typename Params>
-  constexpr UnitCursor(const Params& p, const WideRun& run) {
+  constexpr WideUnits(const Params& p, const WideRun& run) {
     const WidePlan& w = p.plan;
     const int tile = run.first / w.units_of_k;
     k = run.first - tile * w.units_of_k;
     first_token = run.member * w.tile_tokens, end_token = first_token + w.run_tokens * w.tile_tokens;
     token = first_token + tile % w.run_tokens * w.tile_tokens;
-    block = tile / w.run_tokens * kBlocks;
-    start_weights(p);
+    block = tile / w.run_tokens * kWideBlocks;
   }
+  /// Whether the next unit begins a tile.
   template <typename Params>
-  constexpr void start_weights(const Params& p) {
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const int at = block + i < p.channel_blocks ? block + i : p.channel_blocks - 1;
-      weights[i].start(p, at * p.packed_k + k / 2);
-    }
+  constexpr bool advance(const Params& p) {
+    if (++k != p.plan.units_of_k) return false;
+    k = 0, token += p.plan.tile_tokens;
+    if (token == end_token) token = first_token, block += kWideBlocks;
+    return true;
   }
+};
+
+/// The weights of 64 channels of a wide tile's units: half a packed stage each. Where they are is kept, not found anew.
+struct WideWeights {
+  const uint8_t* source;
+  WeightCursor stage;
+  int half;
+
+  /// Of unit `k` of 64 channels `block`, which there are.
+  template <typename Params>
+  constexpr void start(const Params& p, int block, int k) {
+    stage.start(p, block * p.packed_k + k / 2), half = k % 2;
+    source = stage.address(p, half);
+  }
+  /// To the next unit of the same tile.
   template <typename Params>
   constexpr void advance(const Params& p) {
-    if (++k == p.plan.units_of_k) {
-      k = 0, token += p.plan.tile_tokens;
-      if (token == end_token) token = first_token, block += kBlocks;
-      start_weights(p);
-    } else if (k % 2 == 0) {
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) weights[i].advance(p);
+    half ^= 1;
+    if (half != 0) {
+      source += kTileBytes;
+      return;
     }
+    const int run = stage.run;
+    stage.advance(p);
+    source = stage.run == run ? source + (kGrid * kStageBytes - kTileBytes) : stage.address(p, 0);
   }
 };
 

@@ -48,25 +48,23 @@ int wide_units_of_k(int64_t K) {
   return static_cast<int>((K * sizeof(T) + 127) / 128);
 }
 
-/// More than 128 tokens, which the scales are one by one of.
+/// Wide tiles, of tokens that scales are one by one of.
 template <typename T, End kEnd>
-void dispatch_wide(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
+void run_wide(GemmParams p, const T* x, int64_t K, cudaStream_t stream) {
   const WideChoice choice = choose_wide(p.M, p.channel_blocks, wide_units_of_k<T>(K));
   p.plan = choice.plan;
+  const auto with = [&](auto tokens) { run<T, decltype(tokens)::value, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream); };
   switch (choice.tokens) {
-    case 96: return run<T, 96, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
-    case 128: return run<T, 128, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
-    case 160: return run<T, 160, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
-    case 192: return run<T, 192, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
-    default: return run<T, 256, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
+    case 64: return with(std::integral_constant<int, 64>());
+    case 96: return with(std::integral_constant<int, 96>());
+    case 112: return with(std::integral_constant<int, 112>());
+    case 128: return with(std::integral_constant<int, 128>());
+    case 144: return with(std::integral_constant<int, 144>());
+    case 160: return with(std::integral_constant<int, 160>());
+    case 192: return with(std::integral_constant<int, 192>());
+    case 224: return with(std::integral_constant<int, 224>());
+    default: return with(std::integral_constant<int, 256>());
   }
-}
-
-/// 97 to 128 tokens in wide tiles, whose e4m3 products are not promoted on the way, as those of more tokens are not.
-template <typename T, End kEnd>
-void run_few_wide(GemmParams p, const T* x, int64_t K, int pieces, cudaStream_t stream) {
-  p.plan = plan_wide(wide_channel_tiles(p.channel_blocks), p.M, 128, wide_units_of_k<T>(K), pieces);
-  run<T, 128, kWideBlocks, Ring::kWhole, 0, kEnd>(p, x, K, stream);
 }
 
 /// Any number of tokens.
@@ -77,16 +75,12 @@ void dispatch(const GemmParams& p, const T* x, int64_t K, cudaStream_t stream) {
     return dispatch_few<T, 16, kGroup, kEnd>(p, x, K, stream);
   } else {
     if (p.M <= 64) return dispatch_few<T, 64, kGroup, kEnd>(p, x, K, stream);
-    static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
     if (p.M <= 96) return run<T, 96, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
-    if (p.M <= 128) {
-      if constexpr (kGroup == 0) {
-        const int pieces = wide_pieces_of_few(p.channel_blocks, wide_units_of_k<T>(K));
-        if (pieces > 0) return run_few_wide<T, kEnd>(p, x, K, pieces, stream);
-      }
-      return run<T, 128, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
+    if constexpr (kGroup != 0) {
+      static_assert(kMaxGroupedTokens == 128, "the tiles of one block of channels");
+      if (p.M <= 128) return run<T, 128, 1, Ring::kWhole, kGroup, kEnd>(p, x, K, stream);
     }
-    dispatch_wide<T, kEnd>(p, x, K, stream);
+    run_wide<T, kEnd>(p, x, K, stream);
   }
 }
 

@@ -1,9 +1,9 @@
 // out (M, N) = x (M, K) w^T for bfloat16 or e4m3 operands, any M, with weights packed by `packing.py`.
 //
 // Swapped operands: weights are wgmma's A (64 channels), tokens its B, so that few tokens waste nothing. One kernel:
-//   kBlocks 1 (M <= 128): a unit of work is one packed stage, 64 channels x 256 bytes of K, against all tokens.
-//   kBlocks 2 (M > 128, and many channels of 97 to 128): a unit is 128 channels x 128 bytes of K against 96 to 256 tokens;
-//   each warp group has 64 channels.
+//   kBlocks 1 (M <= 96; 128 with grouped scales): a unit of work is one packed stage, 64 channels x 256 bytes of K, against
+//   all tokens.
+//   kBlocks 2 (more): a unit is 128 channels x 128 bytes of K against 64 to 256 tokens; each warp group has 64 channels.
 // Units are dealt to blocks in contiguous runs of the order (channels, K), as a plan says (gemm_plan.cuh). For kBlocks 1 and
 // kGrid blocks the packed order is the order in which they read: unit i of block c is stage i * kGrid + c, so all blocks
 // together read one contiguous span at a time. A run that starts inside a tile leaves float32 partial sums in its block's
@@ -16,7 +16,8 @@
 // Rows of a tile without a token are not fetched: the copy engine takes longer for rows outside a tensor than for those in
 // it. Whatever stands there is of columns of their own, which nobody stores.
 //
-// One warp fetches; it fills the ring with weights before `pdl_wait`, while the kernel before still runs.
+// Warps of their own fetch (gemm_fetch.cuh); they fill the ring with weights before `pdl_wait`, while the kernel before still
+// runs.
 //
 // Of e4m3 tokens the scales are by token, or grouped (`grouped_scales.cuh`): then the scales of a stage are fetched with
 // its tokens, and the product of each group is scaled before it is added (M <= 128).
@@ -26,6 +27,7 @@
 #pragma once
 
 #include "gemm.cuh"
+#include "gemm_fetch.cuh"
 #include "gemm_grouped.cuh"
 #include "gemm_norm.cuh"
 #include "gemm_parts.cuh"
@@ -55,16 +57,16 @@ struct Shape {
   static constexpr int kWeightBytes = kTilesOfK * kBlocks * kTileBytes, kTokenBytes = kTilesOfK * kTokens * 128;
   static constexpr int kBytes = kWeightBytes + kTokenBytes;
   static constexpr int kConsumers = kBlocks > 1 ? kBlocks : kTokens <= 32 ? 2 : 1;
-  // Four warps to fetch, of which one does, leave their registers to the consumers: of the 168 that all begin with.
+  // Four warps to fetch, of which three do, leave their registers to the consumers: of the 168 that all begin with.
   static constexpr bool kGiveRegisters = kBlocks > 1;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kThreads = kConsumers * 128 + (kGiveRegisters ? 128 : 32);
+  static constexpr int kThreads = kConsumers * 128 + (kGiveRegisters ? 128 : 64);
   static constexpr bool kAlternate = kBlocks == 1 && kConsumers == 2;  // warp groups take turns with the stages
   // Small kernels between two GEMMs need some kilobytes beside a whole ring.
   static constexpr int kBudget = (kRing == Ring::kHalf ? 110 : kTokens <= 32 ? 222 : 200) * 1024;
   static constexpr int kExtra = kAlternate ? kTokens * 256 : 0;
   static constexpr int kFitting = (kBudget - kExtra) / kBytes;
-  static constexpr int kMostStages = kRing == Ring::kWhole && kTokens <= 32 ? 12 : 6;
+  static constexpr int kMostStages = kBlocks > 1 ? 8 : kRing == Ring::kWhole && kTokens <= 32 ? 12 : 6;
   static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
   static constexpr int kGroups = 256 / (kGrouped ? kGroup : 512);  // of a stage, 0 without
   static constexpr int kScaleBytes = kGroups * kTokens * sizeof(float);           // of a stage, behind the ring
@@ -75,71 +77,16 @@ struct Shape {
   // With few tokens the ring of weights is filled at a measured pace and the first activations have their own barrier.
   static constexpr bool kPaced = kTokens == 8;
   static constexpr int kPace = 3;
+
+  /// What comes with the tokens of a stage.
+  static __device__ __forceinline__ int token_bytes(const GemmParams& p) {
+    return kTilesOfK * p.box_tokens * 128 + kGroups * p.padded_tokens * static_cast<int>(sizeof(float));
+  }
 };
 
 constexpr int kPeerBarrier = 3;  // and the next: of the warp groups that send tiles
 
 #define TPSERVE_BAR(op, id, count) asm volatile("bar." op " " #id ", " #count ";" ::: "memory")
-
-/// The warp that fetches; one lane works.
-template <typename T, typename S>
-__device__ void produce(const GemmParams& p, const CUtensorMap* map, uint32_t ring, uint64_t* full, uint64_t* empty,
-                        PushEpoch* epoch, UnitCursor<S::kTokens, S::kBlocks> weights, int count) {
-  constexpr int kTokens = S::kTokens, kBlocks = S::kBlocks, kTileK = 128 / sizeof(T);
-  const int stage_scales = S::kGroups * p.padded_tokens;           // floats
-  const int token_bytes = S::kTilesOfK * p.box_tokens * 128 + stage_scales * 4;  // what a stage brings after pdl_wait
-  const uint64_t once = evict_first_policy();
-  const int ahead = count < S::kStages ? count : S::kStages;
-  UnitCursor<kTokens, kBlocks> tokens = weights;
-  const auto load_weights = [&](int slot, int bytes) {
-    const uint32_t target = ring + slot * S::kBytes;
-    if constexpr (kBlocks == 1) {
-      barrier_expect(full + slot, bytes);
-      bulk_copy_once(target, weights.weights[0].address(p, 0), kStageBytes, full + slot, once);
-    } else {
-      const int present = min(p.channel_blocks - weights.block, kBlocks);
-      barrier_expect(full + slot, bytes - (kBlocks - present) * kTileBytes);
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        if (i >= present) break;
-        bulk_copy(target + i * kTileBytes, weights.weights[i].address(p, weights.k % 2), kTileBytes, full + slot);
-      }
-    }
-    weights.advance(p);
-  };
-  const auto load_tokens = [&](int slot, uint64_t* barrier) {
-    const uint32_t target = ring + slot * S::kBytes + S::kWeightBytes;
-#pragma unroll
-    for (int i = 0; i < S::kTilesOfK; ++i) {
-      tensor_copy(target + i * kTokens * 128, map, (tokens.k * S::kTilesOfK + i) * kTileK, tokens.token, barrier);
-    }
-    if constexpr (S::kGrouped) {
-      bulk_copy(ring + S::kStages * S::kBytes + S::kExtra + slot * S::kScaleBytes, p.token_scale + tokens.k * stage_scales,
-                stage_scales * 4, barrier);
-    }
-    tokens.advance(p);
-  };
-  for (int i = 0; i < ahead; ++i) {
-    if (S::kPaced && i >= S::kPace) barrier_wait(full + i - S::kPace, 0);
-    load_weights(i, S::kPaced ? S::kWeightBytes : S::kWeightBytes + token_bytes);
-  }
-  pdl_wait();
-  const unsigned calls = S::kPush ? PushEpoch::read(p.push) : 0;
-  uint64_t* own = full + S::kStages;
-  if (S::kPaced) barrier_expect(own, ahead * token_bytes);
-  for (int i = 0; i < ahead; ++i) load_tokens(i, S::kPaced ? own : full + i);
-  if constexpr (S::kPush) {  // only now may the reduction start: it advances the epoch, and waits for no kernel before
-    epoch->hand_over(calls);
-    pdl_launch();
-  }
-  RingPlace place;
-  for (int i = ahead; i < count; ++i) {
-    barrier_wait(empty + place.slot, place.parity);
-    load_weights(place.slot, S::kWeightBytes + token_bytes);
-    load_tokens(place.slot, full + place.slot);
-    place.advance(S::kStages);
-  }
-}
 
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::kThreads, 1)
@@ -185,10 +132,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   __syncthreads();
   if (warp >= S::kConsumers * 4) {
     if constexpr (S::kGiveRegisters) set_registers<S::kProducerRegisters, false>();
-    if (warp == S::kConsumers * 4 && lane == 0) {
-      produce<T, S>(p, &map, ring, full, empty, &epoch, {p, run}, end - first);
-    }
-    return;
+    return fetch<T, S>(p, &map, {ring, full, empty}, &epoch, run, warp - S::kConsumers * 4);
   }
   if constexpr (S::kGiveRegisters) set_registers<S::kConsumerRegisters, true>();
   pdl_wait();

@@ -41,11 +41,12 @@ struct GemmParams {
   float* squares_out;
 };
 
-__device__ __forceinline__ void tensor_copy(uint32_t target, const CUtensorMap* map, int k, int token, uint64_t* barrier) {
+/// `barrier`: its address in shared memory.
+__device__ __forceinline__ void tensor_copy(uint32_t target, const CUtensorMap* map, int k, int token, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           target),
-      "l"(map), "r"(k), "r"(token), "r"(shared_address(barrier))
+      "l"(map), "r"(k), "r"(token), "r"(barrier)
       : "memory");
 }
 

@@ -1,9 +1,9 @@
 // How the units of a product are dealt to the blocks of the grid. A plan is of integers only, so that the host, which makes
 // it, the device, which follows it, and a test agree.
 //
-// Up to 128 tokens: in runs along (channels, K), whole tiles where these nearly fill the grid. More tokens, wide products:
-// a tile is 128 channels by as many tokens as the plan says, a unit 128 bytes of K of it. A team is `team` neighbouring
-// blocks: they go through the same channels and K at the same time, each with its own token tile, so that weights come
+// Few tokens: in runs along (channels, K), whole tiles where these nearly fill the grid. More tokens, wide products: a tile
+// is 128 channels by as many tokens as the plan says, a unit 128 bytes of K of it. A team is `team` neighbouring blocks:
+// they go through the same channels and K at the same time, each with its own token tile, so that weights come
 // from memory once. A tile is whole, or cut along K into `pieces`, equal but for one unit:
 //   one piece: teams take runs of whole tiles, of which nothing is added;
 //   more: no team has two. All blocks of a tile end at about the same time, and each finishes its share of the tokens, so
@@ -11,14 +11,13 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 
 namespace tpserve::cuda {
 
 constexpr int kGrid = 132;      // blocks, one per multiprocessor; part of the packed layout
 constexpr int kWideBlocks = 2;  // of 64 channels, in a tile
 
-/// Of a product of up to 128 tokens, whose units are 64 channels x 256 bytes of K, tile after tile.
+/// Of a product of few tokens, whose units are 64 channels x 256 bytes of K, tile after tile.
 struct NarrowPlan {
   int grid, base, rem;  // blocks; units of block c: base + (c < rem)
   int pieces = 0;       // if any, each tile is cut into so many instead, equal but for one unit
@@ -98,36 +97,35 @@ constexpr WidePlan plan_wide(int channel_tiles, int M, int tokens, int units_of_
   return w;
 }
 
+/// Tokens that a wide tile can have room for, and what a unit of 128 channels then takes in us: its products, or what they
+/// read from shared memory and the copies write there, which is more.
+struct WideTile {
+  int tokens;
+  float unit_us;
+};
+constexpr WideTile kWideTiles[] = {{256, 0.540f}, {224, 0.466f}, {192, 0.374f}, {160, 0.297f},
+                                    {144, 0.259f}, {128, 0.207f}, {112, 0.197f}, {96, 0.143f}, {64, 0.107f}};
+
 /// Estimated without the launch, for e4m3 and bfloat16 alike, since a unit has 128 bytes of K: to order plans, no more. The
-/// constants are fitted together to times of all plans on an H200 (gpu_gemm_wide_h200.json): none is what its part would
-/// take alone. In us.
-constexpr float estimated_us(const WidePlan& w, int channel_tiles, int token_tiles, int tokens) {
-  constexpr float kUnit = 0.08f, kTokenOfUnit = 0.0018f;     // products of the block that has most
-  constexpr float kL2Mb = 0.043f, kMemoryMb = 0.028f;        // what all blocks fetch from L2, or weights from memory
-  constexpr float kTileEnd = 0.9f;                           // of a whole tile: nothing is multiplied meanwhile
-  constexpr float kEightTokens = 0.18f, kOtherPiece = 1.0f;  // of a tile in pieces: sums given, and those of a block taken
+/// constants, and those of kWideTiles, are fitted together to times of all plans on an H200 (gpu_gemm_wide_h200.json): none is
+/// what its part would take alone. But L2's is twice what fits best, and a tile's end an eighth more: in steps, which are at
+/// the power limit, tiles of few tokens take longer than alone (benchmarks/README.md). In us.
+constexpr float estimated_us(const WidePlan& w, int channel_tiles, int token_tiles, float unit_us) {
+  constexpr float kL2Mb = 0.055f, kMemoryMb = 0.030f;        // what all blocks fetch from L2, or weights from memory
+  constexpr float kTileEnd = 1.9f;                           // of a whole tile: nothing is multiplied meanwhile
+  constexpr float kInPieces = 1.28f, kEightTokens = 0.234f;  // of a tile in pieces: sums given,
+  constexpr float kOtherPiece = 0.99f;                       // and those of another block taken
   const int longest = w.base + (w.rem > 0);  // pieces
   const float units = static_cast<float>((longest * w.units_of_k + w.pieces - 1) / w.pieces);
   const float weights_mb = static_cast<float>(channel_tiles) * w.units_of_k * kWideBlocks * 8192 / 1e6f;
   const float fetched_mb = weights_mb * token_tiles * (1 + w.tile_tokens / (64.0f * kWideBlocks));
-  const float from_l2 = kL2Mb * fetched_mb, from_memory = kMemoryMb * weights_mb;
-  const float products = units * (kUnit + kTokenOfUnit * tokens) + (from_l2 > from_memory ? from_l2 : from_memory);
+  const float multiplied = units * unit_us, from_memory = kMemoryMb * weights_mb;
+  const float products = (multiplied > from_memory ? multiplied : from_memory) + kL2Mb * fetched_mb;
   if (w.pieces == 1) return products + longest * kTileEnd;
-  return products + w.tile_tokens / 8 * kEightTokens + (w.pieces - 1) * kOtherPiece;
+  return products + kInPieces + w.tile_tokens / 8 * kEightTokens + (w.pieces - 1) * kOtherPiece;
 }
 
 constexpr int wide_channel_tiles(int channel_blocks) { return (channel_blocks + kWideBlocks - 1) / kWideBlocks; }
-
-/// Into how many pieces wide tiles of 97 to 128 tokens are cut, or 0 where narrow ones take less time. Wide ones fetch tokens
-/// for twice the channels: better where whole ones, one behind the other, keep five of six blocks at work, or where long pieces
-/// do, whose ends are a small part of them (benchmarks/README.md).
-constexpr int wide_pieces_of_few(int channel_blocks, int units_of_k) {
-  constexpr int kLeastUnits = 48;  // of a piece
-  const int tiles = wide_channel_tiles(channel_blocks), rounds = (tiles + kGrid - 1) / kGrid;
-  if (tiles * 6 >= rounds * kGrid * 5) return 1;
-  const int pieces = kGrid / tiles;
-  return pieces * tiles * 6 >= kGrid * 5 && units_of_k >= pieces * kLeastUnits ? pieces : 0;
-}
 
 struct WideChoice {
   int tokens;  // of a tile
@@ -140,7 +138,7 @@ constexpr WideChoice choose_wide(int M, int channel_blocks, int units_of_k) {
   const int channel_tiles = wide_channel_tiles(channel_blocks);
   WideChoice best{};
   float least = 0.0f;
-  for (const int tokens : {256, 192, 160, 128, 96}) {
+  for (const auto [tokens, unit_us] : kWideTiles) {
     const int token_tiles = (M + tokens - 1) / tokens;
     const WidePlan whole = plan_wide(channel_tiles, M, tokens, units_of_k, 1);
     int most = whole.base > 0 ? 1 : whole.teams() / whole.rem;  // that fit
@@ -149,7 +147,7 @@ constexpr WideChoice choose_wide(int M, int channel_blocks, int units_of_k) {
     for (const int pieces : {1, most / 2, most}) {
       if (pieces == 0) continue;
       const WidePlan plan = plan_wide(channel_tiles, M, tokens, units_of_k, pieces);
-      const float us = estimated_us(plan, channel_tiles, token_tiles, tokens);
+      const float us = estimated_us(plan, channel_tiles, token_tiles, unit_us);
       if (best.tokens == 0 || us < least) best = {tokens, plan}, least = us;
     }
   }

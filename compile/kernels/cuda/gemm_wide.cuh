@@ -1,4 +1,4 @@
-// The ends of tiles of more than 128 tokens: sums of other blocks, and the output. By each consumer warp group for its 64
+// The ends of wide tiles: sums of other blocks, and the output. By each consumer warp group for its 64
 // channels of the tile.
 #pragma once
 
@@ -123,12 +123,14 @@ __device__ __forceinline__ void finish_wide(const GemmParams& p, float (&sums)[S
                                             float4* slot, const PeerStage& by) {
   constexpr int kVectors = S::kTokens / 8;
   const int pieces = p.plan.pieces, vectors = p.plan.tile_tokens / 8;
-  if (pieces == 1) return write_wide<T, S>(p, sums, tile, run.member, 0, vectors, by);
-  const size_t next_slot = static_cast<size_t>(p.plan.team) * S::kBlocks * kVectors * 128;
-  const int part = run.piece % pieces;
-  int from = part * vectors / pieces, to = (part + 1) * vectors / pieces;
-  keep_here(from), keep_here(to);
-  exchange_pieces<S::kTokens>(sums, slot, next_slot, part, pieces, vectors, from, to);
+  int from = 0, to = vectors;
+  if (pieces > 1) {
+    const size_t next_slot = static_cast<size_t>(p.plan.team) * S::kBlocks * kVectors * 128;
+    const int part = run.piece % pieces;
+    from = part * vectors / pieces, to = (part + 1) * vectors / pieces;
+    keep_here(from), keep_here(to);
+    exchange_pieces<S::kTokens>(sums, slot, next_slot, part, pieces, vectors, from, to);
+  }
   write_wide<T, S>(p, sums, tile, run.member, from, to, by);
 }
 

@@ -9,6 +9,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+/// `value`, which from here on stands in a register of this thread: what the compiler would find anew with each use.
+__device__ __forceinline__ uint32_t held(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+/// Whether this is the one lane of its warp that works. By all lanes; the compiler knows that there is one.
+__device__ __forceinline__ bool elected() {
+  uint32_t is_it;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.b32 %0, 1, 0, one;\n}" : "=r"(is_it));
+  return is_it != 0;
+}
+
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
@@ -18,16 +31,19 @@ __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/// `barrier`: its address in shared memory.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
+  barrier_expect(shared_address(barrier), bytes);
 }
 
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -36,9 +52,12 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       "@done bra finished;\n"
       "bra again;\n"
       "finished:\n"
-      "}" ::"r"(shared_address(barrier)),
+      "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  barrier_wait(shared_address(barrier), parity);
 }
 
 /// Of a warp's 8 x 8 matrix of 16 bits, a row by four lanes, two elements each.
@@ -97,20 +116,27 @@ struct RingPlace {
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 /// Copies `bytes` (a multiple of 16) and reports them to the barrier.
-__device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint64_t* barrier) {
+__device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-               "l"(source), "r"(bytes), "r"(shared_address(barrier))
+               "l"(source), "r"(bytes), "r"(barrier)
                : "memory");
+}
+__device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint64_t* barrier) {
+  bulk_copy(target, source, bytes, shared_address(barrier));
 }
 
 /// The same for data read once, which need not stay in L2.
-__device__ __forceinline__ void bulk_copy_once(uint32_t target, const void* source, uint32_t bytes, uint64_t* barrier,
+__device__ __forceinline__ void bulk_copy_once(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier,
                                                uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           target),
-      "l"(source), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
+}
+__device__ __forceinline__ void bulk_copy_once(uint32_t target, const void* source, uint32_t bytes, uint64_t* barrier,
+                                               uint64_t policy) {
+  bulk_copy_once(target, source, bytes, shared_address(barrier), policy);
 }
 
 __device__ __forceinline__ uint64_t evict_first_policy() {

@@ -15,30 +15,38 @@
 
 namespace tpserve::cuda {
 
-/// The lane that fetches weights: gate_up's two tiles in turn, then this block's half of down's channels.
-__device__ __forceinline__ void fetch_weights(const MlpParams& p, uint32_t ring, uint64_t* full, uint64_t* empty,
-                                              const volatile int* released) {
+/// The warp that fetches weights: gate_up's two tiles in turn, then this block's half of down's channels. One lane works, once
+/// all have found where down's are: that takes a division, as long as half a stage does from memory.
+__device__ __forceinline__ void fetch_weights(const MlpParams& p, uint32_t ring, const uint64_t* full_, const uint64_t* empty_,
+                                              const volatile int* released, const uint8_t* (&down)[32]) {
   const int cta = blockIdx.x, pair = cta / 2, member = cta % 2, units = p.K / 256;
   const int gate_up_stages = 2 * units, count = gate_up_stages + p.tiles / 4;
+  static_assert(MlpShape::kMostHidden / 128 <= 32, "a lane for each tile of a half");
+  {
+    const int of_half = p.tiles / 2, lane = threadIdx.x % 32;
+    WeightCursor at;
+    at.start(p.down, (member * of_half + min(lane, of_half - 1)) * p.down.packed_k + pair / 2);
+    down[lane] = at.address(p.down, pair % 2);
+  }
+  __syncwarp();
+  if (!elected()) return;
+  const uint32_t full = held(shared_address(full_)), empty = held(shared_address(empty_));
   const uint64_t once = evict_first_policy();
   WeightCursor first, second;  // of gate_up's two tiles
   first.start(p.gate_up, 2 * cta * units), second.start(p.gate_up, (2 * cta + 1) * units);
   const auto load = [&](int i, int slot) {
-    const uint32_t target = ring + slot * kStageBytes;
-    barrier_expect(full + slot, kStageBytes);
+    const uint32_t target = ring + slot * kStageBytes, barrier = full + slot * 8;
+    barrier_expect(barrier, kStageBytes);
     if (i < gate_up_stages) {
       const auto from = [&](WeightCursor& at) {
-        bulk_copy_once(target, at.address(p.gate_up, 0), kStageBytes, full + slot, once);
+        bulk_copy_once(target, at.address(p.gate_up, 0), kStageBytes, barrier, once);
         at.advance(p.gate_up);
       };
       return i % 2 == 0 ? from(first) : from(second);
     }
-    const int tile = member * (p.tiles / 2) + (i - gate_up_stages) * 2;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      WeightCursor at;
-      at.start(p.down, (tile + h) * p.down.packed_k + pair / 2);
-      bulk_copy_once(target + h * kTileBytes, at.address(p.down, pair % 2), kTileBytes, full + slot, once);
+      bulk_copy_once(target + h * kTileBytes, down[(i - gate_up_stages) * 2 + h], kTileBytes, barrier, once);
     }
   };
   const int ahead = min(count, p.stages);
@@ -46,14 +54,14 @@ __device__ __forceinline__ void fetch_weights(const MlpParams& p, uint32_t ring,
 #pragma unroll 1
   for (int i = 0; i < ahead; ++i) {
     if (i == MlpShape::kPace) is_late = *released;
-    if (i >= MlpShape::kPace && !*released) barrier_wait(full + i - MlpShape::kPace, 0);
+    if (i >= MlpShape::kPace && !*released) barrier_wait(full + (i - MlpShape::kPace) * 8, 0);
     load(i, i);
   }
   RingPlace place, before{ahead - (is_late ? MlpShape::kLatePace : MlpShape::kPace)};
 #pragma unroll 1
   for (int i = ahead; i < count; ++i) {
-    barrier_wait(full + before.slot, before.parity);
-    barrier_wait(empty + place.slot, place.parity);
+    barrier_wait(full + before.slot * 8, before.parity);
+    barrier_wait(empty + place.slot * 8, place.parity);
     load(i, place.slot);
     place.advance(p.stages), before.advance(p.stages);
   }
@@ -66,7 +74,8 @@ static __global__ void __launch_bounds__(MlpShape::kThreads, 1)
   extern __shared__ uint8_t memory[];
   __shared__ uint64_t full[S::kStages + 1], empty[S::kStages];
   __shared__ alignas(8) float act_scales[4][kTokens];  // of 32 activations each
-  __shared__ volatile int released;  // whether the kernels before have ended
+  __shared__ const uint8_t* down[32];  // where this block's half of its channels is, tile after tile
+  __shared__ volatile int released;    // whether the kernels before have ended
   __shared__ alignas(8) float factors[kTokens];
   __shared__ float2 largest_of_warp[2][4][kTokens / 2];
   const uint32_t ring = (shared_address(memory) + 1023) & ~1023u;
@@ -87,11 +96,7 @@ static __global__ void __launch_bounds__(MlpShape::kThreads, 1)
     pdl_launch();
   }
   __syncthreads();
-  if (warp == 8) {
-    if (lane != 0) return;
-    fetch_weights(p, ring, full, empty, &released);
-    return;
-  }
+  if (warp == 8) return fetch_weights(p, ring, full, empty, &released, down);
   if (warp == 9) {
     if (lane == 0) {
       pdl_wait();

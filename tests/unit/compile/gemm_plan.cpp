@@ -31,7 +31,6 @@ int64_t packed_place(const Params& p, int stage) {
     return 1;                                                                                       \
   }
 
-template <int kTokens>
 int follow(const Params& p, int token_tiles, char* why) {
   constexpr int kBlocks = kWideBlocks;
   const WidePlan& w = p.plan;
@@ -46,7 +45,12 @@ int follow(const Params& p, int token_tiles, char* why) {
     if (cta / w.team < w.teams() && (w.pieces == 1 || run.first < run.end)) {
       longest = std::max(longest, run.end - run.first), shortest = std::min(shortest, run.end - run.first);
     }
-    UnitCursor<kTokens, kBlocks> fetch(p, run);
+    WideUnits fetch(p, run);
+    WideWeights weights[kBlocks]{};
+    const auto begin_tile = [&] {
+      for (int i = 0; i < kBlocks && fetch.block + i < p.channel_blocks; ++i) weights[i].start(p, fetch.block + i, fetch.k);
+    };
+    if (run.first < run.end) begin_tile();
     for (unit = run.first, tile = run.first / units; unit < run.end; ++tile) {
       const int tile_end = (tile + 1) * units, stop = std::min(run.end, tile_end);
       const int channel = tile / w.run_tokens * kBlocks, token_tile = tile % w.run_tokens + run.member;
@@ -59,9 +63,13 @@ int follow(const Params& p, int token_tiles, char* why) {
         for (int i = 0; i < kBlocks && fetch.block + i < p.channel_blocks; ++i) {
           const int stage = (fetch.block + i) * p.packed_k + fetch.k / 2;
           const int64_t place = packed_place(p, stage);
-          CHECK(fetch.weights[i].address(p, fetch.k % 2) - p.weights == place * kStageBytes + fetch.k % 2 * kTileBytes);
+          CHECK(weights[i].source - p.weights == place * kStageBytes + fetch.k % 2 * kTileBytes);
         }
-        fetch.advance(p);
+        if (!fetch.advance(p)) {
+          for (WideWeights& of_block : weights) of_block.advance(p);
+        } else if (unit + 1 < run.end) {
+          begin_tile();
+        }
       }
       if (w.pieces == 1) {
         CHECK(stop == tile_end);
@@ -87,17 +95,6 @@ int follow(const Params& p, int token_tiles, char* why) {
   return 0;
 }
 
-int follow(int tokens, const Params& p, int token_tiles, char* why) {
-  switch (tokens) {
-    case 96: return follow<96>(p, token_tiles, why);
-    case 128: return follow<128>(p, token_tiles, why);
-    case 160: return follow<160>(p, token_tiles, why);
-    case 192: return follow<192>(p, token_tiles, why);
-    case 256: return follow<256>(p, token_tiles, why);
-    default: std::snprintf(why, 200, "there is no tile of %d tokens", tokens); return 1;
-  }
-}
-
 Params params_of(int channel_blocks, int64_t row_bytes, const WidePlan& plan) {
   const int packed_k = static_cast<int>((row_bytes + 255) / 256), stages = channel_blocks * packed_k;
   return {nullptr, plan, channel_blocks, packed_k, stages / kGrid, stages % kGrid};
@@ -114,7 +111,7 @@ extern "C" int follow_chosen(int M, int channel_blocks, int64_t row_bytes, int* 
   const WidePlan& w = c.plan;
   const int values[] = {c.tokens, w.tile_tokens, w.team, w.run_tokens, w.pieces, w.base, w.rem};
   std::copy(std::begin(values), std::end(values), chosen);
-  return follow(c.tokens, params_of(channel_blocks, row_bytes, w), (M + c.tokens - 1) / c.tokens, why);
+  return follow(params_of(channel_blocks, row_bytes, w), (M + c.tokens - 1) / c.tokens, why);
 }
 
 /// Of a plan of whole tiles: the pieces that a tile can be cut into.
@@ -124,16 +121,11 @@ extern "C" int most_pieces(int M, int channel_blocks, int64_t row_bytes, int tok
   return w.base > 0 ? 1 : std::min(w.teams() / w.rem, units);
 }
 
-/// Into how many pieces wide tiles of 97 to 128 tokens are cut, 0 for narrow ones.
-extern "C" int pieces_of_few(int channel_blocks, int64_t row_bytes) {
-  return wide_pieces_of_few(channel_blocks, static_cast<int>((row_bytes + 127) / 128));
-}
-
 /// Any plan.
 extern "C" int follow_plan(int M, int channel_blocks, int64_t row_bytes, int tokens, int pieces, char* why) {
   const int units = static_cast<int>((row_bytes + 127) / 128), token_tiles = (M + tokens - 1) / tokens;
   const WidePlan w = plan_wide(wide_channel_tiles(channel_blocks), M, tokens, units, pieces);
-  return follow(tokens, params_of(channel_blocks, row_bytes, w), token_tiles, why);
+  return follow(params_of(channel_blocks, row_bytes, w), token_tiles, why);
 }
 
 /// The plan for up to 128 tokens, written to `plan` (grid, base, rem) and followed; then the most blocks that a tile has.
@@ -147,13 +139,15 @@ extern "C" int follow_narrow(int tokens, int channel_blocks, int64_t row_bytes, 
   std::vector<int> taken(static_cast<size_t>(channel_blocks) * units), blocks(channel_blocks);
   for (cta = 0; cta < plan.grid; ++cta) {
     const NarrowRun run{plan.first(cta), plan.first(cta + 1)};
-    UnitCursor<8, 1> fetch(p, run);
+    NarrowUnits fetch(p, run);
+    WeightCursor weights{};
+    if (run.first < run.end) weights.start(p, run.first);
     for (unit = run.first; unit < run.end; ++unit) {
       tile = unit / units;
       CHECK(tile < channel_blocks && taken[unit]++ == 0 && fetch.k == unit % units);
-      CHECK(fetch.weights[0].address(p, 0) - p.weights == packed_place(p, unit) * kStageBytes);
+      CHECK(weights.address(p, 0) - p.weights == packed_place(p, unit) * kStageBytes);
       if (unit == run.first || fetch.k == 0) ++blocks[tile];
-      fetch.advance(p);
+      fetch.advance(p), weights.advance(p);
     }
   }
   cta = -1;
