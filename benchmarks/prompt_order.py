@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, required=True, help="the peers' file of prompt_len and output_len")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--patience-steps", type=int, nargs="+", default=[32])
-    parser.add_argument("--wait-weight", type=float, nargs="+", default=[4.0])
+    parser.add_argument("--wait-weight", type=float, nargs="+", default=[6.0])
     parser.add_argument("--plan-lead-ms", type=float, nargs="+", default=[1.0, math.inf])
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

@@ -34,7 +34,7 @@ class SchedulerConfig:
     patience_steps: int = 32
     """Steps from its arrival on in which shorter prompts pass a prompt, begun or not; then it goes before all that came
     later. 0: prompts in arrival order."""
-    wait_weight: float = 4.0
+    wait_weight: float = 6.0
     """What a millisecond counts for a prompt that waits, over one by which a decode is delayed. A step's size is chosen
     by that, where it is known what steps of each size take and nobody who decodes has drafts; see `prompt_share`."""
     aging_steps: int = 256
