@@ -7,7 +7,8 @@ least until the prompts that wait are computed, by what steps of each size take.
 
 On Llama-3-70B, fp8, TP=4, H200s, who waits at twice the weight, instead of all that fits: mean TPOT 11.93 -> 11.60 ms
 at 64 requests and 6.99 -> 6.92 at 16, the p99 of gaps 26 -> 21 and 24 -> 16 ms, mean TTFT 58.5 -> 73.8 and 32.8 ->
-36.0. At four times, TTFT was close to what it was; since small steps of prompts cost less, it is six (benchmarks/README.md).
+36.0. At four times, TTFT was close to what it was. Since small steps of prompts cost less, it is six times
+(benchmarks/README.md).
 """
 
 from __future__ import annotations
