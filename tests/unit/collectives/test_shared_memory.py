@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 import tvm_ffi
 
@@ -108,11 +109,27 @@ def start(library: str) -> Iterator[Start]:
 
 def one_reduction(communicator: SharedMemoryCommunicator, pipe: Connection) -> object:
     """Rank 0 comes when it is told to; returns the microseconds that it took."""
+    x = part_of(communicator.rank, 16)
     if communicator.rank == 0:
         pipe.recv()
-    x = part_of(communicator.rank, 16)
+    else:
+        pipe.send(("coming", None))
     communicator.all_reduce(x, x)
     return communicator.stats()["all_reduce"].busy_us
+
+
+def wait_until_waiting(pid: int) -> None:
+    """Return once the process, which had nothing left to do but to wait, sleeps or has run for 50 ms."""
+    process, deadline = psutil.Process(pid), time.monotonic() + 30
+
+    def ran_s() -> float:
+        times = process.cpu_times()
+        return times.user + times.system
+
+    at_first = ran_s()
+    while process.status() != psutil.STATUS_SLEEPING and ran_s() < at_first + 0.05:
+        assert time.monotonic() < deadline, f"process {pid} does not run"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
@@ -120,7 +137,8 @@ def test_the_time_that_a_rank_was_stopped_is_no_waiting_for_others(start: Start,
     """Or two ranks of which one was stopped while it waited had waited alike, and neither came last."""
     group = start(one_reduction, 2)
     pids = group.receive_all("attached")
-    time.sleep(0.2)
+    group.receive("coming", 1)
+    wait_until_waiting(pids[1])
     if is_stopped:
         os.kill(pids[1], signal.SIGSTOP)
     time.sleep(3.0)
