@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from patience import Patience, patient
-from server import MODEL_NAME, Server, chat_request, processes_of, until
+from server import MODEL_NAME, Server, chat_request, processes_of
 from tpserve import AsyncMLCEngine
 
 DUMMY = ("--load-format", "dummy", "--max-num-seqs", "12", "--max-num-batched-tokens", "64")
@@ -71,15 +71,17 @@ async def test_killed_process_ends_the_replica(tiny_folder: Path, tmp_path: Path
         await asyncio.to_thread(server.wait_ready)
         server.footprint.look()
         pid = pid_of(server, victim)
-        num_chunks = 0
+        num_chunks, is_killed = 0, asyncio.Event()
 
-        def count() -> None:
+        def kill_amid() -> None:  # at once: the whole stream takes less than a second
             nonlocal num_chunks
             num_chunks += 1
+            if num_chunks == 9:
+                os.kill(pid, signal.SIGKILL)
+                is_killed.set()
 
-        running = asyncio.create_task(one_stream(server, count))
-        await asyncio.to_thread(until, lambda: num_chunks > 8, within_s=20, what="a stream")
-        os.kill(pid, signal.SIGKILL)
+        running = asyncio.create_task(one_stream(server, kill_amid))
+        await asyncio.wait_for(is_killed.wait(), patient(20))
         patience = Patience(ENDED_WITHIN_S)
         later = []
         while server.process.poll() is None and not patience.is_over():
