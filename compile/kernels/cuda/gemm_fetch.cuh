@@ -14,8 +14,10 @@ namespace tpserve::cuda {
 struct FetchRing {
   uint32_t stages, full, empty;  // the first of each
 
-  __device__ __forceinline__ FetchRing(uint32_t ring, const uint64_t* full_, const uint64_t* empty_)
-      : stages(held(ring)), full(held(shared_address(full_))), empty(held(shared_address(empty_))) {}
+  __device__ __forceinline__ FetchRing(uint32_t ring, const uint64_t* full_of_stages, const uint64_t* empty_of_stages)
+      : stages(in_register(ring)),
+        full(in_register(shared_address(full_of_stages))),
+        empty(in_register(shared_address(empty_of_stages))) {}
 };
 
 /// Where a warp that fetches begins: in its first round waits for slots end at once, for barriers begin in the round before.

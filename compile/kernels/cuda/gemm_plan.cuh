@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace tpserve::cuda {
 
@@ -108,7 +109,7 @@ constexpr WideTile kWideTiles[] = {{256, 0.540f}, {224, 0.466f}, {192, 0.374f}, 
 
 /// Estimated without the launch, for e4m3 and bfloat16 alike, since a unit has 128 bytes of K: to order plans, no more. The
 /// constants, and those of kWideTiles, are fitted together to times of all plans on an H200 (gpu_gemm_wide_h200.json): none is
-/// what its part would take alone. But L2's is twice what fits best, and a tile's end an eighth more: in steps, which are at
+/// what its part would take alone. But L2's is twice what fits best, and a tile's end a sixth more: in steps, which are at
 /// the power limit, tiles of few tokens take longer than alone (benchmarks/README.md). In us.
 constexpr float estimated_us(const WidePlan& w, int channel_tiles, int token_tiles, float unit_us) {
   constexpr float kL2Mb = 0.055f, kMemoryMb = 0.030f;        // what all blocks fetch from L2, or weights from memory

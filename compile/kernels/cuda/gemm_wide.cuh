@@ -1,5 +1,4 @@
-// The ends of wide tiles: sums of other blocks, and the output. By each consumer warp group for its 64
-// channels of the tile.
+// The ends of wide tiles: sums of other blocks, and the output. By each consumer warp group for its 64 channels of the tile.
 #pragma once
 
 #include "gemm_parts.cuh"

@@ -10,7 +10,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 
 /// `value`, which from here on stands in a register of this thread: what the compiler would find anew with each use.
-__device__ __forceinline__ uint32_t held(uint32_t value) {
+__device__ __forceinline__ uint32_t in_register(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
 }
@@ -133,10 +133,6 @@ __device__ __forceinline__ void bulk_copy_once(uint32_t target, const void* sour
           target),
       "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
-}
-__device__ __forceinline__ void bulk_copy_once(uint32_t target, const void* source, uint32_t bytes, uint64_t* barrier,
-                                               uint64_t policy) {
-  bulk_copy_once(target, source, bytes, shared_address(barrier), policy);
 }
 
 __device__ __forceinline__ uint64_t evict_first_policy() {

@@ -17,8 +17,9 @@ namespace tpserve::cuda {
 
 /// The warp that fetches weights: gate_up's two tiles in turn, then this block's half of down's channels. One lane works, once
 /// all have found where down's are: that takes a division, as long as half a stage does from memory.
-__device__ __forceinline__ void fetch_weights(const MlpParams& p, uint32_t ring, const uint64_t* full_, const uint64_t* empty_,
-                                              const volatile int* released, const uint8_t* (&down)[32]) {
+__device__ __forceinline__ void fetch_weights(const MlpParams& p, uint32_t ring, const uint64_t* full_of_stages,
+                                              const uint64_t* empty_of_stages, const volatile int* released,
+                                              const uint8_t* (&down)[32]) {
   const int cta = blockIdx.x, pair = cta / 2, member = cta % 2, units = p.K / 256;
   const int gate_up_stages = 2 * units, count = gate_up_stages + p.tiles / 4;
   static_assert(MlpShape::kMostHidden / 128 <= 32, "a lane for each tile of a half");
@@ -30,7 +31,7 @@ __device__ __forceinline__ void fetch_weights(const MlpParams& p, uint32_t ring,
   }
   __syncwarp();
   if (!elected()) return;
-  const uint32_t full = held(shared_address(full_)), empty = held(shared_address(empty_));
+  const uint32_t full = in_register(shared_address(full_of_stages)), empty = in_register(shared_address(empty_of_stages));
   const uint64_t once = evict_first_policy();
   WeightCursor first, second;  // of gate_up's two tiles
   first.start(p.gate_up, 2 * cta * units), second.start(p.gate_up, (2 * cta + 1) * units);

@@ -139,14 +139,14 @@ static __global__ void __launch_bounds__(QkvAttentionShape::kThreads, 2)
   __syncthreads();
   if (warp == S::kWarps) {
     if (elected()) {
-      const uint32_t stages = held(shared_address(full));
+      const uint32_t full_of_stages = in_register(shared_address(full));
       const uint64_t once = evict_first_policy();
       WeightCursor at;
       at.start(p.weights, tile * p.weights.packed_k + half * units);
 #pragma unroll 1
       for (int i = 0; i < units; ++i, at.advance(p.weights)) {
-        barrier_expect(stages + i * 8, kStageBytes);
-        bulk_copy_once(ring + i * kStageBytes, at.address(p.weights, 0), kStageBytes, stages + i * 8, once);
+        barrier_expect(full_of_stages + i * 8, kStageBytes);
+        bulk_copy_once(ring + i * kStageBytes, at.address(p.weights, 0), kStageBytes, full_of_stages + i * 8, once);
       }
       pdl_wait();
       barrier_expect(&own, p.K / 2 * kTokens + S::norm_bytes(p.K));
