@@ -297,7 +297,7 @@ void attend(const AttentionInputs& in, const HeadNorm& norm, KVScales<KV> kv_sca
   const int device = in.q.device().device_id;
   const cudaStream_t stream = stream_of(in.q);
   if (!layout.decode_only()) {
-    append<KV>({added, kv, positions, slots, q, p.num_tokens, static_cast<int>(num_heads)}, dim, stream);
+    append<KV>({added, kv, positions, slots, q, p.num_tokens, static_cast<int>(num_heads), true}, dim, stream);
   }
   if (is_grouped) {
     return dim == 128 ? run<KV, 128, Out::kGrouped>(p, device, stream) : run<KV, 64, Out::kGrouped>(p, device, stream);

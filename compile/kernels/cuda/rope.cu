@@ -11,16 +11,15 @@ template <typename KV, int kHeadDim, bool kNorm>
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams<KV> p) {
   constexpr int kLanes = kHeadDim / 16;  // threads per head
   pdl_launch();
-  pdl_wait();
+  // Behind a plan, which lets no kernel start before it ends, all but the projections is there already. Weights of norms
+  // come later: of what all threads share L1 soon has the most, and held here they would cost a third of the blocks.
+  if (!p.is_planned) pdl_wait();
   const int64_t token = blockIdx.y;
   const int unit = blockIdx.x * kThreads + threadIdx.x;
   const int head = unit / kLanes, d = unit % kLanes * 8;
   const int num_kv = p.kv.num_kv_heads, all_heads = p.num_heads + 2 * num_kv;
-  if (head - head % (32 / kLanes) >= all_heads) return;  // whole warps only: the norm shuffles
   const bool present = head < all_heads;
   const int slot = __ldcg(p.slots + token), position = __ldcg(p.positions + token);
-  HeadPart part{};
-  if (present) part.load<kHeadDim>(p.added.qkv + (token * all_heads + head) * kHeadDim + d);
   const HeadKind kind = head < p.num_heads            ? HeadKind::kQuery
                         : head < p.num_heads + num_kv ? HeadKind::kKey
                                                       : HeadKind::kValue;
@@ -28,16 +27,24 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   if (kind != HeadKind::kValue) {
     angles.load<kHeadDim>(p.added.rope + static_cast<int64_t>(slot < 0 ? 0 : position) * kHeadDim + d);
   }
+  const float scale = stored_scale(p.kv, kind);
+  int page = 0;
+  if (kind != HeadKind::kQuery && slot >= 0) {
+    page = __ldcg(p.kv.table + static_cast<int64_t>(slot) * p.kv.pages_per_slot + position / p.kv.page_size);
+  }
+  pdl_wait();
+  if (head - head % (32 / kLanes) >= all_heads) return;  // whole warps only: the norm shuffles
+  HeadPart part{};
+  if (present) part.load<kHeadDim>(p.added.qkv + (token * all_heads + head) * kHeadDim + d);
   if (kNorm) weight.load<kHeadDim>((kind == HeadKind::kQuery ? p.added.q_weight : p.added.k_weight) + d);
   const Floats turned = turn<kHeadDim>(part, kind, angles, weight, kNorm, p.added.eps);
-  const StoredPart<KV> stored(part, turned, stored_scale(p.kv, kind), kind, d);  // before lanes leave
+  const StoredPart<KV> stored(part, turned, scale, kind, d);  // before lanes leave
   if (!present) return;
   if (kind == HeadKind::kQuery) {
     part.store<kHeadDim>(p.q + (token * p.num_heads + head) * kHeadDim + d);
     return;
   }
   if (slot < 0) return;
-  const int page = __ldcg(p.kv.table + static_cast<int64_t>(slot) * p.kv.pages_per_slot + position / p.kv.page_size);
   stored.template store<kHeadDim>(p.kv, page, position % p.kv.page_size, (head - p.num_heads) % num_kv, kind, d);
 }
 

@@ -158,6 +158,7 @@ struct AppendParams {
   const int32_t* slots;
   bf16* q;  // (T, Hq, D): queries, turned
   int num_tokens, num_heads;
+  bool is_planned;  // by a plan of the step, which has ended before any kernel after it started (plan_kernel)
 };
 
 /// Queues the turning of a step's queries and the append of its keys and values, in pages of bf16 or fp8; tokens with slot
