@@ -11,7 +11,8 @@
 // the others never wait for an address.
 //
 // New tokens are turned and appended by a kernel of its own (rope.cu) or, in a step in which each token is its slot's
-// only one, here: between two GEMMs a kernel costs more than what it does. Both give the same bits.
+// only one, here: between two GEMMs a kernel costs more than what it does. Both give the same bits. Either way blocks fetch
+// what earlier steps have appended while the kernels before still run.
 #include "attention_decode.cuh"
 #include "attention_rows.cuh"
 #include "elementwise.cuh"
@@ -84,7 +85,7 @@ __device__ void write_zeros(const AttentionParams<KV>& p, const Item& item, int 
   }
 }
 
-/// A word that all of an item's have a part in, for `await_loaded`.
+/// A word that all of an item's that consumers use have a part in, for `await_loaded`.
 __device__ __forceinline__ uint32_t words_of(const Item& item) {
   return item.token | item.count | item.kind | item.slot | item.position | item.split | item.num_splits | item.first_row |
          item.chunk | item.first_place;
@@ -116,9 +117,9 @@ __global__ void __launch_bounds__(Threads<kDecodeOnly, kTiles, kTeams>::kCount, 
     return;
   }
   if constexpr (T::kGiveRegisters) set_registers<Registers<kDecodeOnly>::kConsumer, true>();
-  bool waited = !kDecodeOnly;
-  if (waited) pdl_wait();
   const int num_items = (__ldcg(p.plan) + __ldcg(p.plan + 1)) * p.kv.num_kv_heads;
+  bool waited = !kDecodeOnly;  // no flag there: it would take the place of a register that products need
+  if (waited) pdl_wait();
   RingPlace place, header;
   for (int turn = 0; item_of_turn(turn, blockIdx.x, gridDim.x) < num_items; ++turn) {
     barrier_wait(&shared.header_full[header.slot], header.parity);
@@ -173,7 +174,8 @@ void check_plan(int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int
 }
 
 /// (T,) positions and slots -> the plan that `attention` of every layer of this step takes. The plan's size says whether
-/// it is one of decodes alone; then no two tokens may have the same slot, and those with slot -1 may be anywhere.
+/// it is one of decodes alone; then no two tokens may have the same slot, and those with slot -1 may be anywhere. In any
+/// other step a slot's tokens follow each other, and no slot reads in its pages what another one appends in the same step.
 void attention_plan(TensorView positions, TensorView token_slots, int64_t num_slots, int64_t num_heads,
                     int64_t num_kv_heads, int64_t window, TensorView plan) {
   check_rank("positions", positions, 1);

@@ -181,27 +181,20 @@ __device__ __forceinline__ void give_scratch(Shared<KV, kHeadDim>& shared, const
   __syncwarp();
 }
 
-/// Fetches an item's stages.
-template <typename KV, int kHeadDim>
-__device__ void fetch_item(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
-                           RingPlace& place) {
-  StageFetch<KV, kHeadDim> fetch(p, item, Range(item, p.window));
-  while (fetch.stage < fetch.end) fetch.next(p, shared, head, place);
-}
-
-/// The same in a step that only decodes, where the token is still to be appended. Of its items the one whose range has its
-/// position does so, and no other reads what that changes: ranges begin at multiples of a stage.
+/// Fetches an item's stages. `first`: the block's first item; of those that earlier steps have appended, as many as the ring
+/// has room for come while the kernels before still run.
 ///
-/// `first`: the block's first item, of whose older positions the ring is filled while the kernels before still run.
-template <typename KV, int kHeadDim>
-__device__ void fetch_and_append(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item,
-                                 int head, bool first, NewKeyValue<KV, kHeadDim>& token, RingPlace& place) {
+/// `kAppends`: in a step that only decodes, where the token is still to be appended. Of its items the one whose range has
+/// its position does so, and no other reads what that changes: ranges begin at multiples of a stage.
+template <bool kAppends, typename KV, int kHeadDim>
+__device__ void fetch_item(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, const Item& item, int head,
+                           bool first, NewKeyValue<KV, kHeadDim>& token, RingPlace& place) {
   const Range range(item, p.window);
-  const bool appends = range.has_newest(item);
+  const bool appends = kAppends && range.has_newest(item);
   if (appends) token.look_up(p, item);
   if (appends && !first) token.load(p, item, head);
   StageFetch<KV, kHeadDim> fetch(p, item, range);
-  const int newest = fetch.end - (appends ? 1 : 0);
+  const int newest = range.first_new_stage(item);
   const int before = first ? min(newest, fetch.stage + Shared<KV, kHeadDim>::kStages) : newest;
   while (true) {
     if (fetch.stage == before) {
@@ -220,15 +213,12 @@ __device__ void fetch_and_append(const AttentionParams<KV>& p, Shared<KV, kHeadD
   }
 }
 
-/// All that the ninth warp does: the block's items of the plan.
+/// All that the ninth warp does: the block's items of the plan, which has ended before any kernel after it started
+/// (plan_kernel).
 template <bool kAppends, typename KV, int kHeadDim>
 __device__ void fetch_items(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared) {
   NewKeyValue<KV, kHeadDim> token;
-  if constexpr (kAppends) {  // the plan has ended before any kernel after it started (decode_plan_kernel)
-    token.load_parameters(p);
-  } else {
-    pdl_wait();
-  }
+  if constexpr (kAppends) token.load_parameters(p);
   const int num_heads = p.kv.num_kv_heads;
   // The first item is read along with the counts, as if there were decode items only.
   Item next = load_item(p.layout.decode(p.plan) + min(static_cast<int>(blockIdx.x) / num_heads, p.layout.max_decode - 1));
@@ -248,12 +238,8 @@ __device__ void fetch_items(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& 
     announce(shared, item, head, header);
     header.advance(Shared<KV, kHeadDim>::kHeaders);
     if (item.kind == kPadding) continue;
-    if constexpr (kAppends) {
-      fetch_and_append(p, shared, item, head, first, token, place);
-      first = false;
-    } else {
-      fetch_item(p, shared, item, head, place);
-    }
+    fetch_item<kAppends>(p, shared, item, head, first, token, place);
+    first = false;
     if (item.kind == kDecode) give_scratch(shared, item, p.group, place);
   }
 }

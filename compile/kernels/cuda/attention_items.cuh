@@ -28,7 +28,8 @@ enum Kind : int { kPrefill = 0, kDecode = 1, kPadding = 2 };
 struct alignas(16) Item {
   int token, count, kind, slot;                 // tokens [token, token + count)
   int position, split, num_splits, first_row;   // of the first token; decode: chunk, chunks, first row of partial sums
-  int chunk, first_place, unused[2];            // decode: positions of a chunk, place of the first chunk's sums
+  int chunk, first_place;                       // decode: positions of a chunk, place of the first chunk's sums
+  int run_position, unused;                     // of the first token that the slot has in the step
 };
 static_assert(sizeof(Item) == 48);
 
@@ -58,7 +59,7 @@ TPSERVE_ITEMS int64_t max_partial_rows(int64_t tokens, int64_t slots, int64_t gr
 /// The first item of a run that decodes; the others differ in `split`, each one more than the one before. Chunks start at
 /// multiples of a length that depends on the run's own length and the model alone.
 TPSERVE_ITEMS Item decode_item(int token, int count, int slot, int position, int window, int num_kv_heads) {
-  Item item{token, count, kDecode, slot, position, 0, 1, 0, kChunk, 0, {}};
+  Item item{token, count, kDecode, slot, position, 0, 1, 0, kChunk, 0, position, {}};
   const int length = position + count;
   if (num_kv_heads < kManyKvHeads && length > kChunk && length <= kShortSplits * kShortChunk) item.chunk = kShortChunk;
   while ((length + item.chunk - 1) / item.chunk > kMaxSplits) item.chunk *= 2;
@@ -87,7 +88,7 @@ TPSERVE_ITEMS Item piece_item(const Item& run, int piece, int pieces, int group,
   const int begin = window > 0 && item.position - window + 1 > 0 ? item.position - window + 1 : 0;
   item.split = begin / item.chunk;
   item.num_splits = (item.position + item.count - 1) / item.chunk - item.split + 1;
-  item.first_place = piece * most;
+  item.first_place = piece * most, item.run_position = run.position;
   return item;
 }
 
@@ -105,6 +106,11 @@ struct Range {
   }
   TPSERVE_ITEMS int first_stage() const { return begin / kStageRows; }
   TPSERVE_ITEMS int last_stage() const { return (end - 1) / kStageRows; }
+  /// Behind those of its stages that have positions of earlier steps alone.
+  TPSERVE_ITEMS int first_new_stage(const Item& item) const {
+    const int stage = item.run_position / kStageRows;
+    return stage < first_stage() ? first_stage() : stage <= last_stage() ? stage : last_stage() + 1;
+  }
   /// Whether the last token of an item that decodes is in it: of all items of a run, the last one alone.
   TPSERVE_ITEMS bool has_newest(const Item& item) const { return end == item.position + item.count; }
 };

@@ -84,7 +84,7 @@ struct DecodeRoom {
 };
 
 /// It lets no kernel start before it ends: attention, which starts before the kernels before it have ended, then finds the
-/// plan, and all pages as the step before has left them.
+/// plan, and all pages as the step before has left them. So does the kernel that appends, of tokens' places and their pages.
 static __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(const int32_t* positions, const int32_t* slots, int num_tokens, int num_slots, int group, int num_kv_heads,
                 int window, PlanLayout layout, int32_t* plan) {
@@ -127,7 +127,7 @@ static __global__ void __launch_bounds__(kPlanThreads)
       const int slot = __ldcg(slots + t), position = __ldcg(positions + t);
       const int pieces = slot < 0 ? 0 : decode_pieces(count, position, group);
       if (slot < 0 || (count * group > kDecodeRows && pieces == 0)) {
-        if (is_counting) put_tiles({t, count, slot < 0 ? kPadding : kPrefill, slot, position, 0, 1, 0, 0, 0, {}});
+        if (is_counting) put_tiles({t, count, slot < 0 ? kPadding : kPrefill, slot, position, 0, 1, 0, 0, 0, position, {}});
         continue;
       }
       const Item run = decode_item(t, count, slot, position, window, num_kv_heads);
@@ -164,7 +164,7 @@ static __global__ void __launch_bounds__(kPlanThreads)
   const auto visit_tokens = [&](bool is_counting) {
     for (int t = threadIdx.x; t < num_tokens; t += kPlanThreads) {
       const int slot = __ldcg(slots + t), position = __ldcg(positions + t);
-      const Item item = slot < 0 ? Item{t, 1, kPadding, slot, 0, 0, 1, 0, kChunk, 0, {}}
+      const Item item = slot < 0 ? Item{t, 1, kPadding, slot, 0, 0, 1, 0, kChunk, 0, 0, {}}
                                  : decode_item(t, 1, slot, position, window, num_kv_heads);
       const int rows = slot < 0 ? 0 : group;
       if (is_counting && slot >= 0) room.count_run(rows);

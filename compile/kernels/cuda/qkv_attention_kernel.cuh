@@ -224,7 +224,7 @@ static __global__ void __launch_bounds__(QkvAttentionShape::kThreads, 2)
   }
   DecodeSums<KV, S::kHeadDim, 1> attended;
   attended.start();
-  const Item item{token, 1, kDecode, slot, position, 0, 1, 0, 1 << 30, 0, {}};
+  const Item item{token, 1, kDecode, slot, position, 0, 1, 0, 1 << 30, 0, position, {}};
   const Range range(item, 0);
   const uint32_t before = known.tokens_before(slot, position);
 #pragma unroll 1

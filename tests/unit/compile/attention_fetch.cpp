@@ -1,5 +1,6 @@
 // The warp of attention's blocks that fetches, how the others take queries, and the kernel that appends any tokens, on the
 // host.
+#include <algorithm>
 #include <atomic>
 
 #include "attention_fetch.cuh"
@@ -19,6 +20,7 @@ struct Case {
   uint16_t* q;     // (T, Hq, D)
   int32_t* times;  // (T, Hkv): how often queries of a token came
   int num_blocks;
+  int64_t early_bytes;  // of pages, copied before the kernels in front had ended
 };
 
 template <typename KV>
@@ -87,7 +89,8 @@ void consume(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& shared, int blo
   }
 }
 
-/// Puts the bfloat16 queries of an item, (rows, D), where they belong in `rows`, as one warp of the others takes them.
+/// Puts the bfloat16 queries of an item where they belong in `rows`, (T, Hq, D) from its first on, as one warp of the others
+/// takes them.
 template <int kHeadDim, int kTiles>
 void take_queries(const AttentionParams<bf16>& p, const Item& item, int head, bool projected, uint16_t* rows) {
   Queries<bf16, kHeadDim, kTiles> queries;
@@ -100,10 +103,12 @@ void take_queries(const AttentionParams<bf16>& p, const Item& item, int head, bo
   }
   const int lane = threadIdx.x;
   for (int t = 0; t < kTiles; ++t) {
-    if (t * 8 + lane / 4 >= item.count * p.group) continue;
+    const int row = t * 8 + lane / 4;
+    if (row >= item.count * p.group) continue;
     for (int k = 0; k < kHeadDim / 16; ++k) {
       for (int h = 0; h < 2; ++h) {
-        uint16_t* at = rows + (t * 8 + lane / 4) * kHeadDim + k * 16 + h * 8 + lane % 4 * 2;
+        const int query = row / p.group * p.kv.num_kv_heads * p.group + row % p.group;
+        uint16_t* at = rows + query * kHeadDim + k * 16 + h * 8 + lane % 4 * 2;
         at[0] = queries.pair[t][k][h] & 0xFFFF, at[1] = queries.pair[t][k][h] >> 16;
       }
     }
@@ -129,17 +134,45 @@ bool has_slices(const AttentionParams<KV>& p, const Got& got) {
   return true;
 }
 
+/// What kernels before this one are still to write of an array: anything.
+template <typename T>
+Unfinished to_come(const T* begin, size_t count) { return {begin, std::vector<uint8_t>(count * sizeof(T))}; }
+
+Unfinished projections(const Case& c, int head_dim) {
+  return to_come(c.qkv, static_cast<size_t>(c.num_tokens) * (c.num_heads + 2 * c.num_kv_heads) * head_dim);
+}
+
+/// Without a plan, nothing that the kernel takes is there before it has waited.
 template <typename KV>
-void append_all(const Case& c, int head_dim) {
+void append_all(const Case& c, int head_dim, bool is_planned) {
+  unfinished = {projections(c, head_dim)};
+  if (!is_planned) {
+    unfinished.push_back(to_come(c.positions, c.num_tokens)), unfinished.push_back(to_come(c.slots, c.num_tokens));
+    unfinished.push_back(to_come(c.table, c.num_slots * c.pages_per_slot));
+  }
   bf16* q = reinterpret_cast<bf16*>(c.q);
-  append<KV>({tokens_of(c), pages_of<KV>(c), c.positions, c.slots, q, c.num_tokens, c.num_heads}, head_dim, nullptr);
+  append<KV>({tokens_of(c), pages_of<KV>(c), c.positions, c.slots, q, c.num_tokens, c.num_heads, is_planned}, head_dim,
+             nullptr);
+}
+
+/// Where the slot of an item's tokens begins in the step.
+int first_position(const Case& c, const Item& item) {
+  return c.positions[std::find(c.slots, c.slots + c.num_tokens, item.slot) - c.slots];
 }
 
 /// Runs the blocks of a step one after the other: by a plan of decodes or, behind the kernel that appends, by any step's.
 /// Returns how much was not as it should be.
 template <typename KV, int kHeadDim>
-int fetch(const Case& c, bool decode_only) {
-  if (!decode_only) append_all<KV>(c, kHeadDim);
+int fetch(Case& c, bool decode_only) {
+  const auto* pages = static_cast<const uint8_t*>(c.pages);
+  const size_t page_bytes = 2ull * c.num_kv_heads * c.page_size * kHeadDim * sizeof(KV);
+  const std::vector<uint8_t> before(pages, pages + page_bytes * c.num_slots * c.pages_per_slot);
+  if (!decode_only) append_all<KV>(c, kHeadDim, true);
+  unfinished = {projections(c, kHeadDim)};
+  if (!decode_only) {
+    unfinished.push_back({pages, before});
+    unfinished.push_back(to_come(c.q, static_cast<size_t>(c.num_tokens) * c.num_heads * kHeadDim));
+  }
   const PlanLayout layout(c.num_tokens, c.num_slots, decode_only);
   std::vector<int32_t> storage(layout.size() + 4, -1);
   AttentionParams<KV> p{.layout = layout};
@@ -153,7 +186,7 @@ int fetch(const Case& c, bool decode_only) {
     decode_only ? plan(decode_plan_kernel, 0, 0) : plan(plan_kernel);
   });
   std::atomic<int> num_bad = 0;
-  gave_up = false, num_overwritten = 0;
+  gave_up = false, num_overwritten = 0, early_bytes = 0;
   std::vector<Got> got;
   for (int block = 0; block < c.num_blocks; ++block) {
     auto shared = std::make_unique<Shared<KV, kHeadDim>>();
@@ -179,11 +212,12 @@ int fetch(const Case& c, bool decode_only) {
   std::vector<uint16_t> queries(c.q, c.q + size);
   const auto all_queries = [&](const auto& visit) {
     for (const Got& each : got) {
-      if (gave_up || each.item.kind == kPadding) continue;
+      if (gave_up || each.item.kind != kDecode) continue;
       visit(each, queries.data() + (static_cast<int64_t>(each.item.token) * c.num_heads + each.head * p.group) * kHeadDim);
     }
   };
   run_block(dim3(), dim3(), 0, 32, [&] {
+    pdl_wait();
     all_queries([&](const Got& each, uint16_t* rows) {
       tiles_of(each.item, p.group) == 1 ? take_queries<kHeadDim, 1>(plain, each.item, each.head, decode_only, rows)
                                         : take_queries<kHeadDim, 2>(plain, each.item, each.head, decode_only, rows);
@@ -197,9 +231,10 @@ int fetch(const Case& c, bool decode_only) {
       for (int i = 0; i < each.item.count; ++i) num_bad += c.slots[each.item.token + i] >= 0;
       continue;
     }
-    num_bad += !has_slices<KV, kHeadDim>(p, each);
+    num_bad += !has_slices<KV, kHeadDim>(p, each) + (each.item.run_position != first_position(c, each.item));
     ++c.times[each.item.token * c.num_kv_heads + each.head];
   }
+  c.early_bytes = early_bytes;
   return num_bad + gave_up + num_overwritten;
 }
 
@@ -232,7 +267,9 @@ extern "C" int decode_items(const int32_t* positions, const int32_t* slots, int 
   return plan[1];
 }
 
-extern "C" int fetch_step(const Case* c, int head_dim, int is_fp8, int decode_only) {
+extern "C" void append_step(const Case* c, int head_dim) { append_all<bf16>(*c, head_dim, false); }
+
+extern "C" int fetch_step(Case* c, int head_dim, int is_fp8, int decode_only) {
   const bool d = decode_only != 0;
 #ifdef BF16_128_ALONE  // which is compiled sooner than all
   return is_fp8 || head_dim != 128 ? 1 : fetch<bf16, 128>(*c, d);

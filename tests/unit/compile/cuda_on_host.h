@@ -1,7 +1,7 @@
 // What kernels take of CUDA, run on the host: a block's threads are contexts that one thread of the host runs in turn, each
 // until it meets others, at shuffles for example. Stands in for common.cuh and hopper.cuh in tests. Barriers in shared
 // memory, bulk copies and the proxies' order are modelled: what a thread stores with `__stcg` is seen by bulk copies only
-// after that thread's `async_proxy_fence`.
+// after that thread's `async_proxy_fence`, and what kernels before this one write (`unfinished`) only after its `pdl_wait`.
 #pragma once
 
 #include <setjmp.h>
@@ -96,7 +96,7 @@ struct Thread {
   Context context;
   Warp* warp;
   std::vector<PendingStore> stores;  // while another runs
-  bool ended = false;
+  bool waited = false, ended = false;
 };
 struct Block {
   const std::function<void()>* body;
@@ -195,8 +195,24 @@ inline void store_pending() {
   pending_stores.clear();
 }
 
+/// What kernels before this one write: until a thread has waited for them it finds there what `stale` has.
+struct Unfinished {
+  const void* begin;
+  std::vector<uint8_t> stale;
+};
+inline std::vector<Unfinished> unfinished;
+inline bool has_waited() { return block_of_thread == nullptr || block_of_thread->running->waited; }
+inline const void* as_seen(const void* p) {
+  if (has_waited()) return p;
+  for (const Unfinished& each : unfinished) {
+    const size_t offset = static_cast<const uint8_t*>(p) - static_cast<const uint8_t*>(each.begin);
+    if (offset < each.stale.size()) return each.stale.data() + offset;
+  }
+  return p;
+}
+
 template <typename T>
-T __ldcg(const T* p) { return *p; }
+T __ldcg(const T* p) { return *static_cast<const T*>(as_seen(p)); }
 template <typename T>
 T __ldg(const T* p) { return *p; }
 
@@ -219,7 +235,7 @@ inline uint32_t pack2(float a, float b) { return rounded(a) | rounded(b) << 16; 
 inline uint4 pack8(const float (&f)[8]) {
   return {pack2(f[0], f[1]), pack2(f[2], f[3]), pack2(f[4], f[5]), pack2(f[6], f[7])};
 }
-inline uint4 load_l2(const void* p) { return *static_cast<const uint4*>(p); }
+inline uint4 load_l2(const void* p) { return *static_cast<const uint4*>(as_seen(p)); }
 inline float widened(uint32_t code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   const float value = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
@@ -242,7 +258,9 @@ uint32_t widen2(uint32_t codes);  // of products, which do not run here
 constexpr float kFp8Max = 448.0f;
 
 inline void pdl_launch() {}
-inline void pdl_wait() {}
+inline void pdl_wait() {
+  if (block_of_thread != nullptr) block_of_thread->running->waited = true;
+}
 
 // --- Tensors, which tests do not make -------------------------------------------------------------------------------
 
@@ -316,7 +334,10 @@ inline void barrier_wait(uint64_t* at, uint32_t parity) {
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - shared_base);
 }
+inline std::atomic<int64_t> early_bytes;  // copied by threads that had not waited
 inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint64_t* at) {
+  if (!has_waited()) early_bytes += bytes;
+  source = as_seen(source);
   if (bytes % 16 != 0 || target % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) gave_up = true;
   {
     const std::lock_guard lock(memory_mutex);

@@ -1,7 +1,8 @@
-"""The warp that fetches for attention in a step that only decodes, and how the others take queries, run on the host.
+"""The warp that fetches for attention, and how the others take queries, run on the host.
 
-One appends keys and values and copies pages, through modelled barriers, bulk copies and proxies; the others turn
-queries. What they give is compared with float64, and bit for bit with the kernel that appends any tokens.
+In a step that only decodes it appends keys and values and copies pages, through modelled barriers, bulk copies and
+proxies; the others turn queries. What they give is compared with float64, and bit for bit with the kernel that appends
+any tokens. Behind that kernel it copies pages alone: those that it writes may come only when it has been waited for.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Case(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("positions", "slots", "table", "qkv", "rope", "q_weight", "k_weight")),
         *((name, ctypes.c_void_p) for name in ("scales", "pages", "q", "times")),
         ("num_blocks", ctypes.c_int),
+        ("early_bytes", ctypes.c_int64),
     ]
 
 
@@ -106,17 +108,29 @@ def page_offsets(page_size: int, dim: int, kv: Any, *, is_value: bool) -> Array:
     return places
 
 
+Runs = list[tuple[int, int, int]]
+
+
 class Step:
-    """A decoding step of random projections, over pages of random bits and NaN."""
+    """A step of `runs` (slot, position, tokens) or of decodes: random projections over pages of random bits and NaN."""
 
     def __init__(
-        self, heads: tuple[int, int, int], kv: Any, *, norm: bool = False, page_size: int = 16, window: int = 0
+        self,
+        heads: tuple[int, int, int],
+        kv: Any,
+        *,
+        norm: bool = False,
+        page_size: int = 16,
+        window: int = 0,
+        runs: Runs | None = None,
     ) -> None:
         self.num_heads, self.num_kv_heads, self.dim = heads
         self.kv, self.page_size, self.window = kv, page_size, window
         random = np.random.default_rng(sum(heads))
-        self.slots = aligned(np.array([-1, *random.permutation(len(STARTS)), -1, -1], np.int32))
-        self.positions = aligned(np.array([STARTS[slot] if slot >= 0 else 0 for slot in self.slots], np.int32))
+        slots = random.permutation(len(STARTS)).tolist()
+        self.runs = runs or [(-1, 0, 1), *((slot, STARTS[slot], 1) for slot in slots), (-1, 0, 2)]
+        tokens = [(slot, start + i if slot >= 0 else 0) for slot, start, count in self.runs for i in range(count)]
+        self.slots, self.positions = (aligned(np.array(each, np.int32)) for each in zip(*tokens, strict=True))
         pages_per_slot = MAX_LEN // page_size
         table = random.permutation(len(STARTS) * pages_per_slot).reshape(len(STARTS), -1)
         self.table = aligned(table.astype(np.int32))
@@ -128,7 +142,9 @@ class Step:
         shape = (table.size, self.num_kv_heads, 2, page_size * self.dim * kv.itemsize)
         self.before = random.integers(0, 256, shape, np.uint8)
 
-    def run(self, library: Any, *, fused: bool = True, num_blocks: int = 3) -> tuple[Array, Array]:
+    def run(
+        self, library: Any, *, fused: bool = True, appends_alone: bool = False, num_blocks: int = 3
+    ) -> tuple[Array, Array]:
         """Return queries and the bytes of pages, turned and appended by the fetching warp or a kernel before it."""
         pages = aligned(self.before)
         q = aligned(np.full((len(self.slots), self.num_heads, self.dim), 0xFFFF, np.uint16))
@@ -138,15 +154,32 @@ class Step:
         arrays = [array.ctypes.data for array in (self.positions, self.slots, self.table, self.qkv, self.rope)]
         arrays += [*weights, *(array.ctypes.data for array in (SCALES, pages, q, times))]
         case = Case(*sizes, *arrays, num_blocks)
-        assert library.fetch_step(ctypes.byref(case), self.dim, int(self.kv == FP8), int(fused)) == 0
-        num_chunks = [self.num_chunks(position) for position in self.positions]
-        assert (times == np.where(self.slots >= 0, num_chunks, 0)[:, None]).all()
+        if appends_alone:
+            library.append_step(ctypes.byref(case), self.dim)
+        else:
+            assert library.fetch_step(ctypes.byref(case), self.dim, int(self.kv == FP8), int(fused)) == 0
+            assert (times == np.concatenate([self.times(*run) for run in self.runs])[:, None]).all()
+        self.early_bytes = case.early_bytes
         return q.view(BF16), pages
 
-    def num_chunks(self, position: int) -> int:
+    def times(self, slot: int, start: int, count: int) -> Array:
+        """Return how many items begin with each token of a run."""
+        group, times = self.num_heads // self.num_kv_heads, np.zeros(count, np.int32)
+        rows, per_piece = count * group, 16 // group
+        if slot < 0:
+            return times
+        if rows > 16 and (count > 4 * per_piece or start + count <= 512):
+            times[:: 128 // group] = 1
+            return times
+        for begin in range(0, count, per_piece):
+            last = min(start + count, start + begin + per_piece) - 1
+            times[begin] = self.num_chunks(start + begin, last, 256 if rows > 16 else 512)
+        return times
+
+    def num_chunks(self, position: int, last: int, chunk: int) -> int:
         first = max(0, position - self.window + 1) if self.window else 0
-        chunk = 256 if 512 < position + 1 <= 2048 else 512
-        return int(position) // chunk - first // chunk + 1
+        chunk = 256 if 512 < last + 1 <= 2048 else chunk
+        return last // chunk - first // chunk + 1
 
     def check(self, q: Array, pages: Array) -> None:
         """Compare with float64."""
@@ -207,6 +240,37 @@ def test_any_number_of_blocks_shares_the_items(warp: ctypes.CDLL, num_blocks: in
     step.check(*step.run(warp, num_blocks=num_blocks))
 
 
+MIXED: Runs = [(-1, 0, 3), (0, 700, 1), (1, 120, 40), (2, 0, 70), (3, 603, 5), (4, 1000, 2), (5, 63, 1), (6, 64, 33)]
+MIXED += [(-1, 0, 2), (7, 1090, 50), (8, 1, 1), (9, 767, 3)]
+
+
+@pytest.mark.parametrize("kv", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("window", [0, 20, 600])
+@pytest.mark.parametrize("heads", [(8, 1, 128), (16, 1, 128), (8, 2, 64)])
+def test_new_positions_of_any_step_come_once_they_are_appended(
+    warp: ctypes.CDLL, heads: tuple[int, int, int], window: int, kv: Any
+) -> None:
+    step = Step(heads, kv, window=window, page_size=64 if heads[2] == 64 else 16, runs=MIXED)
+    for num_blocks in (3, 100):
+        step.check(*step.run(warp, fused=False, num_blocks=num_blocks))
+    assert step.early_bytes > 0
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_each_blocks_older_positions_come_before(warp: ctypes.CDLL, num_blocks: int) -> None:
+    """Those before the run, not before the tile that a block has; of so many as the ring has places for, three."""
+    stage = 64 * 2 * 128 * BF16.itemsize
+    for start, stages in ((140, 2), (120, 1), (63, 0), (1000, 3)):
+        step = Step((8, 1, 128), BF16, runs=[(3, start, 48)])
+        step.check(*step.run(warp, fused=False, num_blocks=num_blocks))
+        assert step.early_bytes == num_blocks * stages * stage, start
+
+
+def test_an_append_without_a_plan_waits_first(warp: ctypes.CDLL) -> None:
+    step = Step((8, 1, 128), BF16, norm=True, runs=MIXED)
+    step.check(*step.run(warp, appends_alone=True))
+
+
 def decode_items(warp: Any, runs: list[tuple[int, int, int]], num_slots: int, *, decode_only: bool) -> Array:
     """Return (items, 4) of runs (slot, position, tokens): token, split, splits, positions."""
     tokens = [(slot, position + i) for slot, position, count in runs for i in range(count)]
@@ -248,7 +312,7 @@ def test_a_batch_with_more_runs_than_slots_decodes_nothing(warp: ctypes.CDLL, de
     ("name", "right", "wrong"),
     [
         ("attention_fetch.cuh", "async_proxy_fence();", ""),
-        ("attention_fetch.cuh", "fetch.end - (appends ? 1 : 0)", "fetch.end"),
+        ("attention_fetch.cuh", "= range.first_new_stage(item)", "= fetch.end"),
         ("attention_fetch.cuh", "part = {};\n    if (present())", "part = {};\n    if (kind() == HeadKind::kKey)"),
         ("rope.cuh", "__fmaf_rn(y, cosine, __fmul_rn", "__fmaf_rn(y, cosine, -__fmul_rn"),
         ("attention_queries.cuh", "(weight + kHeadDim / 2)", "(weight)"),
@@ -261,3 +325,24 @@ def test_a_wrong_rule_is_noticed(name: str, right: str, wrong: str, host: Path, 
     library = build(tmp_path, host, {name: (right, wrong)})
     with pytest.raises(AssertionError):
         step.check(*step.run(library))
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("attention_items.cuh", "stage = item.run_position / kStageRows", "stage = item.position / kStageRows"),
+        ("attention_items.cuh", "stage = item.run_position / kStageRows", "stage = item.run_position / kStageRows + 1"),
+        ("attention_items.cuh", "stage < first_stage() ? first_stage() : ", ""),
+        ("attention_items.cuh", ", item.run_position = run.position;", ";"),
+        ("attention_plan.cuh", "position, 0, 1, 0, 0, 0, position, {}});", "position, 0, 1, 0, 0, 0, 0, {}});"),
+        ("attention_fetch.cuh", "        pdl_wait();\n", ""),
+        ("rope.cu", "  }\n  pdl_wait();\n", "  }\n"),
+        ("rope.cu", "  if (!p.is_planned) pdl_wait();\n", ""),
+    ],
+)
+def test_a_wrong_rule_of_any_step_is_noticed(name: str, right: str, wrong: str, host: Path, tmp_path: Path) -> None:
+    step = Step((8, 1, 128), BF16, window=70, runs=MIXED)
+    library = build(tmp_path, host, {name: (right, wrong)})
+    with pytest.raises(AssertionError):  # noqa: PT012, for either of the two notices it
+        step.check(*step.run(library, fused=False, num_blocks=100))
+        step.check(*step.run(library, appends_alone=True))

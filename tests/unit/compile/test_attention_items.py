@@ -39,8 +39,8 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def items_of(library: Any, count: int, position: int, window: int, num_kv_heads: int = 2) -> Ints:
-    """Return (num_splits, 7): split, chunk, begin, end, first and last stage, whether it has the newest position."""
-    out = np.full((MAX_SPLITS + 1, 7), -7, np.int32)
+    """Return (num_splits, 8): split, chunk, begin, end, first and last stage, if it has the newest, first new stage."""
+    out = np.full((MAX_SPLITS + 1, 8), -7, np.int32)
     number = library.items_of(count, position, window, num_kv_heads, ctypes.c_void_p(out.ctypes.data))
     assert 1 <= number <= MAX_SPLITS
     assert (out[number:] == -7).all()
@@ -92,7 +92,7 @@ def test_a_kv_heads_queries_key_and_value_are_found_in_the_projections(items: An
 def check_run(library: Any, count: int, position: int, window: int, num_kv_heads: int) -> None:
     found = items_of(library, count, position, window, num_kv_heads)
     first = max(0, position - window + 1) if window else 0
-    splits, chunks, begins, ends, first_stages, last_stages, newest = found.T.tolist()
+    splits, chunks, begins, ends, first_stages, last_stages, newest, new_stages = found.T.tolist()
     assert splits == list(range(splits[0], splits[0] + len(found)))
     # Each position that any of the tokens sees is read by one item.
     assert [begins[0], ends[-1]] == [first, position + count]
@@ -103,6 +103,8 @@ def check_run(library: Any, count: int, position: int, window: int, num_kv_heads
     for begin, end, first_stage, last_stage in zip(begins, ends, first_stages, last_stages, strict=True):
         assert begin < end
         assert (first_stage, last_stage) == (begin // STAGE, (end - 1) // STAGE)
+    stages = zip(first_stages, last_stages, new_stages, strict=True)
+    assert all(new == min(max(position // STAGE, first), last + 1) for first, last, new in stages)
     assert len(set(chunks)) == 1
     assert chunks[0] % STAGE == 0
 
@@ -143,7 +145,7 @@ def test_items_of_a_run_read_each_position_once_and_the_last_appends(items: Any,
 
 def check_pieces(library: Any, count: int, position: int, group: int, window: int) -> bool:
     """Check a run of drafted tokens; return whether it attends in pieces."""
-    out = np.full((MAX_SPLITS + 1, 6), -7, np.int32)
+    out = np.full((MAX_SPLITS + 1, 7), -7, np.int32)
     number = library.piece_items_of(count, position, group, window, 2, ctypes.c_void_p(out.ctypes.data))
     per_piece = 16 // group
     assert (number > 0) == (per_piece < count <= 4 * per_piece and position + count > 512)
@@ -155,7 +157,9 @@ def check_pieces(library: Any, count: int, position: int, group: int, window: in
         assert 1 <= tokens <= per_piece
         assert token + tokens <= count
         own = [row for row in out[:number].tolist() if row[0] == token]
-        assert len({(first, end) for *_, first, end in own}) == 1
+        assert len({(first, end) for *_, first, end, _ in own}) == 1
+        for _, _, begin, end, *_, new in own:  # earlier pieces are of this step, too
+            assert new == min(max(position // STAGE, begin // STAGE), (end - 1) // STAGE + 1)
         taken += range(own[0][4], own[0][5])
         assert own[0][5] - own[0][4] == len(own)
         first = max(0, position + token - window + 1) if window else 0
@@ -189,6 +193,8 @@ def test_a_draft_behind_a_long_context_attends_in_pieces(items: Any) -> None:
     ("right", "wrong"),
     [
         ("item.first_place = piece * most", "item.first_place = piece"),
+        (", item.run_position = run.position;", ";"),
+        ("stage < first_stage() ? first_stage() : ", ""),
         ("run.position + offset, window, num_kv_heads)", "run.position, window, num_kv_heads)"),
         ("left < per_piece ? left : per_piece", "left > 0 ? per_piece : left"),
         ("pieces <= kMaxPieces", "pieces <= kMaxPieces + 1"),
@@ -208,6 +214,7 @@ def test_a_wrong_rule_of_pieces_is_noticed(right: str, wrong: str, tmp_path: Pat
     [
         ("return end == item.position + item.count", "return end <= item.position + item.count"),
         ("constexpr int kChunk = 512", "constexpr int kChunk = 520"),
+        ("stage <= last_stage() ? stage : last_stage() + 1", "stage"),
         ("item.num_splits = (length - 1) / item.chunk", "item.num_splits = length / item.chunk"),
         (
             "item.split = begin / item.chunk;\n  item.num_splits = (length",
