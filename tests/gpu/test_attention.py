@@ -138,6 +138,64 @@ def test_an_append_is_seen_by_its_own_token(kernels: Kernels, kv: Any) -> None:
         assert run(kernels, state, batch, tokens, decode_only=True).same_as(first)
 
 
+MIXED_STARTS = [
+    [700, 64, 63, 600, 900, 1000],
+    [64, 1000, 512, 65, 1100, 130],
+    [1023, 500, 20, 0, 600, 640],
+]
+
+
+@both
+@pytest.mark.parametrize("window", [0, 100])
+def test_captured_layers_of_a_mixed_step_take_new_positions_once_they_are_appended(
+    kernels: Kernels, stream: Any, window: int, kv: Any
+) -> None:
+    """They begin to fetch while the kernel that appends still runs; pages hold NaN there, others each time."""
+    counts = [1, 70, 1, 33, 6, 150]
+    num_slots, num_tokens, heads = len(counts), sum(counts), (32, 8, 128)
+    state = Paged.make([0] * num_slots, 1280, 8, 128, 16, kv)
+    q = random_bf16((num_tokens, 32, 128), 2.0, 5)
+    where = [poisoned((num_tokens,), np.int32) for _ in range(2)]  # positions and slots, of padding at first
+    tokens = NewTokens.of_history(state, Batch([0] * num_tokens, [-1] * num_tokens), q)
+    plan = poisoned((sizes.attention_plan_size(num_tokens, num_slots, decode_only=False),), np.int32)
+    workspace = poisoned((sizes.attention_workspace_size(num_tokens, num_slots, *heads),), np.float32)
+    scales = [] if state.scales is None else [to_device(np.array(state.scales, np.float32))]
+    layers = [(poisoned(state.pages.shape, kv), poisoned((num_tokens, 4096), BF16)) for _ in range(4)]
+    turned = poisoned((num_tokens, 4096), BF16)
+    kernel = kernels("attention" if kv == BF16 else "attention_fp8")
+
+    def step() -> None:
+        kernels("attention_plan")(*where, num_slots, 32, 8, window, plan)
+        for pages, out in layers:
+            rest = (plan, 128**-0.5, window, workspace, turned, out)
+            kernel(tokens.qkv, *scales, pages, *where, state.table, tokens.rope, *rest)
+
+    step()
+    stream.begin_capture()
+    step()
+    graph = stream.end_capture()
+    rng = np.random.default_rng(8)
+    for starts in MIXED_STARTS:
+        batch = Batch.of([(slot, start, count) for slot, (start, count) in enumerate(zip(starts, counts, strict=True))])
+        table = rng.permutation(len(state.pages.bits))[: state.table.bits.size].reshape(num_slots, -1)
+        state.table.bits[...] = cupy.asarray(table.astype(np.int32))
+        for slot, start in enumerate(starts):
+            state.fill(slot, start)
+        expected = attend_history(kernels, state, batch, q, window).out
+        right = reference(state, q.float64(), batch.positions, batch.slots, 128**-0.5, window)
+        assert relative_error(expected.float64(), right) < 6e-3
+        tokens.qkv.bits[...] = NewTokens.of_history(state, batch, q).qkv.bits
+        for array, values in zip(where, (batch.positions, batch.slots), strict=True):
+            array.bits[...] = cupy.asarray(np.array(values, np.int32)).view(array.bits.dtype)
+        for _ in range(10):
+            for pages, out in layers:
+                pages.bits[...] = state.pages.bits
+                out.bits.fill(0xFFFF)
+            graph.launch(stream)
+            for _, out in layers:
+                assert bool((out.bits == expected.bits).all())
+
+
 def widened(result: Attended) -> tuple[Any, Any]:
     """Return what e4m3 output with its scales stands for, in float64, and the scales: of 128 values, or rows."""
     num_tokens, num_groups = len(result.out.bits), result.out.shape[1] // 128
