@@ -194,7 +194,8 @@ __device__ void fetch_item(const AttentionParams<KV>& p, Shared<KV, kHeadDim>& s
   if (appends) token.look_up(p, item);
   if (appends && !first) token.load(p, item, head);
   StageFetch<KV, kHeadDim> fetch(p, item, range);
-  const int newest = range.first_new_stage(item);
+  // Where steps only decode the rule is the same stage, found by fewer instructions.
+  const int newest = kAppends ? fetch.end - (appends ? 1 : 0) : range.first_new_stage(item);
   const int before = first ? min(newest, fetch.stage + Shared<KV, kHeadDim>::kStages) : newest;
   while (true) {
     if (fetch.stage == before) {
