@@ -312,7 +312,7 @@ def test_a_batch_with_more_runs_than_slots_decodes_nothing(warp: ctypes.CDLL, de
     ("name", "right", "wrong"),
     [
         ("attention_fetch.cuh", "async_proxy_fence();", ""),
-        ("attention_fetch.cuh", "= range.first_new_stage(item)", "= fetch.end"),
+        ("attention_fetch.cuh", "fetch.end - (appends ? 1 : 0)", "fetch.end"),
         ("attention_fetch.cuh", "part = {};\n    if (present())", "part = {};\n    if (kind() == HeadKind::kKey)"),
         ("rope.cuh", "__fmaf_rn(y, cosine, __fmul_rn", "__fmaf_rn(y, cosine, -__fmul_rn"),
         ("attention_queries.cuh", "(weight + kHeadDim / 2)", "(weight)"),
