@@ -213,13 +213,13 @@ class ModelBuild:
 def _require_texts(model_dir: Path) -> None:
     """Raise ServeError for a model whose gateways would only find out when the engine has been started."""
     # Imported here: an engine whose texts are read elsewhere needs neither Jinja nor the tokenizers' library.
-    from tpserve.coordinator.gateway.chat_template import ChatTemplate
+    from tpserve.coordinator.gateway.model import check_texts
     from tpserve.coordinator.gateway.tokenizer import ModelFilesError
 
     path = model_dir / "tokenizer.json"
     if not path.is_file():  # whether it can be loaded is seen by the compiler, before it builds
         raise ServeError(f"{path} is missing: put the model's tokenizer beside its config.json")
     try:
-        ChatTemplate.load(model_dir)
+        check_texts(model_dir)
     except ModelFilesError as error:
         raise ServeError(str(error)) from None

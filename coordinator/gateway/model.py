@@ -47,17 +47,12 @@ class ServedModel:
         if not model_dir.is_dir():
             raise ModelFilesError(f"{model_dir} is not a folder")
         tokenizer = Tokenizer.load(model_dir)
-        configs = {
-            name: read_json(model_dir / name) if (model_dir / name).is_file() else {}
-            for name in ("generation_config.json", "config.json", "tokenizer_config.json")
-        }
-        generation = configs["generation_config.json"]
-        return cls(
-            tokenizer,
-            ChatTemplate.load(model_dir),
-            _stop_token_ids(configs, tokenizer),
-            _defaults(generation, model_dir / "generation_config.json"),
-        )
+        stop_token_ids = _told_stop_token_ids(model_dir)
+        if stop_token_ids is None:
+            eos = special_tokens(_optional_json(model_dir / "tokenizer_config.json")).get("eos_token")
+            token_id = None if eos is None else tokenizer.token_to_id(eos)
+            stop_token_ids = () if token_id is None else (token_id,)
+        return cls(tokenizer, ChatTemplate.load(model_dir), stop_token_ids, _defaults(model_dir))
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of `text`; long texts do not block the event loop."""
@@ -66,22 +61,41 @@ class ServedModel:
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
 
-def _stop_token_ids(configs: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Take `eos_token_id` from the first file that has it, else the tokenizer's `eos_token`."""
+def check_texts(model_dir: Path) -> None:
+    """Check what `ServedModel.load` reads but the tokenizer, which takes longer.
+
+    Raises
+    ------
+    ModelFilesError
+        As there.
+    """
+    ChatTemplate.load(model_dir)
+    _told_stop_token_ids(model_dir)
+    _defaults(model_dir)
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _told_stop_token_ids(model_dir: Path) -> tuple[int, ...] | None:
+    """Take `eos_token_id` from the first file that has it."""
     for name in ("generation_config.json", "config.json"):
-        value = configs[name].get("eos_token_id")
+        value = _optional_json(model_dir / name).get("eos_token_id")
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
         if not all(isinstance(item, int) and item >= 0 for item in ids):
-            raise ModelFilesError(f"{name}: eos_token_id is {value!r}: it must be a token id or a list of them")
+            raise ModelFilesError(
+                f"{model_dir / name}: eos_token_id is {value!r}: it must be a token id or a list of them"
+            )
         return tuple(ids)
-    eos = special_tokens(configs["tokenizer_config.json"]).get("eos_token")
-    token_id = None if eos is None else tokenizer.token_to_id(eos)
-    return () if token_id is None else (token_id,)
+    return None
 
 
-def _defaults(generation: dict[str, Any], path: Path) -> SamplingDefaults:
+def _defaults(model_dir: Path) -> SamplingDefaults:
+    path = model_dir / "generation_config.json"
+    generation = _optional_json(path)
     values = {}
     for name, top in (("temperature", 2.0), ("top_p", 1.0), ("top_k", 2**31), ("min_p", 1.0)):
         value = generation.get(name)

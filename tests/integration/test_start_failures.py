@@ -135,6 +135,13 @@ def test_folder_with_a_broken_chat_template(
     assert f": fetch it again, or write another template to {folder / 'chat_template.jinja'}" in error
 
 
+def test_folder_with_unusable_defaults_of_sampling(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = linked(tiny_folder, tmp_path / "model", "config.json", "tokenizer.json")
+    (folder / "generation_config.json").write_text('{"top_p": 7}')
+    error = told_before_a_build("serve", folder, tmp_path)
+    assert f"{folder / 'generation_config.json'}: top_p is 7: it must lie in [0, 1]" in error
+
+
 def told_before_a_build(command: str, folder: Path, tmp_path: Path) -> str:
     """Return the error of a server, or of a chat that would start one, for which nothing may be compiled."""
     home, log = tmp_path / "home", tmp_path / "engine.log"

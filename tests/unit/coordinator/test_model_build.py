@@ -48,3 +48,24 @@ def test_texts_are_looked_at_where_they_are_read_with_the_models_files(
         with pytest.raises(ServeError, match=r"chat_template\.jinja: the chat template does not compile"):
             make_build(monkeypatch, str(folder), *flags).look(CHOICE)
     make_build(monkeypatch, str(folder), "--no-gateway").look(CHOICE)  # whose gateways may have other files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("generation_config.json", "{", "generation_config.json cannot be read"),
+        (
+            "generation_config.json",
+            '{"temperature": 5}',
+            r"generation_config.json: temperature is 5: it must lie in \[0, 2\]",
+        ),
+        ("generation_config.json", '{"eos_token_id": "x"}', "generation_config.json: eos_token_id is 'x'"),
+        ("config.json", '{"eos_token_id": [-1]}', r"config.json: eos_token_id is \[-1\]"),
+    ],
+)
+def test_what_sampling_begins_and_ends_with_is_looked_at(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, told: str
+) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(ServeError, match=told):
+        make_build(monkeypatch, str(folder)).look(CHOICE)
