@@ -21,7 +21,7 @@ from tpserve.coordinator.doctor.host import (
     check_ports,
     check_shared_memory,
 )
-from tpserve.coordinator.doctor.model import check_model
+from tpserve.coordinator.doctor.model import check_model, check_texts
 from tpserve.coordinator.doctor.network import check_network
 from tpserve.coordinator.doctor.software import check_compiler, check_python, check_ray
 from tpserve.coordinator.errors import ClusterError
@@ -38,6 +38,7 @@ CHECKS: tuple[Check, ...] = (
     check_ports,
     check_disks,
     check_model,
+    check_texts,
     check_ray,
     check_network,
 )

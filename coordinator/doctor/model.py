@@ -1,4 +1,4 @@
-"""Whether a model fits in the memory that this host has free: by its library exactly, by its folder roughly."""
+"""Whether a model fits in the memory that is free, by its library exactly, by its folder roughly; and its texts."""
 
 from __future__ import annotations
 
@@ -37,14 +37,38 @@ def check_model(wanted: Wanted, available: Callable[[Wanted], int] | None = None
         yield Finding("model", "fail", f"{wanted.model} is no model folder and no file", remedy)
 
 
+def check_texts(wanted: Wanted) -> Iterator[Finding]:
+    """See that tokenizer, chat template, stop tokens and sampling defaults of a model folder are usable."""
+    folder = Path(wanted.model or "")
+    if wanted.model is None or not (folder / "config.json").is_file():
+        return
+    # Imported here: without a model neither Jinja nor the tokenizers' library is needed.
+    from tpserve.coordinator.gateway.model import ServedModel
+    from tpserve.coordinator.gateway.tokenizer import ModelFilesError
+
+    try:
+        served = ServedModel.load(folder)
+    except ModelFilesError as error:
+        yield _failed("texts", error)
+        return
+    chats = "no chat template: it answers completions only" if served.chat_template is None else "a chat template"
+    stops = ", ".join(map(str, served.stop_token_ids)) or "none"
+    yield Finding("texts", "ok", f"a tokenizer, {chats}; stop tokens: {stops}")
+
+
+def _failed(check: str, error: Exception) -> Finding:
+    """Split a message into what was found and, behind its last colon, the remedy."""
+    found, colon, remedy = str(error).rpartition(": ")
+    return Finding(check, "fail", found, remedy) if colon else Finding(check, "fail", remedy, "download it again")
+
+
 def _by_library(wanted: Wanted, folder: Path, free: int) -> Finding:
     try:
         manifest = Manifest.load(folder)
         manifest.require(tp_size=wanted.tp_size)
         plan = plan_memory(manifest, wanted.mode, MODE_MAX_NUM_SEQS[wanted.mode], _UTILIZATION, free)
     except (ManifestError, ClusterError) as error:
-        what, _, remedy = str(error).rpartition(": ")
-        return Finding("model", "fail", what, remedy)
+        return _failed("model", error)
     tokens = plan.num_pages * manifest.kv.page_size
     return Finding(
         "model",
@@ -78,7 +102,7 @@ def _by_folder(wanted: Wanted, folder: Path, free: int) -> Finding:
 
 
 def _available(wanted: Wanted) -> int:
-    """Return what one rank may count on, in bytes."""
+    """Return what one rank may count on, in bytes; on CPUs a draft's own ranks have their share, too."""
     if wanted.device != "cpu":
         try:
             found = read_gpus()
@@ -86,4 +110,4 @@ def _available(wanted: Wanted) -> int:
             found = None  # told by the check of GPUs
         if found is not None and len(found.gpus) >= wanted.tp_size:
             return min(gpu.total_bytes - gpu.used_bytes for gpu in found.gpus[: wanted.tp_size])
-    return available_host_bytes() // wanted.tp_size
+    return available_host_bytes() // wanted.num_ranks

@@ -70,11 +70,11 @@ class Tokenizer:
         """
         path = model_dir / "tokenizer.json"
         if not path.is_file():
-            raise ModelFilesError(f"{path} is missing")
+            raise ModelFilesError(f"{path} is missing: put the model's tokenizer beside its config.json")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise ModelFilesError(f"{path} cannot be loaded: {error}") from None
+            raise ModelFilesError(f"{path} cannot be loaded ({error}): fetch it again") from None
         return cls(backend)
 
     @property

@@ -16,10 +16,12 @@ import pytest
 from packaging.requirements import Requirement
 
 from scripts import ROOT
+from text_models import write_byte_tokenizer
+from tpserve.coordinator.doctor import model as doctor_model
 from tpserve.coordinator.doctor.__main__ import examine
 from tpserve.coordinator.doctor.findings import Finding, Wanted
 from tpserve.coordinator.doctor.gpus import check_gpus, check_nccl
-from tpserve.coordinator.doctor.model import check_model
+from tpserve.coordinator.doctor.model import check_model, check_texts
 from tpserve.coordinator.doctor.network import check_network
 from tpserve.coordinator.doctor.nvml import Gpu, Gpus, NvmlError, read_gpus
 from tpserve.coordinator.doctor.software import check_libraries
@@ -302,6 +304,44 @@ def test_memory_for_a_model(tmp_path: Path, weights: int, length: int, tp_size: 
     (finding,) = check_model(wanted, lambda _: 10 * GIB)
     assert finding.status == status, finding
     assert f"about {weights // tp_size >> 20} MiB of weights" in finding.found
+
+
+def test_ranks_of_a_draft_take_memory_of_the_same_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_model, "available_host_bytes", lambda: 20 * GIB)
+    folder = str(model(tmp_path / "m", 8 * GIB))
+    for num_draft_ranks, status in ((0, "ok"), (1, "ok"), (2, "fail")):
+        (finding,) = check_model(Wanted(device="cpu", model=folder, num_draft_ranks=num_draft_ranks))
+        assert finding.status == status, finding
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "status", "found", "remedy"),
+    [
+        ("README.md", "", "ok", "a tokenizer, no chat template: it answers completions only; stop tokens: ", ""),
+        ("generation_config.json", '{"eos_token_id": [2, 5]}', "ok", "stop tokens: 2, 5", ""),
+        ("chat_template.jinja", "{{ messages }}", "ok", "a tokenizer, a chat template", ""),
+        ("chat_template.jinja", "{% if %}", "fail", "the chat template does not compile", "write another template to"),
+        ("generation_config.json", '{"min_p": 2}', "fail", "min_p is 2", "it must lie in [0, 1]"),
+        ("tokenizer.json", "{", "fail", "tokenizer.json cannot be loaded", "fetch it again"),
+    ],
+)
+def test_texts_of_a_model(tmp_path: Path, name: str, content: str, status: str, found: str, remedy: str) -> None:
+    folder = model(tmp_path / "m", 1024)
+    write_byte_tokenizer(folder)
+    (folder / name).write_text(content)
+    (finding,) = check_texts(Wanted(model=str(folder)))
+    assert (finding.check, finding.status) == ("texts", status), finding
+    assert found in finding.found
+    assert remedy in finding.remedy
+    assert bool(finding.remedy) == (status != "ok")
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", 1024)
+    (finding,) = check_texts(Wanted(model=str(folder)))
+    assert (finding.status, finding.found) == ("fail", f"{folder / 'tokenizer.json'} is missing")
+    assert finding.remedy == "put the model's tokenizer beside its config.json"
+    assert not list(check_texts(Wanted())), "no model, no texts"
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
