@@ -1,10 +1,10 @@
 """Where the time of a step on GPUs goes: microseconds of each kernel, and the device's idle time between steps.
 
 Regime: as `gpu_decode.py`, pure decode steps of C sequences with random weights, recorded by torch's profiler on rank
-0 (the recording itself makes a step a little longer). With `--mixed` also steps of so many tokens, 32 of them decodes
-and the others of prompts of 220 tokens, of which enough are always waiting. Kernels overlap, since each starts while
-the one before drains; a kernel is charged the time from the latest end before it to its own end. Idle is the time from
-a step's last kernel to the next step's first.
+0 (the recording itself makes a step a little longer). With `--mixed` also steps of so many tokens, `--mixed-decodes` of
+them decodes, behind `--context` tokens like the others, and the rest whole prompts of up to 220 tokens, other ones with
+each step. Kernels overlap, since each starts while the one before drains; a kernel is charged the time from the latest
+end before it to its own end. Idle is the time from a step's last kernel to the next step's first.
 
 Run on a host with GPUs and torch: python benchmarks/gpu_timeline.py --artifact FOLDER --model FOLDER.
 """
@@ -34,17 +34,23 @@ from tpserve.proto.messages import SamplingParams
 
 FIRST_KERNEL = "load_last_tokens"
 WARM_UP_STEPS, RECORDED_STEPS = 12, 24
-MIXED_DECODES, PROMPT_TOKENS = 32, 220
+PROMPT_TOKENS = 220
 
 Event = tuple[str, float, float]
 """Name, start and end in microseconds."""
 
 
-def steps_of(ranks: RankGroup, scheduler: Scheduler) -> Iterator[tuple[int, int]]:
+def steps_of(
+    ranks: RankGroup, scheduler: Scheduler, before_plan: Callable[[], None] | None = None
+) -> Iterator[tuple[int, int]]:
     """Run until nothing is left; yield each step's prompt tokens and the tokens that it gave."""
     prompts: deque[int] = deque()
     while scheduler.has_unfinished or prompts:
-        while (plan := scheduler.schedule()) is not None:
+        while not scheduler.is_full:
+            if before_plan is not None:
+                before_plan()
+            if (plan := scheduler.schedule()) is None:
+                break
             ranks.submit(plan)
             prompts.append(sum(len(chunk.token_ids) for chunk in plan.chunks))
         finished = scheduler.update(ranks.wait())
@@ -58,11 +64,17 @@ def add_requests(scheduler: Scheduler, ids: range, num_prompt_tokens: int, num_t
         scheduler.add_request(Request(i, prompt, SamplingParams(temperature=0.0), num_tokens))
 
 
-def record(ranks: RankGroup, scheduler: Scheduler, ids: range, wanted: Callable[[int, int], bool]) -> list[Event]:
+def record(
+    ranks: RankGroup,
+    scheduler: Scheduler,
+    ids: range,
+    wanted: Callable[[int, int], bool],
+    before_plan: Callable[[], None] | None = None,
+) -> list[Event]:
     """Return what rank 0's device did in some successive steps that are `wanted`; then end the requests `ids`."""
     count = 0
     events: list[Event] = []
-    for prompt_tokens, num_tokens in steps_of(ranks, scheduler):
+    for prompt_tokens, num_tokens in steps_of(ranks, scheduler, before_plan):
         count = count + 1 if wanted(prompt_tokens, num_tokens) else 0
         if count == WARM_UP_STEPS:
             ranks.profile()
@@ -73,31 +85,41 @@ def record(ranks: RankGroup, scheduler: Scheduler, ids: range, wanted: Callable[
     return events
 
 
-def record_decodes(ranks: RankGroup, scheduler: Scheduler, ids: range, contexts: list[int]) -> list[Event]:
-    """Record pure decode steps of sequences of so many tokens, in turn."""
+def add_decodes(scheduler: Scheduler, ids: range, contexts: list[int]) -> None:
+    """Queue sequences of so many tokens, in turn, that decode for long enough."""
     lengths = [contexts[i % len(contexts)] for i in range(len(ids))]
-    num_tokens = WARM_UP_STEPS + RECORDED_STEPS + 40 + math.ceil(sum(lengths) / 64)
+    num_tokens = 2 * WARM_UP_STEPS + RECORDED_STEPS + 40 + math.ceil(sum(lengths) / 64)
     for i, length in zip(ids, lengths, strict=True):
         add_requests(scheduler, range(i, i + 1), length, num_tokens)
+
+
+def record_decodes(ranks: RankGroup, scheduler: Scheduler, ids: range, contexts: list[int]) -> list[Event]:
+    """Record pure decode steps."""
+    add_decodes(scheduler, ids, contexts)
     return record(ranks, scheduler, ids, lambda prompt_tokens, num_tokens: not prompt_tokens and num_tokens == len(ids))
 
 
-def record_mixed(ranks: RankGroup, scheduler: Scheduler, first_id: int, num_tokens: int) -> list[Event]:
-    """Record steps of `num_tokens` tokens, the scheduler's budget of a step."""
-    decodes = range(first_id, first_id + MIXED_DECODES)
-    add_requests(scheduler, decodes, 32, 1024)
-    num_prompts = math.ceil((2 * WARM_UP_STEPS + RECORDED_STEPS) * num_tokens / PROMPT_TOKENS)
-    prompts = range(decodes.stop, decodes.stop + num_prompts)
-    waiting = False
+def record_mixed(
+    ranks: RankGroup, scheduler: Scheduler, ids: range, contexts: list[int], num_prompt_tokens: int
+) -> list[Event]:
+    """Record steps in which `ids` decode and prompts of so many tokens are computed."""
+    add_decodes(scheduler, ids, contexts)
+    next_id = ids.stop
+    all_decode = False
 
-    def wanted(prompt_tokens: int, given: int) -> bool:
-        nonlocal waiting
-        if not waiting and not prompt_tokens and given == MIXED_DECODES:
-            add_requests(scheduler, prompts, PROMPT_TOKENS, 1)
-            waiting = True
-        return waiting and prompt_tokens > num_tokens - MIXED_DECODES - 8
+    def before_plan() -> None:
+        nonlocal next_id
+        left = num_prompt_tokens if all_decode and scheduler.num_running >= len(ids) else 0
+        while left > 0:
+            add_requests(scheduler, range(next_id, next_id + 1), min(left, PROMPT_TOKENS), 1)
+            next_id, left = next_id + 1, left - PROMPT_TOKENS
 
-    return record(ranks, scheduler, range(first_id, prompts.stop), wanted)
+    def wanted(prompt_tokens: int, num_tokens: int) -> bool:
+        nonlocal all_decode
+        all_decode = all_decode or (not prompt_tokens and num_tokens == len(ids))
+        return prompt_tokens == num_prompt_tokens
+
+    return record(ranks, scheduler, ids, wanted, before_plan)
 
 
 def breakdown(events: list[Event]) -> tuple[dict[str, float], float, float]:
@@ -144,12 +166,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16, 32, 64])
     parser.add_argument("--mixed", type=int, nargs="*", default=[], help="tokens of mixed steps")
+    parser.add_argument("--mixed-decodes", type=int, default=32, help="tokens of these that are decodes")
     parser.add_argument("--context", type=int, nargs="+", default=[256], help="prompt tokens of sequences, in turn")
     parser.add_argument("--commit", default="", help="of the tree that is measured")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     manifest = Manifest.load(args.artifact)
-    num_pages = max([*args.concurrency, MIXED_DECODES]) * math.ceil(
+    num_pages = max([*args.concurrency, manifest.max_num_seqs]) * math.ceil(
         (max(args.context) * 3 + 200) / manifest.kv.page_size
     )
     processes = RankProcesses()
@@ -164,16 +187,16 @@ def main() -> None:
         devices=range(manifest.tp_size),
     ) as ranks:
         for size, is_mixed in [*((c, False) for c in args.concurrency), *((m, True) for m in args.mixed)]:
-            budget = size if is_mixed else manifest.max_num_batched_tokens
-            scheduler = make_scheduler(manifest, num_pages, max_num_batched_tokens=budget)
+            scheduler = make_scheduler(manifest, num_pages)
+            ids = range(next_id, next_id + (args.mixed_decodes if is_mixed else size))
             if is_mixed:
-                events = record_mixed(ranks, scheduler, next_id, size)
+                events = record_mixed(ranks, scheduler, ids, args.context, size - len(ids))
             else:
-                events = record_decodes(ranks, scheduler, range(next_id, next_id + size), args.context)
+                events = record_decodes(ranks, scheduler, ids, args.context)
             ranks.clear()
             next_id += 1 << 16
             kernels, step_us, idle_us = breakdown(events)
-            name = f"{size} tokens, {MIXED_DECODES} of them decodes" if is_mixed else f"C={size}"
+            name = f"{size} tokens, {args.mixed_decodes} of them decodes" if is_mixed else f"C={size}"
             points[name] = {"step_us": step_us, "idle_us": idle_us, "kernels_us": kernels}
             print(f"{name}: step {step_us:.0f} us, idle {idle_us:.1f} us ({idle_us / step_us:.2%})")
             for kernel, value in sorted(kernels.items(), key=lambda item: -item[1])[:14]:
