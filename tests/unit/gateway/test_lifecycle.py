@@ -156,7 +156,8 @@ def test_busy_port_is_one_line(model_dir: Path, caplog: pytest.LogCaptureFixture
 
 def test_missing_model_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert gateway.main([json.dumps({**REQUIRED, "model_dir": str(tmp_path), "port": 0})]) == 1
-    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path / 'tokenizer.json'} is missing"]
+    told = f"{tmp_path / 'tokenizer.json'} is missing: put the model's tokenizer beside its config.json"
+    assert [record.getMessage() for record in caplog.records] == [told]
 
 
 @pytest.mark.parametrize(
