@@ -82,6 +82,10 @@ def record(
             events = ranks.profiled()
             for i in ids:
                 scheduler.abort(i)
+    if not events:
+        raise RuntimeError(
+            f"fewer than {WARM_UP_STEPS + RECORDED_STEPS} steps of {len(ids)} decodes followed each other"
+        )
     return events
 
 
@@ -109,6 +113,7 @@ def record_mixed(
 
     def before_plan() -> None:
         nonlocal next_id
+        # Until the decodes have ended, which is when the steps have been recorded.
         left = num_prompt_tokens if all_decode and scheduler.num_running >= len(ids) else 0
         while left > 0:
             add_requests(scheduler, range(next_id, next_id + 1), min(left, PROMPT_TOKENS), 1)
@@ -172,7 +177,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     manifest = Manifest.load(args.artifact)
-    num_pages = max([*args.concurrency, manifest.max_num_seqs]) * math.ceil(
+    for size in args.mixed:
+        num_prompts = 2 * math.ceil((size - args.mixed_decodes) / PROMPT_TOKENS)  # of two steps in flight
+        if not 0 < num_prompts <= manifest.max_num_seqs - args.mixed_decodes:
+            parser.error(
+                f"--mixed {size}: {args.mixed_decodes} decodes and {num_prompts} prompts in two steps, of at most "
+                f"{manifest.max_num_seqs} sequences: change --mixed-decodes"
+            )
+    num_pages = max([*args.concurrency, args.mixed_decodes + 8]) * math.ceil(
         (max(args.context) * 3 + 200) / manifest.kv.page_size
     )
     processes = RankProcesses()

@@ -58,8 +58,8 @@ def check_texts(wanted: Wanted) -> Iterator[Finding]:
 
 def _failed(check: str, error: Exception) -> Finding:
     """Split a message into what was found and, behind its last colon, the remedy."""
-    found, colon, remedy = str(error).rpartition(": ")
-    return Finding(check, "fail", found, remedy) if colon else Finding(check, "fail", remedy, "download it again")
+    found, _, remedy = str(error).rpartition(": ")
+    return Finding(check, "fail", found, remedy)
 
 
 def _by_library(wanted: Wanted, folder: Path, free: int) -> Finding:

@@ -18,7 +18,7 @@ import jinja2.runtime
 import jinja2.sandbox
 
 from tpserve.coordinator.gateway.errors import InvalidRequest
-from tpserve.coordinator.gateway.tokenizer import ModelFilesError, read_json
+from tpserve.coordinator.gateway.tokenizer import ModelFilesError, optional_json
 from tpserve.coordinator.gateway.tools.formats import format_of
 from tpserve.coordinator.gateway.tools.parser import THINK
 from tpserve.coordinator.gateway.tools.prompt import write_tools
@@ -98,7 +98,7 @@ class ChatTemplate:
             If a file is corrupt or the template does not compile; names the file and the remedy.
         """
         path = model_dir / "tokenizer_config.json"
-        config = read_json(path) if path.is_file() else {}
+        config = optional_json(path)
         file = model_dir / "chat_template.jinja"
         try:
             if file.is_file():

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tpserve.coordinator.gateway.chat_template import ChatTemplate, special_tokens
-from tpserve.coordinator.gateway.tokenizer import ModelFilesError, Tokenizer, read_json
+from tpserve.coordinator.gateway.tokenizer import ModelFilesError, Tokenizer, optional_json, tokenizer_file
 
 INLINE_ENCODE_CHARS = 4096
 """Longer prompts are tokenised in a thread, so that other streams do not wait (about 0.2 us per character)."""
@@ -49,7 +48,7 @@ class ServedModel:
         tokenizer = Tokenizer.load(model_dir)
         stop_token_ids = _told_stop_token_ids(model_dir)
         if stop_token_ids is None:
-            eos = special_tokens(_optional_json(model_dir / "tokenizer_config.json")).get("eos_token")
+            eos = special_tokens(optional_json(model_dir / "tokenizer_config.json")).get("eos_token")
             token_id = None if eos is None else tokenizer.token_to_id(eos)
             stop_token_ids = () if token_id is None else (token_id,)
         return cls(tokenizer, ChatTemplate.load(model_dir), stop_token_ids, _defaults(model_dir))
@@ -62,26 +61,23 @@ class ServedModel:
 
 
 def check_texts(model_dir: Path) -> None:
-    """Check what `ServedModel.load` reads but the tokenizer, which takes longer.
+    """Check what `ServedModel.load` reads; of the tokenizer, which takes longer, only that it is there.
 
     Raises
     ------
     ModelFilesError
         As there.
     """
+    tokenizer_file(model_dir)
     ChatTemplate.load(model_dir)
     _told_stop_token_ids(model_dir)
     _defaults(model_dir)
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
 def _told_stop_token_ids(model_dir: Path) -> tuple[int, ...] | None:
     """Take `eos_token_id` from the first file that has it."""
     for name in ("generation_config.json", "config.json"):
-        value = _optional_json(model_dir / name).get("eos_token_id")
+        value = optional_json(model_dir / name).get("eos_token_id")
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
@@ -95,7 +91,7 @@ def _told_stop_token_ids(model_dir: Path) -> tuple[int, ...] | None:
 
 def _defaults(model_dir: Path) -> SamplingDefaults:
     path = model_dir / "generation_config.json"
-    generation = _optional_json(path)
+    generation = optional_json(path)
     values = {}
     for name, top in (("temperature", 2.0), ("top_p", 1.0), ("top_k", 2**31), ("min_p", 1.0)):
         value = generation.get(name)

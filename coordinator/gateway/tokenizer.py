@@ -20,23 +20,37 @@ class ModelFilesError(ValueError):
     """A file of the model folder is missing, corrupt or of an unknown kind; the message names it."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of the model folder.
+def optional_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of the model folder; return an empty one if the file is not there.
 
     Raises
     ------
     ModelFilesError
-        If the file is missing or is not a JSON object.
+        If it is not a JSON object.
     """
     try:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ModelFilesError(f"{path} is missing") from None
+        return {}
     except (OSError, ValueError) as error:
         raise ModelFilesError(f"{path} cannot be read as JSON ({error}): fetch it again") from None
     if not isinstance(raw, dict):
         raise ModelFilesError(f"{path} must hold a JSON object: fetch it again")
     return raw
+
+
+def tokenizer_file(model_dir: Path) -> Path:
+    """Return the path of the model's tokenizer.
+
+    Raises
+    ------
+    ModelFilesError
+        If it is not there.
+    """
+    path = model_dir / "tokenizer.json"
+    if not path.is_file():
+        raise ModelFilesError(f"{path} is missing: put the model's tokenizer beside its config.json")
+    return path
 
 
 class Tokenizer:
@@ -68,9 +82,7 @@ class Tokenizer:
         ModelFilesError
             If it is missing, corrupt, or decodes in a way that cannot be streamed exactly.
         """
-        path = model_dir / "tokenizer.json"
-        if not path.is_file():
-            raise ModelFilesError(f"{path} is missing: put the model's tokenizer beside its config.json")
+        path = tokenizer_file(model_dir)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
